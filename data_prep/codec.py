@@ -1,0 +1,271 @@
+"""One tokenizer interface: characters, bytes, GPT-2's byte pairs, or any tiktoken rank file.
+
+A codec is saved as plain files beside the shards (tokenizer/codec.json, and ranks.tiktoken for byte pairs),
+so that no later stage needs the network and nothing is ever unpickled.
+
+(Not `codecs.py`: that name belongs to the standard library.)
+"""
+
+import base64
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+import tiktoken
+
+from data_prep.atomic import write_atomically, write_json_atomically
+from data_prep.errors import InputError
+from data_prep.shards import MAX_VOCAB_SIZE
+
+FOLDER = "tokenizer"
+DESCRIPTION_FILE = "codec.json"
+RANKS_FILE = "ranks.tiktoken"
+EOT = "<|endoftext|>"
+# GPT-2's split pattern in the possessive form that tiktoken ships (openai_public.py, r50k_pat_str).
+GPT2_PATTERN = (
+    r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+)
+
+Ids = npt.NDArray[np.integer]
+
+
+class Codec(Protocol):
+    """Text to token ids and back. `eot_id` begins each document, or is None where there is no such token."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def eot_id(self) -> int | None: ...
+
+    def encode(self, text: str) -> Ids:
+        """Token ids [n]. Text that looks like a special token is ordinary text."""
+        ...
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """The UTF-8 bytes of the ids; a part of a character may stand at either end."""
+        ...
+
+    def byte_lengths(self) -> npt.NDArray[np.int64]:
+        """UTF-8 bytes of each id, 0 for EOT: int64 [vocab_size]."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """What the manifest records: kind, vocab_size, eot_id, sha256, and what the kind needs to be rebuilt."""
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Write the codec's files into directory/tokenizer."""
+        ...
+
+
+class CharCodec:
+    """One id per character, in code-point order. `itos` is the alphabet, `stoi` its inverse."""
+
+    def __init__(self, alphabet: str) -> None:
+        if len(alphabet) > MAX_VOCAB_SIZE:
+            raise InputError(f"{len(alphabet)} distinct characters do not fit uint16 ids; use --tokenizer byte")
+        if not alphabet or list(alphabet) != sorted(set(alphabet)):
+            raise InputError("the alphabet of a char tokenizer must be distinct characters in order")
+        self.itos = alphabet
+        self.stoi = {character: index for index, character in enumerate(alphabet)}
+        self._code_points = np.array([ord(character) for character in alphabet], dtype=np.uint32)
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.itos)
+
+    @property
+    def eot_id(self) -> None:
+        return None
+
+    def encode(self, text: str) -> Ids:
+        code_points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+        ids = np.searchsorted(self._code_points, code_points)
+        found = self._code_points[np.minimum(ids, len(self._code_points) - 1)] == code_points
+        if not found.all():
+            place = int(np.argmin(found))
+            raise InputError(f"character {text[place]!r} at {place} is not among this tokenizer's {self.vocab_size}")
+        return ids
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        return "".join(self.itos[index] for index in ids).encode("utf-8")
+
+    def byte_lengths(self) -> npt.NDArray[np.int64]:
+        return np.array([len(character.encode("utf-8")) for character in self.itos], dtype=np.int64)
+
+    def describe(self) -> dict[str, Any]:
+        sha256 = hashlib.sha256(self.itos.encode("utf-8")).hexdigest()
+        return {"kind": "char", "vocab_size": self.vocab_size, "eot_id": None, "sha256": sha256, "alphabet": self.itos}
+
+    def save(self, directory: Path) -> None:
+        _save_description(self, directory)
+
+
+class ByteCodec:
+    """One id per UTF-8 byte: 256 ids, no training, any text."""
+
+    @property
+    def vocab_size(self) -> int:
+        return 256
+
+    @property
+    def eot_id(self) -> None:
+        return None
+
+    def encode(self, text: str) -> Ids:
+        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        return bytes(ids)
+
+    def byte_lengths(self) -> npt.NDArray[np.int64]:
+        return np.ones(256, dtype=np.int64)
+
+    def describe(self) -> dict[str, Any]:
+        sha256 = hashlib.sha256(bytes(range(256))).hexdigest()
+        return {"kind": "byte", "vocab_size": 256, "eot_id": None, "sha256": sha256}
+
+    def save(self, directory: Path) -> None:
+        _save_description(self, directory)
+
+
+class BpeCodec:
+    """Byte pairs served by tiktoken. EOT is the id after the last rank and is never produced by `encode`."""
+
+    def __init__(self, ranks: dict[bytes, int], *, name: str, pattern: str = GPT2_PATTERN) -> None:
+        if sorted(ranks.values()) != list(range(len(ranks))):
+            raise InputError(f"{name}: its ranks are not 0 to {len(ranks) - 1}, each once")
+        if len(ranks) + 1 > MAX_VOCAB_SIZE:
+            raise InputError(f"{name}: vocabulary of {len(ranks) + 1} does not fit uint16 ids (at most {MAX_VOCAB_SIZE})")
+        missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
+        if missing:
+            raise InputError(f"{name}: no rank for byte {missing[0]}, so some text could not be encoded")
+        self.name = name
+        self._pattern = pattern
+        self._ranks = ranks
+        self._encoding = tiktoken.Encoding(
+            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)}
+        )
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self._ranks) + 1
+
+    @property
+    def eot_id(self) -> int:
+        return len(self._ranks)
+
+    def encode(self, text: str) -> Ids:
+        try:
+            return self._encoding.encode_to_numpy(text, disallowed_special=())
+        except UnicodeEncodeError:  # a lone surrogate, which encode_ordinary replaces
+            return np.array(self._encoding.encode_ordinary(text), dtype=np.uint32)
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        return self._encoding.decode_bytes([index for index in ids if index != self.eot_id])
+
+    def byte_lengths(self) -> npt.NDArray[np.int64]:
+        lengths = np.zeros(self.vocab_size, dtype=np.int64)
+        for token, index in self._ranks.items():
+            lengths[index] = len(token)
+        return lengths
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            "kind": "bpe",
+            "name": self.name,
+            "vocab_size": self.vocab_size,
+            "eot_id": self.eot_id,
+            "sha256": hashlib.sha256(self._rank_lines().encode("ascii")).hexdigest(),
+            "pattern": self._pattern,
+        }
+
+    def save(self, directory: Path) -> None:
+        (directory / FOLDER).mkdir(parents=True, exist_ok=True)
+        write_atomically(directory / FOLDER / RANKS_FILE, self._rank_lines())
+        _save_description(self, directory)
+
+    def _rank_lines(self) -> str:
+        in_order = sorted(self._ranks, key=lambda token: self._ranks[token])
+        return "".join(f"{base64.b64encode(token).decode('ascii')} {rank}\n" for rank, token in enumerate(in_order))
+
+
+def _save_description(codec: Codec, directory: Path) -> None:
+    (directory / FOLDER).mkdir(parents=True, exist_ok=True)
+    write_json_atomically(directory / FOLDER / DESCRIPTION_FILE, codec.describe())
+
+
+def load_codec(directory: Path) -> Codec:
+    """The codec saved in directory/tokenizer (or in `directory` itself), its hash checked."""
+    folder = directory / FOLDER if (directory / FOLDER).is_dir() else directory
+    path = folder / DESCRIPTION_FILE
+    if not path.is_file():
+        raise InputError(f"{path}: missing; a data or run directory keeps its tokenizer there")
+    codec: Codec
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+        match description["kind"]:
+            case "char":
+                codec = CharCodec(description["alphabet"])
+            case "byte":
+                codec = ByteCodec()
+            case "bpe":
+                ranks = _read_ranks(folder / RANKS_FILE)
+                codec = BpeCodec(ranks, name=description["name"], pattern=description["pattern"])
+            case kind:
+                raise InputError(f"{path}: unknown kind of tokenizer {kind!r}")
+        stated = description["sha256"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: damaged ({type(error).__name__}: {error})") from error
+    if codec.describe()["sha256"] != stated:
+        raise InputError(f"{path}: the tokenizer is not the one its sha256 names; one of its files was altered")
+    return codec
+
+
+def make_codec(name: str, alphabet: str) -> Codec:
+    """The codec for `--tokenizer NAME`: char (over `alphabet`), byte, gpt2, a rank file or a saved folder."""
+    match name:
+        case "char":
+            return CharCodec(alphabet)
+        case "byte":
+            return ByteCodec()
+        case "gpt2":
+            return _gpt2()
+    path = Path(name)
+    if path.is_dir():
+        return load_codec(path)
+    if path.is_file():
+        return BpeCodec(_read_ranks(path), name=path.stem)
+    raise InputError(f"--tokenizer {name}: neither char, byte or gpt2, nor a .tiktoken rank file or tokenizer folder")
+
+
+def _gpt2() -> BpeCodec:
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    except OSError as error:  # requests' errors are OSErrors
+        raise InputError(
+            "--tokenizer gpt2: tiktoken could not download GPT-2's vocabulary "
+            f"({type(error).__name__}); where there is no network set TIKTOKEN_CACHE_DIR to a folder that holds it, "
+            "or give a rank file: --tokenizer gpt2.tiktoken"
+        ) from error
+    return BpeCodec(dict(encoding._mergeable_ranks), name="gpt2")
+
+
+def _read_ranks(path: Path) -> dict[bytes, int]:
+    ranks: dict[bytes, int] = {}
+    if not path.is_file():
+        raise InputError(f"{path}: no such rank file")
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line:
+            continue
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError as error:
+            raise InputError(f"{path}:{number}: not a `base64-token rank` line of a tiktoken rank file") from error
+    return ranks

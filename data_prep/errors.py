@@ -1,0 +1,24 @@
+"""Bad input from a person: one clear line and exit status 2, never a traceback."""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class InputError(ValueError):
+    """What was given, what is needed, and which flag or file to change, in one line."""
+
+
+@contextmanager
+def one_line_errors(program: str) -> Iterator[None]:
+    """Turn an InputError, and what the file system refuses, into one line on stderr and exit status 2.
+
+    Under torchrun every rank meets the same error; only rank 0 prints it.
+    """
+    try:
+        yield
+    except (InputError, OSError) as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{program}: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

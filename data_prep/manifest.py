@@ -1,0 +1,95 @@
+"""manifest.json: what was done to what. Written last, so a directory without one is unfinished."""
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.atomic import write_json_atomically
+from data_prep.errors import InputError
+from data_prep.shards import ShardInfo, TokenStream, open_shard
+
+FORMAT_VERSION = 1
+FILE_NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class SplitInfo:
+    """One split: its shards in order, their totals, and the hash of its tokens as one stream."""
+
+    shards: tuple[ShardInfo, ...]
+    tokens: int
+    documents: int
+    stream_sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """source: files and their hashes; options: what changes the bytes; tokenizer: as `Codec.describe`."""
+
+    source: dict[str, Any]
+    options: dict[str, Any]
+    tokenizer: dict[str, Any]
+    splits: dict[str, SplitInfo]
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of every split's stream: two data sets with the same one hold the same tokens."""
+        text = "".join(f"{name}:{split.stream_sha256}\n" for name, split in sorted(self.splits.items()))
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.tokenizer["vocab_size"])
+
+    def write(self, directory: Path) -> None:
+        write_json_atomically(directory / FILE_NAME, dataclasses.asdict(self) | {"fingerprint": self.fingerprint})
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """The manifest of a finished data directory; InputError says what is missing otherwise."""
+    path = directory / FILE_NAME
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such data directory; make it with data_prep/textfiles.py or set --data.dir")
+    if not path.is_file():
+        raise InputError(f"{directory}: no {FILE_NAME}, so its preparation did not finish; run it again")
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if raw["format_version"] != FORMAT_VERSION:
+            raise InputError(f"{path}: format version {raw['format_version']}; this code reads {FORMAT_VERSION}")
+        splits = {
+            name: SplitInfo(
+                shards=tuple(ShardInfo(**shard) for shard in split["shards"]),
+                tokens=split["tokens"],
+                documents=split["documents"],
+                stream_sha256=split["stream_sha256"],
+            )
+            for name, split in raw["splits"].items()
+        }
+        manifest = Manifest(raw["source"], raw["options"], raw["tokenizer"], splits)
+        stated = raw["fingerprint"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{path}: damaged ({type(error).__name__}: {error}); prepare the data again") from error
+    if stated != manifest.fingerprint:
+        raise InputError(f"{path}: its fingerprint does not fit its splits; prepare the data again")
+    return manifest
+
+
+def open_split(directory: Path, split: str) -> TokenStream:
+    """A split as one stream, every shard's size held against the manifest first."""
+    manifest = read_manifest(directory)
+    if split not in manifest.splits:
+        raise InputError(f"{directory}: has no split {split!r}, only {', '.join(sorted(manifest.splits))}")
+    shards = []
+    for info in manifest.splits[split].shards:
+        path = directory / f"{info.name}.bin"
+        if not path.is_file():
+            raise InputError(f"{path}: missing, though {FILE_NAME} lists it")
+        shard = open_shard(path)
+        if len(shard.tokens) != info.tokens:
+            raise InputError(f"{path}: {len(shard.tokens)} tokens, but {FILE_NAME} says {info.tokens}")
+        shards.append(shard)
+    return TokenStream(shards)

@@ -1,0 +1,44 @@
+"""The embedded corpus: reference text that lies inside every CPython, for a machine without a network.
+
+Two texts: `pydoc_data.topics` (the language reference's help topics, about 465 thousand characters) and the
+docstrings of the standard library (about 1.7 million), read from the source files without importing them.
+Both depend only on the Python version.
+"""
+
+import ast
+import functools
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+
+LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3", "__pycache__"}
+
+
+def topics() -> str:
+    """Every help topic of the language reference, in name order."""
+    from pydoc_data.topics import topics as texts
+
+    return "\n\n".join(texts[name].strip() for name in sorted(texts)) + "\n"
+
+
+@functools.cache  # parsing the library takes seconds, and the preparation reads it twice
+def docstrings() -> str:
+    """Every docstring of the standard library, in the order of its files and of each file's definitions."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    found: list[str] = []
+    for path in sorted(root.rglob("*.py")):
+        if LEFT_OUT.isdisjoint(path.relative_to(root).parts):
+            found.extend(_docstrings_of(path))
+    return "\n\n".join(found) + "\n"
+
+
+def _docstrings_of(path: Path) -> Iterator[str]:
+    try:
+        tree = ast.parse(path.read_bytes())
+    except SyntaxError:  # a few templates in the standard library are not Python
+        return
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            text = ast.get_docstring(node)
+            if text and text.isascii():
+                yield text

@@ -1,0 +1,203 @@
+"""The shard format: llm.c's header and uint16 tokens, plus an index of document starts.
+
+    {split}_{number:06d}.bin   256 little-endian int32, then uint16 tokens
+        [0] 20240520  [1] 1  [2] tokens  [3] vocabulary  [4] EOT id or -1  [5] documents that start here
+    {split}_{number:06d}.idx   little-endian uint64: where in this shard each of those documents starts
+
+Format of the header: llm.c, dev/data/data_common.py (slots 0 to 2; 3 to 5 are ours and 0 there).
+"""
+
+import hashlib
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+import numpy as np
+import numpy.typing as npt
+
+from data_prep.atomic import fsync_directory
+from data_prep.errors import InputError
+
+MAGIC = 20240520
+VERSION = 1
+HEADER_INTS = 256
+HEADER_BYTES = HEADER_INTS * 4
+MAX_VOCAB_SIZE = 2**16  # ids are uint16
+
+Tokens = npt.NDArray[np.uint16]
+Offsets = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class ShardInfo:
+    """What the manifest keeps of one shard. `bytes` and `sha256` are of the .bin, header included."""
+
+    name: str
+    tokens: int
+    documents: int
+    bytes: int
+    sha256: str
+    idx_sha256: str
+
+
+class ShardWriter:
+    """Cuts one split's token stream into shards of exactly `shard_tokens` (the last may be shorter).
+
+    Use as a context manager: `close` runs only when the body succeeded, so an interrupted write leaves
+    temporary files and never a shard that looks finished. After it, `shards` and `stream_sha256` are final.
+    """
+
+    def __init__(
+        self, directory: Path, split: str, *, vocab_size: int, eot_id: int | None, shard_tokens: int
+    ) -> None:
+        if not 0 < vocab_size <= MAX_VOCAB_SIZE:
+            raise InputError(f"vocabulary of {vocab_size} does not fit uint16 shards (at most {MAX_VOCAB_SIZE})")
+        if not 0 < shard_tokens < 2**31:
+            raise InputError(f"--shard-tokens {shard_tokens} must be between 1 and {2**31 - 1}")
+        self.directory = directory
+        self.split = split
+        self.shards: list[ShardInfo] = []
+        self._vocab_size = vocab_size
+        self._eot_id = eot_id
+        self._shard_tokens = shard_tokens
+        self._blocks: list[Tokens] = []
+        self._starts: list[Offsets] = []
+        self._buffered = 0
+        self._stream_hash = hashlib.sha256()
+
+    def append(self, tokens: npt.NDArray[np.integer], document_starts: Sequence[int] = ()) -> None:
+        """Append tokens [n] to the stream; `document_starts` are the offsets in them at which documents begin."""
+        if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._vocab_size:
+            raise InputError(f"token id {int(tokens.max())} is outside the vocabulary of {self._vocab_size}")
+        ids = tokens.astype("<u2")
+        starts = np.asarray(document_starts, dtype=np.int64)
+        self._stream_hash.update(ids.tobytes())
+        taken = 0
+        while taken < len(ids):
+            room = self._shard_tokens - self._buffered
+            block = ids[taken : taken + room]
+            inside = starts[(starts >= taken) & (starts < taken + len(block))]
+            self._starts.append(inside - taken + self._buffered)
+            self._blocks.append(block)
+            self._buffered += len(block)
+            taken += len(block)
+            if self._buffered == self._shard_tokens:
+                self._write_shard()
+
+    def close(self) -> None:
+        """Write what is left as the last, shorter shard."""
+        if self._buffered:
+            self._write_shard()
+
+    @property
+    def stream_sha256(self) -> str:
+        """Hash of the tokens alone, the same however the stream is cut into shards."""
+        return self._stream_hash.hexdigest()
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None:
+            self.close()
+
+    def _write_shard(self) -> None:
+        name = f"{self.split}_{len(self.shards):06d}"
+        starts = np.concatenate(self._starts).astype("<u8")
+        header = np.zeros(HEADER_INTS, dtype="<i4")
+        eot = -1 if self._eot_id is None else self._eot_id
+        header[:6] = MAGIC, VERSION, self._buffered, self._vocab_size, eot, len(starts)
+        bin_hash = _write_durably(self.directory / f"{name}.bin", [header.tobytes(), *self._blocks])
+        idx_hash = _write_durably(self.directory / f"{name}.idx", [starts.tobytes()])
+        self.shards.append(
+            ShardInfo(
+                name=name,
+                tokens=self._buffered,
+                documents=len(starts),
+                bytes=HEADER_BYTES + 2 * self._buffered,
+                sha256=bin_hash,
+                idx_sha256=idx_hash,
+            )
+        )
+        self._blocks, self._starts, self._buffered = [], [], 0
+
+
+def _write_durably(path: Path, blocks: Iterable[bytes | Tokens]) -> str:
+    digest = hashlib.sha256()
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        for block in blocks:
+            data = block if isinstance(block, bytes) else block.tobytes()
+            digest.update(data)
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    fsync_directory(path.parent)
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One shard, memory-mapped. tokens: uint16 [num_tokens]."""
+
+    path: Path
+    tokens: Tokens
+    vocab_size: int
+    eot_id: int | None
+    documents: int
+
+    def document_starts(self) -> npt.NDArray[np.uint64]:
+        """Offsets in `tokens` at which documents start, from the .idx beside the shard: uint64 [documents]."""
+        return np.fromfile(self.path.with_suffix(".idx"), dtype="<u8")
+
+
+def open_shard(path: Path) -> Shard:
+    """Map a shard of ours, or one of llm.c's (whose vocabulary and document slots are 0).
+
+    Raises InputError, naming the file, when it is no shard or its size does not fit its header.
+    """
+    size = path.stat().st_size
+    if size < HEADER_BYTES:
+        raise InputError(f"{path}: {size} bytes is too short for a shard's header of {HEADER_BYTES}")
+    header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
+    magic, version, num_tokens, vocab_size, eot_id, documents = (int(number) for number in header[:6])
+    if magic != MAGIC or version != VERSION:
+        raise InputError(f"{path}: not a token shard (header {magic}, {version}; expected {MAGIC}, {VERSION})")
+    expected = HEADER_BYTES + 2 * num_tokens
+    if size != expected:
+        raise InputError(f"{path}: truncated or altered: {size} bytes, but its header's {num_tokens} tokens make {expected}")
+    tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(num_tokens,))
+    is_ours = vocab_size > 0
+    return Shard(path, tokens, vocab_size, eot_id if is_ours and eot_id >= 0 else None, documents)
+
+
+class TokenStream:
+    """One split as one stream of tokens across its shards; slicing crosses shard borders."""
+
+    def __init__(self, shards: Sequence[Shard]) -> None:
+        self._shards = list(shards)
+        lengths = [len(shard.tokens) for shard in self._shards]
+        self._ends = np.cumsum(lengths, dtype=np.int64)
+        self._num_tokens = sum(lengths)
+
+    def __len__(self) -> int:
+        return self._num_tokens
+
+    def read(self, start: int, stop: int) -> Tokens:
+        """Tokens [start, stop) as uint16 [stop - start]; must lie within the stream."""
+        assert 0 <= start <= stop <= self._num_tokens, (start, stop, self._num_tokens)
+        first = int(np.searchsorted(self._ends, start, side="right"))
+        pieces: list[Tokens] = []
+        for shard, end in zip(self._shards[first:], self._ends[first:], strict=True):
+            if start >= stop:
+                break
+            begin = int(end) - len(shard.tokens)
+            piece = shard.tokens[start - begin : stop - begin]
+            pieces.append(piece)
+            start += len(piece)
+        return np.concatenate(pieces) if len(pieces) != 1 else np.asarray(pieces[0])
