@@ -26,9 +26,7 @@ DESCRIPTION_FILE = "codec.json"
 RANKS_FILE = "ranks.tiktoken"
 EOT = "<|endoftext|>"
 # GPT-2's split pattern in the possessive form that tiktoken ships (openai_public.py, r50k_pat_str).
-GPT2_PATTERN = (
-    r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-)
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 
 Ids = npt.NDArray[np.integer]
 
@@ -100,7 +98,13 @@ class CharCodec:
 
     def describe(self) -> dict[str, Any]:
         sha256 = hashlib.sha256(self.itos.encode("utf-8")).hexdigest()
-        return {"kind": "char", "vocab_size": self.vocab_size, "eot_id": None, "sha256": sha256, "alphabet": self.itos}
+        return {
+            "kind": "char",
+            "vocab_size": self.vocab_size,
+            "eot_id": None,
+            "sha256": sha256,
+            "alphabet": self.itos,
+        }
 
     def save(self, directory: Path) -> None:
         _save_description(self, directory)
@@ -141,7 +145,9 @@ class BpeCodec:
         if sorted(ranks.values()) != list(range(len(ranks))):
             raise InputError(f"{name}: its ranks are not 0 to {len(ranks) - 1}, each once")
         if len(ranks) + 1 > MAX_VOCAB_SIZE:
-            raise InputError(f"{name}: vocabulary of {len(ranks) + 1} does not fit uint16 ids (at most {MAX_VOCAB_SIZE})")
+            raise InputError(
+                f"{name}: vocabulary of {len(ranks) + 1} does not fit uint16 ids (at most {MAX_VOCAB_SIZE})"
+            )
         missing = [byte for byte in range(256) if bytes([byte]) not in ranks]
         if missing:
             raise InputError(f"{name}: no rank for byte {missing[0]}, so some text could not be encoded")

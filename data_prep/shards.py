@@ -49,9 +49,7 @@ class ShardWriter:
     temporary files and never a shard that looks finished. After it, `shards` and `stream_sha256` are final.
     """
 
-    def __init__(
-        self, directory: Path, split: str, *, vocab_size: int, eot_id: int | None, shard_tokens: int
-    ) -> None:
+    def __init__(self, directory: Path, split: str, *, vocab_size: int, eot_id: int | None, shard_tokens: int) -> None:
         if not 0 < vocab_size <= MAX_VOCAB_SIZE:
             raise InputError(f"vocabulary of {vocab_size} does not fit uint16 shards (at most {MAX_VOCAB_SIZE})")
         if not 0 < shard_tokens < 2**31:
@@ -170,7 +168,9 @@ def open_shard(path: Path) -> Shard:
         raise InputError(f"{path}: not a token shard (header {magic}, {version}; expected {MAGIC}, {VERSION})")
     expected = HEADER_BYTES + 2 * num_tokens
     if size != expected:
-        raise InputError(f"{path}: truncated or altered: {size} bytes, but its header's {num_tokens} tokens make {expected}")
+        raise InputError(
+            f"{path}: truncated or altered: {size} bytes, but its header's {num_tokens} tokens make {expected}"
+        )
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(num_tokens,))
     is_ours = vocab_size > 0
     return Shard(path, tokens, vocab_size, eot_id if is_ours and eot_id >= 0 else None, documents)

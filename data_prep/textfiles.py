@@ -107,9 +107,7 @@ def survey(texts: list[Text]) -> Survey:
         if not content:
             raise InputError(f"{text.name}: empty; leave it out of --input")
         data = content.encode("utf-8")
-        files.append(
-            {"name": Path(text.name).name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        )
+        files.append({"name": Path(text.name).name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
         characters.update(content)
         num_characters += len(content)
     return Survey(num_characters, "".join(sorted(characters)), files)

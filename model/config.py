@@ -5,8 +5,6 @@ from typing import Annotated
 
 import tyro
 
-from data_prep.errors import InputError
-
 VOCAB_MULTIPLE = 64  # a matrix side that tensor cores like: 50,257 -> 50,304 (nanoGPT, build-nanogpt)
 
 
@@ -59,10 +57,3 @@ NAMED_SHAPES = {
     "gpt2-large": ModelConfig(num_layers=36, num_heads=20, width=1280),
     "gpt2-xl": ModelConfig(num_layers=48, num_heads=25, width=1600),
 }
-
-
-def named_shape(name: str) -> ModelConfig:
-    """One of NAMED_SHAPES; InputError lists them otherwise."""
-    if name not in NAMED_SHAPES:
-        raise InputError(f"no shape {name!r}; there are {', '.join(NAMED_SHAPES)}")
-    return NAMED_SHAPES[name]

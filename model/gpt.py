@@ -124,7 +124,11 @@ class GPT(nn.Module):
 
 
 def build_model(
-    config: ModelConfig, *, seed: int, device: torch.device | str = "cpu", compute_dtype: torch.dtype = torch.float32
+    config: ModelConfig,
+    *,
+    seed: int,
+    device: torch.device | str = "cpu",
+    compute_dtype: torch.dtype = torch.float32,
 ) -> GPT:
     """A GPT with its initial weights, which depend on the config and the seed alone."""
     with torch.device("meta"):

@@ -16,7 +16,9 @@ VOCAB_KEYS = ("transformer.wte.weight", "lm_head.weight")
 
 def to_hugging_face(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
     """Our tensors as GPT2LMHeadModel.load_state_dict takes them: transposed back, padding cut off."""
-    return {name: _transposed(name, tensor)[: _rows(name, tensor, config.vocab_size)] for name, tensor in state_dict.items()}
+    return {
+        name: _transposed(name, tensor)[: _rows(name, tensor, config.vocab_size)] for name, tensor in state_dict.items()
+    }
 
 
 def from_hugging_face(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -24,7 +26,11 @@ def from_hugging_face(state_dict: Mapping[str, Tensor], config: ModelConfig) -> 
     ours = {}
     for name, tensor in state_dict.items():
         padding = config.padded_vocab_size - tensor.shape[0] if name in VOCAB_KEYS else 0
-        ours[name] = torch.nn.functional.pad(_transposed(name, tensor), (0, 0, 0, padding)) if padding else _transposed(name, tensor)
+        ours[name] = (
+            torch.nn.functional.pad(_transposed(name, tensor), (0, 0, 0, padding))
+            if padding
+            else _transposed(name, tensor)
+        )
     return ours
 
 

@@ -1,0 +1,214 @@
+"""Run directory or checkpoint -> model and codec: the read side of the checkpoint format.
+
+    RUN/checkpoints/step_00000500/
+        *.distcp, .metadata   torch.distributed.checkpoint of model.* and optimizer.*
+        state.json            progress, configuration, data fingerprint, random state, versions
+        SHA256SUMS            of all of these, as `sha256sum -c SHA256SUMS` reads it
+
+A directory with such a name is complete: it was written elsewhere and renamed. Nothing in it can run code:
+hashes are checked first, and DCP's pickled .metadata is read through an allow-list.
+"""
+
+import io
+import json
+import pickle
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from data_prep.atomic import sha256_of_file
+from data_prep.codec import Codec, load_codec
+from data_prep.errors import InputError
+from model.config import ModelConfig
+from model.gpt import GPT
+
+CHECKPOINTS = "checkpoints"
+STATE_FILE = "state.json"
+SUMS_FILE = "SHA256SUMS"
+STEP_NAME = re.compile(r"step_(\d{8,})")
+TIED_NAME = "lm_head.weight"  # the same parameter as transformer.wte.weight, saved once
+
+
+def step_of(checkpoint: Path) -> int:
+    """500 for .../step_00000500; InputError for any other name."""
+    match = STEP_NAME.fullmatch(checkpoint.name)
+    if not match:
+        raise InputError(f"{checkpoint}: not a checkpoint; their folders are named step_00000500")
+    return int(match[1])
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first, sound or not."""
+    folder = run_dir / CHECKPOINTS
+    found = [path for path in folder.iterdir() if STEP_NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found, key=step_of)
+
+
+def fault_of(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, in one line; None when every hash is as it was written."""
+    try:
+        lines = (checkpoint / SUMS_FILE).read_text(encoding="ascii").splitlines()
+        sums = dict(reversed(line.split("  ", 1)) for line in lines)
+    except FileNotFoundError:
+        return f"{checkpoint}: {SUMS_FILE} is missing"
+    except (UnicodeDecodeError, ValueError):
+        return f"{checkpoint}: {SUMS_FILE} is damaged"
+    present = {path.name for path in checkpoint.iterdir()} - {SUMS_FILE}
+    if STATE_FILE not in sums or present != set(sums):
+        odd = ", ".join(sorted(present ^ set(sums))) or STATE_FILE
+        return f"{checkpoint}: its files are not those of {SUMS_FILE}: {odd}"
+    for name, sha256 in sums.items():
+        if sha256_of_file(checkpoint / name) != sha256:
+            return f"{checkpoint}: {name} is damaged (its sha256 is not the one in {SUMS_FILE})"
+    return None
+
+
+def newest_sound(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose hashes hold, and the faults of the newer ones that were passed over."""
+    faults = []
+    for checkpoint in reversed(list_checkpoints(run_dir)):
+        fault = fault_of(checkpoint)
+        if fault is None:
+            return checkpoint, faults
+        faults.append(fault)
+    return None, faults
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """state.json of a checkpoint."""
+    path = checkpoint / STATE_FILE
+    try:
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: damaged ({error})") from error
+    return state
+
+
+class AllowListUnpickler(pickle.Unpickler):
+    """Builds DCP's description of tensors, and refuses every other name before it is imported."""
+
+    ALLOWED = frozenset(
+        {
+            ("torch.distributed.checkpoint.metadata", name)
+            for name in (
+                "ChunkStorageMetadata",
+                "Metadata",
+                "MetadataIndex",
+                "StorageMeta",
+                "TensorProperties",
+                "TensorStorageMetadata",
+                "_MEM_FORMAT_ENCODING",
+            )
+        }
+        | {
+            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+            ("torch.serialization", "_get_layout"),
+            ("torch", "Size"),
+            ("pathlib", "Path"),
+            ("pathlib", "PosixPath"),
+            ("pathlib", "WindowsPath"),
+        }
+        | {("torch", name) for name in ("float32", "bfloat16", "float16", "float64", "int64", "uint8")}
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
+        return super().find_class(module, name)
+
+
+class SafeReader(dcp.FileSystemReader):
+    """DCP's reader with its pickle replaced by the allow-list, and for tensors only."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        path = Path(self.path) / ".metadata"
+        try:
+            metadata = AllowListUnpickler(io.BytesIO(path.read_bytes())).load()
+        except (
+            pickle.UnpicklingError,
+            EOFError,
+            AttributeError,
+            ValueError,
+            TypeError,
+            IndexError,
+            KeyError,
+        ) as error:
+            raise InputError(f"{path}: refused: {error}") from error
+        entries = metadata.state_dict_metadata.values() if isinstance(metadata, Metadata) else [None]
+        if not all(isinstance(entry, TensorStorageMetadata) for entry in entries):
+            raise InputError(f"{path}: refused: a checkpoint holds tensors only")
+        assert metadata.storage_meta is not None
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def read_tensors(checkpoint: Path, into: dict[str, Tensor]) -> None:
+    """Fill the tensors of `into`, plain or sharded, from a checkpoint of any layout. Collective if there is a group."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        try:
+            dcp.load(dict(into), storage_reader=SafeReader(checkpoint), no_dist=not dist.is_initialized())
+        except (CheckpointException, RuntimeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            cause = str(error).strip().splitlines()[-1]
+            raise InputError(f"{checkpoint}: its tensors do not fit this model: {cause}") from error
+
+
+def model_tensors(model: GPT) -> dict[str, Tensor]:
+    """The model's tensors by their names in a checkpoint."""
+    return {f"model.{name}": tensor for name, tensor in model.state_dict().items() if name != TIED_NAME}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A model in eval mode with its tokenizer, the step it stands at, and where it came from."""
+
+    model: GPT
+    codec: Codec
+    step: int
+    checkpoint: Path
+
+
+def load_trained(path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Trained:
+    """The newest sound checkpoint of a run directory, or the checkpoint at `path` itself.
+
+    The model computes in `dtype`; its weights are fp32. Raises InputError in one line for anything unusable.
+    """
+    if not path.is_dir():
+        raise InputError(f"{path}: no such run directory or checkpoint")
+    if STEP_NAME.fullmatch(path.name):
+        checkpoint, fault = path, fault_of(path)
+        if fault is not None:
+            raise InputError(fault)
+    else:
+        newest, faults = newest_sound(path)
+        if newest is None:
+            raise InputError("; ".join(faults) or f"{path}: no checkpoint in it yet")
+        checkpoint = newest
+    model = GPT(model_config(read_state(checkpoint), checkpoint), compute_dtype=dtype)
+    read_tensors(checkpoint, model_tensors(model))
+    codec = load_codec(checkpoint.parents[1])
+    if codec.vocab_size != model.config.vocab_size:
+        raise InputError(
+            f"{path}: its tokenizer has {codec.vocab_size} ids, its model {model.config.vocab_size}; they do not belong together"
+        )
+    return Trained(model.to(device).eval(), codec, step_of(checkpoint), checkpoint)
+
+
+def model_config(state: Mapping[str, Any], checkpoint: Path) -> ModelConfig:
+    """The shape that a checkpoint's state.json records."""
+    try:
+        return ModelConfig(**state["config"]["model"])
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{checkpoint / STATE_FILE}: no model of this code: {error}") from error

@@ -1,0 +1,132 @@
+"""(stream of tokens, position) -> this rank's batches. The position is the loop's; nothing is kept here.
+
+One split is one stream. Window i is its tokens [iT, iT+T]: neighbours share one token and none is lost. Each
+epoch is a permutation of the windows that is computed, not stored: O(1) to seek, no table on any rank.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from data_prep.errors import InputError
+from data_prep.shards import TokenStream
+from train.config import Config
+
+Indices = npt.NDArray[np.uint64]
+NUM_ROUNDS = 6  # of the Feistel network; Luby & Rackoff 1988 need 4 for a strong pseudorandom permutation
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """One step's windows, over ranks and micro-batches: windows = world x accumulation x micro_batch."""
+
+    windows: int
+    windows_per_rank: int
+    micro_batch: int
+    accumulation: int
+
+
+def plan_batches(config: Config, world: int) -> BatchPlan:
+    """How `world` processes share the global batch; InputError names the nearest values that fit."""
+    windows, seq_len = config.windows_per_step, config.train.seq_len
+    if windows % world:
+        worlds = [n for n in range(1, windows + 1) if windows % n == 0]
+        nearest_world = min(worlds, key=lambda n: abs(n - world))
+        lower = windows // world * world
+        nearest_tokens = [n * seq_len for n in (lower, lower + world) if n]
+        raise InputError(
+            f"--train.batch-tokens {config.train.batch_tokens} is {windows} windows of {seq_len}, which {world} "
+            f"processes do not share evenly; try {nearest_world} processes, or --train.batch-tokens "
+            f"{' or '.join(str(n) for n in nearest_tokens)}"
+        )
+    per_rank = windows // world
+    micro_batch = min(config.train.micro_batch, per_rank)
+    if per_rank % micro_batch:
+        fitting = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
+        nearest = min(fitting, key=lambda n: abs(n - micro_batch))
+        raise InputError(
+            f"--train.batch-tokens {config.train.batch_tokens} is not divisible by micro_batch {micro_batch} x "
+            f"seq_len {seq_len} x {world} ranks = {micro_batch * seq_len * world}; try --train.micro-batch {nearest}"
+        )
+    return BatchPlan(windows, per_rank, micro_batch, per_rank // micro_batch)
+
+
+def permute(indices: Indices, count: int, key: int) -> Indices:
+    """A pseudorandom permutation of range(count), evaluated at `indices`: uint64 [n] -> uint64 [n].
+
+    A balanced Feistel network over the least even number of bits that holds `count`, walked along its cycle
+    until it lands inside (Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains"): at most 4 walks
+    on average.
+    """
+    assert len(indices) == 0 or int(indices.max()) < count
+    half_bits = np.uint64(max(1, (max(count - 1, 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half_bits)) - 1)
+    round_keys = _mix(np.arange(1, NUM_ROUNDS + 1, dtype=np.uint64) + _mix(np.array([key % 2**64], dtype=np.uint64)))
+    result = indices.copy()
+    outside = np.ones(len(result), dtype=bool)
+    while outside.any():
+        left, right = result[outside] >> half_bits, result[outside] & mask
+        for round_key in round_keys:
+            left, right = right, left ^ (_mix(right + round_key) & mask)
+        result[outside] = (left << half_bits) | right
+        outside = result >= np.uint64(count)
+    return result
+
+
+def _mix(x: Indices) -> Indices:
+    """splitmix64's finaliser (Steele, Lea & Flood 2014, figure 15), modulo 2^64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+class Windows:
+    """A split cut into windows of seq_len + 1 tokens, served in the order of (seed, epoch)."""
+
+    def __init__(self, stream: TokenStream, seq_len: int, seed: int) -> None:
+        self._stream = stream
+        self._seq_len = seq_len
+        self._seed = seed
+        self.count = (len(stream) - 1) // seq_len
+        if self.count < 1:
+            raise InputError(
+                f"the training split has {len(stream)} tokens, less than one window of --train.seq-len {seq_len} + 1"
+            )
+
+    def ids_at(self, position: int, num_windows: int) -> list[int]:
+        """Which windows stand at positions [position, position + num_windows), epochs following one another."""
+        ids: list[int] = []
+        while num_windows:
+            epoch, offset = divmod(position, self.count)
+            taken = min(num_windows, self.count - offset)
+            places = np.arange(offset, offset + taken, dtype=np.uint64)
+            ids.extend(permute(places, self.count, key=(self._seed << 32) + epoch).tolist())
+            position += taken
+            num_windows -= taken
+        return ids
+
+    def read(self, ids: list[int]) -> tuple[Tensor, Tensor]:
+        """Windows -> inputs_BT, targets_BT (targets are the inputs, one token on), int64 on the CPU."""
+        T = self._seq_len
+        rows = np.stack([self._stream.read(i * T, i * T + T + 1) for i in ids]).astype(np.int64)
+        rows_BT1 = torch.from_numpy(rows)
+        return rows_BT1[:, :-1].contiguous(), rows_BT1[:, 1:].contiguous()
+
+    def micro_batches(
+        self, position: int, plan: BatchPlan, rank: int, device: torch.device
+    ) -> list[tuple[Tensor, Tensor]]:
+        """This rank's part of the step at `position`: its contiguous block of windows, micro-batches in order."""
+        ids = self.ids_at(position + rank * plan.windows_per_rank, plan.windows_per_rank)
+        batches = []
+        for start in range(0, len(ids), plan.micro_batch):
+            inputs_BT, targets_BT = self.read(ids[start : start + plan.micro_batch])
+            batches.append((to_device(inputs_BT, device), to_device(targets_BT, device)))
+        return batches
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy without making the host wait: through pinned memory where there is a GPU."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor

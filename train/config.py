@@ -1,0 +1,252 @@
+"""The configuration: frozen dataclasses, one `parse`, and every cross-check, reported all at once."""
+
+import dataclasses
+import difflib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+
+from data_prep.errors import InputError
+from model.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    dir: Path = Path("data/fineweb_edu_10B")
+    """Data directory, as data_prep/ makes it."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    seq_len: int = 1024
+    """Tokens per window; also the model's context."""
+    steps: int = 19_073
+    """Optimizer steps."""
+    tokens: int | None = None
+    """Training length in tokens, in place of --train.steps (rounded down to whole steps)."""
+    batch_tokens: int = 524_288
+    """Tokens per step over all processes, whatever their number."""
+    micro_batch: int = 16
+    """Most windows of one process's forward pass; accumulation makes up the rest."""
+    dtype: Literal["bf16", "fp32"] = "bf16"
+    """Of the activations and matrix products. Weights, gradients and their reduction are fp32."""
+    compile: bool = True
+    """torch.compile, block by block."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    name: Literal["adamw"] = "adamw"
+    """The optimizer."""
+    lr_peak: float = 6e-4
+    """Learning rate after warm-up."""
+    lr_final: float = 0.0
+    """Learning rate at the end of the cosine."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """Course of the learning rate after warm-up."""
+    warmup_steps: int = 700
+    """Steps of linear warm-up."""
+    beta1: float = 0.9
+    """Decay of the first moment."""
+    beta2: float = 0.95
+    """Decay of the second moment."""
+    epsilon: float = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: float = 0.1
+    """Decoupled decay of matrices and embeddings; biases and norms have none."""
+    clip_norm: float | None = 1.0
+    """Largest global gradient norm; None for no clipping."""
+
+
+@dataclass(frozen=True)
+class ValidateConfig:
+    every: int | None = 250
+    """Steps between validations, beside the first and the last; None for no validation at all."""
+    tokens: int | None = 10_485_760
+    """Validation tokens, from the start of the split and the same each time; None for all of them."""
+
+
+@dataclass(frozen=True)
+class SaveConfig:
+    every: int = 1000
+    """Steps between checkpoints, beside the last."""
+    keep: int = 2
+    """Newest checkpoints to keep."""
+    keep_every: int | None = None
+    """Also keep every checkpoint whose step this divides."""
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    mode: Literal["auto", "none", "ddp"] = "auto"
+    """auto: DDP when there are several processes, else none."""
+
+
+@dataclass(frozen=True)
+class TrackConfig:
+    every: int = 10
+    """Steps between rows in metrics.jsonl and on the console."""
+
+
+@dataclass(frozen=True)
+class Config:
+    """Train a GPT. The same command line again continues the run."""
+
+    preset: Annotated[str, tyro.conf.Suppress] = "gpt2-small"
+    run_dir: Path | None = None
+    """Run directory; None: runs/PRESET."""
+    seed: int = 1337
+    """Of the initial weights and the order of the data."""
+    resume: bool = True
+    """Continue from the newest sound checkpoint; --no-resume refuses a run directory that has one."""
+    dry_run: bool = False
+    """Print the run card and stop."""
+    data: DataConfig = field(default_factory=DataConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    validate: ValidateConfig = field(default_factory=ValidateConfig)
+    save: SaveConfig = field(default_factory=SaveConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
+    track: TrackConfig = field(default_factory=TrackConfig)
+
+    @property
+    def directory(self) -> Path:
+        return self.run_dir or Path("runs") / self.preset
+
+    @property
+    def windows_per_step(self) -> int:
+        """The global batch in windows of seq_len tokens."""
+        return self.train.batch_tokens // self.train.seq_len
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain values, as config.json and checkpoints hold them."""
+        return dataclasses.asdict(self, dict_factory=_plain)
+
+
+def _plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    return {name: str(value) if isinstance(value, Path) else value for name, value in pairs}
+
+
+def parse(args: Sequence[str], presets: dict[str, Config]) -> Config:
+    """`[PRESET] [--section.field value ...]` -> a resolved Config; every fault in one InputError."""
+    name, flags = ("gpt2-small", list(args)) if not args or args[0].startswith("-") else (args[0], list(args[1:]))
+    if name not in presets:
+        raise InputError(f"no preset {name!r}{_suggestion(name, presets)}; there are {', '.join(presets)}")
+    preset = presets[name]
+    config, unknown = tyro.cli(
+        Config,
+        prog=f"train/main.py {name}",
+        args=flags,
+        default=preset,
+        return_unknown_args=True,
+    )
+    if unknown:
+        known = _flags_of(Config)
+        raise InputError("; ".join(f"unknown {flag!r}{_suggestion(flag.split('=')[0], known)}" for flag in unknown))
+    faults = faults_of(config)
+    if config.train.tokens is not None and config.train.steps != preset.train.steps:
+        faults.append("--train.steps and --train.tokens both set the length of the run; give one")
+    if faults:
+        raise InputError("\n  ".join([f"{len(faults)} faults:", *faults]) if len(faults) > 1 else faults[0])
+    return resolve(config)
+
+
+def resolve(config: Config) -> Config:
+    """Fill in what follows from other fields: the steps from the tokens, the context from the window."""
+    train = config.train
+    if train.tokens is not None:
+        train = dataclasses.replace(train, steps=train.tokens // train.batch_tokens, tokens=None)
+    model = dataclasses.replace(config.model, context_len=train.seq_len)
+    return dataclasses.replace(config, train=train, model=model)
+
+
+def with_vocabulary(config: Config, vocab_size: int) -> Config:
+    """The config for a data set: its vocabulary is the model's."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
+
+
+def faults_of(config: Config) -> list[str]:
+    """Everything wrong with the values themselves: value, rule and flag, one line each."""
+    train, optim = config.train, config.optim
+    at_least_one = {
+        "--train.seq-len": train.seq_len,
+        "--train.steps": train.steps,
+        "--train.batch-tokens": train.batch_tokens,
+        "--train.micro-batch": train.micro_batch,
+        "--save.every": config.save.every,
+        "--save.keep": config.save.keep,
+        "--save.keep-every": config.save.keep_every,
+        "--validate.every": config.validate.every,
+        "--validate.tokens": config.validate.tokens,
+        "--track.every": config.track.every,
+    }
+    faults = [
+        f"{flag} {value} must be at least 1" for flag, value in at_least_one.items() if value is not None and value < 1
+    ]
+    faults += config.model.faults()
+    if train.seq_len > 0 and train.batch_tokens > 0 and train.batch_tokens % train.seq_len:
+        lower = train.batch_tokens // train.seq_len * train.seq_len
+        nearest = " or ".join(str(n) for n in (lower, lower + train.seq_len) if n)
+        faults.append(
+            f"--train.batch-tokens {train.batch_tokens} is not divisible by --train.seq-len {train.seq_len}; try {nearest}"
+        )
+    if train.tokens is not None and train.tokens < train.batch_tokens:
+        faults.append(
+            f"--train.tokens {train.tokens} is less than one step of --train.batch-tokens {train.batch_tokens}"
+        )
+    at_least_zero = {
+        "--optim.lr-final": optim.lr_final,
+        "--optim.warmup-steps": optim.warmup_steps,
+        "--optim.weight-decay": optim.weight_decay,
+        "--seed": config.seed,
+    }
+    faults += [f"{flag} {value} must not be negative" for flag, value in at_least_zero.items() if value < 0]
+    more_than_zero = {
+        "--optim.lr-peak": optim.lr_peak,
+        "--optim.epsilon": optim.epsilon,
+        "--optim.clip-norm": optim.clip_norm,
+    }
+    faults += [
+        f"{flag} {value} must be more than 0"
+        for flag, value in more_than_zero.items()
+        if value is not None and not value > 0
+    ]
+    for flag, value in {"--optim.beta1": optim.beta1, "--optim.beta2": optim.beta2}.items():
+        if not 0 <= value < 1:
+            faults.append(f"{flag} {value} must lie in [0, 1)")
+    return faults
+
+
+def settings_without_effect(config: Config) -> list[str]:
+    """What was set and does nothing here, one line each, for a warning."""
+    said = []
+    if config.optim.schedule == "constant" and config.optim.lr_final:
+        said.append(f"--optim.lr-final {config.optim.lr_final} has no effect with --optim.schedule constant")
+    if config.optim.warmup_steps >= config.train.steps:
+        said.append(
+            f"--optim.warmup-steps {config.optim.warmup_steps} is not shorter than the run of "
+            f"{config.train.steps} steps: the learning rate never reaches its peak"
+        )
+    return said
+
+
+def _flags_of(kind: Any, prefix: str = "--") -> list[str]:
+    flags = []
+    for item in dataclasses.fields(kind):
+        flag = prefix + item.name.replace("_", "-")
+        if dataclasses.is_dataclass(item.type):
+            flags += _flags_of(item.type, flag + ".")
+        elif item.type is bool:
+            flags += [flag, prefix + "no-" + item.name.replace("_", "-")]
+        else:
+            flags.append(flag)
+    return flags
+
+
+def _suggestion(given: str, known: Sequence[str] | dict[str, Config]) -> str:
+    near = difflib.get_close_matches(given, list(known), n=1)
+    return f" (did you mean {near[0]}?)" if near else ""

@@ -1,0 +1,120 @@
+"""One writer per run directory: a lock file with host, pid, job and a heartbeat."""
+
+import json
+import os
+import socket
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import InputError
+
+FILE_NAME = "lock.json"
+HEARTBEAT_SECONDS = 10.0
+DEAD_AFTER_SECONDS = 60.0  # without a heartbeat, for a holder on another host
+
+
+class RunLock:
+    """Held by rank 0 from `acquire` to `release`. A dead holder's lock is taken over, a living one's never.
+
+    On the same host a holder lives while its pid runs (and was started when the lock says, since pids are used
+    again); on another host while the file's time of change moves on.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / FILE_NAME
+        self._stop = threading.Event()
+        self._me: dict[str, Any] = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": _start_time(os.getpid()),
+            "job": os.environ.get("SLURM_JOB_ID"),
+        }
+
+    def acquire(self) -> None:
+        """Take the lock, or raise InputError that names the holder."""
+        while not self._create():
+            try:
+                text = self._path.read_text(encoding="utf-8")
+                age = time.time() - self._path.stat().st_mtime
+            except FileNotFoundError:
+                continue  # released meanwhile
+            if _is_alive(text, age):
+                raise InputError(
+                    f"{self._path.parent}: another process is training here ({_describe(text)}); {self._path}"
+                )
+            self._remove_dead(text)
+        threading.Thread(target=self._beat, name="lock-heartbeat", daemon=True).start()
+
+    def release(self) -> None:
+        self._stop.set()
+        self._path.unlink(missing_ok=True)
+
+    def _create(self) -> bool:
+        mine = self._path.with_name(f".{FILE_NAME}.{self._me['host']}.{self._me['pid']}")
+        mine.write_text(json.dumps(self._me) + "\n", encoding="utf-8")
+        try:
+            os.link(mine, self._path)  # atomic, with its content, also on NFS
+        except FileExistsError:
+            return False
+        finally:
+            mine.unlink()
+        return True
+
+    def _remove_dead(self, text: str) -> None:
+        """Move the dead lock aside; if a rival has put a new one in its place meanwhile, give that one back."""
+        aside = self._path.with_name(f".{FILE_NAME}.dead.{self._me['host']}.{self._me['pid']}")
+        try:
+            self._path.rename(aside)
+        except FileNotFoundError:
+            return
+        if aside.read_text(encoding="utf-8") != text:
+            os.link(aside, self._path)
+        aside.unlink()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_SECONDS):
+            try:
+                os.utime(self._path)
+            except FileNotFoundError:
+                return  # released
+
+
+def _is_alive(text: str, age_seconds: float) -> bool:
+    try:
+        holder = json.loads(text)
+        if holder["host"] == socket.gethostname():
+            return holder["started"] is not None and _start_time(int(holder["pid"])) == holder["started"]
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+        pass  # not a lock of ours: its age decides
+    return age_seconds < DEAD_AFTER_SECONDS
+
+
+def _start_time(pid: int) -> str | None:
+    """When a process of this host started, in the kernel's ticks; None if there is no such process.
+
+    Field 22 of /proc/PID/stat (proc(5)); a zombie counts as gone. Without /proc, a fixed mark while it runs.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+        return None if fields[0] == "Z" else fields[19]
+    except FileNotFoundError:
+        if Path("/proc/self/stat").exists():
+            return None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return "running"
+
+
+def _describe(text: str) -> str:
+    try:
+        holder = json.loads(text)
+        job = f", job {holder['job']}" if holder["job"] else ""
+        return f"pid {holder['pid']} on {holder['host']}{job}"
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return text.strip()[:80]

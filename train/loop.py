@@ -1,0 +1,222 @@
+"""The step and its calendar, read top to bottom.
+
+A step enqueues its work and returns; the host reads the results (loss, norm, finiteness, stop request) one
+step later, all in one copy and alike on every rank, so that no step waits for the host.
+"""
+
+import time
+from collections import deque
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from model.gpt import GPT
+from train import optim, parallel, saves, validate
+from train.batches import BatchPlan, Windows
+from train.config import Config
+from train.losses import summed_cross_entropy
+from train.mesh import Mesh
+from train.meters import Meters
+from train.run_dir import RunDirectory
+from train.saves import Progress
+from train.sinks import Sinks
+from train.stops import Stops
+
+
+class NonFiniteError(RuntimeError):
+    """A step's loss or gradient was not finite. Its update was not made."""
+
+
+@dataclass
+class Run:
+    """What a run is made of. `module` is what trains: `model` itself, or `model` wrapped for many processes."""
+
+    config: Config
+    mesh: Mesh
+    directory: RunDirectory
+    plan: BatchPlan
+    windows: Windows
+    validation: validate.ValidationSet | None
+    model: GPT
+    module: nn.Module
+    optimizer: torch.optim.AdamW
+    sinks: Sinks
+    stops: Stops
+    progress: Progress
+    meters: Meters
+    state: dict[str, Any]  # what a checkpoint records beside tensors and progress
+    loaded: Path | None  # the checkpoint this run continued from
+    saved_step: int | None  # of the newest checkpoint
+
+
+@dataclass(frozen=True)
+class Report:
+    """A step whose results may still be on their way. results: fp64 [loss, norm, finite, stops], on the host."""
+
+    progress: Progress
+    lr: float
+    results: Tensor
+    ready: torch.cuda.Event | None
+
+    def read(self) -> tuple[float, float, bool, bool]:
+        if self.ready is not None:
+            self.ready.synchronize()
+        loss, norm, finite, stops = self.results.tolist()
+        return loss, norm, bool(finite), bool(stops)
+
+
+def train(run: Run) -> tuple[str, str | None]:
+    """Train from run.progress to the last step or a stop. Returns the state and reason for status.json."""
+    num_steps = run.config.train.steps
+    reports: deque[Report] = deque()
+    warm_up(run)
+    run.mesh.expect_steps()
+    stop = is_due_to_validate(run) and validate_now(run)
+    run.meters.start()
+    while run.progress.step < num_steps and not stop:
+        reports.append(take_step(run))
+        run.progress = reports[-1].progress
+        is_boundary = is_due_to_validate(run) or is_due_to_save(run)
+        while len(reports) > (0 if is_boundary else 1):
+            stop |= record(run, reports.popleft())
+        if is_boundary:
+            run.meters.pause()
+            if is_due_to_validate(run):
+                stop |= validate_now(run)
+            if is_due_to_save(run):
+                save_now(run)
+            run.meters.start()
+    while reports:
+        record(run, reports.popleft())
+    run.meters.pause()
+    if run.saved_step != run.progress.step:
+        save_now(run)
+    if run.progress.step == num_steps:
+        return "done", None
+    reasons = [reason for reason in run.mesh.gather(run.stops.reason) if reason]
+    run.stops.honoured()
+    return "stopped", reasons[0]
+
+
+def take_step(run: Run) -> Report:
+    """Enqueue one optimizer step at run.progress: batches, gradients, agreement, update."""
+    config, mesh = run.config, run.mesh
+    before = time.perf_counter()
+    batches = run.windows.micro_batches(run.progress.position, run.plan, mesh.rank, mesh.device)
+    run.meters.waited_for_data(time.perf_counter() - before)
+
+    loss_sum = accumulate_gradients(run, batches)
+    totals = torch.stack([loss_sum, torch.tensor(run.stops.wanted(), dtype=torch.float64, device=mesh.device)])
+    mesh.sum_(totals)
+    loss = totals[0] / config.train.batch_tokens
+    norm = optim.global_norm(p.grad for p in run.model.parameters() if p.grad is not None)
+    is_finite = torch.isfinite(norm) & torch.isfinite(loss)
+    lr = optim.learning_rate(run.progress.step, config.optim, config.train.steps)
+    optim.update(run.optimizer, lr, norm, is_finite, config.optim.clip_norm)
+
+    results = torch.stack([loss, norm.double(), is_finite.double(), totals[1]])
+    ready = None
+    if mesh.device.type == "cuda":
+        results = results.to("cpu", non_blocking=True)
+        ready = torch.cuda.Event()
+        ready.record()
+    progress = run.progress.advanced(windows=run.plan.windows, tokens=config.train.batch_tokens)
+    return Report(progress, lr, results, ready)
+
+
+def accumulate_gradients(run: Run, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
+    """Gradients of (sum of token losses / tokens of the global batch), reduced once; this rank's loss sum, fp64.
+
+    DDP divides by the number of ranks; multiplying the loss by it keeps the sum over all of them.
+    """
+    scale = run.mesh.world / run.config.train.batch_tokens
+    loss_sum = torch.zeros((), dtype=torch.float64, device=run.mesh.device)
+    for index, (inputs_BT, targets_BT) in enumerate(batches):
+        parallel.set_gradient_sync(run.module, is_last=index == len(batches) - 1)
+        logits_BTV = run.module(inputs_BT)
+        loss = summed_cross_entropy(logits_BTV, targets_BT, run.config.model.vocab_size)
+        (loss * scale).backward()
+        loss_sum += loss.detach()
+    return loss_sum
+
+
+def warm_up(run: Run) -> None:
+    """One forward and backward pass that trains nothing: compiles, and lets DDP settle its buckets.
+
+    DDP lays its buckets out anew after its first backward pass, and with three or more ranks the layout decides
+    the order of addition. Without this, the first step after a resume would round differently.
+    """
+    shape = (run.plan.micro_batch, run.config.train.seq_len)
+    zeros_BT = torch.zeros(shape, dtype=torch.int64, device=run.mesh.device)
+    for _ in range(2):
+        accumulate_gradients(run, [(zeros_BT, zeros_BT)])
+        run.optimizer.zero_grad(set_to_none=True)
+
+
+def record(run: Run, report: Report) -> bool:
+    """Read a step's results, log them if it is their turn; True if any rank was asked to stop."""
+    loss, norm, finite, stop = report.read()
+    progress, config = report.progress, run.config
+    if not finite:
+        raise NonFiniteError(
+            f"step {progress.step}: loss {loss}, gradient norm {norm}; its update was not made. It read the windows "
+            f"at positions {progress.position - run.plan.windows} to {progress.position - 1}"
+        )
+    if progress.step == 1 or progress.step % config.track.every == 0 or progress.step == config.train.steps:
+        row = run.meters.row(step=progress.step, tokens=progress.tokens, loss=loss, lr=report.lr, norm=norm)
+        run.sinks.row(row)
+    return stop
+
+
+def is_due_to_validate(run: Run) -> bool:
+    """At step 0, at every interval and at the end, unless this very step was validated before a restart."""
+    step, every = run.progress.step, run.config.validate.every
+    if run.validation is None or every is None or step in run.sinks.validated_steps:
+        return False
+    return step % every == 0 or step == run.config.train.steps
+
+
+def is_due_to_save(run: Run) -> bool:
+    step = run.progress.step
+    return step % run.config.save.every == 0 or step == run.config.train.steps
+
+
+def validate_now(run: Run) -> bool:
+    """Validate and log; True, and nothing logged, if a stop was asked for meanwhile."""
+    assert run.validation is not None
+    vocab_size = run.config.model.vocab_size
+    found = validate.validate(run.model, run.validation, vocab_size=vocab_size, mesh=run.mesh, stops=run.stops)
+    if found is None:
+        return True
+    progress = run.progress
+    run.sinks.validated_steps.add(progress.step)
+    run.sinks.row(
+        {
+            "step": progress.step,
+            "tokens": progress.tokens,
+            "val_loss": found.loss,
+            "val_bits_per_byte": found.bits_per_byte,
+        }
+    )
+    return False
+
+
+def save_now(run: Run) -> None:
+    """Make a checkpoint of where the run stands; rows up to here are on disk before it is."""
+    run.progress = replace(run.progress, seconds=run.meters.seconds)
+    run.sinks.make_durable()
+    saves.save(
+        run.directory.path,
+        model=run.model,
+        optimizer=run.optimizer,
+        progress=run.progress,
+        state=run.state,
+        config=run.config.save,
+        loaded=run.loaded,
+        mesh=run.mesh,
+    )
+    run.saved_step = run.progress.step
+    run.directory.report(run.progress.step)

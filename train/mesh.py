@@ -1,0 +1,126 @@
+"""Who am I among how many, on which device, and the few collectives that the engine itself needs."""
+
+import datetime
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_prep.errors import InputError
+
+LONG_TIMEOUT = datetime.timedelta(minutes=30)  # until the first step is done: imports, reads, compilation
+SHORT_TIMEOUT = datetime.timedelta(minutes=10)  # after it: a rank silent this long is gone
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """One process's place. With one process there is no process group and every collective is a no-op."""
+
+    rank: int
+    world: int
+    device: torch.device
+
+    def __enter__(self) -> "Mesh":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.world == 1:
+            return
+        if kind is not None and not issubclass(kind, InputError):
+            # Tearing down a group whose peers are gone hangs: leave hard.
+            traceback.print_exception(kind, error, trace)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(1)
+        dist.destroy_process_group()
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Add the tensor up over all ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def barrier(self) -> None:
+        """Wait on the host until every rank is here."""
+        if self.world > 1:
+            dist.all_reduce(torch.zeros(1))
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's plain value, in rank order, on every rank."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def on_main(self, function: Callable[[], Result]) -> Result:
+        """Run `function` on rank 0 alone; every rank returns its result or raises its InputError or OSError."""
+        if self.world == 1:
+            return function()
+        outcome: list[Any] = [None, None]
+        raised: BaseException | None = None
+        if self.is_main:
+            try:
+                outcome[0] = function()
+            except (InputError, OSError) as error:
+                raised = error
+                outcome[1] = str(error)
+        dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+        if outcome[1] is not None:
+            raise InputError(outcome[1]) from raised
+        result: Result = outcome[0]
+        return result
+
+    def expect_steps(self) -> None:
+        """Shorten the time-out once the first step is done."""
+        if self.world > 1:
+            dist.distributed_c10d._set_pg_timeout(SHORT_TIMEOUT)
+
+
+def open_mesh() -> Mesh:
+    """This process's place from torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK), or a world of one.
+
+    CUDA and NCCL where there are GPUs, else the CPU and gloo.
+    """
+    refuse_broken_restarts()
+    rank, world, local_rank = (
+        int(os.environ.get(name, d)) for name, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
+    )
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            raise InputError(
+                f"process {local_rank} of this host has no GPU: there are {torch.cuda.device_count()}; "
+                f"use torchrun --nproc_per_node={torch.cuda.device_count()}"
+            )
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if world > 1:
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=LONG_TIMEOUT, device_id=device if device.type == "cuda" else None)
+    return Mesh(rank, world, device)
+
+
+def refuse_broken_restarts() -> None:
+    """torch 2.13: a restarted attempt that shares the agent's store reads the last attempt's keys and hangs."""
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts > 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise InputError(
+            f"torchrun --max-restarts={restarts} hangs or fails with the store it shares between attempts; "
+            "run `export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1` first, or use --max-restarts=0"
+        )

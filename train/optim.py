@@ -1,0 +1,66 @@
+"""Parameter groups, the optimizer, the schedule as a pure function, the global norm and the update."""
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from train.config import OptimConfig
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
+    """Fused AdamW (Loshchilov & Hutter 2019), its state in place from the start.
+
+    Matrices and embeddings decay, vectors do not. The state is made here rather than at the first step, so that
+    saving and loading meet the same tensors at any step.
+    """
+    parameters = list(model.parameters())
+    groups = [
+        {"params": [p for p in parameters if p.dim() >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0},
+    ]
+    optimizer = torch.optim.AdamW(
+        groups, lr=config.lr_peak, betas=(config.beta1, config.beta2), eps=config.epsilon, fused=True
+    )
+    for parameter in parameters:
+        optimizer.state[parameter] = {
+            "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+            "exp_avg": torch.zeros_like(parameter),
+            "exp_avg_sq": torch.zeros_like(parameter),
+        }
+    return optimizer
+
+
+def learning_rate(step: int, config: OptimConfig, num_steps: int) -> float:
+    """The rate of step `step` (from 0): linear warm-up to lr_peak, then constant or cosine to lr_final.
+
+    Cosine: Loshchilov & Hutter 2017, equation 5, with one period over the steps after warm-up.
+    """
+    if step < config.warmup_steps:
+        return config.lr_peak * (step + 1) / config.warmup_steps
+    if config.schedule == "constant":
+        return config.lr_peak
+    progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
+    return config.lr_final + 0.5 * (1 + math.cos(math.pi * progress)) * (config.lr_peak - config.lr_final)
+
+
+def global_norm(gradients: Iterable[Tensor]) -> Tensor:
+    """Root of the fp64 sum of squares of all gradients, rounded to fp32: a scalar on their device."""
+    norms = torch._foreach_norm(list(gradients), 2, dtype=torch.float64)
+    return torch.stack([norm.square() for norm in norms]).sum().sqrt().float()
+
+
+def update(optimizer: torch.optim.AdamW, lr: float, norm: Tensor, is_finite: Tensor, clip_norm: float | None) -> None:
+    """One optimizer step on the device, clipped to `clip_norm`, and none at all where `is_finite` is False.
+
+    Fused AdamW divides by `grad_scale` and skips on `found_inf` inside its kernel, so neither clipping nor the
+    finiteness check makes the host wait or reads the gradients once more.
+    """
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
+    if clip_norm is not None:
+        optimizer.grad_scale = (norm / clip_norm).clamp(min=1.0)  # type: ignore[attr-defined]
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)

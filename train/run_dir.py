@@ -1,0 +1,187 @@
+"""A run directory's own files: config.json, provenance.json, status.json, the tokenizer and the lock."""
+
+import json
+import os
+import platform
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy
+import torch
+
+from data_prep.atomic import write_json_atomically
+from data_prep.codec import load_codec
+from data_prep.errors import InputError
+from train.config import Config
+from train.lock import RunLock
+from train.mesh import Mesh
+from train.stops import FILE_NAME as STOP_FILE
+
+# What makes two runs the same run. Everything else (processes, micro-batch, compilation, intervals) may change.
+IDENTITY = (
+    "seed",
+    "model",
+    "train.seq_len",
+    "train.steps",
+    "train.batch_tokens",
+    "train.dtype",
+    "optim",
+)
+
+
+class RunDirectory:
+    """Claimed with `with`: locked, then `running` in status.json; at the end `failed` unless told otherwise.
+
+    Only rank 0 writes; the methods are called by every rank.
+    """
+
+    def __init__(self, config: Config, fingerprint: str, mesh: Mesh) -> None:
+        self.path = config.directory
+        self._config = config
+        self._fingerprint = fingerprint
+        self._mesh = mesh
+        self._attempt = 1
+        self._step = 0
+        self._ended = False
+        self._lock = RunLock(self.path)
+
+    def __enter__(self) -> "RunDirectory":
+        self._mesh.on_main(self._claim)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if not self._mesh.is_main:
+            return
+        if kind is not None and not self._ended:
+            reason = str(error).strip().splitlines()
+            self._write_status("failed", f"{kind.__name__}: {reason[0] if reason else ''}")
+        self._lock.release()
+
+    def _claim(self) -> None:
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock.acquire()
+        try:
+            self._check_identity()
+            status = read_status(self.path)
+            self._attempt = status["attempt"] + 1 if status else 1
+            write_json_atomically(
+                self.path / "config.json", {"config": self._config.to_json(), "data": self._fingerprint}
+            )
+            write_json_atomically(self.path / "provenance.json", provenance(self._config))
+            load_codec(self._config.data.dir).save(self.path)
+            (self.path / STOP_FILE).unlink(missing_ok=True)
+        except BaseException:
+            self._lock.release()
+            raise
+
+    def _check_identity(self) -> None:
+        path = self.path / "config.json"
+        if not path.is_file():
+            return
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            old, old_data = before["config"], before["data"]
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{path}: damaged ({error}); the run cannot be compared with what was asked for"
+            ) from error
+        differences = differing(old, self._config.to_json())
+        if old_data != self._fingerprint:
+            differences.append(
+                f"--data.dir holds other tokens (fingerprint {self._fingerprint[:12]}, was {old_data[:12]})"
+            )
+        if differences:
+            raise InputError(
+                f"{self.path}: is another run: {'; '.join(differences)}; choose another --run-dir, or give the values it began with"
+            )
+
+    def report(self, step: int) -> None:
+        """Note in status.json that the run lives and where it stands."""
+        self._step = step
+        if self._mesh.is_main:
+            self._write_status("running", None)
+
+    def end(self, state: str, step: int, reason: str | None) -> None:
+        """The run ended well: `done`, or `stopped` for a reason."""
+        self._step, self._ended = step, True
+        if self._mesh.is_main:
+            self._write_status(state, reason)
+
+    def _write_status(self, state: str, reason: str | None) -> None:
+        status = {"state": state, "step": self._step, "reason": reason, "attempt": self._attempt}
+        write_json_atomically(self.path / "status.json", status)
+
+
+def read_status(run_dir: Path) -> dict[str, Any] | None:
+    """status.json: {state: running|stopped|done|failed, step, reason, attempt}; None before the first start."""
+    path = run_dir / "status.json"
+    try:
+        status: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: damaged ({error}); remove it to go on") from error
+    return status
+
+
+def differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """Each identity field that differs between two configurations: its flag, the new value and the old."""
+    found = []
+    for name in IDENTITY:
+        was, now = _lookup(old, name), _lookup(new, name)
+        pairs = {name: (was, now)}
+        if isinstance(now, dict):
+            keys = now.keys() | (was.keys() if isinstance(was, dict) else set())
+            pairs = {f"{name}.{key}": (_lookup(was, key), now.get(key)) for key in sorted(keys)}
+        for field, (before, after) in pairs.items():
+            if before != after:
+                found.append(f"--{field.replace('_', '-')} {after} (was {before})")
+    return found
+
+
+def _lookup(values: Any, name: str) -> Any:
+    for key in name.split("."):
+        values = values.get(key) if isinstance(values, dict) else None
+    return values
+
+
+def provenance(config: Config) -> dict[str, Any]:
+    """What made this run: commit and uncommitted changes, command, host, versions, precision and threads."""
+    return {
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "command": shlex.join([sys.executable, *sys.argv]),
+        "directory": str(Path.cwd()),
+        "commit": _git("rev-parse", "HEAD"),
+        "changes": _git("diff", "HEAD"),
+        "host": socket.gethostname(),
+        "job": os.environ.get("SLURM_JOB_ID"),
+        "world": int(os.environ.get("WORLD_SIZE", "1")),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": numpy.__version__,
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or platform.machine(),
+        "dtype": config.train.dtype,
+        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _git(*args: str) -> str | None:
+    root = Path(__file__).resolve().parents[1]
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *args], capture_output=True, text=True, errors="replace", check=False
+        )
+    except FileNotFoundError:  # no git on this machine
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None

@@ -1,0 +1,79 @@
+"""Where reports go: the same record to metrics.jsonl and, as one line, to the console and log.txt."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any, TextIO
+
+from data_prep.atomic import write_atomically
+
+METRICS_FILE = "metrics.jsonl"
+LOG_FILE = "log.txt"
+
+
+class Sinks:
+    """Rank 0's reports; on other ranks every method does nothing. Opening drops the rows after `step`.
+
+    A fresh start (`step` None) drops every row: they are of an attempt that ended before its first checkpoint.
+    """
+
+    def __init__(self, run_dir: Path, *, step: int | None, is_main: bool) -> None:
+        self._metrics: TextIO | None = None
+        self._log: TextIO | None = None
+        self.validated_steps: set[int] = set()
+        rows = kept_rows(run_dir / METRICS_FILE, step)
+        self.validated_steps = {row["step"] for row in rows if "val_loss" in row}
+        if is_main:
+            write_atomically(run_dir / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in rows))
+            self._metrics = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
+            self._log = (run_dir / LOG_FILE).open("a", encoding="utf-8")
+
+    def say(self, text: str) -> None:
+        """Text for people."""
+        if self._log is not None:
+            print(text, flush=True)
+            self._log.write(text + "\n")
+            self._log.flush()
+
+    def row(self, row: dict[str, Any]) -> None:
+        """A record for programs, and its line for people."""
+        if self._metrics is not None:
+            self._metrics.write(json.dumps(row) + "\n")
+            self._metrics.flush()
+            self.say(line_of(row))
+
+    def make_durable(self) -> None:
+        """Rows up to here survive a crash of the machine; called before each checkpoint."""
+        if self._metrics is not None:
+            os.fsync(self._metrics.fileno())
+
+    def close(self) -> None:
+        for file in (self._metrics, self._log):
+            if file is not None:
+                file.close()
+
+
+def kept_rows(path: Path, step: int | None) -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl up to `step`; a last line cut short by a kill is dropped with the later ones."""
+    if step is None or not path.is_file():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break
+        if row["step"] <= step:
+            rows.append(row)
+    return rows
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """One report in fixed columns."""
+    if "val_loss" in row:
+        return f"step {row['step']:>7}  val loss {row['val_loss']:.4f}  bits/byte {row['val_bits_per_byte']:.4f}"
+    mfu = "    -" if row["mfu"] is None else f"{row['mfu']:5.1%}"
+    return (
+        f"step {row['step']:>7}  loss {row['loss']:8.4f}  lr {row['lr']:.2e}  norm {row['grad_norm']:7.3f}  "
+        f"{row['step_seconds'] * 1e3:8.1f} ms  {row['tokens_per_second']:>11,.0f} tok/s  mfu {mfu}"
+    )

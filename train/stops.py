@@ -1,0 +1,54 @@
+"""Requests to stop: SIGTERM, SIGINT, SIGUSR1, the STOP file in the run directory, a launcher that died.
+
+A request is noticed by one rank and acted on by all: the loop adds `wanted()` up in each step's one
+all-reduce, so that every rank stops after the same step.
+"""
+
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType, TracebackType
+
+FILE_NAME = "STOP"
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SECONDS_BETWEEN_LOOKS = 1.0  # at the file system, which may be shared and slow
+
+
+class Stops:
+    """Install with `with`; the previous handlers come back at the end. `reason` is None until there is one."""
+
+    def __init__(self, run_dir: Path, *, is_main: bool) -> None:
+        self.reason: str | None = None
+        self._file = run_dir / FILE_NAME
+        self._is_main = is_main
+        self._next_look = 0.0
+        self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
+
+    def __enter__(self) -> "Stops":
+        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)
+
+    def wanted(self) -> bool:
+        """Has anything asked this rank to stop? Cheap enough for every step."""
+        if self.reason is None and time.monotonic() >= self._next_look:
+            self._next_look = time.monotonic() + SECONDS_BETWEEN_LOOKS
+            if self._is_main and self._file.exists():
+                self.reason = f"{FILE_NAME} file"
+            elif self._parent is not None and os.getppid() != self._parent:
+                self.reason = "launcher died"
+        return self.reason is not None
+
+    def honoured(self) -> None:
+        """Remove the STOP file, so that the next start runs."""
+        if self._is_main:
+            self._file.unlink(missing_ok=True)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.reason = self.reason or signal.Signals(number).name
