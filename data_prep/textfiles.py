@@ -10,6 +10,7 @@ Every file is one document. The last `--val-fraction` of all characters is the v
 that is nanoGPT's cut. The output directory appears whole, under its name, only when everything is written.
 """
 
+import functools
 import hashlib
 import shutil
 import sys
@@ -76,7 +77,7 @@ def open_texts(inputs: tuple[str, ...]) -> list[Text]:
             texts.append(Text("pydoc_data.topics", python_docs.topics))
             texts.append(Text("standard library docstrings", python_docs.docstrings))
         else:
-            texts.append(Text(name, lambda path=Path(name): read_utf8(path)))
+            texts.append(Text(name, functools.partial(read_utf8, Path(name))))
     if not texts:
         raise InputError("--input needs at least one file, or python-docs")
     return texts

@@ -103,7 +103,9 @@ class GPT(nn.Module):
 
     def tie_weights(self) -> None:
         """Make the head and the token embedding one parameter (again)."""
-        self.lm_head.weight = self.transformer["wte"].weight
+        embedding = self.transformer["wte"]
+        assert isinstance(embedding, nn.Embedding)
+        self.lm_head.weight = embedding.weight
 
     @property
     def blocks(self) -> nn.ModuleList:

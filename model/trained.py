@@ -58,7 +58,7 @@ def fault_of(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint's files, in one line; None when every hash is as it was written."""
     try:
         lines = (checkpoint / SUMS_FILE).read_text(encoding="ascii").splitlines()
-        sums = dict(reversed(line.split("  ", 1)) for line in lines)
+        sums = {name: sha256 for sha256, name in (line.split("  ", 1) for line in lines)}
     except FileNotFoundError:
         return f"{checkpoint}: {SUMS_FILE} is missing"
     except (UnicodeDecodeError, ValueError):
@@ -75,7 +75,7 @@ def fault_of(checkpoint: Path) -> str | None:
 
 def newest_sound(run_dir: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint whose hashes hold, and the faults of the newer ones that were passed over."""
-    faults = []
+    faults: list[str] = []
     for checkpoint in reversed(list_checkpoints(run_dir)):
         fault = fault_of(checkpoint)
         if fault is None:
@@ -201,7 +201,8 @@ def load_trained(path: Path, *, device: torch.device | str = "cpu", dtype: torch
     codec = load_codec(checkpoint.parents[1])
     if codec.vocab_size != model.config.vocab_size:
         raise InputError(
-            f"{path}: its tokenizer has {codec.vocab_size} ids, its model {model.config.vocab_size}; they do not belong together"
+            f"{path}: its tokenizer has {codec.vocab_size} ids, "
+            f"its model {model.config.vocab_size}; they do not belong together"
         )
     return Trained(model.to(device).eval(), codec, step_of(checkpoint), checkpoint)
 

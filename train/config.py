@@ -192,7 +192,8 @@ def faults_of(config: Config) -> list[str]:
         lower = train.batch_tokens // train.seq_len * train.seq_len
         nearest = " or ".join(str(n) for n in (lower, lower + train.seq_len) if n)
         faults.append(
-            f"--train.batch-tokens {train.batch_tokens} is not divisible by --train.seq-len {train.seq_len}; try {nearest}"
+            f"--train.batch-tokens {train.batch_tokens} "
+            f"is not divisible by --train.seq-len {train.seq_len}; try {nearest}"
         )
     if train.tokens is not None and train.tokens < train.batch_tokens:
         faults.append(

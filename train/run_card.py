@@ -50,4 +50,5 @@ def _data_line(config: Config, manifest: Manifest | None, total_tokens: int) -> 
     tokens = manifest.splits["train"].tokens
     epochs = total_tokens / tokens
     warning = "  WARNING: more than one epoch" if epochs > 1 else ""
-    return f"{config.data.dir}: {tokens:,} training tokens, vocabulary {manifest.vocab_size:,}, {epochs:.2f} epochs{warning}"
+    vocabulary = f"vocabulary {manifest.vocab_size:,}"
+    return f"{config.data.dir}: {tokens:,} training tokens, {vocabulary}, {epochs:.2f} epochs{warning}"

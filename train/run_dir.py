@@ -100,7 +100,8 @@ class RunDirectory:
             )
         if differences:
             raise InputError(
-                f"{self.path}: is another run: {'; '.join(differences)}; choose another --run-dir, or give the values it began with"
+                f"{self.path}: is another run: {'; '.join(differences)}; "
+                "choose another --run-dir, or give the values it began with"
             )
 
     def report(self, step: int) -> None:
