@@ -1,0 +1,14 @@
+"""Generated text with something to learn in it."""
+
+import random
+
+WORDS = "the cat sat on a mat and the dog ran to it; then both slept in sun by an old oak tree.".split()
+
+
+def make_text(num_characters: int, seed: int = 0) -> str:
+    """Random sentences over a small vocabulary, the same for a seed."""
+    rng = random.Random(seed)
+    lines: list[str] = []
+    while sum(map(len, lines)) < num_characters:
+        lines.append(" ".join(rng.choices(WORDS, k=rng.randint(4, 12))).capitalize() + "\n")
+    return "".join(lines)[:num_characters]

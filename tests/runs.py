@@ -1,0 +1,117 @@
+"""Tiny runs: their configuration, their command line, and what is compared of them."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.config import ModelConfig
+from model.gpt import build_model
+from model.trained import list_checkpoints
+from train.config import Config, DataConfig, OptimConfig, SaveConfig, TrackConfig, TrainConfig, ValidateConfig, resolve
+from train.optim import build_optimizer
+from train.saves import checkpoint_tensors, read_tensors
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def tiny_config(data: Path, run_dir: Path, **train: Any) -> Config:
+    """2 layers, 32 wide, 12 windows of 32 a step, clipping active; `train` overrides TrainConfig's fields."""
+    defaults: dict[str, Any] = {
+        "seq_len": 32,
+        "steps": 50,
+        "batch_tokens": 384,
+        "micro_batch": 6,
+        "dtype": "fp32",
+        "compile": False,
+    }
+    config = Config(
+        preset="tiny",
+        run_dir=run_dir,
+        data=DataConfig(data),
+        model=ModelConfig(num_layers=2, num_heads=2, width=32),
+        train=TrainConfig(**(defaults | train)),
+        optim=OptimConfig(lr_peak=1e-2, warmup_steps=5, clip_norm=0.3),
+        validate=ValidateConfig(every=25, tokens=1000),
+        save=SaveConfig(every=10, keep=100),
+        track=TrackConfig(every=1),
+    )
+    return resolve(config)
+
+
+def tiny_flags(data: Path, run_dir: Path) -> list[str]:
+    """The same run as command-line flags on top of a preset."""
+    return [
+        "shakespeare-char-cpu",
+        *("--data.dir", str(data), "--run-dir", str(run_dir)),
+        *("--model.num-layers", "2", "--model.num-heads", "2", "--model.width", "32"),
+        *("--train.seq-len", "32", "--train.batch-tokens", "384", "--train.micro-batch", "6"),
+        *("--optim.lr-peak", "1e-2", "--optim.warmup-steps", "5", "--optim.clip-norm", "0.3"),
+        *("--validate.every", "25", "--validate.tokens", "1000"),
+        *("--save.every", "10", "--save.keep", "3", "--track.every", "1"),
+    ]
+
+
+def torchrun(world: int, *args: str, **options: Any) -> "subprocess.Popen[str]":
+    """A real torchrun of train/main.py, in a process group of its own, output in pipes."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}", "--master_port=0"]
+    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "train/main.py", *args]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        env=env,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+        **options,
+    )
+
+
+def rows(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def curve(run_dir: Path) -> list[tuple[int, float, float, float]]:
+    """(step, loss, norm, lr) of each training row: everything in it that is no timing."""
+    return [(row["step"], row["loss"], row["grad_norm"], row["lr"]) for row in rows(run_dir) if "loss" in row]
+
+
+def losses(run_dir: Path) -> Tensor:
+    return torch.tensor([row["loss"] for row in rows(run_dir) if "loss" in row], dtype=torch.float64)
+
+
+def validations(run_dir: Path) -> list[tuple[int, float, float]]:
+    return [(r["step"], r["val_loss"], r["val_bits_per_byte"]) for r in rows(run_dir) if "val_loss" in r]
+
+
+def final_tensors(run_dir: Path) -> dict[str, Tensor]:
+    """Weights and optimizer state of the newest checkpoint, by name."""
+    saved = json.loads((run_dir / "config.json").read_text())["config"]
+    model = build_model(ModelConfig(**saved["model"]), seed=0)
+    optimizer = build_optimizer(model, OptimConfig(**saved["optim"]))
+    tensors = checkpoint_tensors(model, optimizer)
+    read_tensors(list_checkpoints(run_dir)[-1], tensors)
+    return tensors
+
+
+def assert_same_tensors(left: dict[str, Tensor], right: dict[str, Tensor]) -> None:
+    assert left.keys() == right.keys()
+    different = [name for name in left if not torch.equal(left[name], right[name])]
+    assert not different
+
+
+def status(run_dir: Path) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads((run_dir / "status.json").read_text())
+    return value
+
+
+def with_save(config: Config, **save: Any) -> Config:
+    return dataclasses.replace(config, save=dataclasses.replace(config.save, **save))

@@ -1,0 +1,123 @@
+"""DESIGN section 4 for one process and DDP: one group per world size runs every case."""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from model.gpt import build_model
+from model.trained import list_checkpoints
+from tests.groups import run_on_ranks
+from tests.runs import assert_same_tensors, curve, final_tensors, losses, tiny_config, validations
+from train.config import Config, with_vocabulary
+from train.main import run
+from train.mesh import Mesh
+
+WORLDS = (1, 2, 3, 4)
+
+
+def train_and_interrupt(mesh: Mesh, config: Config, resumed: Config) -> str:
+    """One whole run; then a copy that has lost all after step 20 runs again. Returns this rank's initial weights."""
+    run(config, mesh)
+    if mesh.is_main:
+        cut_back(config.directory, resumed.directory, step=20)
+    mesh.barrier()
+    run(resumed, mesh)
+    return initial_hash(with_vocabulary(config, 22))
+
+
+def continue_elsewhere(mesh: Mesh, configs: list[Config]) -> None:
+    for config in configs:
+        run(config, mesh)
+
+
+def cut_back(source: Path, copy: Path, step: int) -> None:
+    """As a kill between two checkpoints leaves it: later metrics rows are there, later checkpoints are not."""
+    shutil.copytree(source, copy)
+    for checkpoint in list_checkpoints(copy):
+        if int(checkpoint.name.removeprefix("step_")) > step:
+            shutil.rmtree(checkpoint)
+
+
+def initial_hash(config: Config) -> str:
+    model = build_model(config.model, seed=config.seed)
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(name.encode() + parameter.detach().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]:
+    """RUNS/wN and RUNS/wN_resumed for every world size, and the distinct initial weights over all ranks."""
+    folder = tmp_path_factory.mktemp("exact")
+    hashes = set()
+    for world in WORLDS:
+        config = tiny_config(tiny_data, folder / f"w{world}")
+        resumed = tiny_config(tiny_data, folder / f"w{world}_resumed")
+        hashes.update(run_on_ranks(world, train_and_interrupt, config, resumed))
+    return folder, hashes
+
+
+def test_initial_weights_are_the_same_on_every_rank_of_every_world(trained: tuple[Path, set[str]]) -> None:
+    assert len(trained[1]) == 1
+
+
+def test_two_micro_batches_and_two_ranks_agree_bitwise_over_50_steps(trained: tuple[Path, set[str]]) -> None:
+    folder, _ = trained
+    one, two = curve(folder / "w1"), curve(folder / "w2")
+    assert len(one) == 50
+    assert sum(norm > 0.3 for _, _, norm, _ in one) > 25, "clipping must be active for this to say much"
+    assert one == two
+    assert_same_tensors(final_tensors(folder / "w1"), final_tensors(folder / "w2"))
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_every_world_trains_the_same_run(trained: tuple[Path, set[str]], world: int) -> None:
+    folder, _ = trained
+    difference = (losses(folder / f"w{world}") - losses(folder / "w1")).abs()
+    assert difference[0] <= 2e-6
+    assert difference[:6].max() <= 4e-6
+    assert difference.max() <= 1e-5
+
+
+@pytest.mark.parametrize("world", WORLDS[1:])
+def test_validation_does_not_depend_on_the_world(trained: tuple[Path, set[str]], world: int) -> None:
+    folder, _ = trained
+    one, other = validations(folder / "w1"), validations(folder / f"w{world}")
+    assert [step for step, _, _ in one] == [0, 25, 50] == [step for step, _, _ in other]
+    torch.testing.assert_close(torch.tensor(one), torch.tensor(other), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(trained: tuple[Path, set[str]], world: int) -> None:
+    folder, _ = trained
+    whole, resumed = folder / f"w{world}", folder / f"w{world}_resumed"
+    assert "continuing from" in (resumed / "log.txt").read_text()
+    assert curve(resumed) == curve(whole)
+    assert validations(resumed) == validations(whole)
+    assert_same_tensors(final_tensors(resumed), final_tensors(whole))
+
+
+def test_a_checkpoint_of_any_world_continues_in_any_other(
+    trained: tuple[Path, set[str]], tiny_data: Path, tmp_path: Path
+) -> None:
+    folder, _ = trained
+    for then in (1, 2, 3):
+        configs = []
+        for first in (1, 2, 3, 4):
+            if first != then:
+                cut_back(folder / f"w{first}", tmp_path / f"{first}_to_{then}", step=20)
+                configs.append(tiny_config(tiny_data, tmp_path / f"{first}_to_{then}"))
+        run_on_ranks(then, continue_elsewhere, configs)
+        for config in configs:
+            assert "continuing from" in (config.directory / "log.txt").read_text()
+            assert (losses(config.directory) - losses(folder / "w1")).abs().max() <= 1e-5
+
+
+def test_the_loss_falls(trained: tuple[Path, set[str]]) -> None:
+    found = losses(trained[0] / "w1")
+    assert found[0] > 2.9  # ln 22 = 3.09
+    assert found[-5:].mean() < 2.0
