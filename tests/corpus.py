@@ -2,7 +2,8 @@
 
 import random
 
-WORDS = "the cat sat on a mat and the dog ran to it; then both slept in sun by an old oak tree.".split()
+SENTENCE = "the cat sat on a mat and the dog ran to it; then both slept in sun by an old oak tree."
+WORDS = SENTENCE.split()
 
 
 def make_text(num_characters: int, seed: int = 0) -> str:

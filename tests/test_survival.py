@@ -1,5 +1,6 @@
 """Real torchrun, real signals, real kills: the run that comes back is the run that was never interrupted."""
 
+import contextlib
 import os
 import random
 import signal
@@ -55,10 +56,8 @@ def num_rows(run_dir: Path) -> int:
 
 def kill_everything(process: "subprocess.Popen[str]") -> None:
     for pid in [process.pid, *children_of(process.pid)]:
-        try:
+        with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
     process.communicate()  # also closes the pipe
 
 

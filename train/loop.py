@@ -54,18 +54,16 @@ class Run:
 
 @dataclass(frozen=True)
 class Report:
-    """A step whose results may still be on their way. results: fp64 [loss, norm, finite, stops], on the host."""
+    """A step whose results may still be on their way. results: fp64 [loss, norm, finite, stops], on the host.
+
+    `ready` marks them on a GPU; without one they are there, and were at `seconds` of training.
+    """
 
     progress: Progress
     lr: float
     results: Tensor
     ready: torch.cuda.Event | None
-
-    def read(self) -> tuple[float, float, bool, bool]:
-        if self.ready is not None:
-            self.ready.synchronize()
-        loss, norm, finite, stops = self.results.tolist()
-        return loss, norm, bool(finite), bool(stops)
+    seconds: float
 
 
 def train(run: Run) -> tuple[str, str | None]:
@@ -124,7 +122,7 @@ def take_step(run: Run) -> Report:
         ready = torch.cuda.Event()
         ready.record()
     progress = run.progress.advanced(windows=run.plan.windows, tokens=config.train.batch_tokens)
-    return Report(progress, lr, results, ready)
+    return Report(progress, lr, results, ready, run.meters.seconds)
 
 
 def accumulate_gradients(run: Run, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -158,7 +156,11 @@ def warm_up(run: Run) -> None:
 
 def record(run: Run, report: Report) -> bool:
     """Read a step's results, log them if it is their turn; True if any rank was asked to stop."""
-    loss, norm, finite, stop = report.read()
+    seconds = report.seconds
+    if report.ready is not None:
+        report.ready.synchronize()
+        seconds = run.meters.seconds
+    loss, norm, finite, stop = report.results.tolist()
     progress, config = report.progress, run.config
     if not finite:
         raise NonFiniteError(
@@ -166,9 +168,11 @@ def record(run: Run, report: Report) -> bool:
             f"at positions {progress.position - run.plan.windows} to {progress.position - 1}"
         )
     if progress.step == 1 or progress.step % config.track.every == 0 or progress.step == config.train.steps:
-        row = run.meters.row(step=progress.step, tokens=progress.tokens, loss=loss, lr=report.lr, norm=norm)
+        row = run.meters.row(
+            step=progress.step, tokens=progress.tokens, seconds=seconds, loss=loss, lr=report.lr, norm=norm
+        )
         run.sinks.row(row)
-    return stop
+    return bool(stop)
 
 
 def is_due_to_validate(run: Run) -> bool:

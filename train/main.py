@@ -70,14 +70,14 @@ def run(config: Config, mesh: Mesh) -> None:
         RunDirectory(config, manifest.fingerprint, mesh) as directory,
     ):
         this = set_up(config, mesh, manifest, plan, directory, stops)
-        this.sinks.say(card(config, manifest, plan, mesh.world))
-        if this.loaded is not None:
-            this.sinks.say(f"continuing from {this.loaded}")
-        directory.report(this.progress.step)
-        state, reason = train(this)
-        directory.end(state, this.progress.step, reason)
-        this.sinks.say(f"{state} at step {this.progress.step}" + (f" ({reason})" if reason else ""))
-        this.sinks.close()
+        with this.sinks as sinks:
+            sinks.say(card(config, manifest, plan, mesh.world))
+            if this.loaded is not None:
+                sinks.say(f"continuing from {this.loaded}")
+            directory.report(this.progress.step)
+            state, reason = train(this)
+            directory.end(state, this.progress.step, reason)
+            sinks.say(f"{state} at step {this.progress.step}" + (f" ({reason})" if reason else ""))
         mesh.barrier()  # launchers kill the rest when the first process exits
 
 

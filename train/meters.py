@@ -65,26 +65,25 @@ class Meters:
         """Seconds of training in all attempts."""
         return self._elapsed + (time.perf_counter() - self._since if self._since is not None else 0.0)
 
-    def row(self, *, step: int, tokens: int, loss: float, lr: float, norm: float) -> dict[str, Any]:
-        """The record of one step, and the start of the next lap."""
-        now = self.seconds
-        num_steps, seconds = step - self._lap_step, now - self._lap_seconds
-        tokens_per_second = num_steps * self._batch_tokens / seconds
+    def row(self, *, step: int, tokens: int, seconds: float, loss: float, lr: float, norm: float) -> dict[str, Any]:
+        """The record of the step that was done after `seconds` of training, and the start of the next lap."""
+        num_steps, lap_seconds = step - self._lap_step, seconds - self._lap_seconds
+        tokens_per_second = num_steps * self._batch_tokens / lap_seconds
         row = {
             "step": step,
             "tokens": tokens,
-            "seconds": round(now, 4),
+            "seconds": round(seconds, 4),
             "loss": loss,
             "lr": lr,
             "grad_norm": norm,
             "tokens_per_second": round(tokens_per_second, 1),
             "mfu": self._mfu(tokens_per_second),
-            "step_seconds": round(seconds / num_steps, 6),
-            "data_wait_fraction": round(self._data_wait / seconds, 4),
+            "step_seconds": round(lap_seconds / num_steps, 6),
+            "data_wait_fraction": round(self._data_wait / lap_seconds, 4),
             "peak_memory_gib": round(peak_memory_gib(self._device), 3),
             "flops": tokens * self._flops_per_token,
         }
-        self._lap_step, self._lap_seconds, self._data_wait = step, now, 0.0
+        self._lap_step, self._lap_seconds, self._data_wait = step, seconds, 0.0
         return row
 
     def _mfu(self, tokens_per_second: float) -> float | None:

@@ -1,5 +1,6 @@
 """A run directory's own files: config.json, provenance.json, status.json, the tokenizer and the lock."""
 
+import contextlib
 import json
 import os
 import platform
@@ -68,7 +69,8 @@ class RunDirectory:
     def _claim(self) -> None:
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock.acquire()
-        try:
+        with contextlib.ExitStack() as undo:
+            undo.callback(self._lock.release)
             self._check_identity()
             status = read_status(self.path)
             self._attempt = status["attempt"] + 1 if status else 1
@@ -78,9 +80,7 @@ class RunDirectory:
             write_json_atomically(self.path / "provenance.json", provenance(self._config))
             load_codec(self._config.data.dir).save(self.path)
             (self.path / STOP_FILE).unlink(missing_ok=True)
-        except BaseException:
-            self._lock.release()
-            raise
+            undo.pop_all()
 
     def _check_identity(self) -> None:
         path = self.path / "config.json"

@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TextIO
 
 from data_prep.atomic import write_atomically
@@ -47,7 +48,12 @@ class Sinks:
         if self._metrics is not None:
             os.fsync(self._metrics.fileno())
 
-    def close(self) -> None:
+    def __enter__(self) -> "Sinks":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         for file in (self._metrics, self._log):
             if file is not None:
                 file.close()

@@ -1,0 +1,35 @@
+# Each target makes .venv where it is missing and installs what it needs; only Python >= 3.11 and make are needed.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test test-slow lint bench
+
+# The text inside CPython -> shards -> a GPT trained in two processes -> its loss curve and a sample.
+quickstart: .venv/.base
+	$(BIN)/python data_prep/textfiles.py --input python-docs --out data/python-docs --tokenizer char
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 train/main.py quickstart
+	$(BIN)/python train/curves.py runs/quickstart
+	$(BIN)/python model/generate.py runs/quickstart --prompt "The " --max-tokens 300
+
+test: .venv/.dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+
+test-slow: .venv/.dev
+	$(BIN)/python -m pytest -m slow
+
+lint: .venv/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: .venv/.base
+	$(BIN)/python benchmarks/bench_step.py
+
+.venv/.base: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --editable '.[plots]' --constraint constraints.txt
+	touch $@
+
+.venv/.dev: .venv/.base
+	$(BIN)/python -m pip install --quiet --editable '.[dev,hf,plots]' --constraint constraints.txt
+	touch $@

@@ -1,0 +1,164 @@
+"""Our training step against a bare loop of the same model: forward, backward, clip, AdamW, nothing else.
+
+    python benchmarks/bench_step.py                      # about a minute on 2 CPU cores
+    python benchmarks/bench_step.py --preset gpt2-small  # on a GPU
+
+One process. The two run in turn, in blocks of steps after a warm-up, and the bare loop runs twice in each round:
+its ratio to itself (the A/A control) tells how far the machine can be trusted. Last line: JSON.
+"""
+
+import dataclasses
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import torch
+import torch.nn.functional as F
+import tyro
+
+from data_prep.errors import one_line_errors
+from data_prep.manifest import read_manifest
+from data_prep.textfiles import Options as TextOptions
+from data_prep.textfiles import prepare
+from model.gpt import build_model
+from train.batches import plan_batches
+from train.config import Config, DataConfig, TrainConfig, resolve, with_vocabulary
+from train.loop import Run, take_step, warm_up
+from train.main import set_up
+from train.mesh import Mesh, open_mesh
+from train.parallel import compute_dtype
+from train.presets import PRESETS
+from train.run_dir import RunDirectory
+from train.stops import Stops
+
+
+@dataclass(frozen=True)
+class Options:
+    """Our training step against a bare loop of the same model."""
+
+    preset: str = "quickstart"
+    """Model, batch and precision to time."""
+    windows: int = 32
+    """Windows per step (one micro-batch up to the preset's own size)."""
+    rounds: int = 12
+    """Rounds of: bare, ours, bare."""
+    block: int = 5
+    """Steps timed together."""
+
+
+def bare_step(config: Config, device: torch.device) -> Callable[[], None]:
+    """A step of a loop without anything of ours around the model, on fixed random tokens."""
+    model = build_model(config.model, seed=1, device=device, compute_dtype=compute_dtype(config))
+    if config.train.compile:
+        for block in model.blocks:
+            block.compile()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    plan = plan_batches(config, 1)
+    shape = (plan.accumulation, plan.micro_batch, config.train.seq_len + 1)
+    tokens = torch.randint(config.model.vocab_size, shape, device=device)
+
+    def step() -> None:
+        for rows in tokens:
+            logits = model(rows[:, :-1])[..., : config.model.vocab_size].float()
+            loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+            (loss / len(tokens)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def our_step(run: Run) -> Callable[[], None]:
+    """A step of train/loop.py as `train` takes it, its results read one step late."""
+    reports = []
+
+    def step() -> None:
+        reports.append(take_step(run))
+        run.progress = reports[-1].progress
+        if len(reports) > 1:
+            reports.pop(0).results.tolist()
+
+    run.meters.start()
+    warm_up(run)
+    return step
+
+
+def seconds_of(step: Callable[[], None], count: int) -> float:
+    started = time.perf_counter()
+    for _ in range(count):
+        step()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - started
+
+
+def summary(ratios: list[float]) -> dict[str, float]:
+    """Median, and the 95 % interval of the mean of the log ratios (normal approximation)."""
+    logs = [math.log(ratio) for ratio in ratios]
+    half = 1.96 * statistics.stdev(logs) / math.sqrt(len(logs))
+    mean = statistics.mean(logs)
+    return {
+        "median": round(statistics.median(ratios), 4),
+        "low": round(math.exp(mean - half), 4),
+        "high": round(math.exp(mean + half), 4),
+    }
+
+
+def configured(options: Options, folder: Path) -> Config:
+    """The preset on generated text of its own, with the asked-for windows in a step."""
+    text = folder / "text.txt"
+    text.write_text("A line of text that stands for any other.\n" * 20_000, encoding="utf-8")
+    prepare(TextOptions(input=(str(text),), out=folder / "data", tokenizer="byte"))
+    preset = PRESETS[options.preset]
+    train: TrainConfig = dataclasses.replace(
+        preset.train, batch_tokens=options.windows * preset.train.seq_len, steps=10**6
+    )
+    config = dataclasses.replace(preset, run_dir=folder / "run", data=DataConfig(folder / "data"), train=train)
+    return with_vocabulary(resolve(config), read_manifest(folder / "data").vocab_size)
+
+
+def measure(options: Options, config: Config, mesh: Mesh) -> dict[str, object]:
+    manifest, plan = read_manifest(config.data.dir), plan_batches(config, 1)
+    with (
+        Stops(config.directory, is_main=True) as stops,
+        RunDirectory(config, manifest.fingerprint, mesh) as directory,
+    ):
+        run = set_up(config, mesh, manifest, plan, directory, stops)
+        with run.sinks:
+            ours, bare = our_step(run), bare_step(config, mesh.device)
+            seconds_of(ours, options.block), seconds_of(bare, options.block)
+            rounds = [[seconds_of(step, options.block) for step in (bare, ours, bare)] for _ in range(options.rounds)]
+    milliseconds = [statistics.median(column) / options.block * 1e3 for column in zip(*rounds, strict=True)]
+    print(f"bare {milliseconds[0]:.2f} ms, ours {milliseconds[1]:.2f} ms, bare again {milliseconds[2]:.2f} ms per step")
+    return {
+        "preset": options.preset,
+        "tokens_per_step": config.train.batch_tokens,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "ours_over_bare": summary([2 * ours / (first + second) for first, ours, second in rounds]),
+        "bare_over_bare": summary([second / first for first, _, second in rounds]),
+        "bare_step_ms": round(milliseconds[0], 3),
+        "ours_step_ms": round(milliseconds[1], 3),
+    }
+
+
+def main(args: list[str] | None = None) -> None:
+    with one_line_errors("bench_step"):
+        options = tyro.cli(Options, args=args, description=__doc__)
+        with tempfile.TemporaryDirectory() as folder, open_mesh() as mesh:
+            print(json.dumps(measure(options, configured(options, Path(folder)), mesh)))
+
+
+if __name__ == "__main__":
+    main()

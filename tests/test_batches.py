@@ -1,0 +1,99 @@
+"""Order of the windows: every one once an epoch, whatever the processes; seeking is free."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from data_prep.errors import InputError
+from data_prep.manifest import open_split
+from tests.runs import tiny_config
+from train.batches import BatchPlan, Windows, permute, plan_batches
+
+CPU = torch.device("cpu")
+
+
+def permuted(count: int, key: int) -> list[int]:
+    return list(permute(np.arange(count, dtype=np.uint64), count, key).tolist())
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 5, 16, 17, 1000, 4096, 4097, 100_003])
+def test_the_permutation_is_one(count: int) -> None:
+    assert sorted(permuted(count, key=7)) == list(range(count))
+
+
+def test_the_permutation_seeks_and_depends_on_its_key() -> None:
+    whole = permuted(5000, key=1)
+    places = np.array([4999, 0, 77], dtype=np.uint64)
+    assert permute(places, 5000, 1).tolist() == [whole[4999], whole[0], whole[77]]
+    assert whole != permuted(5000, key=2)
+    assert permute(np.array([2**40], dtype=np.uint64), 2**41, 3)[0] < 2**41
+
+
+def test_the_permutation_looks_random() -> None:
+    """Fixed points, neighbours that stay neighbours and correlation as of a random permutation, over 200 keys."""
+    count, keys = 1000, 200
+    orders = np.array([permuted(count, key) for key in range(keys)])
+    fixed = (orders == np.arange(count)).sum(axis=1).mean()
+    neighbours = (np.abs(np.diff(orders, axis=1)) == 1).sum(axis=1).mean()
+    assert abs(fixed - 1) < 0.4  # Poisson(1), standard error 0.07
+    assert abs(neighbours - 2) < 0.5  # mean 2, standard error 0.1
+    correlations = [np.corrcoef(order, np.arange(count))[0, 1] for order in orders]
+    assert abs(np.mean(correlations)) < 0.012  # standard error 1 / sqrt(1000 * 200)
+    assert np.std(correlations) == pytest.approx(1 / count**0.5, rel=0.25)
+    first = np.bincount(orders[:, 0] // 100, minlength=10)
+    assert ((first - keys / 10) ** 2 / (keys / 10)).sum() < 30  # chi-square, 9 degrees of freedom
+
+
+def test_windows_share_one_token_and_lose_none(tiny_data: Path) -> None:
+    stream = open_split(tiny_data, "train")
+    windows = Windows(stream, seq_len=32, seed=1)
+    inputs_BT, targets_BT = windows.read(list(range(windows.count)))
+    tokens = torch.from_numpy(stream.read(0, len(stream)).astype(np.int64))
+    assert windows.count == (len(stream) - 1) // 32
+    assert torch.equal(inputs_BT.flatten(), tokens[: windows.count * 32])
+    assert torch.equal(targets_BT.flatten(), tokens[1 : windows.count * 32 + 1])
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 12])
+@pytest.mark.parametrize("world", [1, 2, 3, 6, 12])
+def test_every_world_reads_the_same_windows_in_the_same_order(tiny_data: Path, world: int, micro_batch: int) -> None:
+    windows = Windows(open_split(tiny_data, "train"), 32, seed=1)
+    config = tiny_config(tiny_data, Path("unused"), micro_batch=micro_batch)
+    plan = plan_batches(config, world)
+    for position in (0, 12, 552, 5520):  # the second last crosses the border of an epoch
+        alone = torch.cat([x for x, _ in windows.micro_batches(position, BatchPlan(12, 12, 12, 1), 0, CPU)])
+        ranks = [windows.micro_batches(position, plan, rank, CPU) for rank in range(world)]
+        assert all(len(batches) == plan.accumulation for batches in ranks)
+        assert torch.equal(torch.cat([x for batches in ranks for x, _ in batches]), alone)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_an_epoch_holds_each_window_once_over_all_ranks(tiny_data: Path, world: int) -> None:
+    windows = Windows(open_split(tiny_data, "train"), 32, seed=1)
+    per_rank = 4 // world
+    seen: list[int] = []
+    for position in range(0, 2 * windows.count, 4):
+        for rank in range(world):
+            seen += windows.ids_at(position + rank * per_rank, per_rank)
+    first, second = seen[: windows.count], seen[windows.count : 2 * windows.count]
+    assert sorted(first) == sorted(second) == list(range(windows.count))
+    assert first != second
+
+
+def test_a_world_that_does_not_divide_the_batch_is_refused_with_what_does(tiny_data: Path) -> None:
+    config = tiny_config(tiny_data, Path("unused"))
+    with pytest.raises(InputError, match=r"12 windows of 32, which 5 processes .* try 4 processes, .* 320 or 480"):
+        plan_batches(config, 5)
+
+
+def test_a_micro_batch_that_does_not_fit_is_refused_with_one_that_does(tiny_data: Path) -> None:
+    config = tiny_config(tiny_data, Path("unused"), micro_batch=5)
+    with pytest.raises(InputError, match=r"micro_batch 5 x seq_len 32 x 1 ranks = 160; try --train.micro-batch 4"):
+        plan_batches(config, 1)
+
+
+def test_too_short_a_split_is_refused(tiny_data: Path) -> None:
+    with pytest.raises(InputError, match=r"2000 tokens, less than one window of --train.seq-len 2000"):
+        Windows(open_split(tiny_data, "val"), 2000, seed=1)

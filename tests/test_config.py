@@ -1,0 +1,136 @@
+"""The command line: what it resolves to, and what it refuses, all at once and in words."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_prep.errors import InputError
+from tests.runs import ROOT
+from train.config import Config, parse, settings_without_effect
+from train.presets import PRESETS
+
+
+def parsed(*args: str) -> Config:
+    return parse(args, PRESETS)
+
+
+def refusal(*args: str) -> str:
+    with pytest.raises(InputError) as caught:
+        parsed(*args)
+    return str(caught.value)
+
+
+def test_no_preset_is_gpt2_small_as_published() -> None:
+    config = parsed()
+    assert config.preset == "gpt2-small"
+    assert config.directory == Path("runs/gpt2-small")
+    assert (config.train.batch_tokens, config.train.steps, config.windows_per_step) == (524_288, 19_073, 512)
+    assert (config.optim.lr_peak, config.optim.warmup_steps, config.optim.lr_final) == (6e-4, 700, 0.0)
+    assert (config.optim.beta1, config.optim.beta2, config.optim.weight_decay) == (0.9, 0.95, 0.1)
+    assert config.optim.clip_norm == 1.0
+    assert config.train.dtype == "bf16" and config.train.compile
+    assert config.data.dir == Path("data/fineweb_edu_10B")
+
+
+def test_flags_override_the_preset() -> None:
+    config = parsed("shakespeare-char-cpu", "--model.width", "64", "--train.compile", "--optim.clip-norm", "None")
+    assert (config.model.width, config.train.compile, config.optim.clip_norm) == (64, True, None)
+    assert config.model.num_layers == 4
+    assert config.model.context_len == config.train.seq_len == 64
+
+
+def test_the_flag_names_that_scripts_rely_on() -> None:
+    args = "--run-dir a --seed 2 --no-resume --data.dir d --model.num-layers 3 --model.num-heads 2 --model.width 8"
+    args += " --train.seq-len 16 --train.steps 5 --train.batch-tokens 64 --train.micro-batch 2 --train.dtype fp32"
+    args += " --train.no-compile --optim.name adamw --optim.lr-peak 1e-3 --optim.schedule constant"
+    args += " --optim.warmup-steps 1 --validate.every 3 --validate.tokens 100 --save.every 2 --save.keep 1"
+    args += " --parallel.mode ddp --track.every 4"
+    config = parsed(*args.split())
+    assert not config.resume and config.train.steps == 5 and config.parallel.mode == "ddp"
+
+
+def test_tokens_in_place_of_steps() -> None:
+    assert parsed("--train.tokens", "1000000000").train.steps == 1907
+    assert "give one" in refusal("--train.tokens", "1000000000", "--train.steps", "5")
+    assert "less than one step" in refusal("--train.tokens", "1000")
+
+
+def test_typos_get_suggestions() -> None:
+    assert "did you mean gpt2-small?" in refusal("gpt2-smal")
+    assert "unknown '--train.batch-token' (did you mean --train.batch-tokens?)" in refusal("--train.batch-token", "1")
+    assert "unknown 'extra'" in refusal("gpt2-small", "extra")
+
+
+def test_all_faults_are_reported_at_once_with_value_rule_and_flag() -> None:
+    text = refusal(
+        *("--train.batch-tokens", "500000", "--model.num-heads", "7", "--optim.lr-peak", "-1"),
+        *("--optim.beta2", "1.0", "--save.keep", "0", "--optim.warmup-steps", "-5"),
+    )
+    for line in (
+        "6 faults",
+        "--train.batch-tokens 500000 is not divisible by --train.seq-len 1024; try 499712 or 500736",
+        "--model.width 768 is not divisible by --model.num-heads 7; try --model.width 770",
+        "--optim.lr-peak -1.0 must be more than 0",
+        "--optim.beta2 1.0 must lie in [0, 1)",
+        "--save.keep 0 must be at least 1",
+        "--optim.warmup-steps -5 must not be negative",
+    ):
+        assert line in text
+
+
+def test_a_setting_without_effect_is_named() -> None:
+    config = parsed("--optim.schedule", "constant", "--optim.lr-final", "1e-5", "--train.steps", "300")
+    assert [line.split(" ")[0] for line in settings_without_effect(config)] == [
+        "--optim.lr-final",
+        "--optim.warmup-steps",
+    ]
+    assert settings_without_effect(parsed()) == []
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_resolves(name: str) -> None:
+    assert parsed(name).preset == name
+
+
+def command(*args: str, **env: str) -> "subprocess.CompletedProcess[str]":
+    line = [sys.executable, "train/main.py", *args]
+    return subprocess.run(line, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, check=False)
+
+
+def test_dry_run_prints_the_card_without_data_or_traces(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    done = command("--dry-run", "--run-dir", str(run_dir), "--data.dir", str(tmp_path / "none"), WORLD_SIZE="8")
+    assert done.returncode == 0, done.stderr
+    assert "124,439,808 parameters (+36,096 vocabulary padding)" in done.stdout
+    assert "524,288 tokens = 8 processes x 4 micro-batches x 16 windows x 1024" in done.stdout
+    assert "19,073 steps = 9,999,745,024 tokens" in done.stdout
+    assert "not there yet" in done.stdout
+    assert not run_dir.exists()
+
+
+def test_dry_run_warns_of_epochs(tiny_data: Path) -> None:
+    done = command("shakespeare-char-cpu", "--dry-run", "--data.dir", str(tiny_data))
+    assert "85.33 epochs  WARNING: more than one epoch" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--data.dir", "nowhere"], "nowhere: no such data directory"),
+        (["--optim.lr-pek", "1"], "did you mean --optim.lr-peak?"),
+        (["--train.batch-tokens", "500000"], "try 499712 or 500736"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(args: list[str], said: str) -> None:
+    done = command(*args)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and said in done.stderr
+    assert done.stdout == ""
+
+
+def test_ranks_other_than_the_first_are_silent() -> None:
+    assert command("--data.dir", "nowhere", "--dry-run", RANK="1", WORLD_SIZE="2").stdout == ""
+    assert command("gpt3", RANK="1", WORLD_SIZE="2").stderr == ""

@@ -1,0 +1,182 @@
+"""The run directory's own files: lock, status, metrics, provenance, stop file, curves."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_prep.errors import InputError
+from model.trained import list_checkpoints
+from tests.runs import ROOT, rows, status, tiny_config
+from train import lock
+from train.lock import RunLock
+from train.main import run
+from train.mesh import Mesh
+from train.run_dir import differing
+from train.sinks import Sinks
+from train.stops import Stops
+
+ALONE = Mesh(0, 1, torch.device("cpu"))
+HOLD = "import sys, time; from pathlib import Path; from train.lock import RunLock; "
+HOLD += "RunLock(Path(sys.argv[1])).acquire(); print('held', flush=True); time.sleep(60)"
+
+
+def hold_elsewhere(run_dir: Path) -> "subprocess.Popen[str]":
+    holder = subprocess.Popen([sys.executable, "-c", HOLD, str(run_dir)], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    return holder
+
+
+def test_the_lock_is_kept_by_the_living_and_taken_from_the_dead(tmp_path: Path) -> None:
+    holder = hold_elsewhere(tmp_path)
+    with pytest.raises(InputError, match=rf"another process is training here \(pid {holder.pid} on "):
+        RunLock(tmp_path).acquire()
+    holder.kill()
+    holder.communicate()
+    mine = RunLock(tmp_path)
+    mine.acquire()
+    assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
+    mine.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_pid_used_again_is_not_the_holder(tmp_path: Path) -> None:
+    holder = RunLock(tmp_path)
+    holder.acquire()
+    text = json.loads((tmp_path / "lock.json").read_text())
+    (tmp_path / "lock.json").write_text(json.dumps(text | {"started": "1"}))  # this pid, another process
+    second = RunLock(tmp_path)
+    second.acquire()
+    second.release()
+
+
+def test_on_another_host_the_heartbeat_decides(tmp_path: Path) -> None:
+    path = tmp_path / "lock.json"
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": "5", "job": "77"}))
+    with pytest.raises(InputError, match="pid 1 on elsewhere, job 77"):
+        RunLock(tmp_path).acquire()
+    old = time.time() - lock.DEAD_AFTER_SECONDS - 1
+    os.utime(path, (old, old))
+    RunLock(tmp_path).acquire()
+
+
+def test_of_many_takers_of_a_dead_lock_one_wins(tmp_path: Path) -> None:
+    (tmp_path / "lock.json").write_text(
+        json.dumps({"host": os.uname().nodename, "pid": 2**22, "started": "1", "job": None})
+    )
+    script = "import sys; from pathlib import Path; from train.lock import RunLock\n"
+    script += "try: RunLock(Path(sys.argv[1])).acquire(); print('won')\n"
+    script += "except ValueError: print('lost')\nimport time; sys.stdout.flush(); time.sleep(3)"
+    line = [sys.executable, "-c", script, str(tmp_path)]
+    takers = [subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, text=True) for _ in range(6)]
+    assert sorted(taker.communicate()[0].strip() for taker in takers) == ["lost"] * 5 + ["won"]
+
+
+def test_the_heart_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.02)
+    held = RunLock(tmp_path)
+    held.acquire()
+    os.utime(tmp_path / "lock.json", (0, 0))
+    end = time.monotonic() + 5
+    while (tmp_path / "lock.json").stat().st_mtime == 0:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    held.release()
+    assert not (tmp_path / "lock.json").exists()
+
+
+def test_rows_after_the_restored_step_are_dropped_and_half_a_line_with_them(tmp_path: Path) -> None:
+    full = [{"step": n, "loss": float(n)} for n in range(1, 6)] + [{"step": 5, "val_loss": 2.0}]
+    lines = "".join(json.dumps(row) + "\n" for row in full)
+    (tmp_path / "metrics.jsonl").write_text(lines + '{"step": 6, "lo')
+    with Sinks(tmp_path, step=5, is_main=True) as sinks:
+        assert sinks.validated_steps == {5}
+    assert rows(tmp_path) == full
+    with Sinks(tmp_path, step=3, is_main=True):
+        assert rows(tmp_path) == full[:3]
+    with Sinks(tmp_path, step=None, is_main=True):
+        assert rows(tmp_path) == []
+
+
+def test_metrics_rows_have_the_promised_keys(tiny_data: Path, tmp_path: Path) -> None:
+    run(tiny_config(tiny_data, tmp_path / "run", steps=5), ALONE)
+    trained = [row for row in rows(tmp_path / "run") if "loss" in row]
+    validated = [row for row in rows(tmp_path / "run") if "val_loss" in row]
+    keys = "step tokens seconds loss lr grad_norm tokens_per_second mfu step_seconds data_wait_fraction"
+    assert list(trained[0]) == [*keys.split(), "peak_memory_gib", "flops"]
+    assert list(validated[0]) == ["step", "tokens", "val_loss", "val_bits_per_byte"]
+    assert [row["tokens"] for row in trained] == [384 * n for n in range(1, 6)]
+    assert all(row["mfu"] is None and 0 <= row["data_wait_fraction"] <= 1 for row in trained)
+    assert trained[-1]["seconds"] == pytest.approx(sum(row["step_seconds"] for row in trained), abs=1e-3)
+    for row in trained:
+        assert row["tokens_per_second"] == pytest.approx(384 / row["step_seconds"], rel=0.02)
+
+
+def test_the_run_directory_holds_what_is_promised(tiny_data: Path, tmp_path: Path) -> None:
+    run(tiny_config(tiny_data, tmp_path / "run", steps=5), ALONE)
+    names = {path.name for path in (tmp_path / "run").iterdir()}
+    files = "config.json metrics.jsonl log.txt checkpoints status.json provenance.json tokenizer"
+    assert names == set(files.split())
+    made_by = json.loads((tmp_path / "run" / "provenance.json").read_text())
+    head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert made_by["commit"] == (head.stdout.strip() or None)
+    assert made_by["torch"] == torch.__version__ and made_by["threads"] == 1
+    config = json.loads((tmp_path / "run" / "config.json").read_text())["config"]
+    assert config["model"]["context_len"] == 32 and config["model"]["vocab_size"] == 33
+
+
+def test_a_stop_file_left_from_before_does_not_stop_a_new_start(tiny_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "STOP").touch()
+    run(tiny_config(tiny_data, tmp_path / "run", steps=5), ALONE)
+    assert status(tmp_path / "run") == {"state": "done", "step": 5, "reason": None, "attempt": 1}
+
+
+def test_two_signals_are_one_stop_and_handlers_come_back(tiny_data: Path, tmp_path: Path) -> None:
+    import signal
+
+    before = signal.getsignal(signal.SIGTERM)
+
+    def send() -> None:
+        while not (tmp_path / "run" / "metrics.jsonl").exists() or len(rows(tmp_path / "run")) < 10:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    run(tiny_config(tiny_data, tmp_path / "run", steps=2000), ALONE)
+    sender.join()
+    found = status(tmp_path / "run")
+    assert found["state"] == "stopped" and found["reason"] in ("SIGUSR1", "SIGTERM")
+    assert list_checkpoints(tmp_path / "run")[-1].name == f"step_{found['step']:08d}"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_only_the_main_rank_looks_for_the_stop_file(tmp_path: Path) -> None:
+    (tmp_path / "STOP").touch()
+    assert Stops(tmp_path, is_main=True).wanted()
+    assert not Stops(tmp_path, is_main=False).wanted()
+
+
+def test_differences_are_named_as_flags() -> None:
+    old = {"seed": 1, "model": {"width": 8}, "train": {"steps": 5, "compile": True}, "optim": {"lr_peak": 0.1}}
+    new = {"seed": 1, "model": {"width": 16}, "train": {"steps": 5, "compile": False}, "optim": {"lr_peak": 0.2}}
+    assert differing(old, new) == ["--model.width 16 (was 8)", "--optim.lr-peak 0.2 (was 0.1)"]
+
+
+def test_curves_draws_a_picture(tiny_data: Path, tmp_path: Path) -> None:
+    run(tiny_config(tiny_data, tmp_path / "run", steps=5), ALONE)
+    line = [sys.executable, "train/curves.py", str(tmp_path / "run"), "--x", "tokens"]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    picture = (tmp_path / "run" / "curves.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
+    refused = subprocess.run([*line[:2], str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert refused.returncode == 2 and "no metrics.jsonl" in refused.stderr
