@@ -171,6 +171,10 @@ class BpeCodec:
             return self._encoding.encode_to_numpy(text, disallowed_special=())
         except UnicodeEncodeError:  # a lone surrogate, which encode_ordinary replaces
             return np.array(self._encoding.encode_ordinary(text), dtype=np.uint32)
+        except ValueError as error:  # its regular expressions give up on a run of a million blanks
+            raise InputError(
+                f"tokenizer {self.name} gave up on this text ({error}); break up its longest run"
+            ) from error
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         return self._encoding.decode_bytes([index for index in ids if index != self.eot_id])
@@ -203,7 +207,13 @@ class BpeCodec:
 
 def _save_description(codec: Codec, directory: Path) -> None:
     (directory / FOLDER).mkdir(parents=True, exist_ok=True)
-    write_json_atomically(directory / FOLDER / DESCRIPTION_FILE, codec.describe())
+    description = codec.describe()
+    content = description | {"check": _hash_of(description)}
+    write_json_atomically(directory / FOLDER / DESCRIPTION_FILE, content)
+
+
+def _hash_of(description: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(description, sort_keys=True).encode("ascii")).hexdigest()
 
 
 def load_codec(directory: Path) -> Codec:
@@ -215,6 +225,8 @@ def load_codec(directory: Path) -> Codec:
     codec: Codec
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
+        if description.pop("check") != _hash_of(description):
+            raise InputError(f"{path}: was altered since it was written")
         match description["kind"]:
             case "char":
                 codec = CharCodec(description["alphabet"])
@@ -225,11 +237,10 @@ def load_codec(directory: Path) -> Codec:
                 codec = BpeCodec(ranks, name=description["name"], pattern=description["pattern"])
             case kind:
                 raise InputError(f"{path}: unknown kind of tokenizer {kind!r}")
-        stated = description["sha256"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged ({type(error).__name__}: {error})") from error
-    if codec.describe()["sha256"] != stated:
-        raise InputError(f"{path}: the tokenizer is not the one its sha256 names; one of its files was altered")
+    if codec.describe() != description:
+        raise InputError(f"{path}: the tokenizer is not the one it describes; one of its files was altered")
     return codec
 
 

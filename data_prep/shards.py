@@ -68,7 +68,8 @@ class ShardWriter:
     def append(self, tokens: npt.NDArray[np.integer], document_starts: Sequence[int] = ()) -> None:
         """Append tokens [n] to the stream; `document_starts` are the offsets in them at which documents begin."""
         if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._vocab_size:
-            raise InputError(f"token id {int(tokens.max())} is outside the vocabulary of {self._vocab_size}")
+            outside = tokens[(tokens < 0) | (tokens >= self._vocab_size)]
+            raise InputError(f"token id {int(outside[0])} is outside the vocabulary of {self._vocab_size}")
         ids = tokens.astype("<u2")
         starts = np.asarray(document_starts, dtype=np.int64)
         self._stream_hash.update(ids.tobytes())
@@ -200,4 +201,6 @@ class TokenStream:
             piece = shard.tokens[start - begin : stop - begin]
             pieces.append(piece)
             start += len(piece)
-        return np.concatenate(pieces) if len(pieces) != 1 else np.asarray(pieces[0])
+        if len(pieces) == 1:
+            return np.asarray(pieces[0])
+        return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.uint16)

@@ -49,7 +49,7 @@ class Options:
     shard_tokens: int = 100_000_000
     """Tokens per shard; the last one of a split may be shorter."""
     overwrite: bool = False
-    """Replace a finished data directory that was made of other input or with other options."""
+    """Make it anew, replacing the data directory that is there once the new one is complete."""
 
 
 @dataclass(frozen=True)
@@ -117,6 +117,10 @@ def survey(texts: list[Text]) -> Survey:
 def write_shards(texts: list[Text], found: Survey, codec: Codec, options: Options, directory: Path) -> Manifest:
     """Encode every text into `directory`, the tail into the val split, and write the manifest last."""
     cut = int(found.num_characters * (1 - options.val_fraction))
+    if not 0 < cut < found.num_characters:
+        raise InputError(
+            f"--val-fraction {options.val_fraction} of {found.num_characters} characters leaves a split empty"
+        )
     splits = {}
     for split, start, stop in (("train", 0, cut), ("val", cut, found.num_characters)):
         with ShardWriter(
@@ -163,13 +167,13 @@ def check_existing(options: Options, found: Survey, codec: Codec) -> Manifest | 
         if options.out.is_dir() and not any(options.out.iterdir()):
             return None
         raise InputError(f"--out {options.out}: exists and is no data directory; choose another or remove it")
+    if options.overwrite:
+        return None
     manifest = read_manifest(options.out)
     had = (manifest.source, manifest.options, manifest.tokenizer)
     want = ({"files": found.files}, byte_options(options), codec.describe())
     if had == want:
         return manifest
-    if options.overwrite:
-        return None
     names = ("input", "options", "tokenizer")
     differing = " and ".join(name for name, old, new in zip(names, had, want, strict=True) if old != new)
     raise InputError(
@@ -193,6 +197,8 @@ def prepare(options: Options) -> Manifest:
     """The whole stage. Raises InputError, with nothing finished touched, when the input is bad."""
     if not 0 < options.val_fraction < 1:
         raise InputError(f"--val-fraction {options.val_fraction} must lie between 0 and 1")
+    if not options.out.name:
+        raise InputError(f"--out {options.out}: give the data directory a name of its own")
     started = time.perf_counter()
     texts = open_texts(options.input)
     found = survey(texts)

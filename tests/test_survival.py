@@ -5,6 +5,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -177,7 +178,7 @@ def test_two_runs_in_one_directory_are_refused(tiny_data: Path, tmp_path: Path) 
 
 def test_in_place_restarts_that_would_hang_are_refused_with_the_line_to_export(tiny_data: Path, tmp_path: Path) -> None:
     env = os.environ | {"TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    command = ["python", "train/main.py", *flags(tiny_data, tmp_path / "run")]
+    command = [sys.executable, "train/main.py", *flags(tiny_data, tmp_path / "run")]
     done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
