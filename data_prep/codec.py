@@ -82,7 +82,7 @@ class CharCodec:
         return None
 
     def encode(self, text: str) -> Ids:
-        code_points = np.frombuffer(text.encode("utf-32-le"), dtype="<u4")
+        code_points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
         ids = np.searchsorted(self._code_points, code_points)
         found = self._code_points[np.minimum(ids, len(self._code_points) - 1)] == code_points
         if not found.all():
@@ -122,7 +122,10 @@ class ByteCodec:
         return None
 
     def encode(self, text: str) -> Ids:
-        return np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
+        try:
+            return np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
+        except UnicodeEncodeError as error:
+            raise InputError(f"lone surrogate at {error.start}, which has no UTF-8 bytes") from error
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         return bytes(ids)

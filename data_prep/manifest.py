@@ -55,7 +55,7 @@ def read_manifest(directory: Path) -> Manifest:
     if not directory.is_dir():
         raise InputError(f"{directory}: no such data directory; make it with data_prep/textfiles.py or set --data.dir")
     if not path.is_file():
-        raise InputError(f"{directory}: no {FILE_NAME}, so its preparation did not finish; run it again")
+        raise InputError(f"{directory}: no {FILE_NAME}, so its preparation did not finish; prepare it again")
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if raw["format_version"] != FORMAT_VERSION:

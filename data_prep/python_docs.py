@@ -2,7 +2,7 @@
 
 Two texts: `pydoc_data.topics` (the language reference's help topics, about 465 thousand characters) and the
 docstrings of the standard library (about 1.7 million), read from the source files without importing them.
-Both depend only on the Python version.
+Both depend on the Python installation alone; a distribution may leave parts of the library out.
 """
 
 import ast

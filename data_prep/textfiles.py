@@ -10,6 +10,8 @@ Every file is one document. The last `--val-fraction` of all characters is the v
 that is nanoGPT's cut. The output directory appears whole, under its name, only when everything is written.
 """
 
+import contextlib
+import dataclasses
 import functools
 import hashlib
 import shutil
@@ -30,7 +32,7 @@ from data_prep import python_docs
 from data_prep.atomic import fsync_directory
 from data_prep.codec import Codec, make_codec
 from data_prep.errors import InputError, one_line_errors
-from data_prep.manifest import FILE_NAME, Manifest, SplitInfo, read_manifest
+from data_prep.manifest import FILE_NAME, Manifest, SplitInfo, open_split, read_manifest
 from data_prep.shards import ShardWriter
 
 
@@ -116,11 +118,7 @@ def survey(texts: list[Text]) -> Survey:
 
 def write_shards(texts: list[Text], found: Survey, codec: Codec, options: Options, directory: Path) -> Manifest:
     """Encode every text into `directory`, the tail into the val split, and write the manifest last."""
-    cut = int(found.num_characters * (1 - options.val_fraction))
-    if not 0 < cut < found.num_characters:
-        raise InputError(
-            f"--val-fraction {options.val_fraction} of {found.num_characters} characters leaves a split empty"
-        )
+    cut = place_of_cut(found, options)
     splits = {}
     for split, start, stop in (("train", 0, cut), ("val", cut, found.num_characters)):
         with ShardWriter(
@@ -136,7 +134,7 @@ def write_shards(texts: list[Text], found: Survey, codec: Codec, options: Option
                 part = content[max(0, start - position) : max(0, stop - position)]
                 position += len(content)
                 if part:
-                    append_document(writer, codec, part)
+                    append_document(writer, codec, part, text.name)
         tokens = sum(shard.tokens for shard in writer.shards)
         documents = sum(shard.documents for shard in writer.shards)
         splits[split] = SplitInfo(tuple(writer.shards), tokens, documents, writer.stream_sha256)
@@ -146,9 +144,22 @@ def write_shards(texts: list[Text], found: Survey, codec: Codec, options: Option
     return manifest
 
 
-def append_document(writer: ShardWriter, codec: Codec, text: str) -> None:
-    """One document, begun by EOT where the codec has one."""
-    ids = codec.encode(text)
+def place_of_cut(found: Survey, options: Options) -> int:
+    """How many characters are training text; InputError if that leaves a split empty."""
+    cut = int(found.num_characters * (1 - options.val_fraction))
+    if not 0 < cut < found.num_characters:
+        raise InputError(
+            f"--val-fraction {options.val_fraction} of {found.num_characters} characters leaves a split empty"
+        )
+    return cut
+
+
+def append_document(writer: ShardWriter, codec: Codec, text: str, name: str) -> None:
+    """One document, begun by EOT where the codec has one. `name` is for what the codec refuses."""
+    try:
+        ids = codec.encode(text)
+    except InputError as error:
+        raise InputError(f"{name}: {error}") from error
     if codec.eot_id is not None:
         ids = np.concatenate([np.array([codec.eot_id], dtype=ids.dtype), ids])
     writer.append(ids, document_starts=[0])
@@ -173,6 +184,8 @@ def check_existing(options: Options, found: Survey, codec: Codec) -> Manifest | 
     had = (manifest.source, manifest.options, manifest.tokenizer)
     want = ({"files": found.files}, byte_options(options), codec.describe())
     if had == want:
+        for split in manifest.splits:
+            open_split(options.out, split)  # are all shards there, at their full size?
         return manifest
     names = ("input", "options", "tokenizer")
     differing = " and ".join(name for name, old, new in zip(names, had, want, strict=True) if old != new)
@@ -199,9 +212,11 @@ def prepare(options: Options) -> Manifest:
         raise InputError(f"--val-fraction {options.val_fraction} must lie between 0 and 1")
     if not options.out.name:
         raise InputError(f"--out {options.out}: give the data directory a name of its own")
+    options = dataclasses.replace(options, out=options.out.resolve())  # what a link points to is replaced, not the link
     started = time.perf_counter()
     texts = open_texts(options.input)
     found = survey(texts)
+    place_of_cut(found, options)
     codec = make_codec(options.tokenizer, found.alphabet)
     existing = check_existing(options, found, codec)
     if existing is not None:
@@ -210,8 +225,11 @@ def prepare(options: Options) -> Manifest:
     partial = options.out.with_name(f".{options.out.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
-    manifest = write_shards(texts, found, codec, options, partial)
-    put_in_place(partial, options.out)
+    with contextlib.ExitStack() as undo:
+        undo.callback(shutil.rmtree, partial, ignore_errors=True)  # a failure frees the disk it filled
+        manifest = write_shards(texts, found, codec, options, partial)
+        put_in_place(partial, options.out)
+        undo.pop_all()
     report(options, manifest, time.perf_counter() - started)
     return manifest
 

@@ -68,9 +68,15 @@ def oracle(shared_data: Path) -> tiktoken.Encoding:
     return tiktoken.get_encoding("gpt2")
 
 
-def edit_description(directory: Path, **changes: Any) -> None:
+def edit_description(directory: Path, *, sign: bool = False, **changes: Any) -> None:
+    """Alter codec.json; with `sign` its check is made to fit, so that what lies behind the check is met."""
     path = directory / "tokenizer" / "codec.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    description = json.loads(path.read_text()) | changes
+    if sign:
+        del description["check"]
+        text = json.dumps(description, sort_keys=True).encode("ascii")
+        description["check"] = hashlib.sha256(text).hexdigest()
+    path.write_text(json.dumps(description))
 
 
 def refusal(directory: Path) -> str:
@@ -297,7 +303,7 @@ def test_an_altered_char_tokenizer_is_refused(tmp_path: Path, changes: dict[str,
 @pytest.mark.parametrize("changes", [{"kind": "wordpiece"}, {"alphabet": None}, {"alphabet": ["ab"]}, {"kind": "bpe"}])
 def test_a_nonsensical_description_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
     CharCodec("abc").save(tmp_path)
-    edit_description(tmp_path, **changes)
+    edit_description(tmp_path, sign=True, **changes)
     assert str(tmp_path) in refusal(tmp_path)
 
 
@@ -371,3 +377,9 @@ def test_byte_codec_is_the_same_everywhere() -> None:
         "eot_id": None,
         "sha256": hashlib.sha256(bytes(range(256))).hexdigest(),
     }
+
+
+@pytest.mark.parametrize("codec", [CharCodec("abc"), ByteCodec()], ids=["char", "byte"])
+def test_a_lone_surrogate_is_refused(codec: Codec) -> None:
+    with pytest.raises(InputError, match=r"at 1\b"):
+        codec.encode("a\ud800")

@@ -335,3 +335,31 @@ def test_overwrite_replaces_data_whose_manifest_is_damaged(finished: Path, tmp_p
     (finished / "manifest.json").write_text("{")
     prepare(Options((str(tmp_path / "alice.txt"),), finished, "char", overwrite=True))
     assert decoded(finished) == ALICE.encode()
+
+
+def test_a_missing_shard_is_noticed_before_saying_complete(finished: Path, tmp_path: Path) -> None:
+    (finished / "train_000000.bin").unlink()
+    done = textfiles("--input", str(tmp_path / "alice.txt"), "--out", str(finished), "--tokenizer", "char")
+    assert done.returncode == 2 and "train_000000.bin: missing" in done.stderr
+
+
+@pytest.mark.parametrize(("text", "options"), [(ALICE, ("--shard-tokens", "0")), ("a", ())])
+def test_a_refusal_leaves_nothing_beside_out(tmp_path: Path, text: str, options: tuple[str, ...]) -> None:
+    source = write(tmp_path / "alice.txt", text)
+    done = textfiles("--input", source, "--out", str(tmp_path / "out"), "--tokenizer", "char", *options)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["alice.txt"]
+
+
+def test_a_link_as_out_stays_a_link(tmp_path: Path) -> None:
+    source = write(tmp_path / "alice.txt", ALICE)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    prepare(Options((source,), tmp_path / "link", "char"))
+    assert (tmp_path / "link").is_symlink() and decoded(tmp_path / "real") == ALICE.encode()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["alice.txt", "link", "real"]
+
+
+def test_a_character_that_a_saved_tokenizer_lacks_is_named_with_its_file(finished: Path, tmp_path: Path) -> None:
+    source = write(tmp_path / "other.txt", "zebra ~~~" * 20)
+    done = textfiles("--input", source, "--out", str(tmp_path / "new"), "--tokenizer", str(finished))
+    assert done.returncode == 2 and done.stderr.startswith(f"textfiles: {source}: character 'z' at 0 ")
