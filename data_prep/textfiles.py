@@ -212,7 +212,8 @@ def prepare(options: Options) -> Manifest:
         raise InputError(f"--val-fraction {options.val_fraction} must lie between 0 and 1")
     if not options.out.name:
         raise InputError(f"--out {options.out}: give the data directory a name of its own")
-    options = dataclasses.replace(options, out=options.out.resolve())  # what a link points to is replaced, not the link
+    if options.out.is_symlink():  # what it points to is made or replaced, not the link
+        options = dataclasses.replace(options, out=options.out.resolve())
     started = time.perf_counter()
     texts = open_texts(options.input)
     found = survey(texts)

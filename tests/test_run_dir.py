@@ -95,12 +95,12 @@ def test_rows_after_the_restored_step_are_dropped_and_half_a_line_with_them(tmp_
     full = [{"step": n, "loss": float(n)} for n in range(1, 6)] + [{"step": 5, "val_loss": 2.0}]
     lines = "".join(json.dumps(row) + "\n" for row in full)
     (tmp_path / "metrics.jsonl").write_text(lines + '{"step": 6, "lo')
-    with Sinks(tmp_path, step=5, is_main=True) as sinks:
+    with Sinks(tmp_path, step=5, mesh=ALONE) as sinks:
         assert sinks.validated_steps == {5}
     assert rows(tmp_path) == full
-    with Sinks(tmp_path, step=3, is_main=True):
+    with Sinks(tmp_path, step=3, mesh=ALONE):
         assert rows(tmp_path) == full[:3]
-    with Sinks(tmp_path, step=None, is_main=True):
+    with Sinks(tmp_path, step=None, mesh=ALONE):
         assert rows(tmp_path) == []
 
 

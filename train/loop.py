@@ -107,7 +107,7 @@ def take_step(run: Run) -> Report:
     run.meters.waited_for_data(time.perf_counter() - before)
 
     loss_sum = accumulate_gradients(run, batches)
-    totals = torch.stack([loss_sum, torch.tensor(run.stops.wanted(), dtype=torch.float64, device=mesh.device)])
+    totals = torch.stack([loss_sum, torch.full_like(loss_sum, run.stops.wanted())])  # a fill: no copy, no wait
     mesh.sum_(totals)
     loss = totals[0] / config.train.batch_tokens
     norm = optim.global_norm(p.grad for p in run.model.parameters() if p.grad is not None)

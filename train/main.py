@@ -62,7 +62,7 @@ def dry_run(config: Config) -> None:
 
 def run(config: Config, mesh: Mesh) -> None:
     """One attempt at a run, from its directory to its end. Collective."""
-    manifest = read_manifest(config.data.dir)
+    manifest = mesh.on_all(lambda: read_manifest(config.data.dir))
     config = with_vocabulary(config, manifest.vocab_size)
     plan = plan_batches(config, mesh.world)
     with (
@@ -85,7 +85,7 @@ def set_up(
     config: Config, mesh: Mesh, manifest: Manifest, plan: BatchPlan, directory: RunDirectory, stops: Stops
 ) -> Run:
     """Model, optimizer, data and progress: new from the seed, or as the newest sound checkpoint left them."""
-    windows = Windows(open_split(config.data.dir, "train"), config.train.seq_len, config.seed)
+    windows, validation = mesh.on_all(lambda: open_data(config, plan))
     model = build_model(
         config.model, seed=config.seed, device=mesh.device, compute_dtype=parallel.compute_dtype(config)
     )
@@ -95,7 +95,7 @@ def set_up(
     progress = Progress()
     if loaded is not None:
         progress = saves.load(loaded, model=model, optimizer=optimizer, device=mesh.device)
-    sinks = Sinks(directory.path, step=progress.step if loaded else None, is_main=mesh.is_main)
+    sinks = Sinks(directory.path, step=progress.step if loaded else None, mesh=mesh)
     for fault in faults:
         sinks.say(f"warning: passed over {fault}")
     for line in settings_without_effect(config):
@@ -106,7 +106,7 @@ def set_up(
         directory=directory,
         plan=plan,
         windows=windows,
-        validation=None if config.validate.every is None else validation_set(config, plan),
+        validation=validation,
         model=model,
         module=module,
         optimizer=optimizer,
@@ -120,8 +120,12 @@ def set_up(
     )
 
 
-def validation_set(config: Config, plan: BatchPlan) -> ValidationSet:
-    return ValidationSet(
+def open_data(config: Config, plan: BatchPlan) -> tuple[Windows, ValidationSet | None]:
+    """The training windows, and what is validated on; None with --validate.every None."""
+    windows = Windows(open_split(config.data.dir, "train"), config.train.seq_len, config.seed)
+    if config.validate.every is None:
+        return windows, None
+    return windows, ValidationSet(
         open_split(config.data.dir, "val"),
         seq_len=config.train.seq_len,
         micro_batch=plan.micro_batch,

@@ -68,6 +68,24 @@ class Mesh:
         dist.all_gather_object(values, value)
         return values
 
+    def on_all(self, function: Callable[[], Result]) -> Result:
+        """Run `function` on every rank; if it raises InputError or OSError on any, all raise it. Not for collectives.
+
+        So that a rank that alone cannot read a file does not leave the others waiting for it.
+        """
+        result: list[Result] = []
+        fault: str | None = None
+        try:
+            result.append(function())
+        except (InputError, OSError) as error:
+            if self.world == 1:
+                raise
+            fault = str(error)
+        for rank, text in enumerate(self.gather(fault)):
+            if text is not None:
+                raise InputError(text if rank == 0 else f"rank {rank}: {text}")
+        return result[0]
+
     def on_main(self, function: Callable[[], Result]) -> Result:
         """Run `function` on rank 0 alone; every rank returns its result or raises its InputError or OSError."""
         if self.world == 1:

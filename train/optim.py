@@ -47,8 +47,8 @@ def learning_rate(step: int, config: OptimConfig, num_steps: int) -> float:
 
 def global_norm(gradients: Iterable[Tensor]) -> Tensor:
     """Root of the fp64 sum of squares of all gradients, rounded to fp32: a scalar on their device."""
-    norms = torch._foreach_norm(list(gradients), 2, dtype=torch.float64)
-    return torch.stack([norm.square() for norm in norms]).sum().sqrt().float()
+    norms = list(torch._foreach_norm(list(gradients), 2, dtype=torch.float64))
+    return torch.stack(norms).square().sum().sqrt().float()
 
 
 def update(optimizer: torch.optim.AdamW, lr: float, norm: Tensor, is_finite: Tensor, clip_norm: float | None) -> None:

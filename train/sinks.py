@@ -7,6 +7,7 @@ from types import TracebackType
 from typing import Any, TextIO
 
 from data_prep.atomic import write_atomically
+from train.mesh import Mesh
 
 METRICS_FILE = "metrics.jsonl"
 LOG_FILE = "log.txt"
@@ -18,13 +19,12 @@ class Sinks:
     A fresh start (`step` None) drops every row: they are of an attempt that ended before its first checkpoint.
     """
 
-    def __init__(self, run_dir: Path, *, step: int | None, is_main: bool) -> None:
+    def __init__(self, run_dir: Path, *, step: int | None, mesh: Mesh) -> None:
         self._metrics: TextIO | None = None
         self._log: TextIO | None = None
-        self.validated_steps: set[int] = set()
-        rows = kept_rows(run_dir / METRICS_FILE, step)
-        self.validated_steps = {row["step"] for row in rows if "val_loss" in row}
-        if is_main:
+        rows = mesh.on_main(lambda: kept_rows(run_dir / METRICS_FILE, step))
+        self.validated_steps: set[int] = {row["step"] for row in rows if "val_loss" in row}
+        if mesh.is_main:
             write_atomically(run_dir / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in rows))
             self._metrics = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
             self._log = (run_dir / LOG_FILE).open("a", encoding="utf-8")
