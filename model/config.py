@@ -22,10 +22,6 @@ class ModelConfig:
     context_len: Annotated[int, tyro.conf.Suppress] = 1024
 
     @property
-    def head_size(self) -> int:
-        return self.width // self.num_heads
-
-    @property
     def hidden_size(self) -> int:
         """Width of the MLP between its two matrices: 4 x width in GPT-2."""
         return 4 * self.width

@@ -61,15 +61,20 @@ def fault_of(checkpoint: Path) -> str | None:
         sums = {name: sha256 for sha256, name in (line.split("  ", 1) for line in lines)}
     except FileNotFoundError:
         return f"{checkpoint}: {SUMS_FILE} is missing"
+    except OSError as error:
+        return f"{checkpoint}: unreadable: {error}"
     except (UnicodeDecodeError, ValueError):
         return f"{checkpoint}: {SUMS_FILE} is damaged"
-    present = {path.name for path in checkpoint.iterdir()} - {SUMS_FILE}
-    if STATE_FILE not in sums or present != set(sums):
-        odd = ", ".join(sorted(present ^ set(sums))) or STATE_FILE
-        return f"{checkpoint}: its files are not those of {SUMS_FILE}: {odd}"
-    for name, sha256 in sums.items():
-        if sha256_of_file(checkpoint / name) != sha256:
-            return f"{checkpoint}: {name} is damaged (its sha256 is not the one in {SUMS_FILE})"
+    try:
+        present = {path.name for path in checkpoint.iterdir()} - {SUMS_FILE}
+        if STATE_FILE not in sums or present != set(sums):
+            odd = ", ".join(sorted(present ^ set(sums))) or STATE_FILE
+            return f"{checkpoint}: its files are not those of {SUMS_FILE}: {odd}"
+        for name, sha256 in sums.items():
+            if sha256_of_file(checkpoint / name) != sha256:
+                return f"{checkpoint}: {name} is damaged (its sha256 is not the one in {SUMS_FILE})"
+    except OSError as error:
+        return f"{checkpoint}: unreadable: {error}"
     return None
 
 
@@ -161,8 +166,17 @@ def read_tensors(checkpoint: Path, into: dict[str, Tensor]) -> None:
         except (CheckpointException, RuntimeError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
-            cause = str(error).strip().splitlines()[-1]
-            raise InputError(f"{checkpoint}: its tensors do not fit this model: {cause}") from error
+            raise InputError(f"{checkpoint}: its tensors do not fit this model: {last_line_of(error)}") from error
+
+
+def last_line_of(error: BaseException) -> str:
+    """The line of a long message that says what happened."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
+def data_files_of(checkpoint: Path) -> set[str]:
+    """Names of the files that hold a checkpoint's tensors, as its metadata has them."""
+    return {entry.relative_path for entry in SafeReader(checkpoint).read_metadata().storage_data.values()}
 
 
 def model_tensors(model: GPT) -> dict[str, Tensor]:
@@ -198,7 +212,7 @@ def load_trained(path: Path, *, device: torch.device | str = "cpu", dtype: torch
         checkpoint = newest
     model = GPT(model_config(read_state(checkpoint), checkpoint), compute_dtype=dtype)
     read_tensors(checkpoint, model_tensors(model))
-    codec = load_codec(checkpoint.parents[1])
+    codec = load_codec(checkpoint.resolve().parents[1])
     if codec.vocab_size != model.config.vocab_size:
         raise InputError(
             f"{path}: its tokenizer has {codec.vocab_size} ids, "

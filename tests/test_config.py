@@ -81,6 +81,25 @@ def test_all_faults_are_reported_at_once_with_value_rule_and_flag() -> None:
         assert line in text
 
 
+def test_numbers_must_be_numbers() -> None:
+    text = refusal("--optim.lr-final", "nan", "--optim.lr-peak", "inf", "--optim.weight-decay", "nan")
+    for line in ("lr-final nan must be a finite", "lr-peak inf must be a finite", "weight-decay nan must be a finite"):
+        assert line in text
+
+
+def test_what_follows_from_the_data_is_no_flag() -> None:
+    text = refusal("--model.vocab-size", "100")
+    assert text.startswith("unknown '--model.vocab-size'") and "did you mean --model.vocab-size" not in text
+
+
+def test_a_mode_that_does_not_fit_is_refused_before_anything_is_touched(tmp_path: Path, tiny_data: Path) -> None:
+    args = ["shakespeare-char-cpu", "--data.dir", str(tiny_data), "--run-dir", str(tmp_path / "run")]
+    for extra in ([], ["--dry-run"]):
+        done = command(*args, "--parallel.mode", "ddp", *extra)
+        assert done.returncode == 2 and "--parallel.mode ddp needs several processes" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_setting_without_effect_is_named() -> None:
     config = parsed("--optim.schedule", "constant", "--optim.lr-final", "1e-5", "--train.steps", "300")
     assert [line.split(" ")[0] for line in settings_without_effect(config)] == [

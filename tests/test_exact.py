@@ -18,9 +18,10 @@ from train.mesh import Mesh
 WORLDS = (1, 2, 3, 4)
 
 
-def train_and_interrupt(mesh: Mesh, config: Config, resumed: Config) -> str:
-    """One whole run; then a copy that has lost all after step 20 runs again. Returns this rank's initial weights."""
+def train_and_interrupt(mesh: Mesh, config: Config, accumulating: Config, resumed: Config) -> str:
+    """Two whole runs; then a copy of the first that has lost all after step 20. Returns this rank's initial weights."""
     run(config, mesh)
+    run(accumulating, mesh)
     if mesh.is_main:
         cut_back(config.directory, resumed.directory, step=20)
     mesh.barrier()
@@ -57,7 +58,8 @@ def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     for world in WORLDS:
         config = tiny_config(tiny_data, folder / f"w{world}")
         resumed = tiny_config(tiny_data, folder / f"w{world}_resumed")
-        hashes.update(run_on_ranks(world, train_and_interrupt, config, resumed))
+        accumulating = tiny_config(tiny_data, folder / f"w{world}_accumulating", micro_batch=1)
+        hashes.update(run_on_ranks(world, train_and_interrupt, config, accumulating, resumed))
     return folder, hashes
 
 
@@ -78,6 +80,16 @@ def test_two_micro_batches_and_two_ranks_agree_bitwise_over_50_steps(trained: tu
 def test_every_world_trains_the_same_run(trained: tuple[Path, set[str]], world: int) -> None:
     folder, _ = trained
     difference = (losses(folder / f"w{world}") - losses(folder / "w1")).abs()
+    assert difference[0] <= 2e-6
+    assert difference[:6].max() <= 4e-6
+    assert difference.max() <= 1e-5
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_accumulation_is_the_same_run(trained: tuple[Path, set[str]], world: int) -> None:
+    """micro_batch 1: 12, 6, 4 and 3 micro-batches a step on each rank, gradients reduced after the last."""
+    folder, _ = trained
+    difference = (losses(folder / f"w{world}_accumulating") - losses(folder / "w1")).abs()
     assert difference[0] <= 2e-6
     assert difference[:6].max() <= 4e-6
     assert difference.max() <= 1e-5

@@ -1,13 +1,21 @@
 """A fault on one rank is every rank's fault, in one line, and nobody waits for the one that has gone."""
 
+import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
 from data_prep.errors import InputError
+from model.config import ModelConfig
+from model.gpt import build_model
 from tests.groups import run_on_ranks
-from tests.runs import tiny_config
+from tests.runs import status, tiny_config
+from train import run_dir, saves
+from train.config import OptimConfig, SaveConfig
 from train.main import run
 from train.mesh import Mesh
+from train.optim import build_optimizer
+from train.saves import Progress
 
 
 def outcome_of(function: Any, *args: Any) -> str:
@@ -23,6 +31,55 @@ def train_where_one_rank_lacks_the_data(mesh: Mesh, data: Path, folder: Path) ->
     missing = outcome_of(run, tiny_config(elsewhere, folder / "run"), mesh)
     blocked = outcome_of(run, tiny_config(data, folder / "blocked"), mesh)
     return [missing, blocked, str(mesh.gather(mesh.rank)), str(mesh.on_main(lambda: mesh.rank))]
+
+
+def train_with_other_settings(mesh: Mesh, data: Path, folder: Path) -> str:
+    config = dataclasses.replace(tiny_config(data, folder / "run"), seed=1337 + mesh.rank // 2)
+    return outcome_of(run, config, mesh)
+
+
+def test_ranks_that_were_started_differently_do_not_train(tiny_data: Path, tmp_path: Path) -> None:
+    outcomes = run_on_ranks(3, train_with_other_settings, tiny_data, tmp_path)
+    assert set(outcomes) == {"rank 2 was started differently: --seed 1338 (rank 0: 1337)"}
+    assert not (tmp_path / "run").exists()
+
+
+def train_on_local_disks(mesh: Mesh, data: Path, folder: Path) -> str:
+    run_dir.SECONDS_TO_SEE = 0.5
+    (folder / f"host_{mesh.rank}").mkdir()
+    os.chdir(folder / f"host_{mesh.rank}")
+    return outcome_of(run, tiny_config(data, Path("run")), mesh)
+
+
+def test_a_run_directory_that_is_not_shared_is_refused_at_the_start(tiny_data: Path, tmp_path: Path) -> None:
+    outcomes = run_on_ranks(2, train_on_local_disks, tiny_data, tmp_path)
+    assert outcomes[0] == outcomes[1] and "does not see what rank 0 writes; share --run-dir" in outcomes[0]
+    assert status(tmp_path / "host_0" / "run")["state"] == "failed"
+    assert not (tmp_path / "host_0" / "run" / "lock.json").exists()
+
+
+def save_on_local_disks(mesh: Mesh, folder: Path) -> str:
+    here = folder / f"disk_{mesh.rank}"
+    (here / "checkpoints" / ".step_00000000.writing").mkdir(parents=True)
+    model = build_model(ModelConfig(2, 2, 32, vocab_size=50, context_len=8), seed=1)
+    return outcome_of(
+        lambda: saves.save(
+            here,
+            model=model,
+            optimizer=build_optimizer(model, OptimConfig()),
+            progress=Progress(),
+            state={},
+            config=SaveConfig(),
+            loaded=None,
+            mesh=mesh,
+        )
+    )
+
+
+def test_a_checkpoint_without_the_other_ranks_files_is_never_committed(tmp_path: Path) -> None:
+    outcomes = run_on_ranks(2, save_on_local_disks, tmp_path)
+    assert all("__1_0.distcp of other ranks cannot be seen from rank 0" in outcome for outcome in outcomes)
+    assert list((tmp_path / "disk_0" / "checkpoints").iterdir()) == []
 
 
 def test_faults_of_one_rank_are_shared(tiny_data: Path, tmp_path: Path) -> None:

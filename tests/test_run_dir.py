@@ -7,14 +7,15 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from data_prep.errors import InputError
 from model.trained import list_checkpoints
-from tests.runs import ROOT, rows, status, tiny_config
-from train import lock
+from tests.runs import ROOT, rows, status, tiny_config, tiny_flags
+from train import lock, loop
 from train.lock import RunLock
 from train.main import run
 from train.mesh import Mesh
@@ -64,6 +65,23 @@ def test_on_another_host_the_heartbeat_decides(tmp_path: Path) -> None:
     old = time.time() - lock.DEAD_AFTER_SECONDS - 1
     os.utime(path, (old, old))
     RunLock(tmp_path).acquire()
+
+
+def test_a_holder_that_was_taken_over_leaves_and_leaves_the_lock(tmp_path: Path) -> None:
+    script = "import sys, time; from pathlib import Path; from train import lock; lock.HEARTBEAT_SECONDS = 0.05; "
+    script += "lock.RunLock(Path(sys.argv[1])).acquire(); print('held', flush=True); time.sleep(30)"
+    line = [sys.executable, "-c", script, str(tmp_path)]
+    holder = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    other = tmp_path / "other"
+    other.write_text("another's lock")
+    other.rename(tmp_path / "lock.json")
+    _, said = holder.communicate(timeout=20)
+    assert holder.returncode == 1 and "taken over by another process" in said
+    assert (tmp_path / "lock.json").read_text() == "another's lock"
+    mine = RunLock(tmp_path)
+    mine.release()
+    assert (tmp_path / "lock.json").exists()
 
 
 def test_of_many_takers_of_a_dead_lock_one_wins(tmp_path: Path) -> None:
@@ -131,11 +149,54 @@ def test_the_run_directory_holds_what_is_promised(tiny_data: Path, tmp_path: Pat
     assert config["model"]["context_len"] == 32 and config["model"]["vocab_size"] == 33
 
 
-def test_a_stop_file_left_from_before_does_not_stop_a_new_start(tiny_data: Path, tmp_path: Path) -> None:
+def test_a_stop_file_made_before_the_start_is_honoured_and_the_next_start_runs(tiny_data: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_data, tmp_path / "run", steps=5)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "STOP").touch()
-    run(tiny_config(tiny_data, tmp_path / "run", steps=5), ALONE)
-    assert status(tmp_path / "run") == {"state": "done", "step": 5, "reason": None, "attempt": 1}
+    run(config, ALONE)
+    assert status(tmp_path / "run") == {"state": "stopped", "step": 0, "reason": "STOP file", "attempt": 1}
+    run(config, ALONE)
+    assert status(tmp_path / "run") == {"state": "done", "step": 5, "reason": None, "attempt": 2}
+    assert [row["step"] for row in rows(tmp_path / "run")] == [0, 1, 2, 3, 4, 5, 5]
+
+
+def test_a_stop_in_the_last_validation_is_no_end(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, sound = tiny_config(tiny_data, tmp_path / "run", steps=5), loop.validate.validate
+
+    def stopping(*args: Any, stops: Stops, **kwargs: Any) -> Any:
+        if any(row["step"] == 5 for row in rows(tmp_path / "run")):
+            stops.reason = "test"
+        return sound(*args, stops=stops, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.validate, "validate", stopping)
+        run(config, ALONE)
+    assert status(tmp_path / "run")["state"] == "stopped" and status(tmp_path / "run")["step"] == 5
+    run(config, ALONE)
+    assert status(tmp_path / "run")["state"] == "done"
+    assert [row["step"] for row in rows(tmp_path / "run") if "val_loss" in row] == [0, 5]
+
+
+def test_a_console_that_goes_away_does_not_end_the_run(tiny_data: Path, tmp_path: Path) -> None:
+    flags = [*tiny_flags(tiny_data, tmp_path / "run"), "--train.steps", "30"]
+    train = subprocess.Popen([sys.executable, "train/main.py", *flags], cwd=ROOT, stdout=subprocess.PIPE)
+    assert train.stdout is not None
+    train.stdout.readline()
+    train.stdout.close()
+    assert train.wait(timeout=60) == 0
+    assert status(tmp_path / "run")["state"] == "done"
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "the console is gone" in log and "done at step 30" in log
+
+
+def test_a_damaged_row_in_the_middle_is_refused_not_cut_off(tmp_path: Path) -> None:
+    content = '{"step": 1, "loss": 1.0}\n{"step": 2, "lo\n{"step": 3, "loss": 1.0}\n'
+    (tmp_path / "metrics.jsonl").write_text(content)
+    with pytest.raises(InputError, match=r"metrics.jsonl:2: damaged"):
+        Sinks(tmp_path, step=3, mesh=ALONE)
+    assert (tmp_path / "metrics.jsonl").read_text() == content
 
 
 def test_two_signals_are_one_stop_and_handlers_come_back(tiny_data: Path, tmp_path: Path) -> None:
@@ -144,9 +205,10 @@ def test_two_signals_are_one_stop_and_handlers_come_back(tiny_data: Path, tmp_pa
     before = signal.getsignal(signal.SIGTERM)
 
     def send() -> None:
-        while not (tmp_path / "run" / "metrics.jsonl").exists() or len(rows(tmp_path / "run")) < 10:
+        path = tmp_path / "run" / "metrics.jsonl"
+        while not path.exists() or path.read_bytes().count(b"\n") < 10:
             time.sleep(0.01)
-        os.kill(os.getpid(), signal.SIGUSR1)
+        os.kill(os.getpid(), signal.SIGHUP)
         os.kill(os.getpid(), signal.SIGTERM)
 
     sender = threading.Thread(target=send)
@@ -154,7 +216,7 @@ def test_two_signals_are_one_stop_and_handlers_come_back(tiny_data: Path, tmp_pa
     run(tiny_config(tiny_data, tmp_path / "run", steps=2000), ALONE)
     sender.join()
     found = status(tmp_path / "run")
-    assert found["state"] == "stopped" and found["reason"] in ("SIGUSR1", "SIGTERM")
+    assert found["state"] == "stopped" and found["reason"] in ("SIGHUP", "SIGTERM")
     assert list_checkpoints(tmp_path / "run")[-1].name == f"step_{found['step']:08d}"
     assert signal.getsignal(signal.SIGTERM) is before
 

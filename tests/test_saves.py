@@ -70,6 +70,15 @@ def test_damage_is_found_and_the_one_before_is_taken(run_dir: Path, name: str, d
     assert faults == [fault]
 
 
+def test_what_cannot_be_read_is_passed_over(run_dir: Path) -> None:
+    newest = list_checkpoints(run_dir)[-1]
+    (newest / "state.json").unlink()
+    (newest / "state.json").mkdir()
+    checkpoint, faults = newest_sound(run_dir)
+    assert checkpoint is not None and checkpoint.name == "step_00000020"
+    assert "unreadable" in faults[0]
+
+
 def test_a_foreign_file_is_found(run_dir: Path) -> None:
     newest = list_checkpoints(run_dir)[-1]
     (newest / "extra.distcp").write_bytes(b"x")
@@ -174,12 +183,12 @@ def test_old_checkpoints_go_and_the_kept_stay(tiny_data: Path, tmp_path: Path) -
 
 def test_leftovers_of_a_killed_save_do_not_disturb(run_dir: Path, finished: Path, tiny_data: Path) -> None:
     shutil.rmtree(list_checkpoints(run_dir)[-1])
-    half = run_dir / "checkpoints" / ".step_00000030.writing"
-    half.mkdir()
-    (half / "__0_0.distcp").write_bytes(b"half")
+    for name in (".step_00000030.writing", ".step_00000017.writing", ".step_00000005.deleting"):
+        (run_dir / "checkpoints" / name).mkdir()
+        (run_dir / "checkpoints" / name / "__0_0.distcp").write_bytes(b"half")
     run(tiny_config(tiny_data, run_dir, steps=30), ALONE)
     assert_same_tensors(final_tensors(run_dir), final_tensors(finished))
-    assert not half.exists()
+    assert not list((run_dir / "checkpoints").glob(".*"))
 
 
 def limit_file_size() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -146,6 +147,7 @@ def parse(args: Sequence[str], presets: dict[str, Config]) -> Config:
     )
     if unknown:
         known = _flags_of(Config)
+        unknown = [given for given in unknown if given.startswith("-")] or unknown  # without the flags' values
         raise InputError("; ".join(f"unknown {flag!r}{_suggestion(flag.split('=')[0], known)}" for flag in unknown))
     faults = faults_of(config)
     if config.train.tokens is not None and config.train.steps != preset.train.steps:
@@ -216,6 +218,11 @@ def faults_of(config: Config) -> list[str]:
         for flag, value in more_than_zero.items()
         if value is not None and not value > 0
     ]
+    faults += [
+        f"{flag} {value} must be a finite number"
+        for flag, value in (at_least_zero | more_than_zero).items()
+        if value is not None and not math.isfinite(value)
+    ]
     for flag, value in {"--optim.beta1": optim.beta1, "--optim.beta2": optim.beta2}.items():
         if not 0 <= value < 1:
             faults.append(f"{flag} {value} must lie in [0, 1)")
@@ -238,6 +245,8 @@ def settings_without_effect(config: Config) -> list[str]:
 def _flags_of(kind: Any, prefix: str = "--") -> list[str]:
     flags = []
     for item in dataclasses.fields(kind):
+        if tyro.conf.Suppress in getattr(item.type, "__metadata__", ()):
+            continue
         flag = prefix + item.name.replace("_", "-")
         if dataclasses.is_dataclass(item.type):
             flags += _flags_of(item.type, flag + ".")

@@ -3,8 +3,8 @@
 import json
 import os
 import socket
+import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,19 +25,21 @@ class RunLock:
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / FILE_NAME
         self._stop = threading.Event()
+        self._now = 0.0
         self._me: dict[str, Any] = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "started": _start_time(os.getpid()),
             "job": os.environ.get("SLURM_JOB_ID"),
         }
+        self.text = json.dumps(self._me) + "\n"
 
     def acquire(self) -> None:
         """Take the lock, or raise InputError that names the holder."""
         while not self._create():
             try:
                 text = self._path.read_text(encoding="utf-8")
-                age = time.time() - self._path.stat().st_mtime
+                age = self._now - self._path.stat().st_mtime
             except FileNotFoundError:
                 continue  # released meanwhile
             if _is_alive(text, age):
@@ -48,12 +50,22 @@ class RunLock:
         threading.Thread(target=self._beat, name="lock-heartbeat", daemon=True).start()
 
     def release(self) -> None:
+        """Give the lock up, if it is still ours."""
         self._stop.set()
-        self._path.unlink(missing_ok=True)
+        if self.reads(self.text):
+            self._path.unlink()
+
+    def reads(self, text: str) -> bool:
+        """Is this what the lock file says?"""
+        try:
+            return self._path.read_text(encoding="utf-8") == text
+        except FileNotFoundError:
+            return False
 
     def _create(self) -> bool:
         mine = self._path.with_name(f".{FILE_NAME}.{self._me['host']}.{self._me['pid']}")
-        mine.write_text(json.dumps(self._me) + "\n", encoding="utf-8")
+        mine.write_text(self.text, encoding="utf-8")
+        self._now = mine.stat().st_mtime  # by the clock of the file server, which also dates the other's heartbeat
         try:
             os.link(mine, self._path)  # atomic, with its content, also on NFS
         except FileExistsError:
@@ -76,9 +88,15 @@ class RunLock:
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
             try:
+                if not self.reads(self.text):
+                    break
                 os.utime(self._path)
-            except FileNotFoundError:
-                return  # released
+            except OSError:
+                continue  # a file server that stumbles; the next beat may come through
+        if not self._stop.is_set():
+            # Silent for a minute, so another took over: writing on would spoil its run.
+            print(f"{self._path}: taken over by another process; leaving", file=sys.stderr, flush=True)
+            os._exit(1)
 
 
 def _is_alive(text: str, age_seconds: float) -> bool:

@@ -70,7 +70,8 @@ def train(run: Run) -> tuple[str, str | None]:
     """Train from run.progress to the last step or a stop. Returns the state and reason for status.json."""
     num_steps = run.config.train.steps
     reports: deque[Report] = deque()
-    warm_up(run)
+    if run.progress.step < num_steps:
+        warm_up(run)
     run.mesh.expect_steps()
     stop = is_due_to_validate(run) and validate_now(run)
     run.meters.start()
@@ -92,7 +93,7 @@ def train(run: Run) -> tuple[str, str | None]:
     run.meters.pause()
     if run.saved_step != run.progress.step:
         save_now(run)
-    if run.progress.step == num_steps:
+    if run.progress.step == num_steps and not is_due_to_validate(run):
         return "done", None
     reasons = [reason for reason in run.mesh.gather(run.stops.reason) if reason]
     run.stops.honoured()
@@ -142,9 +143,9 @@ def accumulate_gradients(run: Run, batches: list[tuple[Tensor, Tensor]]) -> Tens
 
 
 def warm_up(run: Run) -> None:
-    """One forward and backward pass that trains nothing: compiles, and lets DDP settle its buckets.
+    """Two forward and backward passes that train nothing: they compile, and let DDP settle its buckets.
 
-    DDP lays its buckets out anew after its first backward pass, and with three or more ranks the layout decides
+    DDP lays its buckets out anew at its second forward pass, and with three or more ranks the layout decides
     the order of addition. Without this, the first step after a resume would round differently.
     """
     shape = (run.plan.micro_batch, run.config.train.seq_len)

@@ -32,7 +32,7 @@ from train.meters import Meters
 from train.optim import build_optimizer
 from train.presets import PRESETS
 from train.run_card import run_card
-from train.run_dir import RunDirectory
+from train.run_dir import RunDirectory, refuse_disagreement
 from train.saves import Progress
 from train.sinks import Sinks
 from train.stops import Stops
@@ -55,15 +55,20 @@ def dry_run(config: Config) -> None:
     if manifest is not None:
         config = with_vocabulary(config, manifest.vocab_size)
     world = int(os.environ.get("WORLD_SIZE", "1"))
+    parallel.check_mode(config, world)
     plan = plan_batches(config, world)
     if os.environ.get("RANK", "0") == "0":
         print(card(config, manifest, plan, world))
+        for line in settings_without_effect(config):
+            print(f"warning: {line}")
 
 
 def run(config: Config, mesh: Mesh) -> None:
     """One attempt at a run, from its directory to its end. Collective."""
     manifest = mesh.on_all(lambda: read_manifest(config.data.dir))
     config = with_vocabulary(config, manifest.vocab_size)
+    refuse_disagreement(config, manifest.fingerprint, mesh)
+    parallel.check_mode(config, mesh.world)
     plan = plan_batches(config, mesh.world)
     with (
         Stops(config.directory, is_main=mesh.is_main) as stops,
@@ -94,12 +99,14 @@ def set_up(
     loaded, faults = saves.find_start(directory.path, resume=config.resume, mesh=mesh)
     progress = Progress()
     if loaded is not None:
-        progress = saves.load(loaded, model=model, optimizer=optimizer, device=mesh.device)
+        progress = saves.load(loaded, model=model, optimizer=optimizer, mesh=mesh)
     sinks = Sinks(directory.path, step=progress.step if loaded else None, mesh=mesh)
     for fault in faults:
         sinks.say(f"warning: passed over {fault}")
     for line in settings_without_effect(config):
         sinks.say(f"warning: {line}")
+    if validation is not None and config.validate.tokens is not None and validation.num_tokens < config.validate.tokens:
+        sinks.say(f"warning: --validate.tokens {config.validate.tokens}: the split has only {validation.num_tokens}")
     return Run(
         config=config,
         mesh=mesh,

@@ -43,7 +43,8 @@ class Mesh:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(1)
-        dist.destroy_process_group()
+        if kind is None:
+            dist.destroy_process_group()
 
     @property
     def is_main(self) -> bool:
@@ -122,10 +123,10 @@ def open_mesh() -> Mesh:
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
-            raise InputError(
-                f"process {local_rank} of this host has no GPU: there are {torch.cuda.device_count()}; "
-                f"use torchrun --nproc_per_node={torch.cuda.device_count()}"
-            )
+            fault = f"process {local_rank} of this host has no GPU: there are {torch.cuda.device_count()}"
+            if local_rank == torch.cuda.device_count():  # rank 0 has its GPU and cannot say it
+                print(f"train: {fault}; use torchrun --nproc_per_node={local_rank}", file=sys.stderr, flush=True)
+            raise InputError(fault)
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if world > 1:

@@ -22,7 +22,6 @@ from data_prep.errors import InputError
 from train.config import Config
 from train.lock import RunLock
 from train.mesh import Mesh
-from train.stops import FILE_NAME as STOP_FILE
 
 # What makes two runs the same run. Everything else (processes, micro-batch, compilation, intervals) may change.
 IDENTITY = (
@@ -34,6 +33,9 @@ IDENTITY = (
     "train.dtype",
     "optim",
 )
+
+
+SECONDS_TO_SEE = 30.0  # a network file system may show a new file late
 
 
 class RunDirectory:
@@ -53,8 +55,23 @@ class RunDirectory:
         self._lock = RunLock(self.path)
 
     def __enter__(self) -> "RunDirectory":
-        self._mesh.on_main(self._claim)
+        claimed = self._mesh.on_main(self._claim)
+        try:
+            self._mesh.on_all(lambda: self._check_shared(claimed))
+        except InputError as error:
+            self.__exit__(InputError, error, None)
+            raise
         return self
+
+    def _check_shared(self, claimed: str) -> None:
+        """Every rank must see rank 0's lock: a checkpoint is written by all of them into one directory."""
+        end = time.monotonic() + SECONDS_TO_SEE
+        while not self._lock.reads(claimed):
+            if time.monotonic() > end:
+                raise InputError(
+                    f"{self.path}: {socket.gethostname()} does not see what rank 0 writes; share --run-dir"
+                )
+            time.sleep(0.1)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -66,21 +83,24 @@ class RunDirectory:
             self._write_status("failed", f"{kind.__name__}: {reason[0] if reason else ''}")
         self._lock.release()
 
-    def _claim(self) -> None:
+    def _claim(self) -> str:
+        """Lock the directory and put its files in place; the lock's text."""
         self.path.mkdir(parents=True, exist_ok=True)
         self._lock.acquire()
         with contextlib.ExitStack() as undo:
             undo.callback(self._lock.release)
             self._check_identity()
             status = read_status(self.path)
-            self._attempt = status["attempt"] + 1 if status else 1
+            if status is not None:
+                self._attempt, self._step = status["attempt"] + 1, status["step"]
+            self._write_status("running", None)
             write_json_atomically(
                 self.path / "config.json", {"config": self._config.to_json(), "data": self._fingerprint}
             )
             write_json_atomically(self.path / "provenance.json", provenance(self._config))
             load_codec(self._config.data.dir).save(self.path)
-            (self.path / STOP_FILE).unlink(missing_ok=True)
             undo.pop_all()
+        return self._lock.text
 
     def _check_identity(self) -> None:
         path = self.path / "config.json"
@@ -131,6 +151,25 @@ def read_status(run_dir: Path) -> dict[str, Any] | None:
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: damaged ({error}); remove it to go on") from error
     return status
+
+
+def refuse_disagreement(config: Config, fingerprint: str, mesh: Mesh) -> None:
+    """InputError on every rank if any has other settings, other data or another torch than rank 0. Collective."""
+    mine = flat(config.to_json()) | {"data fingerprint": fingerprint, "torch version": torch.__version__}
+    first, *others = mesh.gather(mine)
+    for rank, its in enumerate(others, start=1):
+        found = [f"{name} {its.get(name)} (rank 0: {first[name]})" for name in first if its.get(name) != first[name]]
+        if found:
+            raise InputError(f"rank {rank} was started differently: {'; '.join(found)}")
+
+
+def flat(values: dict[str, Any], prefix: str = "--") -> dict[str, Any]:
+    """Nested settings by the names of their flags."""
+    found: dict[str, Any] = {}
+    for name, value in values.items():
+        flag = prefix + name.replace("_", "-")
+        found |= flat(value, flag + ".") if isinstance(value, dict) else {flag: value}
+    return found
 
 
 def differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:

@@ -21,6 +21,8 @@ from model.trained import (
     CHECKPOINTS,
     STATE_FILE,
     SUMS_FILE,
+    data_files_of,
+    last_line_of,
     list_checkpoints,
     model_tensors,
     newest_sound,
@@ -77,10 +79,13 @@ def save(
     tensors = checkpoint_tensors(model, optimizer)
     mesh.on_main(lambda: _make_room(folder, temporary, tensors))
     error = _write_tensors(tensors, temporary, mesh)
-    errors = [f"rank {rank}: {text}" for rank, text in enumerate(mesh.gather(error)) if text]
+    errors: dict[str, int] = {}  # every distinct one, by the first rank that met it
+    for rank, text in enumerate(mesh.gather(error)):
+        if text is not None:
+            errors.setdefault(text, rank)
     if errors:
         mesh.on_main(lambda: shutil.rmtree(temporary, ignore_errors=True))
-        raise InputError(f"{final}: not saved; {'; '.join(errors)}")
+        raise InputError(f"{final}: not saved; {'; '.join(f'rank {rank}: {text}' for text, rank in errors.items())}")
     content = state | {"progress": asdict(progress), "random": _random_state(mesh.device)}
     mesh.on_main(lambda: _commit(temporary, final, content))
     mesh.on_main(lambda: _purge(run_dir, config, {final} | ({loaded} if loaded else set())))
@@ -106,11 +111,18 @@ def _write_tensors(tensors: dict[str, Tensor], directory: Path, mesh: Mesh) -> s
         try:
             dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(directory), no_dist=mesh.world == 1)
         except (CheckpointException, OSError, RuntimeError) as error:
-            return str(error).strip().splitlines()[-1]
+            return last_line_of(error)
     return None
 
 
 def _commit(temporary: Path, final: Path, state: dict[str, Any]) -> None:
+    missing = data_files_of(temporary) - {path.name for path in temporary.iterdir()}
+    if missing:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise InputError(
+            f"{final}: not saved; {', '.join(sorted(missing))} of other ranks cannot be seen from rank 0: "
+            "--run-dir must lie on storage that all hosts share"
+        )
     write_json_atomically(temporary / STATE_FILE, state)
     sums = "".join(f"{sha256_of_file(path)}  {path.name}\n" for path in sorted(temporary.iterdir()))
     write_atomically(temporary / SUMS_FILE, sums)
@@ -143,6 +155,8 @@ def find_start(run_dir: Path, *, resume: bool, mesh: Mesh) -> tuple[Path | None,
             raise InputError(
                 f"{run_dir}: holds checkpoints; drop --no-resume to continue it, or choose another --run-dir"
             )
+        for leftover in (run_dir / CHECKPOINTS).glob(".step_*"):  # of saves and deletions cut short by a kill
+            shutil.rmtree(leftover, ignore_errors=True)
         checkpoint, faults = newest_sound(run_dir)
         if checkpoint is None and faults:
             raise InputError(f"{run_dir}: has no sound checkpoint ({'; '.join(faults)}); move it away to start afresh")
@@ -151,11 +165,11 @@ def find_start(run_dir: Path, *, resume: bool, mesh: Mesh) -> tuple[Path | None,
     return mesh.on_main(look)
 
 
-def load(checkpoint: Path, *, model: GPT, optimizer: torch.optim.Optimizer, device: torch.device) -> Progress:
+def load(checkpoint: Path, *, model: GPT, optimizer: torch.optim.Optimizer, mesh: Mesh) -> Progress:
     """Put a checkpoint's tensors into the live model and optimizer, and its random state back. Collective."""
-    state = read_state(checkpoint)
+    state = mesh.on_all(lambda: read_state(checkpoint))
     read_tensors(checkpoint, checkpoint_tensors(model, optimizer))
-    _restore_random_state(state["random"], device)
+    _restore_random_state(state["random"], mesh.device)
     return Progress(**state["progress"])
 
 

@@ -2,11 +2,13 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
 from data_prep.atomic import write_atomically
+from data_prep.errors import InputError
 from train.mesh import Mesh
 
 METRICS_FILE = "metrics.jsonl"
@@ -32,9 +34,17 @@ class Sinks:
     def say(self, text: str) -> None:
         """Text for people."""
         if self._log is not None:
-            print(text, flush=True)
+            self._print(text)
             self._log.write(text + "\n")
             self._log.flush()
+
+    def _print(self, text: str) -> None:
+        try:
+            print(text, flush=True)
+        except OSError as error:  # a closed pipe or terminal is no reason to lose a run
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            assert self._log is not None
+            self._log.write(f"warning: the console is gone ({error}); this file goes on\n")
 
     def row(self, row: dict[str, Any]) -> None:
         """A record for programs, and its line for people."""
@@ -64,11 +74,14 @@ def kept_rows(path: Path, step: int | None) -> list[dict[str, Any]]:
     if step is None or not path.is_file():
         return []
     rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
-            break
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise InputError(f"{path}:{number}: damaged ({error}); mend or remove that line") from error
         if row["step"] <= step:
             rows.append(row)
     return rows

@@ -1,4 +1,4 @@
-"""Requests to stop: SIGTERM, SIGINT, SIGUSR1, the STOP file in the run directory, a launcher that died.
+"""Requests to stop: SIGTERM, SIGINT, SIGUSR1, SIGHUP (unless nohup has it ignored), the STOP file, a dead launcher.
 
 A request is noticed by one rank and acted on by all: the loop adds `wanted()` up in each step's one
 all-reduce, so that every rank stops after the same step.
@@ -11,7 +11,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 FILE_NAME = "STOP"
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SECONDS_BETWEEN_LOOKS = 1.0  # at the file system, which may be shared and slow
 
 
@@ -26,7 +26,8 @@ class Stops:
         self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def __enter__(self) -> "Stops":
-        self._previous = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._handle) for number in heard}
         return self
 
     def __exit__(

@@ -71,7 +71,8 @@ class ValidationSet:
 def validate(model: nn.Module, data: ValidationSet, *, vocab_size: int, mesh: Mesh, stops: Stops) -> Validation | None:
     """Score the set on all ranks, batch i on rank i mod W; None if a stop was asked for meanwhile. Collective.
 
-    Sums are fp64, so that the number of ranks changes the loss by no more than their order of addition.
+    Each micro-batch is summed in fp32, the micro-batches in fp64: their number and size change the loss by its
+    rounding only.
     """
     model.eval()
     totals = torch.zeros(3, dtype=torch.float64, device=mesh.device)  # loss, tokens, bytes
