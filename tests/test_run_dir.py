@@ -55,6 +55,7 @@ def test_a_pid_used_again_is_not_the_holder(tmp_path: Path) -> None:
     second = RunLock(tmp_path)
     second.acquire()
     second.release()
+    holder.release()
 
 
 def test_on_another_host_the_heartbeat_decides(tmp_path: Path) -> None:
@@ -64,7 +65,9 @@ def test_on_another_host_the_heartbeat_decides(tmp_path: Path) -> None:
         RunLock(tmp_path).acquire()
     old = time.time() - lock.DEAD_AFTER_SECONDS - 1
     os.utime(path, (old, old))
-    RunLock(tmp_path).acquire()
+    mine = RunLock(tmp_path)
+    mine.acquire()
+    mine.release()
 
 
 def test_a_holder_that_was_taken_over_leaves_and_leaves_the_lock(tmp_path: Path) -> None:
@@ -103,6 +106,10 @@ def test_the_heart_beats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     os.utime(tmp_path / "lock.json", (0, 0))
     end = time.monotonic() + 5
     while (tmp_path / "lock.json").stat().st_mtime == 0:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    (tmp_path / "lock.json").unlink()
+    while not held.reads(held.text):  # put back
         assert time.monotonic() < end
         time.sleep(0.01)
     held.release()

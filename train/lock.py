@@ -25,6 +25,7 @@ class RunLock:
     def __init__(self, run_dir: Path) -> None:
         self._path = run_dir / FILE_NAME
         self._stop = threading.Event()
+        self._changing = threading.Lock()
         self._now = 0.0
         self._me: dict[str, Any] = {
             "host": socket.gethostname(),
@@ -52,8 +53,9 @@ class RunLock:
     def release(self) -> None:
         """Give the lock up, if it is still ours."""
         self._stop.set()
-        if self.reads(self.text):
-            self._path.unlink()
+        with self._changing:
+            if self.reads(self.text):
+                self._path.unlink()
 
     def reads(self, text: str) -> bool:
         """Is this what the lock file says?"""
@@ -87,16 +89,24 @@ class RunLock:
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):
-            try:
-                if not self.reads(self.text):
-                    break
-                os.utime(self._path)
-            except OSError:
-                continue  # a file server that stumbles; the next beat may come through
-        if not self._stop.is_set():
-            # Silent for a minute, so another took over: writing on would spoil its run.
-            print(f"{self._path}: taken over by another process; leaving", file=sys.stderr, flush=True)
-            os._exit(1)
+            with self._changing:
+                if self._stop.is_set():
+                    return
+                try:
+                    is_ours = self._is_still_ours()
+                except OSError:
+                    continue  # a file server that stumbles; the next beat may come through
+            if not is_ours:
+                # Silent for a minute, so another took over: writing on would spoil its run.
+                print(f"{self._path}: taken over by another process; leaving", file=sys.stderr, flush=True)
+                os._exit(1)
+
+    def _is_still_ours(self) -> bool:
+        """Show that we live; put the lock back if somebody removed it. False if another holds it."""
+        if self.reads(self.text):
+            os.utime(self._path)
+            return True
+        return not self._path.exists() and self._create()
 
 
 def _is_alive(text: str, age_seconds: float) -> bool:
