@@ -246,6 +246,12 @@ def test_another_run_in_the_same_directory_is_refused_field_by_field(run_dir: Pa
     assert status(run_dir)["state"] == "done"
 
 
+def test_a_run_that_never_saved_may_start_over_with_other_settings(run_dir: Path, tiny_data: Path) -> None:
+    shutil.rmtree(run_dir / "checkpoints")
+    run(tiny_config(tiny_data, run_dir, steps=12), ALONE)
+    assert [row["step"] for row in rows(run_dir) if "loss" in row] == list(range(1, 13))
+
+
 def test_other_data_is_refused(run_dir: Path, tmp_path: Path) -> None:
     text = tmp_path / "other.txt"
     text.write_text("the quick brown fox jumps over the lazy dog. " * 300)

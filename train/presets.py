@@ -39,7 +39,7 @@ def quickstart() -> Config:
         preset="quickstart",
         data=DataConfig(dir=Path("data/python-docs")),
         model=ModelConfig(num_layers=4, num_heads=4, width=128),
-        train=TrainConfig(seq_len=128, steps=600, batch_tokens=4096, micro_batch=16, dtype="fp32", compile=False),
+        train=TrainConfig(seq_len=128, steps=800, batch_tokens=4096, micro_batch=16, dtype="fp32", compile=False),
         optim=OptimConfig(lr_peak=2e-3, lr_final=1e-4, warmup_steps=50, beta2=0.99),
         validate=ValidateConfig(every=200, tokens=65_536),
         save=SaveConfig(every=200),

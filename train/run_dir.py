@@ -19,6 +19,7 @@ import torch
 from data_prep.atomic import write_json_atomically
 from data_prep.codec import load_codec
 from data_prep.errors import InputError
+from model.trained import list_checkpoints
 from train.config import Config
 from train.lock import RunLock
 from train.mesh import Mesh
@@ -93,19 +94,19 @@ class RunDirectory:
             status = read_status(self.path)
             if status is not None:
                 self._attempt, self._step = status["attempt"] + 1, status["step"]
-            self._write_status("running", None)
             write_json_atomically(
                 self.path / "config.json", {"config": self._config.to_json(), "data": self._fingerprint}
             )
             write_json_atomically(self.path / "provenance.json", provenance(self._config))
             load_codec(self._config.data.dir).save(self.path)
+            self._write_status("running", None)
             undo.pop_all()
         return self._lock.text
 
     def _check_identity(self) -> None:
         path = self.path / "config.json"
-        if not path.is_file():
-            return
+        if not path.is_file() or not list_checkpoints(self.path):
+            return  # nothing of another run to protect
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
             old, old_data = before["config"], before["data"]

@@ -1,0 +1,58 @@
+"""What the README promises: its commands parse, its files exist, what it calls absent is absent."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+from tests.runs import ROOT
+from train.config import parse
+from train.presets import PRESETS
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+ABSENT = README.split("## What is not there yet")[1].split("## Results")[0]
+COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if line.startswith("    .venv/bin/")]
+
+
+@pytest.mark.parametrize("line", [line for line in COMMANDS if "train/main.py" in line])
+def test_training_commands_parse(line: str) -> None:
+    args = shlex.split(line)
+    parse(args[args.index("train/main.py") + 1 :], PRESETS)
+
+
+@pytest.mark.parametrize(
+    "line", [line for line in COMMANDS if "train/main.py" not in line and "pre-commit" not in line]
+)
+def test_other_commands_name_flags_that_exist(line: str) -> None:
+    args = shlex.split(line)
+    flags = [arg for arg in args if arg.startswith("--")]
+    shown = subprocess.run(
+        [sys.executable, args[1], "--help"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    assert all(flag in shown for flag in flags)
+
+
+def test_what_is_called_absent_is_absent() -> None:
+    named = re.findall(r"(?:data_prep|slurm|launch)/\w+\.(?:py|sh)", ABSENT)
+    assert len(named) >= 3
+    assert [name for name in named if (ROOT / name).exists() and name != "data_prep/textfiles.py"] == []
+
+
+def test_the_files_it_sends_a_reader_to_exist() -> None:
+    named = set(re.findall(r"(?:train|model|data_prep|benchmarks|tests)/\w+\.py", README))
+    missing = {name for name in named if not (ROOT / name).exists()}
+    assert missing == {"data_prep/fineweb.py"}
+
+
+def test_make_targets_exist() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    named = re.findall(r"(?:^    |`)make ([a-z-]+)", README, re.MULTILINE)
+    assert {"quickstart", "test", "test-slow", "lint", "bench"} <= set(named)
+    for target in named:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
