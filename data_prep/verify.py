@@ -2,7 +2,7 @@
 
     python data_prep/verify.py data/NAME [--samples 3]
 
-Reads every byte once (about a second per gigabyte from memory). Ends with `sound` and exit status 0, or with
+Reads every byte once (about 3 s per gigabyte, from memory). Ends with `sound` and exit status 0, or with
 one line per fault and exit status 1 (2 when the manifest or the tokenizer cannot be read at all).
 """
 
