@@ -176,6 +176,13 @@ def test_two_runs_in_one_directory_are_refused(tiny_data: Path, tmp_path: Path) 
     assert "another process is training here (pid" in output
 
 
+def test_bad_input_under_torchrun_is_said_once_and_every_worker_ends_with_2(tiny_data: Path, tmp_path: Path) -> None:
+    process = torchrun(2, *flags(tmp_path / "nowhere", tmp_path / "run"))
+    output = finish(process)
+    assert output.count(f"train: {tmp_path}/nowhere: no such data directory") == 1
+    assert "exitcode: 2" in output and "exitcode: -" not in output, output
+
+
 def test_in_place_restarts_that_would_hang_are_refused_with_the_line_to_export(tiny_data: Path, tmp_path: Path) -> None:
     env = os.environ | {"TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"}
     command = [sys.executable, "train/main.py", *flags(tiny_data, tmp_path / "run")]

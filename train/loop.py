@@ -91,7 +91,7 @@ def train(run: Run) -> tuple[str, str | None]:
     while reports:
         record(run, reports.popleft())
     run.meters.pause()
-    if run.saved_step != run.progress.step:
+    if run.progress.step not in (0, run.saved_step):
         save_now(run)
     if run.progress.step == num_steps and not is_due_to_validate(run):
         return "done", None

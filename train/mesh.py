@@ -37,14 +37,18 @@ class Mesh:
     ) -> None:
         if self.world == 1:
             return
-        if kind is not None and not issubclass(kind, InputError):
-            # Tearing down a group whose peers are gone hangs: leave hard.
-            traceback.print_exception(kind, error, trace)
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(1)
         if kind is None:
             dist.destroy_process_group()
+            return
+        # Tearing down a group whose peers may be gone hangs: say what happened, then leave hard.
+        is_input_error = issubclass(kind, InputError)
+        if not is_input_error:
+            traceback.print_exception(kind, error, trace)
+        elif self.is_main:
+            print(f"train: {error}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2 if is_input_error else 1)
 
     @property
     def is_main(self) -> bool:
