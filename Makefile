@@ -5,9 +5,10 @@ BIN := .venv/bin
 .PHONY: quickstart test test-slow lint bench
 
 # The text inside CPython -> shards -> a GPT trained in two processes -> its loss curve and a sample.
+# On the CPU also where there is a GPU: two processes want two, and the numbers are then the same everywhere.
 quickstart: .venv/.base
 	$(BIN)/python data_prep/textfiles.py --input python-docs --out data/python-docs --tokenizer char
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 train/main.py quickstart
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 train/main.py quickstart
 	$(BIN)/python train/curves.py runs/quickstart
 	$(BIN)/python model/generate.py runs/quickstart --prompt "The " --max-tokens 300
 

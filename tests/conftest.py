@@ -11,6 +11,7 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 
 # Before torch is imported anywhere: bits are compared, and the order of addition depends on the threads.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # gloo processes share one machine, whatever GPUs it has
 if (SHARED_DATA / "tiktoken_cache").is_dir():
     os.environ["TIKTOKEN_CACHE_DIR"] = str(SHARED_DATA / "tiktoken_cache")
 
