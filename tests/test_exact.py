@@ -1,12 +1,14 @@
-"""DESIGN section 4 for one process and DDP: one group per world size runs every case."""
+"""The same run at every world size and after every resume: one group per world size runs every case."""
 
 import hashlib
+import math
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
+from data_prep.manifest import read_manifest
 from model.gpt import build_model
 from model.trained import list_checkpoints
 from tests.groups import run_on_ranks
@@ -26,7 +28,7 @@ def train_and_interrupt(mesh: Mesh, config: Config, accumulating: Config, resume
         cut_back(config.directory, resumed.directory, step=20)
     mesh.barrier()
     run(resumed, mesh)
-    return initial_hash(with_vocabulary(config, 22))
+    return initial_hash(with_vocabulary(config, read_manifest(config.data.dir).vocab_size))
 
 
 def continue_elsewhere(mesh: Mesh, configs: list[Config]) -> None:
@@ -131,5 +133,5 @@ def test_a_checkpoint_of_any_world_continues_in_any_other(
 
 def test_the_loss_falls(trained: tuple[Path, set[str]]) -> None:
     found = losses(trained[0] / "w1")
-    assert found[0] > 2.9  # ln 22 = 3.09
+    assert abs(found[0] - math.log(33)) < 0.1  # 33 characters, none of them learnt yet
     assert found[-5:].mean() < 2.0

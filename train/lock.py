@@ -19,7 +19,7 @@ class RunLock:
     """Held by rank 0 from `acquire` to `release`. A dead holder's lock is taken over, a living one's never.
 
     On the same host a holder lives while its pid runs (and was started when the lock says, since pids are used
-    again); on another host while the file's time of change moves on.
+    again); on another host while its last heartbeat is less than a minute old by the file server's clock.
     """
 
     def __init__(self, run_dir: Path) -> None:

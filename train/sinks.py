@@ -24,10 +24,8 @@ class Sinks:
     def __init__(self, run_dir: Path, *, step: int | None, mesh: Mesh) -> None:
         self._metrics: TextIO | None = None
         self._log: TextIO | None = None
-        rows = mesh.on_main(lambda: kept_rows(run_dir / METRICS_FILE, step))
-        self.validated_steps: set[int] = {row["step"] for row in rows if "val_loss" in row}
+        self.validated_steps: set[int] = mesh.on_main(lambda: drop_rows_after(run_dir / METRICS_FILE, step))
         if mesh.is_main:
-            write_atomically(run_dir / METRICS_FILE, "".join(json.dumps(row) + "\n" for row in rows))
             self._metrics = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
             self._log = (run_dir / LOG_FILE).open("a", encoding="utf-8")
 
@@ -67,6 +65,13 @@ class Sinks:
         for file in (self._metrics, self._log):
             if file is not None:
                 file.close()
+
+
+def drop_rows_after(path: Path, step: int | None) -> set[int]:
+    """Rewrite metrics.jsonl with the rows up to `step`; the steps whose validation is among them."""
+    rows = kept_rows(path, step)
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return {row["step"] for row in rows if "val_loss" in row}
 
 
 def kept_rows(path: Path, step: int | None) -> list[dict[str, Any]]:
