@@ -64,6 +64,7 @@ class Report:
     results: Tensor
     ready: torch.cuda.Event | None
     seconds: float
+    data_wait_seconds: float
 
 
 def train(run: Run) -> tuple[str, str | None]:
@@ -123,7 +124,7 @@ def take_step(run: Run) -> Report:
         ready = torch.cuda.Event()
         ready.record()
     progress = run.progress.advanced(windows=run.plan.windows, tokens=config.train.batch_tokens)
-    return Report(progress, lr, results, ready, run.meters.seconds)
+    return Report(progress, lr, results, ready, run.meters.seconds, run.meters.data_wait_seconds)
 
 
 def accumulate_gradients(run: Run, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -170,7 +171,13 @@ def record(run: Run, report: Report) -> bool:
         )
     if progress.step == 1 or progress.step % config.track.every == 0 or progress.step == config.train.steps:
         row = run.meters.row(
-            step=progress.step, tokens=progress.tokens, seconds=seconds, loss=loss, lr=report.lr, norm=norm
+            step=progress.step,
+            tokens=progress.tokens,
+            seconds=seconds,
+            data_wait_seconds=report.data_wait_seconds,
+            loss=loss,
+            lr=report.lr,
+            norm=norm,
         )
         run.sinks.row(row)
     return bool(stop)

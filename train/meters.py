@@ -48,7 +48,8 @@ class Meters:
         self._elapsed = seconds
         self._since: float | None = None
         self._lap_step, self._lap_seconds = step, seconds
-        self._data_wait = 0.0
+        self.data_wait_seconds = 0.0  # since this attempt began
+        self._lap_data_wait = 0.0
 
     def start(self) -> None:
         self._since = time.perf_counter()
@@ -58,14 +59,16 @@ class Meters:
         self._elapsed, self._since = self.seconds, None
 
     def waited_for_data(self, seconds: float) -> None:
-        self._data_wait += seconds
+        self.data_wait_seconds += seconds
 
     @property
     def seconds(self) -> float:
         """Seconds of training in all attempts."""
         return self._elapsed + (time.perf_counter() - self._since if self._since is not None else 0.0)
 
-    def row(self, *, step: int, tokens: int, seconds: float, loss: float, lr: float, norm: float) -> dict[str, Any]:
+    def row(
+        self, *, step: int, tokens: int, seconds: float, data_wait_seconds: float, loss: float, lr: float, norm: float
+    ) -> dict[str, Any]:
         """The record of the step that was done after `seconds` of training, and the start of the next lap."""
         num_steps, lap_seconds = step - self._lap_step, seconds - self._lap_seconds
         tokens_per_second = num_steps * self._batch_tokens / lap_seconds
@@ -79,11 +82,11 @@ class Meters:
             "tokens_per_second": round(tokens_per_second, 1),
             "mfu": self._mfu(tokens_per_second),
             "step_seconds": round(lap_seconds / num_steps, 6),
-            "data_wait_fraction": round(self._data_wait / lap_seconds, 4),
+            "data_wait_fraction": round((data_wait_seconds - self._lap_data_wait) / lap_seconds, 4),
             "peak_memory_gib": round(peak_memory_gib(self._device), 3),
             "flops": tokens * self._flops_per_token,
         }
-        self._lap_step, self._lap_seconds, self._data_wait = step, seconds, 0.0
+        self._lap_step, self._lap_seconds, self._lap_data_wait = step, seconds, data_wait_seconds
         return row
 
     def _mfu(self, tokens_per_second: float) -> float | None:
