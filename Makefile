@@ -32,5 +32,5 @@ bench: .venv/.base
 	touch $@
 
 .venv/.dev: .venv/.base
-	$(BIN)/python -m pip install --quiet --editable '.[dev,hf,plots]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable '.[data,dev,hf,plots]' --constraint constraints.txt
 	touch $@
