@@ -1,12 +1,22 @@
-"""Loss curves of one or more runs as a PNG. Needs the extra `plots`.
+"""Loss curves of one or more runs as a PNG, and their results as a Markdown table. The PNG needs the extra `plots`.
 
     python train/curves.py runs/A runs/B --x tokens --out curves.png
 
-Takes a few seconds. Lines are training loss, dots validation loss.
+Takes a few seconds. Lines are training loss, dots validation loss. The table is printed and written beside the
+PNG as curves.md, one row per run:
+
+    parameters   of the model in config.json, vocabulary padding left out
+    val loss     the last one, in nats per token, +- its standard error; `best` with the step it was seen at
+    train loss   mean of the last 5 rows; steps that were skipped (their loss is null) are left out
+    seconds      of training, validation and saving left out
+    tokens/s     median of the training rows; MFU is the last row's
 """
 
 import json
+import math
+import statistics
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -16,23 +26,55 @@ if not __package__:
 
 import tyro
 
+from data_prep.atomic import write_atomically
 from data_prep.errors import InputError, one_line_errors
+from model.budget import budget
+from model.config import ModelConfig
 from train.sinks import METRICS_FILE
+
+Row = dict[str, Any]
+Axis = Literal["step", "tokens", "seconds", "flops"]
+LAST_ROWS = 5  # of training loss in the table's mean
+ABSENT = "-"
+COLUMNS = (
+    "run",
+    "parameters",
+    "steps",
+    "tokens",
+    "val loss",
+    "bits/byte",
+    "best val loss",
+    "train loss",
+    "seconds",
+    "tokens/s",
+    "MFU",
+)
 
 
 @dataclass(frozen=True)
 class Options:
-    """Loss curves of one or more runs as a PNG."""
+    """Loss curves of one or more runs as a PNG, and their results as a Markdown table."""
 
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Run directories."""
-    x: Literal["step", "tokens"] = "step"
+    x: Axis = "step"
     """The horizontal axis."""
     out: Path | None = None
-    """Where to put the picture; None: curves.png in the first run directory."""
+    """Where to put the picture, the table beside it; None: curves.png in the first run directory."""
 
 
-def read_rows(run_dir: Path) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class RunMetrics:
+    """What a run wrote, by kind of row. A null loss belongs to a step that was skipped."""
+
+    directory: Path
+    label: str
+    train_rows: list[Row]
+    val_rows: list[Row]
+    num_parameters: int | None
+
+
+def read_rows(run_dir: Path) -> list[Row]:
     """The complete rows of a run's metrics.jsonl; a line that is still being written is left out."""
     path = run_dir / METRICS_FILE
     if not path.is_file():
@@ -47,28 +89,130 @@ def read_rows(run_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def plot(runs: tuple[Path, ...], x: str, out: Path) -> None:
+def count_parameters_of(run_dir: Path) -> int | None:
+    """From config.json; None without one. One that this code does not understand costs a warning, not the curves."""
+    path = run_dir / "config.json"
+    if not path.is_file():
+        return None
+    try:
+        return budget(ModelConfig(**json.loads(path.read_text(encoding="utf-8"))["config"]["model"])).num_parameters
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        print(f"curves: warning: {path}: no model of this version in it ({error!r})", file=sys.stderr)
+        return None
+
+
+def labels_of(run_dirs: Sequence[Path]) -> list[str]:
+    """Directory names; those that are alike get as many parents as tell them apart."""
+    paths = [run_dir.resolve() for run_dir in run_dirs]
+    twice = next((path for path in paths if paths.count(path) > 1), None)
+    if twice is not None:
+        raise InputError(f"{twice}: given twice")
+
+    def tail(path: Path, num_parts: int) -> tuple[str, ...]:
+        return path.parts[-num_parts:]
+
+    labels = []
+    for path in paths:
+        num_parts = 1
+        while sum(tail(other, num_parts) == tail(path, num_parts) for other in paths) > 1:
+            num_parts += 1
+        labels.append("/".join(tail(path, num_parts)))
+    return labels
+
+
+def read_runs(run_dirs: Sequence[Path]) -> list[RunMetrics]:
+    runs = []
+    for run_dir, label in zip(run_dirs, labels_of(run_dirs), strict=True):
+        rows = read_rows(run_dir)
+        train_rows = [row for row in rows if "loss" in row]
+        val_rows = [row for row in rows if "val_loss" in row]
+        runs.append(RunMetrics(run_dir, label, train_rows, val_rows, count_parameters_of(run_dir)))
+    return runs
+
+
+def values(rows: Sequence[Row], key: str) -> list[float]:
+    """The column `key` of those rows that have it and not as null. A NaN stays: a diverged run must look like one."""
+    return [row[key] for row in rows if row.get(key) is not None]
+
+
+def points(run: RunMetrics, rows: Sequence[Row], x: Axis, loss: str) -> list[tuple[float, float]]:
+    """(x, loss) of the rows whose loss is not null; InputError where a row has no such x."""
+    told = [row for row in rows if row[loss] is not None]
+    for row in told:
+        if row.get(x) is None:
+            kind = "validation" if loss == "val_loss" else "training"
+            raise InputError(
+                f"{run.directory / METRICS_FILE}: the {kind} row of step {row['step']} has no {x!r}; "
+                "an older version wrote it: use --x step or --x tokens"
+            )
+    return [(row[x], row[loss]) for row in told]
+
+
+def results(run: RunMetrics) -> tuple[str, ...]:
+    """A run's cells under COLUMNS."""
+    rows = [*run.train_rows, *run.val_rows]
+    measured = [row for row in run.val_rows if row["val_loss"] is not None]
+    last_val, best = ABSENT, ABSENT
+    if measured:
+        error = measured[-1].get("val_loss_stderr")
+        last_val = f"{measured[-1]['val_loss']:.4f}" + ("" if error is None else f" +- {error:.4f}")
+        lowest = min(measured, key=lambda row: math.inf if math.isnan(row["val_loss"]) else row["val_loss"])
+        best = f"{lowest['val_loss']:.4f} at {lowest['step']}"
+    losses, seconds, rates = values(run.train_rows, "loss"), values(rows, "seconds"), values(rows, "tokens_per_second")
+    bits_per_byte = values(measured[-1:], "val_bits_per_byte")
+    mfu = values(run.train_rows[-1:], "mfu")
+    tokens = values(rows, "tokens")
+    return (
+        run.label.replace("|", "\\|"),
+        ABSENT if run.num_parameters is None else f"{run.num_parameters:,}",
+        f"{max(row['step'] for row in rows):,}" if rows else ABSENT,
+        f"{max(tokens):,}" if tokens else ABSENT,
+        last_val,
+        f"{bits_per_byte[0]:.4f}" if bits_per_byte else ABSENT,
+        best,
+        f"{statistics.fmean(losses[-LAST_ROWS:]):.4f}" if losses else ABSENT,
+        f"{max(seconds):,.1f}" if seconds else ABSENT,
+        f"{statistics.median(rates):,.0f}" if rates else ABSENT,
+        f"{mfu[0]:.1%}" if mfu else ABSENT,
+    )
+
+
+def table(runs: Sequence[RunMetrics]) -> str:
+    """Markdown, padded so that it is also read in a terminal: names to the left, numbers to the right."""
+    cells = [COLUMNS, *(results(run) for run in runs)]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(COLUMNS))]
+    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
+
+    def line(row: Sequence[str]) -> str:
+        padded = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
+        return "| " + " | ".join(padded) + " |"
+
+    return "\n".join([line(cells[0]), line(rule), *(line(row) for row in cells[1:])]) + "\n"
+
+
+def plot(runs: Sequence[RunMetrics], x: Axis, out: Path) -> None:
     """Draw every run into one picture at `out`."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise InputError("curves needs matplotlib: pip install -e '.[plots]'") from error
+        raise InputError("the picture needs matplotlib: pip install -e '.[plots]'") from error
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    for index, run_dir in enumerate(runs):
-        rows, color = read_rows(run_dir), f"C{index % 10}"
-        trained = [(row[x], row["loss"]) for row in rows if "loss" in row]
-        validated = [(row[x], row["val_loss"]) for row in rows if "val_loss" in row]
-        name = run_dir.resolve().name
+    for index, run in enumerate(runs):
+        color = f"C{index % 10}"
+        trained, validated = points(run, run.train_rows, x, "loss"), points(run, run.val_rows, x, "val_loss")
+        if not trained and not validated:
+            raise InputError(f"{run.directory / METRICS_FILE}: no loss in it yet")
         if trained:
-            axes.plot(*zip(*trained, strict=True), color=color, linewidth=1, alpha=0.6, label=f"{name} train")
+            axes.plot(*zip(*trained, strict=True), color=color, linewidth=1, alpha=0.6, label=f"train {run.label}")
         if validated:
-            axes.plot(*zip(*validated, strict=True), "o", color=color, label=f"{name} val {validated[-1][1]:.4f}")
-    axes.set_xlabel(x)
+            label = f"val {run.label} {validated[-1][1]:.4f}"
+            axes.plot(*zip(*validated, strict=True), "o", color=color, label=label)
+    axes.set_xlabel({"step": "step", "tokens": "tokens", "seconds": "seconds of training", "flops": "FLOPs"}[x])
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
-    axes.legend()
-    out.parent.mkdir(parents=True, exist_ok=True)
+    for text in axes.legend().get_texts():
+        text.set_parse_math(False)  # a run may be called $1 or $2
     figure.savefig(out, dpi=120)
 
 
@@ -78,7 +222,14 @@ def main(args: list[str] | None = None) -> None:
         if not options.runs:
             raise InputError("give at least one run directory")
         out = options.out or options.runs[0] / "curves.png"
-        plot(options.runs, options.x, out)
+        if out.suffix != ".png":
+            raise InputError(f"--out {out} must end in .png")
+        runs = read_runs(options.runs)
+        text = table(runs)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(out.with_suffix(".md"), text)
+        print(text)
+        plot(runs, options.x, out)
         print(out)
 
 
