@@ -30,8 +30,8 @@ from model.trained import load_trained
 class Options:
     """Let a trained model speak."""
 
-    path: Annotated[Path, tyro.conf.Positional]
-    """Run directory, or one checkpoint in it."""
+    path: Annotated[str, tyro.conf.Positional]
+    """RUN directory, RUN@STEP, or the path of one checkpoint."""
     prompt: str = ""
     """What to continue; empty: a new document."""
     num_samples: int = 1

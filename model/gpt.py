@@ -114,6 +114,14 @@ class GPT(nn.Module):
         return blocks
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
+        return self.lm_head(self.features(tokens_BT))
+
+    def logits_at(self, tokens_BT: Tensor, places_B: Tensor) -> Tensor:
+        """The logits at one place of each row, [B, V]: all that sampling needs of them."""
+        return self.lm_head(self.features(tokens_BT)[torch.arange(len(places_B), device=places_B.device), places_B])
+
+    def features(self, tokens_BT: Tensor) -> Tensor:
+        """The normalised residual stream after the last block, x_BTD: what the head reads."""
         T = tokens_BT.shape[1]
         if self.config.context_len < T:
             raise ValueError(f"{T} tokens exceed the model's context of {self.config.context_len}")
@@ -122,7 +130,7 @@ class GPT(nn.Module):
         x_BTD = x_BTD.to(self.compute_dtype)
         for block in self.blocks:
             x_BTD = block(x_BTD)
-        return self.lm_head(self.transformer["ln_f"](x_BTD))
+        return self.transformer["ln_f"](x_BTD)
 
 
 def build_model(

@@ -1,6 +1,6 @@
 """From logits to the next token: temperature and top-k, padding excluded, one generator per sample."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -39,31 +39,55 @@ def next_token_probabilities(logits_V: Tensor, sampling: Sampling, vocab_size: i
     return logits_V.softmax(dim=0)
 
 
-@torch.inference_mode()
+@torch.no_grad()
+def generate_rows(
+    model: GPT,
+    prompts: Sequence[Sequence[int]],
+    *,
+    sampling: Sampling,
+    generators: Sequence[torch.Generator],
+    stop_id: int | None = None,
+    num_rows: int | None = None,
+) -> Iterator[list[int | None]]:
+    """The next token of every prompt, again and again; None for one that has met `stop_id`. Ends when all have.
+
+    The model sees the last context_len tokens of each. Every call of it has the same shape, [num_rows or
+    len(prompts), context_len], padded on the right, where causality hides the padding: a compiled model is not
+    compiled again for each length, nor for sampling at all if `num_rows` is a batch size that it knows.
+    """
+    context_len = model.config.context_len
+    device = next(model.parameters()).device
+    rows = [list(prompt) for prompt in prompts]
+    is_done = [False] * len(rows)
+    while True:
+        padded = torch.zeros(num_rows or len(rows), context_len, dtype=torch.int64)
+        places = torch.zeros(len(padded), dtype=torch.int64)
+        for index, row in enumerate(rows):
+            context = row[-context_len:]
+            padded[index, : len(context)] = torch.tensor(context)
+            places[index] = len(context) - 1
+        logits_BV = model.logits_at(padded.to(device), places.to(device)).cpu()
+        tokens: list[int | None] = []
+        for index, row in enumerate(rows):
+            probabilities = next_token_probabilities(logits_BV[index], sampling, model.config.vocab_size)
+            token = int(torch.multinomial(probabilities, 1, generator=generators[index]))
+            is_done[index] |= token == stop_id
+            row.append(token)
+            tokens.append(None if is_done[index] else token)
+        if all(is_done):
+            return
+        yield tokens
+
+
 def generate_tokens(
     model: GPT,
-    prompt: list[int],
+    prompt: Sequence[int],
     *,
     sampling: Sampling,
     generator: torch.Generator,
     stop_id: int | None = None,
 ) -> Iterator[int]:
-    """Tokens after `prompt` without end, or up to `stop_id`; the model sees the last context_len of them.
-
-    Every call of the model has the same shape (the context, padded on the right, where causality hides the
-    padding), so that a compiled model is not compiled again for each length.
-    """
-    context_len = model.config.context_len
-    device = next(model.parameters()).device
-    tokens = list(prompt)
-    while True:
-        context = tokens[-context_len:]
-        padded = torch.zeros(1, context_len, dtype=torch.int64)
-        padded[0, : len(context)] = torch.tensor(context)
-        logits_V = model(padded.to(device))[0, len(context) - 1].cpu()
-        probabilities = next_token_probabilities(logits_V, sampling, model.config.vocab_size)
-        token = int(torch.multinomial(probabilities, 1, generator=generator))
-        if token == stop_id:
-            return
-        tokens.append(token)
+    """Tokens after `prompt` without end, or up to `stop_id`."""
+    for (token,) in generate_rows(model, [prompt], sampling=sampling, generators=[generator], stop_id=stop_id):
+        assert token is not None
         yield token

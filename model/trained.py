@@ -194,28 +194,42 @@ class Trained:
     checkpoint: Path
 
 
-def load_trained(path: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Trained:
-    """The newest sound checkpoint of a run directory, or the checkpoint at `path` itself.
-
-    The model computes in `dtype`; its weights are fp32. Raises InputError in one line for anything unusable.
-    """
+def find_checkpoint(name: str | Path) -> Path:
+    """RUN's newest sound checkpoint, RUN@STEP's, or the checkpoint at a path. InputError: not there, or not sound."""
+    path = Path(name)
+    run, at, step = str(name).rpartition("@")
+    if at and step.isdigit() and not path.exists():
+        path = Path(run) / CHECKPOINTS / f"step_{int(step):08d}"
+        if Path(run).is_dir() and not path.is_dir():
+            there = ", ".join(str(step_of(checkpoint)) for checkpoint in list_checkpoints(Path(run)))
+            raise InputError(f"{run}: no checkpoint of step {step}; there are {there or 'none'}")
     if not path.is_dir():
         raise InputError(f"{path}: no such run directory or checkpoint")
     if STEP_NAME.fullmatch(path.name):
-        checkpoint, fault = path, fault_of(path)
+        fault = fault_of(path)
         if fault is not None:
             raise InputError(fault)
-    else:
-        newest, faults = newest_sound(path)
-        if newest is None:
-            raise InputError("; ".join(faults) or f"{path}: no checkpoint in it yet")
-        checkpoint = newest
+        return path
+    newest, faults = newest_sound(path)
+    if newest is None:
+        raise InputError("; ".join(faults) or f"{path}: no checkpoint in it yet")
+    return newest
+
+
+def load_trained(
+    name: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Trained:
+    """What RUN, RUN@STEP or a checkpoint's own path names (see `find_checkpoint`).
+
+    The model computes in `dtype`; its weights are fp32. Raises InputError in one line for anything unusable.
+    """
+    checkpoint = find_checkpoint(name)
     model = GPT(model_config(read_state(checkpoint), checkpoint), compute_dtype=dtype)
     read_tensors(checkpoint, model_tensors(model))
     codec = load_codec(checkpoint.resolve().parents[1])
     if codec.vocab_size != model.config.vocab_size:
         raise InputError(
-            f"{path}: its tokenizer has {codec.vocab_size} ids, "
+            f"{checkpoint}: its tokenizer has {codec.vocab_size} ids, "
             f"its model {model.config.vocab_size}; they do not belong together"
         )
     return Trained(model.to(device).eval(), codec, step_of(checkpoint), checkpoint)

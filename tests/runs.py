@@ -14,7 +14,17 @@ from torch import Tensor
 from model.config import ModelConfig
 from model.gpt import build_model
 from model.trained import list_checkpoints
-from train.config import Config, DataConfig, OptimConfig, SaveConfig, TrackConfig, TrainConfig, ValidateConfig, resolve
+from train.config import (
+    Config,
+    DataConfig,
+    OptimConfig,
+    SampleConfig,
+    SaveConfig,
+    TrackConfig,
+    TrainConfig,
+    ValidateConfig,
+    resolve,
+)
 from train.optim import build_optimizer
 from train.saves import checkpoint_tensors, read_tensors
 
@@ -40,7 +50,8 @@ def tiny_config(data: Path, run_dir: Path, **train: Any) -> Config:
         optim=OptimConfig(lr_peak=1e-2, warmup_steps=5, clip_norm=0.3),
         validate=ValidateConfig(every=25, tokens=1000),
         save=SaveConfig(every=10, keep=100),
-        track=TrackConfig(every=1),
+        sample=SampleConfig(every=None),
+        track=TrackConfig(every=1, wandb="disabled"),
     )
     return resolve(config)
 

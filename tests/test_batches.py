@@ -1,5 +1,6 @@
 """Order of the windows: every one once an epoch, whatever the processes; seeking is free."""
 
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from data_prep.errors import InputError
 from data_prep.manifest import open_split
 from tests.runs import tiny_config
-from train.batches import BatchPlan, Windows, permute, plan_batches
+from train.batches import BatchPlan, Prefetcher, Windows, permute, plan_batches
 
 CPU = torch.device("cpu")
 
@@ -63,8 +64,8 @@ def test_every_world_reads_the_same_windows_in_the_same_order(tiny_data: Path, w
     config = tiny_config(tiny_data, Path("unused"), micro_batch=micro_batch)
     plan = plan_batches(config, world)
     for position in (0, 12, 552, 5520):  # the second last crosses the border of an epoch
-        alone = torch.cat([x for x, _ in windows.micro_batches(position, BatchPlan(12, 12, 12, 1), 0, CPU)])
-        ranks = [windows.micro_batches(position, plan, rank, CPU) for rank in range(world)]
+        alone = torch.cat([x for x, _ in windows.micro_batches(position, BatchPlan(12, 12, 12, 1), 0)])
+        ranks = [windows.micro_batches(position, plan, rank) for rank in range(world)]
         assert all(len(batches) == plan.accumulation for batches in ranks)
         assert torch.equal(torch.cat([x for batches in ranks for x, _ in batches]), alone)
 
@@ -97,3 +98,47 @@ def test_a_micro_batch_that_does_not_fit_is_refused_with_one_that_does(tiny_data
 def test_too_short_a_split_is_refused(tiny_data: Path) -> None:
     with pytest.raises(InputError, match=r"2000 tokens, less than one window of --train.seq-len 2000"):
         Windows(open_split(tiny_data, "val"), 2000, seed=1)
+
+
+def same_batches(left: list[tuple[torch.Tensor, torch.Tensor]], right: list[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+    pairs = zip(left, right, strict=True)
+    return all(torch.equal(a, b) for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True))
+
+
+def test_reading_ahead_changes_nothing(tiny_data: Path) -> None:
+    """In order, then after jumps back and forth, as a loop that owns the position may ask."""
+    windows, plan = Windows(open_split(tiny_data, "train"), 32, seed=7), BatchPlan(12, 6, 3, 2)
+    batches = Prefetcher(windows, plan, rank=1, device=CPU)
+    for position in (0, 12, 24, 240, 252, 0, 12, 12):
+        assert same_batches(batches.take(position), windows.micro_batches(position, plan, rank=1))
+    batches.close()
+
+
+def test_the_next_step_is_read_while_this_one_computes(tiny_data: Path) -> None:
+    windows, plan = Windows(open_split(tiny_data, "train"), 32, seed=7), BatchPlan(12, 12, 12, 1)
+    read, was_read = windows.micro_batches, threading.Event()
+
+    def noticed(position: int, plan: BatchPlan, rank: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+        result = read(position, plan, rank)
+        if position == 12:
+            was_read.set()
+        return result
+
+    windows.micro_batches = noticed  # type: ignore[method-assign]
+    batches = Prefetcher(windows, plan, rank=0, device=CPU)
+    batches.take(0)
+    assert was_read.wait(10), "nobody has asked for the windows at position 12 yet"
+    batches.close()
+
+
+def test_a_fault_in_reading_reaches_the_loop(tiny_data: Path) -> None:
+    windows, plan = Windows(open_split(tiny_data, "train"), 32, seed=7), BatchPlan(12, 12, 12, 1)
+
+    def failing(ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        raise OSError("stale file handle")
+
+    windows.read = failing  # type: ignore[method-assign]
+    batches = Prefetcher(windows, plan, rank=0, device=CPU)
+    with pytest.raises(OSError, match="stale file handle"):
+        batches.take(0)
+    batches.close()

@@ -1,25 +1,137 @@
-"""The loss as a sum, without padding."""
+"""Plain and chunked cross-entropy against log-softmax written out, against each other, and what of them is held."""
 
+import math
+from typing import Any
+
+import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from train.losses import IGNORED, summed_cross_entropy
+from model.config import ModelConfig
+from model.gpt import GPT, build_model
+from train import losses
+from train.losses import IGNORED, Objective, token_losses
+
+CONFIG = ModelConfig(num_layers=1, num_heads=2, width=16, vocab_size=150, context_len=40)
+SCALE = torch.tensor(0.25)
 
 
-def test_padding_columns_do_not_exist() -> None:
+def batch(B: int = 3, T: int = 40) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    logits_BTV = torch.randn(2, 3, 8, generator=generator)
-    targets_BT = torch.tensor([[0, 4, 2], [1, IGNORED, 3]])
-    expected = sum(
-        -logits_BTV[b, t, :5].log_softmax(0)[targets_BT[b, t]] for b in range(2) for t in range(3) if (b, t) != (1, 1)
+    inputs_BT, targets_BT = torch.randint(CONFIG.vocab_size, (2, B, T), generator=generator)
+    targets_BT[0, :7] = IGNORED
+    return inputs_BT, targets_BT
+
+
+def gradients_of(model: GPT, *, chunked: bool, compiled: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
+    model.zero_grad()
+    inputs_BT, targets_BT = batch()
+    found = Objective(model, chunked=chunked, compiled=compiled)(inputs_BT, targets_BT, SCALE)
+    found[0].backward()
+    return found.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.fixture
+def model() -> GPT:
+    return build_model(CONFIG, seed=1)
+
+
+@pytest.fixture(autouse=True)
+def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(losses, "CHUNK_TOKENS", 32)  # 120 tokens: four chunks, the last one shorter
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_the_sum_is_that_of_log_softmax_over_the_vocabulary_alone(model: GPT, chunked: bool) -> None:
+    inputs_BT, targets_BT = batch()
+    with torch.no_grad():
+        model.transformer["wte"].weight[CONFIG.vocab_size :] = 100.0  # padding that would win, did it exist
+        scores_BTV = model(inputs_BT)[..., : CONFIG.vocab_size].log_softmax(dim=2)
+    scored = [
+        -scores_BTV[b, t, targets_BT[b, t]].item() for b in range(3) for t in range(40) if targets_BT[b, t] != IGNORED
+    ]
+    objective = Objective(model, chunked=chunked)
+    scaled, loss = objective(inputs_BT, targets_BT, SCALE).tolist()
+    assert len(scored) == 113
+    assert loss == pytest.approx(math.fsum(scored), rel=1e-6) and scaled == pytest.approx(loss / 4, rel=1e-7)
+    losses_BT = objective.token_losses(inputs_BT, targets_BT)
+    torch.testing.assert_close(losses_BT[targets_BT != IGNORED], torch.tensor(scored), rtol=0, atol=2e-6)
+    assert not losses_BT[targets_BT == IGNORED].any()
+
+
+def test_chunked_equals_plain(model: GPT) -> None:
+    plain, plain_gradients = gradients_of(model, chunked=False)
+    chunked, chunked_gradients = gradients_of(model, chunked=True)
+    torch.testing.assert_close(chunked, plain, rtol=1e-6, atol=0)
+    assert chunked_gradients.keys() == plain_gradients.keys()
+    for name, gradient in plain_gradients.items():
+        torch.testing.assert_close(chunked_gradients[name], gradient, rtol=0, atol=1e-6, msg=name)
+    assert not chunked_gradients["transformer.wte.weight"][CONFIG.vocab_size :].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_chunked_equals_plain_within_half_precision(dtype: torch.dtype) -> None:
+    model = build_model(CONFIG, seed=1, compute_dtype=dtype)
+    plain, plain_gradients = gradients_of(model, chunked=False)
+    chunked, chunked_gradients = gradients_of(model, chunked=True)
+    torch.testing.assert_close(chunked, plain, rtol=1e-5, atol=0)
+    for name, gradient in plain_gradients.items():
+        assert (chunked_gradients[name] - gradient).norm() <= 0.02 * gradient.norm(), name
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_compiled_equals_eager(model: GPT, chunked: bool) -> None:
+    eager, eager_gradients = gradients_of(model, chunked=chunked)
+    compiled, compiled_gradients = gradients_of(model, chunked=chunked, compiled=True)
+    torch.testing.assert_close(compiled, eager, rtol=1e-6, atol=0)
+    for name, gradient in eager_gradients.items():
+        torch.testing.assert_close(compiled_gradients[name], gradient, rtol=0, atol=1e-6, msg=name)
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by Dynamo, as it traces one
+def test_chunked_compiles_into_one_graph(model: GPT) -> None:
+    inputs_BT, targets_BT = batch()
+    whole = torch.compile(Objective(model, chunked=True), fullgraph=True)
+    torch.testing.assert_close(
+        whole(inputs_BT, targets_BT, SCALE),
+        Objective(model, chunked=True)(inputs_BT, targets_BT, SCALE),
+        rtol=1e-6,
+        atol=0,
     )
-    with_huge_padding = logits_BTV.clone()
-    with_huge_padding[..., 5:] = 1e4
-    torch.testing.assert_close(summed_cross_entropy(with_huge_padding, targets_BT, 5), torch.as_tensor(expected))
 
 
-def test_bf16_logits_are_summed_in_fp32() -> None:
-    logits_BTV = torch.randn(4, 64, 40).bfloat16()
-    targets_BT = torch.randint(40, (4, 64))
-    loss = summed_cross_entropy(logits_BTV, targets_BT, 40)
-    assert loss.dtype == torch.float32
-    torch.testing.assert_close(loss, summed_cross_entropy(logits_BTV.float(), targets_BT, 40))
+class LargestTensor(TorchDispatchMode):
+    """Most elements of any tensor that an operation returned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        sizes = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        self.elements = max([self.elements, *sizes])
+        return result
+
+
+@pytest.mark.parametrize("chunked", [False, True])
+def test_chunked_never_holds_the_logits(chunked: bool) -> None:
+    model = build_model(CONFIG, seed=1)
+    objective = Objective(model, chunked=chunked)
+    logits = 3 * 40 * CONFIG.padded_vocab_size
+    with LargestTensor() as training:
+        objective(*batch(), SCALE)[0].backward()
+    with LargestTensor() as validation:
+        objective.token_losses(*batch())
+    chunk, hidden = 32 * CONFIG.padded_vocab_size, 3 * 40 * CONFIG.hidden_size
+    expected = max(chunk, hidden) if chunked else logits
+    assert training.elements == expected and validation.elements == expected
+
+
+def test_bf16_logits_are_scored_in_fp32() -> None:
+    logits_NV, targets_N = torch.randn(64, 40).bfloat16(), torch.randint(40, (64,))
+    found = token_losses(logits_NV, targets_N, 40)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, token_losses(logits_NV.float(), targets_N, 40))

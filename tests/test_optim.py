@@ -29,6 +29,21 @@ def test_gpt2_smalls_schedule() -> None:
     assert at == pytest.approx([6e-4 / 700, 6e-4, 6e-4, 3.00026e-4, 0.0], abs=1e-8)
 
 
+@pytest.mark.parametrize(
+    ("step", "expected"),
+    [(0, 0.1), (9, 1.0), (10, 1.0), (79, 1.0), (80, 1.0), (81, 0.955), (90, 0.55), (99, 0.145)],
+)
+def test_wsd(step: int, expected: float) -> None:
+    config = OptimConfig(lr_peak=1.0, lr_final=0.1, warmup_steps=10, schedule="wsd", warmdown_fraction=0.2)
+    assert learning_rate(step, config, num_steps=100) == pytest.approx(expected, abs=1e-9)
+
+
+def test_wsd_without_a_plateau_and_of_a_single_step() -> None:
+    linear = OptimConfig(lr_peak=1.0, warmup_steps=0, schedule="wsd", warmdown_fraction=1.0)
+    assert [learning_rate(step, linear, 4) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
+    assert learning_rate(0, linear, 1) == 1.0
+
+
 def test_constant_and_no_warm_up() -> None:
     config = OptimConfig(lr_peak=0.5, schedule="constant", warmup_steps=0)
     assert [learning_rate(step, config, 10) for step in (0, 5, 9)] == [0.5] * 3

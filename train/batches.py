@@ -4,6 +4,8 @@ One split is one stream. Window i is its tokens [iT, iT+T]: neighbours share one
 epoch is a permutation of the windows that is computed, not stored: O(1) to seek, no table on any rank.
 """
 
+import functools
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,7 +32,10 @@ class BatchPlan:
 
 
 def plan_batches(config: Config, world: int) -> BatchPlan:
-    """How `world` processes share the global batch; InputError names the nearest values that fit."""
+    """How `world` processes share the global batch; InputError names the nearest values that fit.
+
+    --train.micro-batch auto stands for the most it can become, a rank's whole share (see train/fit.py).
+    """
     windows, seq_len = config.windows_per_step, config.train.seq_len
     if windows % world:
         worlds = [n for n in range(1, windows + 1) if windows % n == 0]
@@ -43,7 +48,7 @@ def plan_batches(config: Config, world: int) -> BatchPlan:
             f"{' or '.join(str(n) for n in nearest_tokens)}"
         )
     per_rank = windows // world
-    micro_batch = min(config.train.micro_batch, per_rank)
+    micro_batch = per_rank if config.train.micro_batch == "auto" else min(config.train.micro_batch, per_rank)
     if per_rank % micro_batch:
         fitting = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
         nearest = min(fitting, key=lambda n: abs(n - micro_batch))
@@ -115,18 +120,50 @@ class Windows:
         rows_BT1 = torch.from_numpy(rows)
         return rows_BT1[:, :-1].contiguous(), rows_BT1[:, 1:].contiguous()
 
-    def micro_batches(
-        self, position: int, plan: BatchPlan, rank: int, device: torch.device
-    ) -> list[tuple[Tensor, Tensor]]:
+    def micro_batches(self, position: int, plan: BatchPlan, rank: int) -> list[tuple[Tensor, Tensor]]:
         """This rank's part of the step at `position`: its contiguous block of windows, micro-batches in order."""
         ids = self.ids_at(position + rank * plan.windows_per_rank, plan.windows_per_rank)
-        batches = []
-        for start in range(0, len(ids), plan.micro_batch):
-            inputs_BT, targets_BT = self.read(ids[start : start + plan.micro_batch])
-            batches.append((to_device(inputs_BT, device), to_device(targets_BT, device)))
-        return batches
+        return [self.read(ids[start : start + plan.micro_batch]) for start in range(0, len(ids), plan.micro_batch)]
 
 
-def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy without making the host wait: through pinned memory where there is a GPU."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+class Prefetcher:
+    """Reads the next step's windows in a thread while this step computes, into pinned memory where there is a GPU.
+
+    The position is the loop's: what was read ahead for another one is thrown away and read anew.
+    """
+
+    def __init__(self, windows: Windows, plan: BatchPlan, *, rank: int, device: torch.device) -> None:
+        self._windows = windows
+        self._plan = plan
+        self._rank = rank
+        self._device = device
+        # Pinning memory belongs to the current device, which each thread has to be told.
+        initializer = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch", initializer=initializer)
+        self._ahead: tuple[int, Future[list[tuple[Tensor, Tensor]]]] | None = None
+
+    def take(self, position: int) -> list[tuple[Tensor, Tensor]]:
+        """This rank's micro-batches of the step at `position`, on its device or on their way to it."""
+        if self._ahead is None or self._ahead[0] != position:
+            self._ahead = position, self._thread.submit(self._read, position)
+        batches = self._ahead[1].result()
+        following = position + self._plan.windows
+        self._ahead = following, self._thread.submit(self._read, following)
+        return [
+            (inputs_BT.to(self._device, non_blocking=True), targets_BT.to(self._device, non_blocking=True))
+            for inputs_BT, targets_BT in batches
+        ]
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def _read(self, position: int) -> list[tuple[Tensor, Tensor]]:
+        batches = self._windows.micro_batches(position, self._plan, self._rank)
+        return [
+            (pinned(inputs_BT, self._device), pinned(targets_BT, self._device)) for inputs_BT, targets_BT in batches
+        ]
+
+
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """In page-locked memory where there is a GPU, so that copying it does not make the host wait."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor

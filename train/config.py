@@ -30,12 +30,20 @@ class TrainConfig:
     """Training length in tokens, in place of --train.steps (rounded down to whole steps)."""
     batch_tokens: int = 524_288
     """Tokens per step over all processes, whatever their number."""
-    micro_batch: int = 16
-    """Most windows of one process's forward pass; accumulation makes up the rest."""
-    dtype: Literal["bf16", "fp32"] = "bf16"
-    """Of the activations and matrix products. Weights, gradients and their reduction are fp32."""
+    micro_batch: int | Literal["auto"] = 16
+    """Most windows of one process's forward pass; accumulation makes up the rest. auto: the largest that fits the GPU,
+    found before step 0 and kept in config.json."""
+    dtype: Literal["bf16", "fp16", "tf32", "fp32"] = "bf16"
+    """Of the activations and matrix products; weights, gradients and their reduction are fp32. fp16 comes with a
+    loss scale; tf32 is fp32 with products in TF32 on the GPU; fp32 never uses TF32."""
     compile: bool = True
     """torch.compile, block by block."""
+    loss: Literal["plain", "chunked"] = "plain"
+    """chunked: the same loss without ever holding the logits of a whole micro-batch."""
+    activation_checkpointing: bool = False
+    """Keep only each block's input and compute the block again in the backward pass: less memory, a third more time."""
+    deterministic: bool = False
+    """Deterministic kernels only: bitwise repeatable on a GPU too, somewhat slower."""
 
 
 @dataclass(frozen=True)
@@ -45,9 +53,11 @@ class OptimConfig:
     lr_peak: float = 6e-4
     """Learning rate after warm-up."""
     lr_final: float = 0.0
-    """Learning rate at the end of the cosine."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Course of the learning rate after warm-up."""
+    """Learning rate at the end of cosine and wsd."""
+    schedule: Literal["cosine", "wsd", "constant"] = "cosine"
+    """Course of the learning rate after warm-up; wsd: constant, then a linear warm-down."""
+    warmdown_fraction: float = 0.2
+    """Last part of all steps in which wsd falls to lr_final."""
     warmup_steps: int = 700
     """Steps of linear warm-up."""
     beta1: float = 0.9
@@ -71,6 +81,16 @@ class ValidateConfig:
 
 
 @dataclass(frozen=True)
+class SampleConfig:
+    every: int | None = 1000
+    """Steps between samples, beside the last; None for none."""
+    prompts: tuple[str, ...] = ("",)
+    """What to continue, each with the same random numbers every time; empty: a new document."""
+    tokens: int = 100
+    """Length of each continuation."""
+
+
+@dataclass(frozen=True)
 class SaveConfig:
     every: int = 1000
     """Steps between checkpoints, beside the last."""
@@ -89,7 +109,17 @@ class ParallelConfig:
 @dataclass(frozen=True)
 class TrackConfig:
     every: int = 10
-    """Steps between rows in metrics.jsonl and on the console."""
+    """Steps between rows in metrics.jsonl, on the console and in W&B."""
+    wandb: Literal["online", "offline", "disabled"] = "online"
+    """Weights & Biases. online without a login goes offline, and says so."""
+    project: str = "gpt-ladder"
+    """W&B project."""
+    group: str | None = None
+    """W&B group."""
+    tags: tuple[str, ...] = ()
+    """W&B tags."""
+    peak_tflops: float | None = None
+    """The GPU's dense peak in TFLOP/s at --train.dtype, for MFU; None: from the table in train/peaks.py."""
 
 
 @dataclass(frozen=True)
@@ -103,13 +133,20 @@ class Config:
     """Of the initial weights and the order of the data."""
     resume: bool = True
     """Continue from the newest sound checkpoint; --no-resume refuses a run directory that has one."""
+    from_checkpoint: str | None = None
+    """RUN or RUN@STEP: begin a new run with the weights of another's newest checkpoint, or of one step."""
     dry_run: bool = False
     """Print the run card and stop."""
+    trace: str | None = None
+    """FIRST:END: profile the steps from FIRST up to, not including, END into RUN_DIR/traces."""
+    trace_ranks: tuple[int, ...] = (0,)
+    """Ranks that --trace profiles."""
     data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     validate: ValidateConfig = field(default_factory=ValidateConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
     save: SaveConfig = field(default_factory=SaveConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     track: TrackConfig = field(default_factory=TrackConfig)
@@ -178,12 +215,14 @@ def faults_of(config: Config) -> list[str]:
         "--train.seq-len": train.seq_len,
         "--train.steps": train.steps,
         "--train.batch-tokens": train.batch_tokens,
-        "--train.micro-batch": train.micro_batch,
+        "--train.micro-batch": None if train.micro_batch == "auto" else train.micro_batch,
         "--save.every": config.save.every,
         "--save.keep": config.save.keep,
         "--save.keep-every": config.save.keep_every,
         "--validate.every": config.validate.every,
         "--validate.tokens": config.validate.tokens,
+        "--sample.every": config.sample.every,
+        "--sample.tokens": config.sample.tokens,
         "--track.every": config.track.every,
     }
     faults = [
@@ -212,6 +251,7 @@ def faults_of(config: Config) -> list[str]:
         "--optim.lr-peak": optim.lr_peak,
         "--optim.epsilon": optim.epsilon,
         "--optim.clip-norm": optim.clip_norm,
+        "--track.peak-tflops": config.track.peak_tflops,
     }
     faults += [
         f"{flag} {value} must be more than 0"
@@ -226,14 +266,27 @@ def faults_of(config: Config) -> list[str]:
     for flag, value in {"--optim.beta1": optim.beta1, "--optim.beta2": optim.beta2}.items():
         if not 0 <= value < 1:
             faults.append(f"{flag} {value} must lie in [0, 1)")
+    if not 0 < optim.warmdown_fraction <= 1:
+        faults.append(f"--optim.warmdown-fraction {optim.warmdown_fraction} must lie in (0, 1]")
+    if config.sample.every is not None and not config.sample.prompts:
+        faults.append("--sample.prompts names no prompt; give one, or --sample.every None")
     return faults
 
 
-def settings_without_effect(config: Config) -> list[str]:
-    """What was set and does nothing here, one line each, for a warning."""
+def settings_without_effect(config: Config, device_type: str) -> list[str]:
+    """What was set and does nothing on a "cpu" or "cuda" device, one line each, for a warning."""
     said = []
+    if config.train.dtype == "tf32" and device_type != "cuda":
+        said.append("--train.dtype tf32 has no effect on a CPU: it computes in fp32")
+    if config.trace is None and config.trace_ranks != (0,):
+        said.append("--trace-ranks has no effect without --trace")
     if config.optim.schedule == "constant" and config.optim.lr_final:
         said.append(f"--optim.lr-final {config.optim.lr_final} has no effect with --optim.schedule constant")
+    if config.optim.schedule != "wsd" and config.optim.warmdown_fraction != OptimConfig.warmdown_fraction:
+        said.append(
+            f"--optim.warmdown-fraction {config.optim.warmdown_fraction} has no effect with "
+            f"--optim.schedule {config.optim.schedule}"
+        )
     if config.optim.warmup_steps >= config.train.steps:
         said.append(
             f"--optim.warmup-steps {config.optim.warmup_steps} is not shorter than the run of "

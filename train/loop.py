@@ -4,8 +4,12 @@ A step enqueues its work and returns; the host reads the results (loss, norm, fi
 step later, all in one copy and alike on every rank, so that no step waits for the host.
 """
 
+import contextlib
+import gc
+import math
 import time
 from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,15 +19,20 @@ from torch import Tensor, nn
 
 from model.gpt import GPT
 from train import optim, parallel, saves, validate
-from train.batches import BatchPlan, Windows
+from train.batches import BatchPlan, Prefetcher
 from train.config import Config
-from train.losses import summed_cross_entropy
+from train.losses import Objective
 from train.mesh import Mesh
-from train.meters import Meters
+from train.meters import Meters, Startup
+from train.numerics import LossScale
 from train.run_dir import RunDirectory
+from train.samples import Sampler
 from train.saves import Progress
 from train.sinks import Sinks
 from train.stops import Stops
+from train.traces import Trace
+
+LEAST_LOSS_SCALE = 1.0  # below it fp16's small numbers are lost: what still overflows then is no matter of scale
 
 
 class NonFiniteError(RuntimeError):
@@ -32,21 +41,27 @@ class NonFiniteError(RuntimeError):
 
 @dataclass
 class Run:
-    """What a run is made of. `module` is what trains: `model` itself, or `model` wrapped for many processes."""
+    """What a run is made of. `module` is what trains: `objective` itself, or wrapped for many processes."""
 
     config: Config
     mesh: Mesh
     directory: RunDirectory
     plan: BatchPlan
-    windows: Windows
+    batches: Prefetcher
     validation: validate.ValidationSet | None
+    sampler: Sampler | None
     model: GPT
+    objective: Objective
     module: nn.Module
     optimizer: torch.optim.AdamW
+    mean: Tensor  # turns a rank's sum of token losses into its part of the global batch's mean
+    loss_scale: LossScale | None  # with fp16
     sinks: Sinks
     stops: Stops
     progress: Progress
     meters: Meters
+    startup: Startup
+    trace: Trace | None
     state: dict[str, Any]  # what a checkpoint records beside tensors and progress
     loaded: Path | None  # the checkpoint this run continued from
     saved_step: int | None  # of the newest checkpoint
@@ -54,7 +69,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Report:
-    """A step whose results may still be on their way. results: fp64 [loss, norm, finite, stops], on the host.
+    """A step whose results may still be on their way: fp64 [loss, norm, finite, stops, loss scale], on the host.
 
     `ready` marks them on a GPU; without one they are there, and were at `seconds` of training.
     """
@@ -73,25 +88,35 @@ def train(run: Run) -> tuple[str, str | None]:
     reports: deque[Report] = deque()
     if run.progress.step < num_steps:
         warm_up(run)
+        run.startup.done("warm-up and compilation")
     run.mesh.expect_steps()
-    stop = is_due_to_validate(run) and validate_now(run)
-    run.meters.start()
-    while run.progress.step < num_steps and not stop:
-        reports.append(take_step(run))
-        run.progress = reports[-1].progress
-        is_boundary = is_due_to_validate(run) or is_due_to_save(run)
-        while len(reports) > (0 if is_boundary else 1):
-            stop |= record(run, reports.popleft())
-        if is_boundary:
-            run.meters.pause()
-            if is_due_to_validate(run):
-                stop |= validate_now(run)
-            if is_due_to_save(run):
-                save_now(run)
-            run.meters.start()
-    while reports:
-        record(run, reports.popleft())
-    run.meters.pause()
+    stop = False
+    if is_due_to_validate(run):
+        stop = validate_now(run)
+        run.startup.done("validation")
+    with garbage_collected_by_hand() as collect:
+        run.meters.start()
+        while run.progress.step < num_steps and not stop:
+            reports.append(take_step(run))
+            run.progress = reports[-1].progress
+            is_boundary = is_due_to_validate(run) or is_due_to_sample(run) or is_due_to_save(run)
+            while len(reports) > (0 if is_boundary else 1):
+                stop |= record(run, reports.popleft())
+            if is_boundary:
+                run.meters.pause()
+                if is_due_to_validate(run):
+                    stop |= validate_now(run)
+                if is_due_to_sample(run) and not stop:
+                    sample_now(run)
+                if is_due_to_save(run):
+                    save_now(run)
+                collect()
+                run.meters.start()
+        while reports:
+            record(run, reports.popleft())
+        run.meters.pause()
+    if run.trace is not None:
+        run.trace.close()
     if run.progress.step not in (0, run.saved_step):
         save_now(run)
     if run.progress.step == num_steps and not is_due_to_validate(run):
@@ -103,9 +128,11 @@ def train(run: Run) -> tuple[str, str | None]:
 
 def take_step(run: Run) -> Report:
     """Enqueue one optimizer step at run.progress: batches, gradients, agreement, update."""
-    config, mesh = run.config, run.mesh
+    config, mesh, scale = run.config, run.mesh, run.loss_scale
+    if run.trace is not None:
+        run.trace.before_step(run.progress.step)
     before = time.perf_counter()
-    batches = run.windows.micro_batches(run.progress.position, run.plan, mesh.rank, mesh.device)
+    batches = run.batches.take(run.progress.position)
     run.meters.waited_for_data(time.perf_counter() - before)
 
     loss_sum = accumulate_gradients(run, batches)
@@ -113,33 +140,36 @@ def take_step(run: Run) -> Report:
     mesh.sum_(totals)
     loss = totals[0] / config.train.batch_tokens
     norm = optim.global_norm(p.grad for p in run.model.parameters() if p.grad is not None)
+    if scale is not None:
+        norm = norm / scale.scale
     is_finite = torch.isfinite(norm) & torch.isfinite(loss)
     lr = optim.learning_rate(run.progress.step, config.optim, config.train.steps)
-    optim.update(run.optimizer, lr, norm, is_finite, config.optim.clip_norm)
+    optim.update(run.optimizer, lr, norm, is_finite, config.optim.clip_norm, scale.scale if scale else None)
+    used_scale = torch.ones_like(loss) if scale is None else scale.scale.double()
+    if scale is not None:
+        scale.update(is_finite)
 
-    results = torch.stack([loss, norm.double(), is_finite.double(), totals[1]])
+    results = torch.stack([loss, norm.double(), is_finite.double(), totals[1], used_scale])
     ready = None
     if mesh.device.type == "cuda":
         results = results.to("cpu", non_blocking=True)
         ready = torch.cuda.Event()
         ready.record()
+    if run.trace is not None:
+        run.trace.after_step(run.progress.step)
     progress = run.progress.advanced(windows=run.plan.windows, tokens=config.train.batch_tokens)
     return Report(progress, lr, results, ready, run.meters.seconds, run.meters.data_wait_seconds)
 
 
 def accumulate_gradients(run: Run, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Gradients of (sum of token losses / tokens of the global batch), reduced once; this rank's loss sum, fp64.
-
-    DDP divides by the number of ranks; multiplying the loss by it keeps the sum over all of them.
-    """
-    scale = run.mesh.world / run.config.train.batch_tokens
+    """Gradients of (sum of token losses / tokens of the global batch), reduced once; this rank's loss sum, fp64."""
+    scale = run.mean if run.loss_scale is None else run.mean * run.loss_scale.scale
     loss_sum = torch.zeros((), dtype=torch.float64, device=run.mesh.device)
     for index, (inputs_BT, targets_BT) in enumerate(batches):
         parallel.set_gradient_sync(run.module, is_last=index == len(batches) - 1)
-        logits_BTV = run.module(inputs_BT)
-        loss = summed_cross_entropy(logits_BTV, targets_BT, run.config.model.vocab_size)
-        (loss * scale).backward()
-        loss_sum += loss.detach()
+        scaled, unscaled = run.module(inputs_BT, targets_BT, scale)
+        scaled.backward()
+        loss_sum += unscaled.detach()
     return loss_sum
 
 
@@ -162,9 +192,9 @@ def record(run: Run, report: Report) -> bool:
     if report.ready is not None:
         report.ready.synchronize()
         seconds = run.meters.seconds
-    loss, norm, finite, stop = report.results.tolist()
+    loss, norm, finite, stop, scale = report.results.tolist()
     progress, config = report.progress, run.config
-    if not finite:
+    if not finite and (scale <= LEAST_LOSS_SCALE or not math.isfinite(loss)):
         raise NonFiniteError(
             f"step {progress.step}: loss {loss}, gradient norm {norm}; its update was not made. It read the windows "
             f"at positions {progress.position - run.plan.windows} to {progress.position - 1}"
@@ -177,9 +207,11 @@ def record(run: Run, report: Report) -> bool:
             data_wait_seconds=report.data_wait_seconds,
             loss=loss,
             lr=report.lr,
-            norm=norm,
+            norm=norm if finite else None,
         )
-        run.sinks.row(row)
+        run.sinks.row(row if run.loss_scale is None else row | {"loss_scale": scale})
+    if (account := run.startup.first_step()) is not None:
+        run.sinks.say(account)
     return bool(stop)
 
 
@@ -187,6 +219,14 @@ def is_due_to_validate(run: Run) -> bool:
     """At step 0, at every interval and at the end, unless this very step was validated before a restart."""
     step, every = run.progress.step, run.config.validate.every
     if run.validation is None or every is None or step in run.sinks.validated_steps:
+        return False
+    return step % every == 0 or step == run.config.train.steps
+
+
+def is_due_to_sample(run: Run) -> bool:
+    """At every interval and at the end, unless this very step was sampled before a restart."""
+    step, every = run.progress.step, run.config.sample.every
+    if run.sampler is None or every is None or step in run.sinks.sampled_steps:
         return False
     return step % every == 0 or step == run.config.train.steps
 
@@ -199,21 +239,23 @@ def is_due_to_save(run: Run) -> bool:
 def validate_now(run: Run) -> bool:
     """Validate and log; True, and nothing logged, if a stop was asked for meanwhile."""
     assert run.validation is not None
-    vocab_size = run.config.model.vocab_size
-    found = validate.validate(run.model, run.validation, vocab_size=vocab_size, mesh=run.mesh, stops=run.stops)
+    found = validate.validate(run.objective, run.validation, mesh=run.mesh, stops=run.stops)
     if found is None:
         return True
     progress = run.progress
     run.sinks.validated_steps.add(progress.step)
+    axes = run.meters.axes(step=progress.step, tokens=progress.tokens, seconds=run.meters.seconds)
     run.sinks.row(
-        {
-            "step": progress.step,
-            "tokens": progress.tokens,
-            "val_loss": found.loss,
-            "val_bits_per_byte": found.bits_per_byte,
-        }
+        axes | {"val_loss": found.loss, "val_loss_stderr": found.stderr, "val_bits_per_byte": found.bits_per_byte}
     )
     return False
+
+
+def sample_now(run: Run) -> None:
+    """Draw the fixed prompts' continuations, alike on every rank, and log them."""
+    assert run.sampler is not None
+    run.sinks.sampled_steps.add(run.progress.step)
+    run.sinks.samples(run.progress.step, run.sampler.draw(run.model))
 
 
 def save_now(run: Run) -> None:
@@ -224,6 +266,7 @@ def save_now(run: Run) -> None:
         run.directory.path,
         model=run.model,
         optimizer=run.optimizer,
+        loss_scale=run.loss_scale,
         progress=run.progress,
         state=run.state,
         config=run.config.save,
@@ -232,3 +275,20 @@ def save_now(run: Run) -> None:
     )
     run.saved_step = run.progress.step
     run.directory.report(run.progress.step)
+
+
+@contextlib.contextmanager
+def garbage_collected_by_hand() -> Iterator[Callable[[], int]]:
+    """Python's cycle collector runs when the yielded function is called, not in the middle of some step.
+
+    It would stop one rank, and so all of them, for tens of milliseconds now and then. What was made before (the
+    model, the imported modules) is left out of every later collection.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield gc.collect
+    finally:
+        gc.enable()
+        gc.unfreeze()

@@ -8,6 +8,10 @@
 Presets: train/presets.py. Flags: `--help`. The same command line again continues the run.
 """
 
+import time
+
+STARTED = time.perf_counter()  # before the slow imports, which are most of a short run's start-up
+
 import os
 import sys
 from collections.abc import Sequence
@@ -16,27 +20,23 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import numpy as np
 import torch
 
-from data_prep.codec import load_codec
 from data_prep.errors import one_line_errors
-from data_prep.manifest import FILE_NAME, Manifest, open_split, read_manifest
-from model.gpt import build_model
-from train import parallel, saves
-from train.batches import BatchPlan, Windows, plan_batches
+from data_prep.manifest import FILE_NAME, Manifest, read_manifest
+from train import parallel
+from train.assemble import assemble
+from train.batches import BatchPlan, plan_batches
 from train.config import Config, parse, settings_without_effect, with_vocabulary
+from train.fit import recorded_micro_batch
 from train.loop import Run, train
 from train.mesh import Mesh, open_mesh
-from train.meters import Meters
-from train.optim import build_optimizer
+from train.meters import Startup
+from train.numerics import set_numerics
 from train.presets import PRESETS
 from train.run_card import run_card
 from train.run_dir import RunDirectory, refuse_disagreement
-from train.saves import Progress
-from train.sinks import Sinks
 from train.stops import Stops
-from train.validate import ValidationSet
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -45,8 +45,11 @@ def main(args: Sequence[str] | None = None) -> None:
         if config.dry_run:
             dry_run(config)
             return
+        startup = Startup(STARTED)
+        startup.done("imports")
         with open_mesh() as mesh:
-            run(config, mesh)
+            startup.done("process group")
+            run(config, mesh, startup)
 
 
 def dry_run(config: Config) -> None:
@@ -59,95 +62,58 @@ def dry_run(config: Config) -> None:
     plan = plan_batches(config, world)
     if os.environ.get("RANK", "0") == "0":
         print(card(config, manifest, plan, world))
-        for line in settings_without_effect(config):
+        for line in settings_without_effect(config, "cuda" if torch.cuda.is_available() else "cpu"):
             print(f"warning: {line}")
 
 
-def run(config: Config, mesh: Mesh) -> None:
-    """One attempt at a run, from its directory to its end. Collective."""
+def run(config: Config, mesh: Mesh, startup: Startup | None = None) -> None:
+    """One attempt at a run, from its directory to its end. Collective. `startup`: if the program began before this."""
+    startup = startup or Startup(time.perf_counter())
     manifest = mesh.on_all(lambda: read_manifest(config.data.dir))
     config = with_vocabulary(config, manifest.vocab_size)
     refuse_disagreement(config, manifest.fingerprint, mesh)
     parallel.check_mode(config, mesh.world)
-    plan = plan_batches(config, mesh.world)
+    config = mesh.on_main(lambda: recorded_micro_batch(config, mesh.world))
+    plan_batches(config, mesh.world)
+    set_numerics(config.train, mesh.device)
     with (
         Stops(config.directory, is_main=mesh.is_main) as stops,
         RunDirectory(config, manifest.fingerprint, mesh) as directory,
     ):
-        this = set_up(config, mesh, manifest, plan, directory, stops)
-        with this.sinks as sinks:
-            sinks.say(card(config, manifest, plan, mesh.world))
-            if this.loaded is not None:
-                sinks.say(f"continuing from {this.loaded}")
-            directory.report(this.progress.step)
-            state, reason = train(this)
-            directory.end(state, this.progress.step, reason)
-            sinks.say(f"{state} at step {this.progress.step}" + (f" ({reason})" if reason else ""))
+        this = assemble(config, mesh, manifest, directory, stops, startup)
+        try:
+            with this.sinks as sinks:
+                sinks.say(card(this.config, manifest, this.plan, mesh.world))
+                if this.loaded is not None:
+                    sinks.say(f"continuing from {this.loaded}")
+                directory.report(this.progress.step)
+                state, reason = train(this)
+                directory.end(state, this.progress.step, reason)
+                sinks.say(f"{state} at step {this.progress.step}" + (f" ({reason})" if reason else ""))
+        except torch.OutOfMemoryError as error:
+            error.add_note(what_to_set_for_memory(this))
+            raise
+        finally:
+            this.batches.close()
         mesh.barrier()  # launchers kill the rest when the first process exits
 
 
-def set_up(
-    config: Config, mesh: Mesh, manifest: Manifest, plan: BatchPlan, directory: RunDirectory, stops: Stops
-) -> Run:
-    """Model, optimizer, data and progress: new from the seed, or as the newest sound checkpoint left them."""
-    windows, validation = mesh.on_all(lambda: open_data(config, plan))
-    model = build_model(
-        config.model, seed=config.seed, device=mesh.device, compute_dtype=parallel.compute_dtype(config)
-    )
-    module = parallel.parallelize(model, config, mesh)
-    optimizer = build_optimizer(model, config.optim)
-    loaded, faults = saves.find_start(directory.path, resume=config.resume, mesh=mesh)
-    progress = Progress()
-    if loaded is not None:
-        progress = saves.load(loaded, model=model, optimizer=optimizer, mesh=mesh)
-    sinks = Sinks(directory.path, step=progress.step if loaded else None, mesh=mesh)
-    for fault in faults:
-        sinks.say(f"warning: passed over {fault}")
-    for line in settings_without_effect(config):
-        sinks.say(f"warning: {line}")
-    if validation is not None and config.validate.tokens is not None and validation.num_tokens < config.validate.tokens:
-        sinks.say(f"warning: --validate.tokens {config.validate.tokens}: the split has only {validation.num_tokens}")
-    return Run(
-        config=config,
-        mesh=mesh,
-        directory=directory,
-        plan=plan,
-        windows=windows,
-        validation=validation,
-        model=model,
-        module=module,
-        optimizer=optimizer,
-        sinks=sinks,
-        stops=stops,
-        progress=progress,
-        meters=Meters(config, device=mesh.device, world=mesh.world, step=progress.step, seconds=progress.seconds),
-        state={"config": config.to_json(), "data": manifest.fingerprint, "versions": versions()},
-        loaded=loaded,
-        saved_step=progress.step if loaded else None,
-    )
-
-
-def open_data(config: Config, plan: BatchPlan) -> tuple[Windows, ValidationSet | None]:
-    """The training windows, and what is validated on; None with --validate.every None."""
-    windows = Windows(open_split(config.data.dir, "train"), config.train.seq_len, config.seed)
-    if config.validate.every is None:
-        return windows, None
-    return windows, ValidationSet(
-        open_split(config.data.dir, "val"),
-        seq_len=config.train.seq_len,
-        micro_batch=plan.micro_batch,
-        num_tokens=config.validate.tokens,
-        byte_lengths=load_codec(config.data.dir).byte_lengths(),
+def what_to_set_for_memory(run: Run) -> str:
+    """The flags that make a step smaller, those first that cost least."""
+    train, micro_batch = run.config.train, run.plan.micro_batch
+    flags = [f"--train.micro-batch {micro_batch // 2} (or auto)"] if micro_batch > 1 else []
+    flags += ["--train.loss chunked"] if train.loss == "plain" else []
+    flags += [] if train.activation_checkpointing else ["--train.activation-checkpointing"]
+    advice = " or ".join(flags) or "a smaller --train.seq-len or a smaller model"
+    return (
+        f"out of memory with --train.micro-batch {micro_batch} and --train.seq-len {train.seq_len}: set {advice}; "
+        "the run then goes on from its last checkpoint"
     )
 
 
 def card(config: Config, manifest: Manifest | None, plan: BatchPlan, world: int) -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU process"
     return run_card(config, manifest, plan, world, device)
-
-
-def versions() -> dict[str, str]:
-    return {"torch": torch.__version__, "numpy": np.__version__, "python": sys.version.split()[0]}
 
 
 if __name__ == "__main__":

@@ -9,23 +9,16 @@ import torch
 
 from model.budget import budget
 from train.config import Config
+from train.peaks import peak_flops
 
 GIB = 2**30
-# Dense bf16 peaks in FLOP/s, from NVIDIA's datasheets (A100 2021, H100 2023, H200 2024).
-BF16_PEAKS = {
-    "NVIDIA A100": 312e12,
-    "NVIDIA H100 80GB HBM3": 989.4e12,
-    "NVIDIA H100 PCIe": 756e12,
-    "NVIDIA H200": 989.4e12,
-}
 
 
-def peak_flops(device: torch.device) -> float | None:
-    """A known GPU's dense bf16 peak, or None: then MFU is null."""
-    if device.type != "cuda":
-        return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for known, peak in BF16_PEAKS.items() if name.startswith(known)), None)
+def device_peak_flops(config: Config, device: torch.device) -> float | None:
+    """One device's peak at the run's dtype: --track.peak-tflops, or a known GPU's; None: then MFU is null."""
+    if config.track.peak_tflops is not None:
+        return config.track.peak_tflops * 1e12
+    return peak_flops(torch.cuda.get_device_name(device), config.train.dtype) if device.type == "cuda" else None
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -36,14 +29,44 @@ def peak_memory_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
 
 
+def memory_retries(device: torch.device) -> int | None:
+    """How often the GPU's allocator had to give memory back before it could allocate: above 0, memory is short."""
+    return int(torch.cuda.memory_stats(device)["num_alloc_retries"]) if device.type == "cuda" else None
+
+
+class Startup:
+    """What passes between the start of the program and its first step, by phase."""
+
+    def __init__(self, started: float) -> None:
+        """started: time.perf_counter() before anything slow was imported."""
+        self._last = self._started = started
+        self._phases: list[tuple[str, float]] = []
+        self._is_over = False
+
+    def done(self, phase: str) -> None:
+        now = time.perf_counter()
+        self._phases.append((phase, now - self._last))
+        self._last = now
+
+    def first_step(self) -> str | None:
+        """The account, when the first step is done; None ever after."""
+        if self._is_over:
+            return None
+        self.done("first step")
+        self._is_over = True
+        phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in self._phases)
+        return f"first step done after {self._last - self._started:.1f} s: {phases}"
+
+
 class Meters:
     """Turns steps into metrics rows. Rates are means since the row before, validation and saving left out."""
 
     def __init__(self, config: Config, *, device: torch.device, world: int, step: int, seconds: float) -> None:
         self._batch_tokens = config.train.batch_tokens
         self._flops_per_token = budget(config.model).flops_per_token
-        peak = peak_flops(device)
-        self._peak_flops = None if peak is None or config.train.dtype != "bf16" else peak * world
+        self._num_steps = config.train.steps
+        peak = device_peak_flops(config, device)
+        self._peak_flops = None if peak is None else peak * world
         self._device = device
         self._elapsed = seconds
         self._since: float | None = None
@@ -66,16 +89,30 @@ class Meters:
         """Seconds of training in all attempts."""
         return self._elapsed + (time.perf_counter() - self._since if self._since is not None else 0.0)
 
+    def axes(self, *, step: int, tokens: int, seconds: float) -> dict[str, Any]:
+        """What any record can be plotted against."""
+        return {
+            "step": step,
+            "tokens": tokens,
+            "seconds": round(seconds, 4),
+            "flops": tokens * self._flops_per_token,
+        }
+
     def row(
-        self, *, step: int, tokens: int, seconds: float, data_wait_seconds: float, loss: float, lr: float, norm: float
+        self,
+        *,
+        step: int,
+        tokens: int,
+        seconds: float,
+        data_wait_seconds: float,
+        loss: float,
+        lr: float,
+        norm: float | None,
     ) -> dict[str, Any]:
         """The record of the step that was done after `seconds` of training, and the start of the next lap."""
         num_steps, lap_seconds = step - self._lap_step, seconds - self._lap_seconds
         tokens_per_second = num_steps * self._batch_tokens / lap_seconds
-        row = {
-            "step": step,
-            "tokens": tokens,
-            "seconds": round(seconds, 4),
+        row = self.axes(step=step, tokens=tokens, seconds=seconds) | {
             "loss": loss,
             "lr": lr,
             "grad_norm": norm,
@@ -84,7 +121,8 @@ class Meters:
             "step_seconds": round(lap_seconds / num_steps, 6),
             "data_wait_fraction": round((data_wait_seconds - self._lap_data_wait) / lap_seconds, 4),
             "peak_memory_gib": round(peak_memory_gib(self._device), 3),
-            "flops": tokens * self._flops_per_token,
+            "memory_retries": memory_retries(self._device),
+            "eta_seconds": round((self._num_steps - step) * lap_seconds / num_steps, 1),
         }
         self._lap_step, self._lap_seconds, self._lap_data_wait = step, seconds, data_wait_seconds
         return row

@@ -33,14 +33,20 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, config: OptimConfig, num_steps: int) -> float:
-    """The rate of step `step` (from 0): linear warm-up to lr_peak, then constant or cosine to lr_final.
+    """The rate of step `step` (from 0): linear warm-up to lr_peak, then `config.schedule` to the end.
 
-    Cosine: Loshchilov & Hutter 2017, equation 5, with one period over the steps after warm-up.
+    cosine: Loshchilov & Hutter 2017, equation 5, one period over the steps after warm-up, to lr_final.
+    wsd (warmup, stable, decay: Hu et al. 2024, section 4): lr_peak, then linear to lr_final over the last
+    warmdown_fraction of all steps; linear over a fifth is what Haegele et al. 2024 recommend.
     """
     if step < config.warmup_steps:
         return config.lr_peak * (step + 1) / config.warmup_steps
     if config.schedule == "constant":
         return config.lr_peak
+    if config.schedule == "wsd":
+        warmdown_steps = max(1, round(config.warmdown_fraction * num_steps))
+        left = min(1.0, (num_steps - step) / warmdown_steps)
+        return config.lr_final + left * (config.lr_peak - config.lr_final)
     progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
     return config.lr_final + 0.5 * (1 + math.cos(math.pi * progress)) * (config.lr_peak - config.lr_final)
 
@@ -51,16 +57,27 @@ def global_norm(gradients: Iterable[Tensor]) -> Tensor:
     return torch.stack(norms).square().sum().sqrt().float()
 
 
-def update(optimizer: torch.optim.AdamW, lr: float, norm: Tensor, is_finite: Tensor, clip_norm: float | None) -> None:
+def update(
+    optimizer: torch.optim.AdamW,
+    lr: float,
+    norm: Tensor,
+    is_finite: Tensor,
+    clip_norm: float | None,
+    loss_scale: Tensor | None = None,
+) -> None:
     """One optimizer step on the device, clipped to `clip_norm`, and none at all where `is_finite` is False.
 
-    Fused AdamW divides by `grad_scale` and skips on `found_inf` inside its kernel, so neither clipping nor the
-    finiteness check makes the host wait or reads the gradients once more.
+    The gradients are `loss_scale` times too large where there is one; `norm` is of the true ones. Fused AdamW divides
+    by `grad_scale` and skips on `found_inf` inside its kernel, so neither clipping, unscaling nor the finiteness
+    check makes the host wait or reads the gradients once more.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr
-    optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
+    divisor = loss_scale
     if clip_norm is not None:
-        optimizer.grad_scale = (norm / clip_norm).clamp(min=1.0)  # type: ignore[attr-defined]
+        excess = (norm / clip_norm).clamp(min=1.0)
+        divisor = excess if loss_scale is None else excess * loss_scale
+    optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
+    optimizer.grad_scale = divisor  # type: ignore[attr-defined]
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

@@ -1,30 +1,50 @@
 """Everything that is done to the plain model before it trains, in one visible order."""
 
+import functools
+
 import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
 from data_prep.errors import InputError
 from model.gpt import GPT
 from train.config import Config
+from train.losses import Objective
 from train.mesh import Mesh
 
 
-def parallelize(model: GPT, config: Config, mesh: Mesh) -> nn.Module:
-    """The module to call in training; `model` itself stays the one to save, validate and sample from.
+def build_objective(model: GPT, config: Config) -> Objective:
+    """The model with its loss, made ready for one process. Parameter names stay as they are.
 
-    1. compile, in place and block by block: one graph serves all blocks, parameter names stay clean, and the
-       graph is not broken by what wraps it. Dynamo's own cutting at DDP's buckets is switched off: blocks are
-       pieces enough to overlap communication with, and every world size then compiles the same graph.
-    2. DDP last, so that it sees the final parameters. gradient_as_bucket_view saves one copy of the gradients.
+    1. Activation checkpointing, block by block: the compiler must see it to plan what is computed again.
+    2. compile, in place and block by block: one graph serves all blocks, and what wraps the model does not break it.
+       Shapes are static: every call of the engine has one of two shapes, training's and validation's, both the same.
+       Dynamo's own cutting at DDP's buckets is switched off: blocks are pieces enough to overlap communication with,
+       and every world size then compiles the same graph.
     """
-    if config.train.compile:
-        torch._dynamo.config.optimize_ddp = False
+    train = config.train
+    if train.activation_checkpointing:
         for block in model.blocks:
-            block.compile()
+            # Nothing random happens in a block, so no generator has to be put back.
+            block.forward = functools.partial(  # type: ignore[method-assign]
+                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
+            )
+    if train.compile:
+        torch._dynamo.config.optimize_ddp = False
+        for part in (*model.blocks, model.transformer["ln_f"]):
+            part.compile(dynamic=False)
+    return Objective(model, chunked=train.loss == "chunked", compiled=train.compile)
+
+
+def wrap(objective: Objective, mesh: Mesh) -> nn.Module:
+    """3. DDP last, so that it sees the final parameters. gradient_as_bucket_view saves one copy of the gradients.
+
+    The module to call in training; the model itself stays the one to save, validate and sample from.
+    """
     if mesh.world > 1:
-        return DistributedDataParallel(model, gradient_as_bucket_view=True)
-    return model
+        return DistributedDataParallel(objective, gradient_as_bucket_view=True)
+    return objective
 
 
 def check_mode(config: Config, world: int) -> None:
@@ -39,7 +59,3 @@ def set_gradient_sync(module: nn.Module, is_last: bool) -> None:
     """Reduce gradients in the backward pass of the last micro-batch only. Call before its *forward*."""
     if isinstance(module, DistributedDataParallel):
         module.require_backward_grad_sync = is_last
-
-
-def compute_dtype(config: Config) -> torch.dtype:
-    return torch.bfloat16 if config.train.dtype == "bf16" else torch.float32

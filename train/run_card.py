@@ -12,6 +12,16 @@ def run_card(config: Config, manifest: Manifest | None, plan: BatchPlan, world: 
     train, model = config.train, config.model
     total_tokens = train.steps * train.batch_tokens
     total_flops = cost.flops_per_token * total_tokens
+    sharing = f"{plan.accumulation} micro-batches x {plan.micro_batch}"
+    if train.micro_batch == "auto":
+        sharing = f"{plan.windows_per_rank} (micro-batch auto)"
+    options = [
+        train.dtype,
+        "compiled" if train.compile else "eager",
+        *(["chunked loss"] if train.loss == "chunked" else []),
+        *(["activation checkpointing"] if train.activation_checkpointing else []),
+        *(["deterministic"] if train.deterministic else []),
+    ]
     lines = [
         ("run", f"{config.directory}  preset {config.preset}  seed {config.seed}"),
         (
@@ -22,8 +32,7 @@ def run_card(config: Config, manifest: Manifest | None, plan: BatchPlan, world: 
         ("data", _data_line(config, manifest, total_tokens)),
         (
             "step",
-            f"{train.batch_tokens:,} tokens = {world} processes x {plan.accumulation} micro-batches x "
-            f"{plan.micro_batch} windows x {train.seq_len}",
+            f"{train.batch_tokens:,} tokens = {world} processes x {sharing} windows x {train.seq_len}",
         ),
         (
             "length",
@@ -37,7 +46,7 @@ def run_card(config: Config, manifest: Manifest | None, plan: BatchPlan, world: 
         ),
         (
             "device",
-            f"{world} x {device}, {train.dtype}, {'compiled' if train.compile else 'eager'}; weights, gradients and "
+            f"{world} x {device}, {', '.join(options)}; weights, gradients and "
             f"optimizer {cost.state_bytes / 1e9:.2f} GB per process; checkpoint {cost.checkpoint_bytes / 1e9:.2f} GB",
         ),
     ]

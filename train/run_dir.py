@@ -27,6 +27,7 @@ from train.mesh import Mesh
 # What makes two runs the same run. Everything else (processes, micro-batch, compilation, intervals) may change.
 IDENTITY = (
     "seed",
+    "from_checkpoint",
     "model",
     "train.seq_len",
     "train.steps",
@@ -94,9 +95,7 @@ class RunDirectory:
             status = read_status(self.path)
             if status is not None:
                 self._attempt, self._step = status["attempt"] + 1, status["step"]
-            write_json_atomically(
-                self.path / "config.json", {"config": self._config.to_json(), "data": self._fingerprint}
-            )
+            self._write_config()
             write_json_atomically(self.path / "provenance.json", provenance(self._config))
             load_codec(self._config.data.dir).save(self.path)
             self._write_status("running", None)
@@ -124,6 +123,15 @@ class RunDirectory:
                 f"{self.path}: is another run: {'; '.join(differences)}; "
                 "choose another --run-dir, or give the values it began with"
             )
+
+    def _write_config(self) -> None:
+        write_json_atomically(self.path / "config.json", {"config": self._config.to_json(), "data": self._fingerprint})
+
+    def record(self, config: Config) -> None:
+        """The configuration with what set-up found out (--train.micro-batch auto), for this run's later attempts."""
+        self._config = config
+        if self._mesh.is_main:
+            self._write_config()
 
     def report(self, step: int) -> None:
         """Note in status.json that the run lives and where it stands."""
@@ -212,7 +220,8 @@ def provenance(config: Config) -> dict[str, Any]:
         if torch.cuda.is_available()
         else platform.processor() or platform.machine(),
         "dtype": config.train.dtype,
-        "float32_matmul_precision": torch.get_float32_matmul_precision(),
+        "tf32": torch.backends.cuda.matmul.allow_tf32,
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "threads": torch.get_num_threads(),
     }
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 
 from data_prep.atomic import fsync_directory, sha256_of_file, write_atomically, write_json_atomically
+from data_prep.codec import Codec, load_codec
 from data_prep.errors import InputError
 from model.gpt import GPT
 from model.trained import (
@@ -22,8 +23,10 @@ from model.trained import (
     STATE_FILE,
     SUMS_FILE,
     data_files_of,
+    find_checkpoint,
     last_line_of,
     list_checkpoints,
+    model_config,
     model_tensors,
     newest_sound,
     read_state,
@@ -32,6 +35,7 @@ from model.trained import (
 )
 from train.config import SaveConfig
 from train.mesh import Mesh
+from train.numerics import LossScale
 
 SPARE_BYTES = 16 * 2**20  # for state.json, .metadata and the file system's own needs
 
@@ -49,13 +53,15 @@ class Progress:
         return replace(self, step=self.step + 1, position=self.position + windows, tokens=self.tokens + tokens)
 
 
-def checkpoint_tensors(model: GPT, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint by name: model.NAME and optimizer.NAME.KEY, views of the live ones."""
+def checkpoint_tensors(
+    model: GPT, optimizer: torch.optim.Optimizer, loss_scale: LossScale | None = None
+) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint by name: model.NAME, optimizer.NAME.KEY, loss_scale.NAME; views of the live ones."""
     tensors = model_tensors(model)
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
             tensors[f"optimizer.{name}.{key}"] = value
-    return tensors
+    return tensors if loss_scale is None else tensors | loss_scale.tensors()
 
 
 def save(
@@ -63,6 +69,7 @@ def save(
     *,
     model: GPT,
     optimizer: torch.optim.Optimizer,
+    loss_scale: LossScale | None = None,
     progress: Progress,
     state: dict[str, Any],
     config: SaveConfig,
@@ -76,7 +83,7 @@ def save(
     folder = run_dir / CHECKPOINTS
     final = folder / f"step_{progress.step:08d}"
     temporary = folder / f".{final.name}.writing"
-    tensors = checkpoint_tensors(model, optimizer)
+    tensors = checkpoint_tensors(model, optimizer, loss_scale)
     mesh.on_main(lambda: _make_room(folder, temporary, tensors))
     error = _write_tensors(tensors, temporary, mesh)
     errors: dict[str, int] = {}  # every distinct one, by the first rank that met it
@@ -165,12 +172,40 @@ def find_start(run_dir: Path, *, resume: bool, mesh: Mesh) -> tuple[Path | None,
     return mesh.on_main(look)
 
 
-def load(checkpoint: Path, *, model: GPT, optimizer: torch.optim.Optimizer, mesh: Mesh) -> Progress:
-    """Put a checkpoint's tensors into the live model and optimizer, and its random state back. Collective."""
+def load(
+    checkpoint: Path,
+    *,
+    model: GPT,
+    optimizer: torch.optim.Optimizer,
+    loss_scale: LossScale | None = None,
+    mesh: Mesh,
+) -> dict[str, Any]:
+    """Put a checkpoint's tensors into the live ones and its random state back; its state.json. Collective."""
     state = mesh.on_all(lambda: read_state(checkpoint))
-    read_tensors(checkpoint, checkpoint_tensors(model, optimizer))
+    read_tensors(checkpoint, checkpoint_tensors(model, optimizer, loss_scale))
     _restore_random_state(state["random"], mesh.device)
-    return Progress(**state["progress"])
+    return state
+
+
+def load_weights(name: str, model: GPT, codec: Codec, mesh: Mesh) -> Path:
+    """Put the weights of RUN's newest sound checkpoint, or of RUN@STEP, into a model of the same shape. Collective.
+
+    InputError, naming what differs, for another shape or another tokenizer: its ids would mean other text.
+    """
+
+    def find() -> Path:
+        checkpoint = find_checkpoint(name)
+        theirs, ours = asdict(model_config(read_state(checkpoint), checkpoint)), asdict(model.config)
+        found = [f"{key} {theirs[key]} (this run: {ours[key]})" for key in ours if theirs[key] != ours[key]]
+        if load_codec(checkpoint.resolve().parents[1]).describe() != codec.describe():
+            found.append("another tokenizer")
+        if found:
+            raise InputError(f"--from-checkpoint {name}: its model does not fit this run: {', '.join(found)}")
+        return checkpoint
+
+    checkpoint = mesh.on_main(find)
+    read_tensors(checkpoint, model_tensors(model))
+    return checkpoint
 
 
 def _random_state(device: torch.device) -> dict[str, str]:

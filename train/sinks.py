@@ -1,8 +1,9 @@
-"""Where reports go: the same record to metrics.jsonl and, as one line, to the console and log.txt."""
+"""Where reports go: the same record to metrics.jsonl, to W&B and, as one line, to the console and log.txt."""
 
 import json
 import os
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -10,8 +11,12 @@ from typing import Any, TextIO
 from data_prep.atomic import write_atomically
 from data_prep.errors import InputError
 from train.mesh import Mesh
+from train.samples import Sample
+from train.tracking import Tracking
 
 METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+KEPT_FILES = (METRICS_FILE, SAMPLES_FILE)
 LOG_FILE = "log.txt"
 
 
@@ -19,14 +24,20 @@ class Sinks:
     """Rank 0's reports; on other ranks every method does nothing. Opening drops the rows after `step`.
 
     A fresh start (`step` None) drops every row: they are of an attempt that ended before its first checkpoint.
+    `tracking` is W&B's run, set by whoever opened it; None for none.
     """
 
     def __init__(self, run_dir: Path, *, step: int | None, mesh: Mesh) -> None:
         self._metrics: TextIO | None = None
+        self._samples: TextIO | None = None
         self._log: TextIO | None = None
-        self.validated_steps: set[int] = mesh.on_main(lambda: drop_rows_after(run_dir / METRICS_FILE, step))
+        self.tracking: Tracking | None = None
+        rows, samples = mesh.on_main(lambda: [drop_rows_after(run_dir / name, step) for name in KEPT_FILES])
+        self.validated_steps = {row["step"] for row in rows if "val_loss" in row}
+        self.sampled_steps = {row["step"] for row in samples}
         if mesh.is_main:
             self._metrics = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
+            self._samples = (run_dir / SAMPLES_FILE).open("a", encoding="utf-8")
             self._log = (run_dir / LOG_FILE).open("a", encoding="utf-8")
 
     def say(self, text: str) -> None:
@@ -50,11 +61,25 @@ class Sinks:
             self._metrics.write(json.dumps(row) + "\n")
             self._metrics.flush()
             self.say(line_of(row))
+            if self.tracking is not None:
+                self.tracking.row(row)
+
+    def samples(self, step: int, samples: list[Sample]) -> None:
+        """What the model said at `step`, to samples.jsonl and to people."""
+        row = {"step": step, "samples": [asdict(sample) for sample in samples]}
+        if self._samples is not None:
+            self._samples.write(json.dumps(row) + "\n")
+            self._samples.flush()
+            for sample in samples:
+                self.say(f"step {step:>7}  sample {json.dumps(sample.prompt + sample.text)}")
+            if self.tracking is not None:
+                self.tracking.row(row)
 
     def make_durable(self) -> None:
         """Rows up to here survive a crash of the machine; called before each checkpoint."""
-        if self._metrics is not None:
-            os.fsync(self._metrics.fileno())
+        for file in (self._metrics, self._samples):
+            if file is not None:
+                os.fsync(file.fileno())
 
     def __enter__(self) -> "Sinks":
         return self
@@ -62,20 +87,22 @@ class Sinks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for file in (self._metrics, self._log):
+        if self.tracking is not None:
+            self.tracking.close(exit_code=0 if kind is None else 1)
+        for file in (self._metrics, self._samples, self._log):
             if file is not None:
                 file.close()
 
 
-def drop_rows_after(path: Path, step: int | None) -> set[int]:
-    """Rewrite metrics.jsonl with the rows up to `step`; the steps whose validation is among them."""
+def drop_rows_after(path: Path, step: int | None) -> list[dict[str, Any]]:
+    """Rewrite a file of rows with those up to `step`, and return them."""
     rows = kept_rows(path, step)
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
-    return {row["step"] for row in rows if "val_loss" in row}
+    return rows
 
 
 def kept_rows(path: Path, step: int | None) -> list[dict[str, Any]]:
-    """The rows of metrics.jsonl up to `step`; a last line cut short by a kill is dropped with the later ones."""
+    """The rows of a file up to `step`; a last line cut short by a kill is dropped with the later ones."""
     if step is None or not path.is_file():
         return []
     rows = []
@@ -95,9 +122,23 @@ def kept_rows(path: Path, step: int | None) -> list[dict[str, Any]]:
 def line_of(row: dict[str, Any]) -> str:
     """One report in fixed columns."""
     if "val_loss" in row:
-        return f"step {row['step']:>7}  val loss {row['val_loss']:.4f}  bits/byte {row['val_bits_per_byte']:.4f}"
+        stderr = "" if row["val_loss_stderr"] is None else f" +- {row['val_loss_stderr']:.4f}"
+        return (
+            f"step {row['step']:>7}  val loss {row['val_loss']:.4f}{stderr}  bits/byte {row['val_bits_per_byte']:.4f}"
+        )
     mfu = "    -" if row["mfu"] is None else f"{row['mfu']:5.1%}"
+    norm = "skipped" if row["grad_norm"] is None else f"{row['grad_norm']:7.3f}"
     return (
-        f"step {row['step']:>7}  loss {row['loss']:8.4f}  lr {row['lr']:.2e}  norm {row['grad_norm']:7.3f}  "
-        f"{row['step_seconds'] * 1e3:8.1f} ms  {row['tokens_per_second']:>11,.0f} tok/s  mfu {mfu}"
+        f"step {row['step']:>7}  loss {row['loss']:8.4f}  lr {row['lr']:.2e}  norm {norm}  "
+        f"{row['step_seconds'] * 1e3:8.1f} ms  {row['tokens_per_second']:>11,.0f} tok/s  mfu {mfu}  "
+        f"left {duration(row['eta_seconds'])}"
     )
+
+
+def duration(seconds: float) -> str:
+    """4:05 (minutes) or 27:04:05 (hours)."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02}:{rest:02}"
+    return f"{minutes}:{rest:02}"

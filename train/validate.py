@@ -5,21 +5,26 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from data_prep.errors import InputError
 from data_prep.shards import TokenStream
-from train.batches import to_device
-from train.losses import IGNORED, summed_cross_entropy
+from train.batches import pinned
+from train.losses import IGNORED, Objective
 from train.mesh import Mesh
 from train.stops import Stops
 
 
 @dataclass(frozen=True)
 class Validation:
-    """Mean loss in nats per token, and bits per UTF-8 byte of exactly the tokens scored."""
+    """Mean loss in nats per token, its standard error, and bits per UTF-8 byte of exactly the tokens scored.
+
+    The standard error is over windows, since the tokens of one window are not independent of each other; it says
+    how far the loss on other text of this kind may lie, not how far another seed's. None with a single window.
+    """
 
     loss: float
+    stderr: float | None
     bits_per_byte: float
     tokens: int
 
@@ -67,27 +72,51 @@ class ValidationSet:
         return torch.from_numpy(inputs).view(B, T), torch.from_numpy(targets).view(B, T), num_bytes
 
 
-@torch.no_grad()
-def validate(model: nn.Module, data: ValidationSet, *, vocab_size: int, mesh: Mesh, stops: Stops) -> Validation | None:
+def validate(objective: Objective, data: ValidationSet, *, mesh: Mesh, stops: Stops) -> Validation | None:
     """Score the set on all ranks, batch i on rank i mod W; None if a stop was asked for meanwhile. Collective.
 
-    Each micro-batch is summed in fp32, the micro-batches in fp64: their number and size change the loss by its
-    rounding only.
+    Each window is summed in fp32, the windows in fp64: how they are shared out changes the loss by its rounding only.
     """
-    model.eval()
-    totals = torch.zeros(3, dtype=torch.float64, device=mesh.device)  # loss, tokens, bytes
+    objective.eval()
+    totals = torch.zeros(6, dtype=torch.float64, device=mesh.device)
+    num_bytes = 0
     stopped = False
     for first in range(0, data.num_batches, mesh.world):
-        inputs_BT, targets_BT, num_bytes = data.batch(first + mesh.rank)
-        logits_BTV = model(to_device(inputs_BT, mesh.device))
-        totals[0] += summed_cross_entropy(logits_BTV, to_device(targets_BT, mesh.device), vocab_size)
-        totals[1] += int((targets_BT != IGNORED).sum())
-        totals[2] += num_bytes
+        inputs_BT, targets_BT, batch_bytes = data.batch(first + mesh.rank)
+        inputs_BT = pinned(inputs_BT, mesh.device).to(mesh.device, non_blocking=True)
+        targets_BT = pinned(targets_BT, mesh.device).to(mesh.device, non_blocking=True)
+        losses_BT = objective.token_losses(inputs_BT, targets_BT)
+        totals += window_sums(losses_BT.sum(dim=1).double(), (targets_BT != IGNORED).sum(dim=1))
+        num_bytes += batch_bytes
         if mesh.sum_(torch.tensor(float(stops.wanted()), device=mesh.device)).item():
             stopped = True
             break
-    model.train()
+    objective.train()
     if stopped:
         return None
-    loss_sum, tokens, num_bytes_scored = mesh.sum_(totals).tolist()
-    return Validation(loss_sum / tokens, loss_sum / math.log(2) / num_bytes_scored, int(tokens))
+    loss, tokens, num_windows, *squares = mesh.sum_(totals).tolist()
+    all_bytes = sum(mesh.gather(num_bytes))
+    return Validation(
+        loss / tokens,
+        standard_error(loss, tokens, num_windows, *squares),
+        loss / math.log(2) / all_bytes,
+        int(tokens),
+    )
+
+
+def window_sums(losses_B: Tensor, tokens_B: Tensor) -> Tensor:
+    """Sums over windows of: loss l, tokens n, windows with tokens, l^2, l n, n^2. fp64 [6]."""
+    tokens_B = tokens_B.double()
+    columns = (losses_B, tokens_B, (tokens_B > 0).double(), losses_B**2, losses_B * tokens_B, tokens_B**2)
+    return torch.stack([column.sum() for column in columns])
+
+
+def standard_error(
+    loss: float, tokens: float, num_windows: float, loss_squared: float, loss_tokens: float, tokens_squared: float
+) -> float | None:
+    """Of the ratio loss / tokens, with windows as the sample (Cochran 1977, "Sampling Techniques", chapter 6)."""
+    if num_windows < 2:
+        return None
+    mean = loss / tokens
+    residual = max(0.0, loss_squared - 2 * mean * loss_tokens + mean**2 * tokens_squared)
+    return math.sqrt(num_windows / (num_windows - 1) * residual) / tokens

@@ -1,0 +1,148 @@
+"""A run put together: model, optimizer, data, progress, reports."""
+
+import secrets
+import sys
+
+import numpy as np
+import torch
+
+from data_prep.codec import Codec, load_codec
+from data_prep.manifest import Manifest, open_split
+from model.gpt import build_model
+from train import parallel, saves
+from train.batches import BatchPlan, Prefetcher, Windows, plan_batches
+from train.config import Config, settings_without_effect
+from train.fit import find_micro_batch
+from train.loop import Run
+from train.mesh import Mesh
+from train.meters import Meters, Startup, device_peak_flops
+from train.numerics import LossScale, compute_dtype
+from train.optim import build_optimizer
+from train.run_dir import RunDirectory, provenance
+from train.samples import Sampler
+from train.saves import Progress
+from train.sinks import Sinks
+from train.stops import Stops
+from train.traces import Trace, parse_steps
+from train.tracking import Tracking, open_tracking
+from train.validate import ValidationSet
+
+
+def assemble(
+    config: Config, mesh: Mesh, manifest: Manifest, directory: RunDirectory, stops: Stops, startup: Startup
+) -> Run:
+    """Model, optimizer, data and progress: new from the seed, or as the newest sound checkpoint left them."""
+    codec = mesh.on_all(lambda: load_codec(config.data.dir))
+    model = build_model(config.model, seed=config.seed, device=mesh.device, compute_dtype=compute_dtype(config.train))
+    objective = parallel.build_objective(model, config)
+    optimizer = build_optimizer(model, config.optim)
+    if config.train.micro_batch == "auto":
+        config = find_micro_batch(config, objective, mesh)
+        directory.record(config)
+    plan = plan_batches(config, mesh.world)
+    windows, validation, sampler = mesh.on_all(lambda: open_data(config, plan, codec))
+    module = parallel.wrap(objective, mesh)
+    loss_scale = LossScale(mesh.device) if config.train.dtype == "fp16" else None
+
+    loaded, faults = saves.find_start(directory.path, resume=config.resume, mesh=mesh)
+    progress, tracked_as, origin = Progress(), None, None
+    if loaded is not None:
+        state = saves.load(loaded, model=model, optimizer=optimizer, loss_scale=loss_scale, mesh=mesh)
+        progress, tracked_as = Progress(**state["progress"]), state["wandb_id"]
+    elif config.from_checkpoint is not None:
+        origin = saves.load_weights(config.from_checkpoint, model, codec, mesh)
+
+    sinks = Sinks(directory.path, step=progress.step if loaded else None, mesh=mesh)
+    warnings = [f"passed over {fault}" for fault in faults]
+    warnings += settings_without_effect(config, mesh.device.type)
+    if validation is not None and config.validate.tokens is not None and validation.num_tokens < config.validate.tokens:
+        warnings.append(f"--validate.tokens {config.validate.tokens}: the split has only {validation.num_tokens}")
+    if mesh.device.type == "cuda" and device_peak_flops(config, mesh.device) is None:
+        warnings.append(
+            f"no peak is known for {torch.cuda.get_device_name(mesh.device)} at {config.train.dtype}, so there is no "
+            "MFU; give the card's dense figure as --track.peak-tflops"
+        )
+    for line in warnings:
+        sinks.say(f"warning: {line}")
+    if origin is not None:
+        sinks.say(f"weights from {origin}")
+    wandb_id = mesh.on_main(lambda: tracked_as or secrets.token_hex(4))
+    if mesh.is_main:
+        sinks.tracking = start_tracking(config, wandb_id, sinks)
+    startup.done("set-up")
+    return Run(
+        config=config,
+        mesh=mesh,
+        directory=directory,
+        plan=plan,
+        batches=Prefetcher(windows, plan, rank=mesh.rank, device=mesh.device),
+        validation=validation,
+        sampler=sampler,
+        model=model,
+        objective=objective,
+        module=module,
+        optimizer=optimizer,
+        mean=torch.full((), mesh.world / config.train.batch_tokens, device=mesh.device),
+        loss_scale=loss_scale,
+        sinks=sinks,
+        stops=stops,
+        progress=progress,
+        meters=Meters(config, device=mesh.device, world=mesh.world, step=progress.step, seconds=progress.seconds),
+        startup=startup,
+        trace=open_trace(config, mesh, sinks),
+        state={
+            "config": config.to_json(),
+            "data": manifest.fingerprint,
+            "versions": versions(),
+            "wandb_id": wandb_id,
+        },
+        loaded=loaded,
+        saved_step=progress.step if loaded else None,
+    )
+
+
+def open_data(config: Config, plan: BatchPlan, codec: Codec) -> tuple[Windows, ValidationSet | None, Sampler | None]:
+    """The training windows, what is validated on and what is sampled; None for what the config switches off."""
+    windows = Windows(open_split(config.data.dir, "train"), config.train.seq_len, config.seed)
+    validation = sampler = None
+    if config.validate.every is not None:
+        validation = ValidationSet(
+            open_split(config.data.dir, "val"),
+            seq_len=config.train.seq_len,
+            micro_batch=plan.micro_batch,
+            num_tokens=config.validate.tokens,
+            byte_lengths=codec.byte_lengths(),
+        )
+    if config.sample.every is not None:
+        # A compiled model is called in validation's shape, which it knows already.
+        num_rows = plan.micro_batch if config.train.compile else None
+        sampler = Sampler(config.sample, codec, seed=config.seed, num_rows=num_rows)
+    return windows, validation, sampler
+
+
+def start_tracking(config: Config, wandb_id: str, sinks: Sinks) -> Tracking | None:
+    track = config.track
+    return open_tracking(
+        mode=track.wandb,
+        run_dir=config.directory,
+        run_id=wandb_id,
+        name=config.directory.name,
+        project=track.project,
+        group=track.group,
+        tags=track.tags,
+        config=config.to_json(),
+        provenance=provenance(config),
+        say=sinks.say,
+    )
+
+
+def open_trace(config: Config, mesh: Mesh, sinks: Sinks) -> Trace | None:
+    """What --trace asks of this rank; None for nothing."""
+    if config.trace is None or mesh.rank not in config.trace_ranks:
+        return None
+    steps = parse_steps(config.trace)
+    return Trace(steps, run_dir=config.directory, rank=mesh.rank, device=mesh.device, say=sinks.say)
+
+
+def versions() -> dict[str, str]:
+    return {"torch": torch.__version__, "numpy": np.__version__, "python": sys.version.split()[0]}
