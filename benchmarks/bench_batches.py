@@ -6,7 +6,7 @@
 
 Expect on 2 CPU cores (torch 2.13, ext4 on a virtual disk with read_ahead_kb 8192, other work on the machine, so that
 warm rounds differ by 3 to 4 times): cold 190 windows/s (0.2 M tokens/s), whatever the readers, until the first step
-has brought in half of the data; warm 26,000 with one reader (18,000 to 33,000; 39,000 when idle), no more with four.
+has brought in half of the data; warm 26,000 with one reader (18,000 to 33,000; 39,000 when quieter), no more with four.
 Eight H100 at 470,000 tokens/s each, the best known for GPT-2 small, need 3.8 M tokens/s.
 
 Each reader is a process with one thread that reads its rank's contiguous part of every step as train/batches.py
