@@ -9,7 +9,8 @@ so that no later stage needs the network and nothing is ever unpickled.
 import base64
 import hashlib
 import json
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -61,6 +62,23 @@ class Codec(Protocol):
         ...
 
 
+def alphabet_of(text: str) -> set[str]:
+    """The distinct characters of `text`."""
+    if len(text) < 2**18:
+        return set(text)
+    seen = np.zeros(sys.maxunicode + 1, dtype=bool)
+    for _, code_points in _code_points(text):
+        seen[code_points] = True
+    return {chr(code_point) for code_point in np.flatnonzero(seen)}
+
+
+def _code_points(text: str) -> Iterator[tuple[int, npt.NDArray[np.uint32]]]:
+    """(place, code points from there), a megabyte at a time: whole texts would take 4 bytes a character and more."""
+    for begin in range(0, len(text), 2**18):
+        block = text[begin : begin + 2**18]
+        yield begin, np.frombuffer(block.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+
+
 class CharCodec:
     """One id per character, in code-point order. `itos` is the alphabet, `stoi` its inverse."""
 
@@ -69,9 +87,12 @@ class CharCodec:
             raise InputError(f"{len(alphabet)} distinct characters do not fit uint16 ids; use --tokenizer byte")
         if not alphabet or list(alphabet) != sorted(set(alphabet)):
             raise InputError("the alphabet of a char tokenizer must be distinct characters in order")
+        if any("\ud800" <= character <= "\udfff" for character in alphabet):
+            raise InputError("a lone surrogate is no character and has no UTF-8 bytes; remove it from the text")
         self.itos = alphabet
         self.stoi = {character: index for index, character in enumerate(alphabet)}
-        self._code_points = np.array([ord(character) for character in alphabet], dtype=np.uint32)
+        self._ids = np.full(ord(alphabet[-1]) + 2, -1, dtype=np.int32)  # by code point; the last stands for all above
+        self._ids[[ord(character) for character in alphabet]] = np.arange(len(alphabet))
 
     @property
     def vocab_size(self) -> int:
@@ -82,12 +103,15 @@ class CharCodec:
         return None
 
     def encode(self, text: str) -> Ids:
-        code_points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
-        ids = np.searchsorted(self._code_points, code_points)
-        found = self._code_points[np.minimum(ids, len(self._code_points) - 1)] == code_points
-        if not found.all():
-            place = int(np.argmin(found))
-            raise InputError(f"character {text[place]!r} at {place} is not among this tokenizer's {self.vocab_size}")
+        ids = np.empty(len(text), dtype=np.uint16)
+        for begin, code_points in _code_points(text):
+            found = self._ids[np.minimum(code_points, len(self._ids) - 1)]
+            if (found < 0).any():
+                place = begin + int(np.argmax(found < 0))
+                raise InputError(
+                    f"character {text[place]!r} at {place} is not among this tokenizer's {self.vocab_size}"
+                )
+            ids[begin : begin + len(found)] = found
         return ids
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:

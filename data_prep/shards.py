@@ -65,7 +65,7 @@ class ShardWriter:
         self._buffered = 0
         self._stream_hash = hashlib.sha256()
 
-    def append(self, tokens: npt.NDArray[np.integer], document_starts: Sequence[int] = ()) -> None:
+    def append(self, tokens: npt.NDArray[np.integer], document_starts: Sequence[int] | Offsets = ()) -> None:
         """Append tokens [n] to the stream; `document_starts` are the offsets in them at which documents begin."""
         if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._vocab_size:
             outside = tokens[(tokens < 0) | (tokens >= self._vocab_size)]

@@ -1,24 +1,27 @@
-"""Plain text in, training shards out.
+"""Text in, training shards out.
 
-    python data_prep/textfiles.py --input FILE... --out data/NAME --tokenizer char|byte|gpt2|FILE
+    python data_prep/textfiles.py tinyshakespeare
+    python data_prep/textfiles.py --input FILE|FOLDER... --out data/NAME --tokenizer char|byte|gpt2|FILE
+    python data_prep/textfiles.py --input stories.txt --split-documents-on '<|endoftext|>' --out data/stories \
+        --tokenizer gpt2
     python data_prep/textfiles.py --input python-docs --out data/python-docs --tokenizer char
 
-On one core 100 MB take 7 s and 2.3 GB of memory with `char`, 20 MB take 2 s and 0.25 GB with `gpt2`; memory grows with
-the largest file.
-Tiny Shakespeare with `--tokenizer char` gives 1,003,854 training and 111,540 validation tokens.
+TIMES
 
-Every file is one document. The last `--val-fraction` of all characters is the validation split: with one file
-that is nanoGPT's cut. The output directory appears whole, under its name, only when everything is written.
+Input: plain text, .jsonl and .parquet (one document per row, its text in --text-column), .txt.gz and .jsonl.gz, and
+folders of these. Text is kept to the byte. Empty documents are dropped and counted.
+
+The validation split is the last --val-fraction of all characters (or --val-input). A plain file that is one document
+is cut at that very character: with one file that is nanoGPT's cut. Any other document is kept whole: the cut moves
+back to its beginning, so that no row or story lies in both splits.
+
+The output is the same for any number of --workers. It appears whole, under its name, only when everything is written.
+Stopped or killed, the same command goes on from the parts that are finished (in .NAME.partial, beside --out).
 """
 
-import contextlib
 import dataclasses
-import functools
-import hashlib
-import shutil
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,152 +29,179 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import numpy as np
-import tyro
-
-from data_prep import python_docs
-from data_prep.atomic import fsync_directory
 from data_prep.codec import Codec, make_codec
+from data_prep.corpora import CORPORA, RemoteFile
+from data_prep.download import fetch
+from data_prep.encode import EncodeTask, Part, Survey, SurveyTask, describe_file, encode_unit, hash_of, survey_unit
 from data_prep.errors import InputError, one_line_errors
-from data_prep.manifest import FILE_NAME, Manifest, SplitInfo, open_split, read_manifest
-from data_prep.shards import ShardWriter
+from data_prep.manifest import FILE_NAME, Manifest, open_split, read_manifest
+from data_prep.pack import pack_split
+from data_prep.sources import InputFile, Reading, Unit, find_files, is_one_document, plan_units, read_documents
+from data_prep.unfinished import LOCK, PARTS, put_in_place, unfinished_directory
+from data_prep.workers import Progress, Workers, available_cores
+
+# Below this, starting processes (0.5 s) costs more than it saves.
+FEW_BYTES = 2**24
 
 
 @dataclass(frozen=True)
 class Options:
-    """Plain text in, training shards out."""
+    """Text in, training shards out."""
 
     input: tuple[str, ...]
-    """Text files (UTF-8), each one document; or `python-docs`, the text inside every CPython."""
+    """Files (text in UTF-8, .jsonl, .parquet, .txt.gz, .jsonl.gz) or folders of them; or `python-docs`, the text
+    inside every CPython. With a preset: a copy of its file, instead of the download."""
     out: Path
     """The data directory to make."""
     tokenizer: str
     """char, byte, gpt2, a .tiktoken rank file, or a folder with a saved tokenizer."""
     val_fraction: float = 0.1
-    """The last part of all characters, kept for validation."""
+    """The last part of all characters, kept for validation. Rows and split documents stay whole."""
     shard_tokens: int = 100_000_000
     """Tokens per shard; the last one of a split may be shorter."""
     overwrite: bool = False
     """Make it anew, replacing the data directory that is there once the new one is complete."""
+    val_input: tuple[str, ...] = ()
+    """Files or folders that are the validation split, instead of --val-fraction."""
+    split_documents_on: str | None = None
+    """Plain text files hold many documents with this between them, for example '<|endoftext|>'. It is dropped
+    itself; the line ends around it are kept."""
+    text_column: str = "text"
+    """The field of .jsonl rows and the column of .parquet files that holds the text."""
+    workers: int | None = None
+    """Processes. All cores that are available unless given; the output does not depend on it."""
+    preset: str | None = None
+    """A named corpus (see data_prep/corpora.py): what it pins is downloaded and checked."""
 
 
 @dataclass(frozen=True)
-class Text:
-    """One document that is read when needed, so that memory holds one at a time."""
+class Source:
+    """The input of one run: files of both kinds, and how they are read. val is empty where a fraction is taken."""
 
-    name: str
-    read: Callable[[], str]
+    train: list[InputFile]
+    val: list[InputFile]
+    reading: Reading
+    urls: list[str]
 
-
-@dataclass(frozen=True)
-class Survey:
-    """What the first pass over the texts found, before anything is written."""
-
-    num_characters: int
-    alphabet: str
-    files: list[dict[str, Any]]
+    @property
+    def files(self) -> list[InputFile]:
+        return self.train + self.val
 
 
-def open_texts(inputs: tuple[str, ...]) -> list[Text]:
-    """The documents that `--input` names, in order."""
-    texts: list[Text] = []
-    for name in inputs:
-        if name == "python-docs":
-            texts.append(Text("pydoc_data.topics", python_docs.topics))
-            texts.append(Text("standard library docstrings", python_docs.docstrings))
-        else:
-            texts.append(Text(name, functools.partial(read_utf8, Path(name))))
-    if not texts:
-        raise InputError("--input needs at least one file, or python-docs")
-    return texts
+def find_source(options: Options) -> Source:
+    """The files that the options name, or that the preset names and that are downloaded now."""
+    reading = Reading(options.split_documents_on, options.text_column)
+    urls: list[str] = []
+    train, val = options.input, options.val_input
+    if options.preset is not None:
+        corpus = CORPORA[options.preset]
+        if bool(train) != bool(val) and corpus.val:
+            raise InputError(f"{options.preset} is files of two kinds: give both --input and --val-input, or neither")
+        if not train:
+            downloads = options.out.parent / "downloads"
+            train, val = (
+                tuple(str(download(file, options.preset, downloads)) for file in files)
+                for files in (corpus.train, corpus.val)
+            )
+        urls = [file.url for file in corpus.train + corpus.val]
+    if not train:
+        raise InputError("--input needs at least one file or folder, or python-docs")
+    train_files, warnings = find_files(train)
+    val_files, more = find_files(val, "--val-input")
+    source = Source(train_files, val_files, reading, urls)
+    kinds = {file.kind for file in source.files}
+    if reading.split_on is not None and "text" not in kinds:
+        more.append("--split-documents-on has no effect: no plain text among the files")
+    if reading.text_column != "text" and not kinds & {"jsonl", "parquet"}:
+        more.append("--text-column has no effect: no .jsonl or .parquet among the files")
+    for warning in warnings + more:
+        print(f"textfiles: warning: {warning}", file=sys.stderr, flush=True)
+    return source
 
 
-def read_utf8(path: Path) -> str:
-    """A file's text byte for byte, line ends untouched; InputError with file and place if it is not UTF-8."""
-    if not path.exists():
-        raise InputError(f"{path}: no such file (--input)")
-    if not path.is_file():
-        raise InputError(f"{path}: not a file; --input takes text files")
-    data = path.read_bytes()
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        byte = data[error.start]
-        raise InputError(f"{path}:{line}: not UTF-8 (byte 0x{byte:02x} at {error.start}); convert it first") from error
+def download(file: RemoteFile, preset: str, downloads: Path) -> Path:
+    """One file of a preset; never one whose hash is not known."""
+    if file.sha256 is None:
+        raise InputError(f"no sha256 is pinned for {file.url}; fetch {preset}'s files and give them with --input")
+    return fetch(file.url, file.sha256, downloads, name=f"{preset}-{file.name}", num_bytes=file.num_bytes)
 
 
-def survey(texts: list[Text]) -> Survey:
-    """Read everything once: hashes, the alphabet, and every fault of the input."""
-    characters: set[str] = set()
-    num_characters = 0
-    files = []
-    for text in texts:
-        content = text.read()
-        if not content:
-            raise InputError(f"{text.name}: empty; leave it out of --input")
-        data = content.encode("utf-8")
-        files.append({"name": Path(text.name).name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()})
-        characters.update(content)
-        num_characters += len(content)
-    return Survey(num_characters, "".join(sorted(characters)), files)
+def check_pins(preset: str, described: list[dict[str, Any]]) -> None:
+    """Files given in place of a preset's download must be its files."""
+    corpus = CORPORA[preset]
+    pinned = corpus.train + corpus.val
+    if len(described) != len(pinned):
+        raise InputError(f"{preset} is {len(pinned)} files, not the {len(described)} given")
+    for file, found in zip(pinned, described, strict=True):
+        if file.sha256 is not None and found["sha256"] != file.sha256:
+            raise InputError(
+                f"{found['name']}: its sha256 is {found['sha256'][:16]}..., but {preset}'s {file.name} has "
+                f"{file.sha256[:16]}...; to use it anyway give --input without the preset"
+            )
 
 
-def write_shards(texts: list[Text], found: Survey, codec: Codec, options: Options, directory: Path) -> Manifest:
-    """Encode every text into `directory`, the tail into the val split, and write the manifest last."""
-    cut = place_of_cut(found, options)
-    splits = {}
-    for split, start, stop in (("train", 0, cut), ("val", cut, found.num_characters)):
-        with ShardWriter(
-            directory,
-            split,
-            vocab_size=codec.vocab_size,
-            eot_id=codec.eot_id,
-            shard_tokens=options.shard_tokens,
-        ) as writer:
-            position = 0
-            for text in texts:
-                content = text.read()
-                part = content[max(0, start - position) : max(0, stop - position)]
-                position += len(content)
-                if part:
-                    append_document(writer, codec, part, text.name)
-        tokens = sum(shard.tokens for shard in writer.shards)
-        documents = sum(shard.documents for shard in writer.shards)
-        splits[split] = SplitInfo(tuple(writer.shards), tokens, documents, writer.stream_sha256)
-    codec.save(directory)
-    manifest = Manifest({"files": found.files}, byte_options(options), codec.describe(), splits)
-    manifest.write(directory)
-    return manifest
+def survey(units: list[Unit], options: Options, source: Source, workers: Workers) -> list[Survey]:
+    """Read everything once, so that every fault is found and the place of the cut known before anything is written."""
+    with_alphabet = options.tokenizer == "char"
+    tasks = [SurveyTask(unit, source.reading, with_alphabet) for unit in units]
+    found: list[Survey | None] = [None] * len(tasks)
+    progress = Progress("survey", sum(unit.num_bytes for unit in units))
+    for index, result in workers.run(survey_unit, tasks):
+        found[index] = result
+        progress.add(units[index].num_bytes, result.documents)
+    return [result for result in found if result is not None]
 
 
-def place_of_cut(found: Survey, options: Options) -> int:
-    """How many characters are training text; InputError if that leaves a split empty."""
-    cut = int(found.num_characters * (1 - options.val_fraction))
-    if not 0 < cut < found.num_characters:
-        raise InputError(
-            f"--val-fraction {options.val_fraction} of {found.num_characters} characters leaves a split empty"
-        )
-    return cut
+def divide(units: list[Unit], found: list[Survey], options: Options, reading: Reading) -> tuple[list[Unit], list[Unit]]:
+    """The units of train and of val. The unit in which the cut falls is in both, with another part of it in each."""
+    num_characters = sum(result.characters for result in found)
+    cut = int(num_characters * (1 - options.val_fraction))
+    refusal = f"--val-fraction {options.val_fraction} of {num_characters} characters leaves a split empty"
+    if not 0 < cut < num_characters:
+        raise InputError(refusal)
+    index = start = 0
+    while start + found[index].characters <= cut:
+        start += found[index].characters
+        index += 1
+    place, characters_before = cut - start, cut - start
+    if not is_one_document(units[index].file, reading):
+        place, characters_before = document_at(units[index], reading, cut - start)
+    if start + characters_before == 0:
+        raise InputError(f"{refusal}: the cut falls in the first document, which is kept whole")
+    head = [dataclasses.replace(units[index], last=place)] if place else []
+    tail = dataclasses.replace(units[index], first=place)
+    return units[:index] + head, [tail, *units[index + 1 :]]
 
 
-def append_document(writer: ShardWriter, codec: Codec, text: str, name: str) -> None:
-    """One document, begun by EOT where the codec has one. `name` is for what the codec refuses."""
-    try:
-        ids = codec.encode(text)
-    except InputError as error:
-        raise InputError(f"{name}: {error}") from error
-    if codec.eot_id is not None:
-        ids = np.concatenate([np.array([codec.eot_id], dtype=ids.dtype), ids])
-    writer.append(ids, document_starts=[0])
+def document_at(unit: Unit, reading: Reading, character: int) -> tuple[int, int]:
+    """Which of the unit's documents that character lies in, and how many characters come before that document."""
+    before = 0
+    for number, (_, text) in enumerate(read_documents(unit, reading)):
+        if before + len(text) > character:
+            return number, before
+        before += len(text)
+    raise AssertionError(f"{unit} has only {before} characters")
 
 
 def byte_options(options: Options) -> dict[str, Any]:
     """The options that change the bytes; the tokenizer and the files are recorded by their hashes."""
-    return {"val_fraction": options.val_fraction, "shard_tokens": options.shard_tokens}
+    return {
+        "val_fraction": None if options.val_input else options.val_fraction,
+        "shard_tokens": options.shard_tokens,
+        "split_documents_on": options.split_documents_on,
+        "text_column": options.text_column,
+    }
 
 
-def check_existing(options: Options, found: Survey, codec: Codec) -> Manifest | None:
+def describe_source(described: list[dict[str, Any]], found: list[Survey], source: Source) -> dict[str, Any]:
+    """The manifest's `source`."""
+    num_train = len(source.train)
+    kinds = {"files": described[:num_train], "val_files": described[num_train:], "urls": source.urls}
+    dropped = sum(result.empty_documents for result in found)
+    return {name: value for name, value in kinds.items() if value} | {"empty_documents": dropped}
+
+
+def check_existing(options: Options, source: dict[str, Any], codec: Codec) -> Manifest | None:
     """The manifest in --out if it already holds exactly this; None if --out is free or to be replaced."""
     if not options.out.exists():
         return None
@@ -183,7 +213,7 @@ def check_existing(options: Options, found: Survey, codec: Codec) -> Manifest | 
         return None
     manifest = read_manifest(options.out)
     had = (manifest.source, manifest.options, manifest.tokenizer)
-    want = ({"files": found.files}, byte_options(options), codec.describe())
+    want = (source, byte_options(options), codec.describe())
     if had == want:
         for split in manifest.splits:
             open_split(options.out, split)  # are all shards there, at their full size?
@@ -196,60 +226,142 @@ def check_existing(options: Options, found: Survey, codec: Codec) -> Manifest | 
     )
 
 
-def put_in_place(partial: Path, out: Path) -> None:
-    """Give the finished directory its name; what stood there goes only once the new one is complete."""
-    replaced = out.with_name(f".{out.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    if out.exists():
-        out.rename(replaced)
-    partial.rename(out)
-    fsync_directory(out.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+def encode(
+    units: list[Unit], hashes: dict[InputFile, str], partial: Path, codec: Codec, source: Source, workers: Workers
+) -> list[Part]:
+    """Every unit's part, in order. Equal units (a file given twice) share one."""
+    codec.save(partial)
+    tokenizer = hash_of(codec.describe())
+    tasks = [EncodeTask(unit, source.reading, hashes[unit.file], partial, tokenizer, partial / PARTS) for unit in units]
+    unique = {task.stem: task for task in tasks}
+    for path in (partial / PARTS).iterdir():  # parts of another input or of other options
+        if path.with_suffix("") not in unique and path.name != LOCK:
+            path.unlink()
+    parts: dict[Path, Part] = {}
+    todo = list(unique.values())
+    new = [task.unit.num_bytes for task in todo if not task.stem.with_suffix(".json").exists()]
+    progress = Progress("encode", sum(new))
+    for index, part in workers.run(encode_unit, todo):
+        parts[todo[index].stem] = part
+        progress.add(0 if part.is_old else todo[index].unit.num_bytes, part.documents, part.tokens)
+    old = sum(part.is_old for part in parts.values())
+    if old:
+        print(f"textfiles: {old} of {len(parts)} parts were there from an earlier run", file=sys.stderr, flush=True)
+    return [parts[task.stem] for task in tasks]
+
+
+def states(files: list[InputFile]) -> list[tuple[int, int]]:
+    """Size and time of change of every file, to notice what changes while it is read."""
+    stats = [Path(file.path).stat() for file in files if file.kind != "python-docs"]
+    return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+
+
+def check_options(options: Options) -> None:
+    if not 0 < options.val_fraction < 1:
+        raise InputError(f"--val-fraction {options.val_fraction} must lie between 0 and 1")
+    if not 0 < options.shard_tokens < 2**31:
+        raise InputError(f"--shard-tokens {options.shard_tokens} must be between 1 and {2**31 - 1}")
+    if options.split_documents_on == "":
+        raise InputError("--split-documents-on needs at least one character")
+    if options.workers is not None and options.workers < 1:
+        raise InputError(f"--workers {options.workers} must be at least 1")
+    if not options.out.name:
+        raise InputError(f"--out {options.out}: give the data directory a name of its own")
 
 
 def prepare(options: Options) -> Manifest:
     """The whole stage. Raises InputError, with nothing finished touched, when the input is bad."""
-    if not 0 < options.val_fraction < 1:
-        raise InputError(f"--val-fraction {options.val_fraction} must lie between 0 and 1")
-    if not options.out.name:
-        raise InputError(f"--out {options.out}: give the data directory a name of its own")
+    check_options(options)
     if options.out.is_symlink():  # what it points to is made or replaced, not the link
         options = dataclasses.replace(options, out=options.out.resolve())
     started = time.perf_counter()
-    texts = open_texts(options.input)
-    found = survey(texts)
-    place_of_cut(found, options)
-    codec = make_codec(options.tokenizer, found.alphabet)
-    existing = check_existing(options, found, codec)
+    source = find_source(options)
+    before = states(source.files)
+    train, val = (
+        [unit for file in files for unit in plan_units(file, source.reading)] for files in (source.train, source.val)
+    )
+    units = train + val
+    processes = num_workers(options, units)
+    with Workers(processes) as workers:
+        described = [result for _, result in sorted(workers.run(describe_file, source.files))]
+        if options.preset is not None:
+            check_pins(options.preset, described)
+        found = survey(units, options, source, workers)
+    if not source.val:
+        train, val = divide(units, found, options, source.reading)
+    elif not all(sum(result.characters for result in part) for part in (found[: len(train)], found[len(train) :])):
+        raise InputError("--input and --val-input must both hold text")
+    codec = make_codec(options.tokenizer, "".join(sorted(set().union(*(result.alphabet for result in found)))))
+    about = describe_source(described, found, source)
+    existing = check_existing(options, about, codec)
     if existing is not None:
         print(f"{options.out}: already complete, nothing to do")
         return existing
-    partial = options.out.with_name(f".{options.out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    with contextlib.ExitStack() as undo:
-        undo.callback(shutil.rmtree, partial, ignore_errors=True)  # a failure frees the disk it filled
-        manifest = write_shards(texts, found, codec, options, partial)
+    with unfinished_directory(options.out) as partial:
+        hashes = {file: result["sha256"] for file, result in zip(source.files, described, strict=True)}
+        with Workers(processes) as workers:  # others: these are gone before a failure clears up after them
+            parts = encode(train + val, hashes, partial, codec, source, workers)
+        if states(source.files) != before:
+            raise InputError("a file of --input changed while it was read; run the same command again")
+        splits = {
+            name: pack_split(partial, name, some, codec=codec, shard_tokens=options.shard_tokens)
+            for name, some in (("train", parts[: len(train)]), ("val", parts[len(train) :]))
+        }
+        manifest = Manifest(about, byte_options(options), codec.describe(), splits)
+        manifest.write(partial)
         put_in_place(partial, options.out)
-        undo.pop_all()
     report(options, manifest, time.perf_counter() - started)
     return manifest
 
 
+def num_workers(options: Options, units: list[Unit]) -> int:
+    """As many as there are cores, unless told; one, this process, where there is little to do."""
+    few = sum(unit.num_bytes for unit in units) < FEW_BYTES
+    wanted = options.workers or (1 if few else available_cores())
+    return min(wanted, len(units))
+
+
 def report(options: Options, manifest: Manifest, seconds: float) -> None:
-    num_bytes = sum(file["bytes"] for file in manifest.source["files"])
+    source = manifest.source
+    num_bytes = sum(file["bytes"] for file in source["files"] + source.get("val_files", []))
     print(
         f"{options.out}: {num_bytes:,} bytes, tokenizer {manifest.tokenizer['kind']} "
-        f"(vocabulary {manifest.vocab_size:,}), {seconds:.1f} s"
+        f"(vocabulary {manifest.vocab_size:,}), {seconds:.1f} s, {num_bytes / seconds / 1e6:.1f} MB/s"
     )
     for name, split in manifest.splits.items():
         print(f"  {name:5} {split.tokens:>14,} tokens  {split.documents:>9,} documents  {len(split.shards)} shards")
+    if source["empty_documents"]:
+        print(f"  {source['empty_documents']:,} empty documents dropped")
     print(f"  fingerprint {manifest.fingerprint[:16]}")
 
 
+def parse(args: list[str]) -> Options:
+    """`[PRESET] [--flag value ...]`: a preset is the default of every flag."""
+    import tyro  # not in the workers, which import this module too
+
+    if not args or args[0].startswith("-"):
+        return tyro.cli(Options, args=args, description=__doc__)
+    if args[0] not in CORPORA:
+        raise InputError(f"no preset {args[0]!r}, only {', '.join(CORPORA)}; files are given with --input")
+    corpus = CORPORA[args[0]]
+    preset = Options(
+        input=(),
+        out=Path("data") / args[0],
+        tokenizer=corpus.tokenizer,
+        val_fraction=corpus.val_fraction,
+        split_documents_on=corpus.split_documents_on,
+        preset=args[0],
+    )
+    return tyro.cli(Options, args=args[1:], default=preset, description=__doc__)
+
+
 def main(args: list[str] | None = None) -> None:
-    with one_line_errors("textfiles"):
-        prepare(tyro.cli(Options, args=args, description=__doc__))
+    try:
+        with one_line_errors("textfiles"):
+            prepare(parse(sys.argv[1:] if args is None else args))
+    except KeyboardInterrupt as interruption:
+        print(f"textfiles: {interruption or 'interrupted'}", file=sys.stderr, flush=True)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

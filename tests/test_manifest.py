@@ -66,9 +66,15 @@ def test_it_describes_the_files(tmp_path: Path) -> None:
     raw = json.loads((data / "manifest.json").read_text(encoding="ascii"))
     content = TEXT.encode()
     assert raw["source"] == {
-        "files": [{"name": "text.txt", "bytes": 1000, "sha256": hashlib.sha256(content).hexdigest()}]
+        "files": [{"name": "text.txt", "bytes": 1000, "sha256": hashlib.sha256(content).hexdigest()}],
+        "empty_documents": 0,
     }
-    assert raw["options"] == {"val_fraction": 0.1, "shard_tokens": 300}
+    assert raw["options"] == {
+        "val_fraction": 0.1,
+        "shard_tokens": 300,
+        "split_documents_on": None,
+        "text_column": "text",
+    }
     assert (raw["format_version"], raw["tokenizer"]["kind"], raw["tokenizer"]["vocab_size"]) == (1, "char", 14)
     alphabet = sorted(set(TEXT))
     lines = ""

@@ -177,9 +177,9 @@ def test_bad_input_gives_one_line_and_leaves_nothing(tmp_path: Path, content: by
     assert names(tmp_path) == before
 
 
-def test_a_folder_as_input_gives_one_line(tmp_path: Path) -> None:
+def test_a_folder_without_text_gives_one_line(tmp_path: Path) -> None:
     done = textfiles("--input", tmp_path, "--out", tmp_path / "data", "--tokenizer", "char")
-    assert_one_line(done, f"{tmp_path}: not a file")
+    assert_one_line(done, f"{tmp_path}: no .txt, ")
     assert names(tmp_path) == []
 
 
@@ -320,7 +320,10 @@ def test_python_docs_are_large_and_the_same_in_every_process(tmp_path: Path) -> 
 def test_the_manifest_is_returned_and_names_the_input(finished: Path, tmp_path: Path) -> None:
     manifest: Manifest = prepare(Options((str(tmp_path / "alice.txt"),), finished, "char"))
     digest = hashlib.sha256(ALICE.encode()).hexdigest()
-    assert manifest.source == {"files": [{"name": "alice.txt", "bytes": len(ALICE), "sha256": digest}]}
+    assert manifest.source == {
+        "files": [{"name": "alice.txt", "bytes": len(ALICE), "sha256": digest}],
+        "empty_documents": 0,
+    }
 
 
 def test_the_current_folder_as_out(tmp_path: Path) -> None:
