@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from tests.runs import assert_same_tensors, curve, final_tensors, losses, rows, status, tiny_config, validations
+from tests.test_exact import cut_back
 from train import losses as train_losses
+from train import numerics
 from train.loop import NonFiniteError
 from train.main import run
 from train.mesh import Mesh
@@ -128,6 +130,23 @@ def test_fp16_skips_what_overflows_and_halves_its_scale(
     assert found[13]["grad_norm"] is None and found[13]["loss_scale"] == 65536
     assert found[14]["grad_norm"] > 0 and found[14]["loss_scale"] == 32768
     assert all(math.isfinite(row["loss"]) for row in found.values())
+
+
+def test_fp16_resumes_bitwise_with_its_scale(
+    another: Callable[..., Path], tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(numerics, "STEPS_TO_DOUBLE", 7)
+    whole, resumed = another(dtype="fp16"), tmp_path / "resumed"
+    cut_back(whole, resumed, step=10)
+    run(tiny_config(tiny_data, resumed, steps=STEPS, dtype="fp16"), ALONE)
+    scales = [row["loss_scale"] for row in rows(resumed) if "loss" in row]
+    assert scales == [2.0**16] * 7 + [2.0**17] * 7 + [2.0**18] * 6
+    assert rows_of(resumed) == rows_of(whole)
+    assert_same_tensors(final_tensors(resumed), final_tensors(whole))
+
+
+def rows_of(run_dir: Path) -> list[tuple[Any, ...]]:
+    return [(row["loss"], row["grad_norm"], row["loss_scale"]) for row in rows(run_dir) if "loss" in row]
 
 
 def test_fp16_gives_up_where_no_scale_helps(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

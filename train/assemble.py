@@ -23,7 +23,7 @@ from train.samples import Sampler
 from train.saves import Progress
 from train.sinks import Sinks
 from train.stops import Stops
-from train.traces import Trace, parse_steps
+from train.traces import open_trace, parse_steps
 from train.tracking import Tracking, open_tracking
 from train.validate import ValidationSet
 
@@ -89,7 +89,14 @@ def assemble(
         progress=progress,
         meters=Meters(config, device=mesh.device, world=mesh.world, step=progress.step, seconds=progress.seconds),
         startup=startup,
-        trace=open_trace(config, mesh, sinks),
+        trace=open_trace(
+            parse_steps(config.trace) if config.trace is not None else None,
+            ranks=config.trace_ranks,
+            rank=mesh.rank,
+            run_dir=directory.path,
+            device=mesh.device,
+            say=sinks.say,
+        ),
         state={
             "config": config.to_json(),
             "data": manifest.fingerprint,
@@ -134,14 +141,6 @@ def start_tracking(config: Config, wandb_id: str, sinks: Sinks) -> Tracking | No
         provenance=provenance(config),
         say=sinks.say,
     )
-
-
-def open_trace(config: Config, mesh: Mesh, sinks: Sinks) -> Trace | None:
-    """What --trace asks of this rank; None for nothing."""
-    if config.trace is None or mesh.rank not in config.trace_ranks:
-        return None
-    steps = parse_steps(config.trace)
-    return Trace(steps, run_dir=config.directory, rank=mesh.rank, device=mesh.device, say=sinks.say)
 
 
 def versions() -> dict[str, str]:

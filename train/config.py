@@ -12,6 +12,7 @@ import tyro
 
 from data_prep.errors import InputError
 from model.config import ModelConfig
+from train.traces import parse_steps
 
 
 @dataclass(frozen=True)
@@ -268,6 +269,11 @@ def faults_of(config: Config) -> list[str]:
             faults.append(f"{flag} {value} must lie in [0, 1)")
     if not 0 < optim.warmdown_fraction <= 1:
         faults.append(f"--optim.warmdown-fraction {optim.warmdown_fraction} must lie in (0, 1]")
+    if config.trace is not None:
+        try:
+            parse_steps(config.trace)
+        except InputError as error:
+            faults.append(str(error))
     if config.sample.every is not None and not config.sample.prompts:
         faults.append("--sample.prompts names no prompt; give one, or --sample.every None")
     return faults

@@ -1,0 +1,67 @@
+"""The loss scale by its rules, and torch's global switches."""
+
+import pytest
+import torch
+
+from train import numerics
+from train.config import TrainConfig
+from train.numerics import LossScale, compute_dtype, set_numerics
+
+CPU = torch.device("cpu")
+
+
+def after(good: str) -> tuple[float, float]:
+    """Scale and good steps after steps that were finite (+) or not (-)."""
+    loss_scale = LossScale(CPU)
+    for sign in good:
+        loss_scale.update(torch.tensor(sign == "+"))
+    return loss_scale.scale.item(), loss_scale.good_steps.item()
+
+
+@pytest.mark.parametrize(
+    ("steps", "scale", "good_steps"),
+    [
+        ("", 65536, 0),
+        ("++", 65536, 2),
+        ("-", 32768, 0),
+        ("++-", 32768, 0),
+        ("-+--", 8192, 0),
+        ("+++", 131072, 0),
+        ("++-+++", 65536, 0),
+        ("+++++++", 262144, 1),
+    ],
+)
+def test_three_good_steps_double_and_a_bad_one_halves(
+    monkeypatch: pytest.MonkeyPatch, steps: str, scale: float, good_steps: float
+) -> None:
+    monkeypatch.setattr(numerics, "STEPS_TO_DOUBLE", 3)
+    assert after(steps) == (scale, good_steps)
+
+
+def test_it_follows_torchs_own_scaler() -> None:
+    """torch.amp.GradScaler's rule, on a sequence long enough to double."""
+    generator = torch.Generator().manual_seed(1)
+    is_finite = torch.rand(9_000, generator=generator) > 0.0004
+    ours = LossScale(CPU)
+    scale, growth = torch.full((), 65536.0), torch.zeros((), dtype=torch.int32)
+    found = set()
+    for finite in is_finite:
+        ours.update(finite)
+        torch._amp_update_scale_(scale, growth, (~finite).float(), 2.0, 0.5, 2000)
+        found.add(scale.item())
+        assert ours.scale == scale and ours.good_steps == growth
+    assert len(found) > 3
+
+
+def test_switches_are_the_run_s_whatever_they_were() -> None:
+    torch.use_deterministic_algorithms(True)
+    set_numerics(TrainConfig(), CPU)
+    assert not torch.are_deterministic_algorithms_enabled()
+    set_numerics(TrainConfig(deterministic=True), CPU)
+    assert torch.are_deterministic_algorithms_enabled()
+    set_numerics(TrainConfig(), CPU)
+
+
+def test_dtypes() -> None:
+    found = [compute_dtype(TrainConfig(dtype=dtype)) for dtype in ("bf16", "fp16", "tf32", "fp32")]
+    assert found == [torch.bfloat16, torch.float16, torch.float32, torch.float32]
