@@ -1,11 +1,13 @@
 """Real wandb, offline: what it recorded is read back from its own files. Its server is played where one is needed."""
 
+import http.server
 import json
 import os
 import signal
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -109,6 +111,13 @@ def exit_codes(attempt: Path) -> list[int]:
     return [record.exit.exit_code for record in records(attempt) if record.HasField("exit")]
 
 
+def sync(line: str, cwd: Path, *more: str) -> str:
+    """Do what the line says; what that prints."""
+    program, *args = line.split("`")[1].split()
+    command = [str(Path(sys.executable).with_name(program)), *args, *more]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True, timeout=30).stderr
+
+
 def service_of(tracked: Tracking) -> int:
     """Process id of wandb's own service, once the helper has started it."""
     assert tracked._helper is not None
@@ -178,11 +187,7 @@ def test_the_run_is_recorded_and_a_later_attempt_is_the_same_run(start: Any, tmp
     assert logged(two) == [{"step": 6, "tokens": 60, "loss": 2.0}]
     assert exit_codes(two) == [1]
 
-    _, *args = said[0].split("`")[1].split()
-    listed = subprocess.run(
-        [Path(sys.executable).with_name("wandb"), *args, "--dry-run"], capture_output=True, text=True, cwd=tmp_path
-    )
-    assert "Would sync 2 run(s)" in listed.stderr
+    assert "Would sync 2 run(s)" in sync(said[0], tmp_path, "--dry-run")
 
 
 def test_without_a_login_it_says_so_and_records_offline(start: Any, tmp_path: Path) -> None:
@@ -196,7 +201,7 @@ def test_without_a_login_it_says_so_and_records_offline(start: Any, tmp_path: Pa
 
 
 def test_without_a_server_it_records_offline(start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "INIT_SECONDS", 2.0)
+    monkeypatch.setattr(tracking, "INIT_SECONDS", 1.0)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # the discard port: nothing listens
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     before = time.monotonic()
@@ -209,6 +214,78 @@ def test_without_a_server_it_records_offline(start: Any, tmp_path: Path, monkeyp
     assert len(said) == 2
     assert "connection refused" in said[0] and "recording offline" in said[0]
     assert [row["step"] for row in logged(attempts(tmp_path / "run")[0])] == [1, 2, 5]
+
+
+class Server(http.server.BaseHTTPRequestHandler):
+    """As much of W&B's server as one run needs: it is made, found again, and its history grows line by line."""
+
+    protocol_version = "HTTP/1.1"
+    history: dict[int, dict[str, Any]] = {}  # noqa: RUF012  # by line, of the whole server
+
+    def log_message(self, format: str, *args: Any) -> None:
+        pass
+
+    def do_POST(self) -> None:  # the name that http.server looks for
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        is_for_us = self.path.endswith(("/graphql", "/file_stream"))  # the rest is wandb's telemetry
+        answer = json.dumps(self.answer(json.loads(body)) if is_for_us else {}).encode()
+        self.send_response(400 if b'"errors"' in answer else 200)
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def answer(self, request: dict[str, Any]) -> dict[str, Any]:
+        query = request.get("query", "")
+        project = {"id": "P", "name": "ladder", "entity": {"id": "E", "name": "someone"}}
+        run: dict[str, Any] = {"id": "R", "name": ID, "config": "{}", "summaryMetrics": "{}", "tags": []}
+        if "UpsertBucket" in query:
+            return {"data": {"upsertBucket": {"bucket": run | {"project": project}, "inserted": not self.history}}}
+        if "RunResumeStatus" in query:
+            tail = [json.dumps(self.history[max(self.history)])] if self.history else []
+            counts = {"historyLineCount": len(self.history), "eventsLineCount": 0, "logLineCount": 0}
+            run |= counts | {"historyTail": json.dumps(tail), "eventsTail": "[]", "wandbConfig": '{"t": 1}'}
+            return {"data": {"model": project | {"bucket": run if self.history else None}}}
+        if chunk := request.get("files", {}).get("wandb-history.jsonl"):
+            for line, text in enumerate(chunk["content"], start=chunk["offset"]):
+                self.history[line] = json.loads(text)
+        if "query" not in request:
+            return {}
+        return {"errors": [{"message": "not played"}]}
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, dict[str, Any]]]:
+    """Somebody is logged in, to a server of their own; the history it has received."""
+    Server.history.clear()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Server) as listening:
+        thread = threading.Thread(target=listening.serve_forever)
+        thread.start()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{listening.server_port}")
+        monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
+        yield Server.history
+        listening.shutdown()
+        thread.join()
+
+
+def test_attempts_online_and_offline_become_one_run_on_the_server(
+    start: Any, server: dict[int, dict[str, Any]], tmp_path: Path
+) -> None:
+    def attempt(mode: str, steps: range) -> str:
+        tracked, said = start(mode)
+        for step in steps:
+            tracked.row({"step": step, "tokens": 10 * step, "loss": 1 / step})
+        tracked.close(exit_code=0)
+        assert len(said) == 1
+        line: str = said[0]
+        return line
+
+    url = attempt("online", range(1, 8))
+    assert url.startswith("W&B: http://127.0.0.1:") and url.endswith(f"/someone/ladder/runs/{ID}")
+    assert attempt("online", range(5, 11)) == url  # continues from a checkpoint of step 4
+    attempt("offline", range(11, 14))
+    line = attempt("offline", range(14, 17))
+    sync(line, tmp_path)
+    assert [(row["_step"], row["step"]) for row in server.values()] == [(step, step) for step in range(1, 17)]
 
 
 def test_when_the_service_dies_it_is_said_once_and_training_goes_on(start: Any) -> None:

@@ -1,0 +1,126 @@
+"""Real steps on the CPU, really profiled; the trace is read back."""
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from data_prep.errors import InputError
+from train.traces import Trace, open_trace, parse_steps
+
+
+def train(trace: Trace | None, steps: range) -> None:
+    model = nn.Sequential(nn.Linear(64, 256), nn.GELU(), nn.Linear(256, 64))
+    optimizer = torch.optim.AdamW(model.parameters())
+    for step in steps:
+        if trace is not None:
+            trace.before_step(step)
+        model(torch.randn(32, 64)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if trace is not None:
+            trace.after_step(step)
+    if trace is not None:
+        trace.close()
+
+
+def open_here(run_dir: Path, steps: range | None, *, rank: int = 0) -> tuple[Trace | None, list[str]]:
+    said: list[str] = []
+    device = torch.device("cpu")
+    return open_trace(steps, ranks=(0, 2), rank=rank, run_dir=run_dir, device=device, say=said.append), said
+
+
+def events(path: Path) -> list[dict[str, Any]]:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        found: list[dict[str, Any]] = json.load(file)["traceEvents"]
+    return found
+
+
+def marks(path: Path) -> list[str]:
+    steps = (event for event in events(path) if event.get("cat") == "user_annotation" and event["ph"] == "X")
+    return sorted(event["name"] for event in steps if event["name"].startswith("step "))
+
+
+def written(run_dir: Path) -> list[str]:
+    return sorted(path.name for path in run_dir.rglob("*") if path.is_file())
+
+
+def test_the_chosen_steps_are_in_the_trace_and_no_others(tmp_path: Path) -> None:
+    trace, said = open_here(tmp_path, range(3, 6))
+    train(trace, range(10))
+    assert written(tmp_path) == ["steps_3_6_rank0.json.gz", "steps_3_6_rank0.txt"]
+    path = tmp_path / "traces" / "steps_3_6_rank0.json.gz"
+    assert marks(path) == ["step 3", "step 4", "step 5"]
+    assert sum(event["name"] == "aten::addmm" and event["ph"] == "X" for event in events(path)) == 3 * 2
+    (text,) = said
+    assert text == f"trace of steps 3 to 5: {path}\n{path.with_name('steps_3_6_rank0.txt').read_text().strip()}"
+
+
+def test_the_table_names_the_kernels_and_its_shares_are_of_the_whole(tmp_path: Path) -> None:
+    trace, _ = open_here(tmp_path, range(0, 5), rank=2)
+    train(trace, range(5))
+    head, *lines = (tmp_path / "traces" / "steps_0_5_rank2.txt").read_text().splitlines()
+    assert "ms in all" in head and head.split()[-3:] == ["calls", "ms", "share"]
+    assert {len(line) for line in [head, *lines]} == {60 + 9 + 12 + 8}
+    assert 5 <= len(lines) <= 15
+    columns = {line.split()[0]: line.split()[1:] for line in lines}
+    assert columns["aten::addmm"][0] == "10"
+    assert not any(name.startswith(("step", "Optimizer")) for name in columns)
+    shares = [float(line.split()[-1].rstrip("%")) for line in lines]
+    assert shares == sorted(shares, reverse=True)
+    assert 50 < sum(shares) <= 100 + 15 * 0.05  # each is rounded to 0.1
+    times = [float(line.split()[-2]) for line in lines]
+    total = float(head.split(", ")[-1].split()[0])
+    assert sum(shares) == pytest.approx(100 * sum(times) / total, abs=4)  # both are rounded
+
+
+def test_a_run_that_ends_inside_the_window_writes_what_there_is(tmp_path: Path) -> None:
+    trace, said = open_here(tmp_path, range(3, 100))
+    train(trace, range(6))
+    path = tmp_path / "traces" / "steps_3_6_rank0.json.gz"
+    assert marks(path) == ["step 3", "step 4", "step 5"]
+    assert said[0] == "warning: --trace 3:100: the run ended after 3 of these steps"
+
+
+@pytest.mark.parametrize(
+    ("steps", "warning"),
+    [
+        (range(5), "warning: --trace 8:12: the run ended after 0 of these steps"),
+        (range(9, 20), "warning: --trace 8:12 has no effect: this attempt begins at step 9"),
+        (range(8), "warning: --trace 8:12: the run ended after 0 of these steps"),
+    ],
+    ids=["never reached", "resumed inside", "prepared only"],
+)
+def test_a_window_that_is_not_met_is_said_and_writes_nothing(tmp_path: Path, steps: range, warning: str) -> None:
+    trace, said = open_here(tmp_path, range(8, 12))
+    train(trace, steps)
+    assert said == [warning]
+    assert written(tmp_path) == []
+
+
+def test_off_and_other_ranks_have_no_trace(tmp_path: Path) -> None:
+    assert open_here(tmp_path, None)[0] is None
+    assert open_here(tmp_path, range(1, 2), rank=1)[0] is None
+
+
+def test_what_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
+    (tmp_path / "traces").touch()
+    trace, said = open_here(tmp_path, range(1, 2))
+    train(trace, range(3))
+    (text,) = said
+    assert text.startswith("warning: no trace of steps 1 to 1: ")
+
+
+def test_steps_are_parsed() -> None:
+    assert parse_steps("10:15") == range(10, 15)
+    assert parse_steps("0:1") == range(0, 1)
+
+
+@pytest.mark.parametrize("text", ["15:10", "5:5", "a:b", "-1:3", "3", "1:2:3", "", "1: 2", "1:"])
+def test_steps_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(InputError, match=rf"--trace {text}: needs FIRST:END .* --trace 10:15"):
+        parse_steps(text)
