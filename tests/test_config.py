@@ -102,11 +102,11 @@ def test_a_mode_that_does_not_fit_is_refused_before_anything_is_touched(tmp_path
 
 def test_a_setting_without_effect_is_named() -> None:
     config = parsed("--optim.schedule", "constant", "--optim.lr-final", "1e-5", "--train.steps", "300")
-    assert [line.split(" ")[0] for line in settings_without_effect(config)] == [
+    assert [line.split(" ")[0] for line in settings_without_effect(config, "cuda")] == [
         "--optim.lr-final",
         "--optim.warmup-steps",
     ]
-    assert settings_without_effect(parsed()) == []
+    assert settings_without_effect(parsed(), "cuda") == []
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -130,13 +130,9 @@ def test_every_file_is_ascii() -> None:
 
 
 def test_nothing_swallows_every_exception() -> None:
-    found = [
-        f"{relative(path)}:{getattr(node, 'lineno', 0)}"
-        for path in listed_by_git()
-        for node in ast.walk(parse(path))
-        if swallows(node)
-    ]
-    assert found == []
+    """Only the helper process that talks to W&B may: what a third party's service raises ends there as one line."""
+    found = [relative(path) for path in listed_by_git() for node in ast.walk(parse(path)) if swallows(node)]
+    assert found == ["train/tracking.py"]
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,9 @@ def test_steps_leave_no_cycles_behind(tiny_data: Path, tmp_path: Path, monkeypat
     assert found[2:] == [0] * 7
 
 
-def test_samples_are_the_same_after_a_resume_and_do_not_touch_training(tiny_data: Path, tmp_path: Path) -> None:
+def test_samples_are_the_same_after_a_resume_and_do_not_touch_training(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     run(tiny_config(tiny_data, tmp_path / "silent", steps=20), ALONE)
     whole = sampling(tiny_config(tiny_data, tmp_path / "whole", steps=20))
     run(whole, ALONE)
@@ -100,27 +102,20 @@ def test_samples_are_the_same_after_a_resume_and_do_not_touch_training(tiny_data
     assert all(len(sample["text"]) == 12 for row in drawn for sample in row["samples"])
 
     resumed = dataclasses.replace(whole, run_dir=tmp_path / "resumed")
-    stop_after(resumed, step=12)
+    take_step = loop.take_step
+
+    def stopping(this: loop.Run) -> loop.Report:
+        if this.progress.step == 11:
+            this.stops.reason = "test"  # as a signal would
+        return take_step(this)
+
+    monkeypatch.setattr(loop, "take_step", stopping)
+    run(resumed, ALONE)
+    monkeypatch.setattr(loop, "take_step", take_step)
     assert status(tmp_path / "resumed")["state"] == "stopped"
     run(resumed, ALONE)
     samples = [(tmp_path / name / "samples.jsonl").read_bytes() for name in ("whole", "resumed")]
     assert samples[0] == samples[1]
-
-
-def stop_after(config: Config, step: int) -> None:
-    """Run until `step` steps are done, then ask for a stop, as a signal would."""
-    take_step = loop.take_step
-
-    def stopping(this: loop.Run) -> loop.Report:
-        if this.progress.step == step - 1:
-            this.stops.reason = "test"
-        return take_step(this)
-
-    loop.take_step = stopping
-    try:
-        run(config, ALONE)
-    finally:
-        loop.take_step = take_step
 
 
 def test_a_prompt_that_cannot_be_encoded_is_refused_before_training(tiny_data: Path, tmp_path: Path) -> None:

@@ -47,7 +47,7 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_sum_is_that_of_log_softmax_over_the_vocabulary_alone(model: GPT, chunked: bool) -> None:
     inputs_BT, targets_BT = batch()
     with torch.no_grad():
-        model.transformer["wte"].weight[CONFIG.vocab_size :] = 100.0  # padding that would win, did it exist
+        model.lm_head.weight[CONFIG.vocab_size :] = 100.0  # padding that would win, did it exist
         scores_BTV = model(inputs_BT)[..., : CONFIG.vocab_size].log_softmax(dim=2)
     scored = [
         -scores_BTV[b, t, targets_BT[b, t]].item() for b in range(3) for t in range(40) if targets_BT[b, t] != IGNORED

@@ -139,9 +139,9 @@ def test_fp16_resumes_bitwise_with_its_scale(
     whole, resumed = another(dtype="fp16"), tmp_path / "resumed"
     cut_back(whole, resumed, step=10)
     run(tiny_config(tiny_data, resumed, steps=STEPS, dtype="fp16"), ALONE)
-    scales = [row["loss_scale"] for row in rows(resumed) if "loss" in row]
-    assert scales == [2.0**16] * 7 + [2.0**17] * 7 + [2.0**18] * 6
     assert rows_of(resumed) == rows_of(whole)
+    after = [(norm is None, scale) for _, norm, scale in rows_of(resumed)[10:]]
+    assert len({scale for _, scale in after}) > 1 and any(skipped for skipped, _ in after), "a scale that moved"
     assert_same_tensors(final_tensors(resumed), final_tensors(whole))
 
 

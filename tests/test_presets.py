@@ -34,8 +34,8 @@ def test_every_preset_is_sound(name: str) -> None:
 @pytest.mark.parametrize("name", WITH_COST)
 def test_the_cost_in_the_docstring_is_the_budgets(name: str) -> None:
     text = getattr(presets, name.replace("-", "_")).__doc__
-    stated = float(re.search(r"Cost: ([\d.e]+) FLOPs", text)[1])
-    assert flops(PRESETS[name]) == pytest.approx(stated, rel=0.03)
+    stated = re.search(r"Cost: ([\d.e]+) FLOPs", text)
+    assert stated is not None and flops(PRESETS[name]) == pytest.approx(float(stated[1]), rel=0.03)
     hours = re.search(r"([\d.]+) hours on 8 H100 at 40 %", text)
     assert (hours is None) == (name == "shakespeare-char")
     if hours is not None:

@@ -27,9 +27,7 @@ def build_objective(model: GPT, config: Config) -> Objective:
     if train.activation_checkpointing:
         for block in model.blocks:
             # Nothing random happens in a block, so no generator has to be put back.
-            block.forward = functools.partial(  # type: ignore[method-assign]
-                checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False
-            )
+            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
     if train.compile:
         torch._dynamo.config.optimize_ddp = False
         for part in (*model.blocks, model.transformer["ln_f"]):
