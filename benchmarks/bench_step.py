@@ -1,10 +1,12 @@
 """Our training step against a bare loop of the same model: forward, backward, clip, AdamW, nothing else.
 
-    python benchmarks/bench_step.py                      # about a minute on 2 CPU cores
-    python benchmarks/bench_step.py --preset gpt2-small  # on a GPU
+    python benchmarks/bench_step.py                                        # about a minute on 2 CPU cores
+    torchrun --standalone --nproc_per_node=2 benchmarks/bench_step.py      # two processes, DDP on both sides
+    python benchmarks/bench_step.py --preset gpt2-small --windows 64       # on a GPU
 
-One process. The two run in turn, in blocks of steps after a warm-up, and the bare loop runs twice in each round:
-its ratio to itself (the A/A control) tells how far the machine can be trusted. Last line: JSON.
+The two run in turn, in blocks of steps after a warm-up, and the bare loop runs twice in each round: its ratio to
+itself (the A/A control) tells how far the machine can be trusted. Last line: JSON. Expect the 95 % interval of
+ours / bare below 1.05, and that of bare / bare around 1.
 """
 
 import dataclasses
@@ -17,6 +19,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -24,18 +27,20 @@ if not __package__:
 import torch
 import torch.nn.functional as F
 import tyro
+from torch.nn.parallel import DistributedDataParallel
 
-from data_prep.errors import one_line_errors
+from data_prep.errors import InputError, one_line_errors
 from data_prep.manifest import read_manifest
 from data_prep.textfiles import Options as TextOptions
 from data_prep.textfiles import prepare
 from model.gpt import build_model
+from train.assemble import assemble
 from train.batches import plan_batches
-from train.config import Config, DataConfig, TrainConfig, resolve, with_vocabulary
-from train.loop import Run, take_step, warm_up
-from train.main import set_up
+from train.config import Config, DataConfig, SampleConfig, TrackConfig, TrainConfig, resolve, with_vocabulary
+from train.loop import Run, garbage_collected_by_hand, take_step, warm_up
 from train.mesh import Mesh, open_mesh
-from train.parallel import compute_dtype
+from train.meters import Startup
+from train.numerics import compute_dtype, set_numerics
 from train.presets import PRESETS
 from train.run_dir import RunDirectory
 from train.stops import Stops
@@ -48,26 +53,31 @@ class Options:
     preset: str = "quickstart"
     """Model, batch and precision to time."""
     windows: int = 32
-    """Windows per step (one micro-batch up to the preset's own size)."""
+    """Windows per step of all processes (a process's micro-batch is at most the preset's)."""
+    loss: Literal["plain", "chunked"] = "plain"
+    """Our side's cross-entropy; the bare loop's is always plain."""
     rounds: int = 12
     """Rounds of: bare, ours, bare."""
     block: int = 5
     """Steps timed together."""
 
 
-def bare_step(config: Config, device: torch.device) -> Callable[[], None]:
+def bare_step(config: Config, mesh: Mesh) -> Callable[[], None]:
     """A step of a loop without anything of ours around the model, on fixed random tokens."""
-    model = build_model(config.model, seed=1, device=device, compute_dtype=compute_dtype(config))
+    plain = build_model(config.model, seed=1, device=mesh.device, compute_dtype=compute_dtype(config.train))
     if config.train.compile:
-        for block in model.blocks:
+        for block in plain.blocks:
             block.compile()
+    model = DistributedDataParallel(plain, gradient_as_bucket_view=True) if mesh.world > 1 else plain
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    plan = plan_batches(config, 1)
+    plan = plan_batches(config, mesh.world)
     shape = (plan.accumulation, plan.micro_batch, config.train.seq_len + 1)
-    tokens = torch.randint(config.model.vocab_size, shape, device=device)
+    tokens = torch.randint(config.model.vocab_size, shape, device=mesh.device)
 
     def step() -> None:
-        for rows in tokens:
+        for index, rows in enumerate(tokens):
+            if isinstance(model, DistributedDataParallel):
+                model.require_backward_grad_sync = index == len(tokens) - 1
             logits = model(rows[:, :-1])[..., : config.model.vocab_size].float()
             loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
             (loss / len(tokens)).backward()
@@ -93,11 +103,12 @@ def our_step(run: Run) -> Callable[[], None]:
     return step
 
 
-def seconds_of(step: Callable[[], None], count: int) -> float:
+def seconds_of(step: Callable[[], None], count: int, mesh: Mesh) -> float:
+    mesh.barrier()
     started = time.perf_counter()
     for _ in range(count):
         step()
-    if torch.cuda.is_available():
+    if mesh.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - started
 
@@ -119,29 +130,45 @@ def configured(options: Options, folder: Path) -> Config:
     text = folder / "text.txt"
     text.write_text("A line of text that stands for any other.\n" * 20_000, encoding="utf-8")
     prepare(TextOptions(input=(str(text),), out=folder / "data", tokenizer="byte"))
+    if options.preset not in PRESETS:
+        raise InputError(f"--preset {options.preset}: there are {', '.join(PRESETS)}")
     preset = PRESETS[options.preset]
     train: TrainConfig = dataclasses.replace(
-        preset.train, batch_tokens=options.windows * preset.train.seq_len, steps=10**6
+        preset.train, batch_tokens=options.windows * preset.train.seq_len, steps=10**6, loss=options.loss
     )
-    config = dataclasses.replace(preset, run_dir=folder / "run", data=DataConfig(folder / "data"), train=train)
+    config = dataclasses.replace(
+        preset,
+        run_dir=folder / "run",
+        data=DataConfig(folder / "data"),
+        train=train,
+        sample=SampleConfig(every=None),
+        track=TrackConfig(wandb="disabled"),
+    )
     return with_vocabulary(resolve(config), read_manifest(folder / "data").vocab_size)
 
 
 def measure(options: Options, config: Config, mesh: Mesh) -> dict[str, object]:
-    manifest, plan = read_manifest(config.data.dir), plan_batches(config, 1)
+    manifest = read_manifest(config.data.dir)
+    set_numerics(config.train, mesh.device)
     with (
-        Stops(config.directory, is_main=True) as stops,
+        Stops(config.directory, is_main=mesh.is_main) as stops,
         RunDirectory(config, manifest.fingerprint, mesh) as directory,
     ):
-        run = set_up(config, mesh, manifest, plan, directory, stops)
-        with run.sinks:
-            ours, bare = our_step(run), bare_step(config, mesh.device)
-            seconds_of(ours, options.block), seconds_of(bare, options.block)
-            rounds = [[seconds_of(step, options.block) for step in (bare, ours, bare)] for _ in range(options.rounds)]
+        run = assemble(config, mesh, manifest, directory, stops, Startup(time.perf_counter()))
+        with run.sinks, garbage_collected_by_hand():
+            ours, bare = our_step(run), bare_step(config, mesh)
+            seconds_of(ours, options.block, mesh), seconds_of(bare, options.block, mesh)
+            rounds = [
+                [seconds_of(step, options.block, mesh) for step in (bare, ours, bare)] for _ in range(options.rounds)
+            ]
+        run.batches.close()
     milliseconds = [statistics.median(column) / options.block * 1e3 for column in zip(*rounds, strict=True)]
-    print(f"bare {milliseconds[0]:.2f} ms, ours {milliseconds[1]:.2f} ms, bare again {milliseconds[2]:.2f} ms per step")
+    if mesh.is_main:
+        print(f"bare {milliseconds[0]:.2f} ms, ours {milliseconds[1]:.2f} ms, again {milliseconds[2]:.2f} ms per step")
     return {
         "preset": options.preset,
+        "processes": mesh.world,
+        "loss": config.train.loss,
         "tokens_per_step": config.train.batch_tokens,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "threads": torch.get_num_threads(),
@@ -156,8 +183,12 @@ def measure(options: Options, config: Config, mesh: Mesh) -> dict[str, object]:
 def main(args: list[str] | None = None) -> None:
     with one_line_errors("bench_step"):
         options = tyro.cli(Options, args=args, description=__doc__)
-        with tempfile.TemporaryDirectory() as folder, open_mesh() as mesh:
-            print(json.dumps(measure(options, configured(options, Path(folder)), mesh)))
+        with open_mesh() as mesh, tempfile.TemporaryDirectory() as own:
+            config = mesh.on_main(lambda: configured(options, Path(own)))
+            found = measure(options, config, mesh)
+            if mesh.is_main:
+                print(json.dumps(found))
+            mesh.barrier()
 
 
 if __name__ == "__main__":

@@ -94,9 +94,7 @@ def train(run: Run) -> tuple[str, str | None]:
     if is_due_to_validate(run):
         stop = validate_now(run)
         run.startup.done("validation")
-    with garbage_collected_by_hand() as collect, contextlib.ExitStack() as at_the_end:
-        if run.trace is not None:
-            at_the_end.callback(run.trace.close)
+    with garbage_collected_by_hand() as collect:
         run.meters.start()
         while run.progress.step < num_steps and not stop:
             reports.append(take_step(run))
@@ -117,6 +115,8 @@ def train(run: Run) -> tuple[str, str | None]:
         while reports:
             record(run, reports.popleft())
         run.meters.pause()
+    if run.trace is not None:
+        run.trace.close()
     if run.progress.step not in (0, run.saved_step):
         save_now(run)
     if run.progress.step == num_steps and not is_due_to_validate(run):
