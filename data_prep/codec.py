@@ -7,6 +7,7 @@ so that no later stage needs the network and nothing is ever unpickled.
 """
 
 import base64
+import functools
 import hashlib
 import json
 import sys
@@ -218,15 +219,16 @@ class BpeCodec:
             "name": self.name,
             "vocab_size": self.vocab_size,
             "eot_id": self.eot_id,
-            "sha256": hashlib.sha256(self._rank_lines().encode("ascii")).hexdigest(),
+            "sha256": hashlib.sha256(self._rank_lines.encode("ascii")).hexdigest(),
             "pattern": self._pattern,
         }
 
     def save(self, directory: Path) -> None:
         (directory / FOLDER).mkdir(parents=True, exist_ok=True)
-        write_atomically(directory / FOLDER / RANKS_FILE, self._rank_lines())
+        write_atomically(directory / FOLDER / RANKS_FILE, self._rank_lines)
         _save_description(self, directory)
 
+    @functools.cached_property
     def _rank_lines(self) -> str:
         in_order = sorted(self._ranks, key=lambda token: self._ranks[token])
         return "".join(f"{base64.b64encode(token).decode('ascii')} {rank}\n" for rank, token in enumerate(in_order))

@@ -1,5 +1,6 @@
 """Bad input from a person: one clear line and exit status 2, never a traceback."""
 
+import io
 import os
 import sys
 from collections.abc import Iterator
@@ -14,8 +15,11 @@ class InputError(ValueError):
 def one_line_errors(program: str) -> Iterator[None]:
     """Turn an InputError, and what the file system refuses, into one line on stderr and exit status 2.
 
-    Under torchrun every rank meets the same error; only rank 0 prints it.
+    Under torchrun every rank meets the same error; only rank 0 prints it. A character that the console cannot show
+    is printed as its escape.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
     except (InputError, OSError) as error:

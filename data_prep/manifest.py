@@ -9,9 +9,9 @@ from typing import Any
 
 from data_prep.atomic import write_json_atomically
 from data_prep.errors import InputError
-from data_prep.shards import ShardInfo, TokenStream, open_shard
+from data_prep.shards import Shard, ShardInfo, TokenStream, open_shard
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 FILE_NAME = "manifest.json"
 
 
@@ -45,6 +45,16 @@ class Manifest:
     def vocab_size(self) -> int:
         return int(self.tokenizer["vocab_size"])
 
+    def open_shard(self, directory: Path, info: ShardInfo) -> Shard:
+        """One of its shards, mapped; what a foreign file does not say of itself is the manifest's word."""
+        path = directory / info.file
+        if not path.is_file():
+            raise InputError(f"{path}: missing, though {FILE_NAME} lists it")
+        shard = open_shard(path, info.format)
+        if info.format != "ladder":
+            shard = dataclasses.replace(shard, vocab_size=self.vocab_size, eot_id=self.tokenizer["eot_id"])
+        return shard
+
     def write(self, directory: Path) -> None:
         write_json_atomically(directory / FILE_NAME, dataclasses.asdict(self) | {"fingerprint": self.fingerprint})
 
@@ -55,11 +65,17 @@ def read_manifest(directory: Path) -> Manifest:
     if not directory.is_dir():
         raise InputError(f"{directory}: no such data directory; make it with data_prep/textfiles.py or set --data.dir")
     if not path.is_file():
-        raise InputError(f"{directory}: no {FILE_NAME}, so its preparation did not finish; prepare it again")
+        raise InputError(
+            f"{directory}: no {FILE_NAME}, so its preparation did not finish; prepare it again "
+            "(or, if its token files come from elsewhere, adopt them with data_prep/verify.py --adopt)"
+        )
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if raw["format_version"] != FORMAT_VERSION:
-            raise InputError(f"{path}: format version {raw['format_version']}; this code reads {FORMAT_VERSION}")
+            raise InputError(
+                f"{path}: format version {raw['format_version']}; this code reads {FORMAT_VERSION}: "
+                "prepare the data again, with --overwrite"
+            )
         splits = {
             name: SplitInfo(
                 shards=tuple(ShardInfo(**shard) for shard in split["shards"]),
@@ -85,11 +101,8 @@ def open_split(directory: Path, split: str) -> TokenStream:
         raise InputError(f"{directory}: has no split {split!r}, only {', '.join(sorted(manifest.splits))}")
     shards = []
     for info in manifest.splits[split].shards:
-        path = directory / f"{info.name}.bin"
-        if not path.is_file():
-            raise InputError(f"{path}: missing, though {FILE_NAME} lists it")
-        shard = open_shard(path)
+        shard = manifest.open_shard(directory, info)
         if len(shard.tokens) != info.tokens:
-            raise InputError(f"{path}: {len(shard.tokens)} tokens, but {FILE_NAME} says {info.tokens}")
+            raise InputError(f"{shard.path}: {len(shard.tokens)} tokens, but {FILE_NAME} says {info.tokens}")
         shards.append(shard)
     return TokenStream(shards)

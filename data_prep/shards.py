@@ -5,6 +5,12 @@
     {split}_{number:06d}.idx   little-endian uint64: where in this shard each of those documents starts
 
 Format of the header: llm.c, dev/data/data_common.py (slots 0 to 2; 3 to 5 are ours and 0 there).
+
+Three foreign formats are read too; none of them has an .idx, and documents are found by EOT:
+
+    llm.c      the same header without our slots (llm.c, modded-nanogpt: fineweb_train_000001.bin)
+    headerless uint16 tokens alone               (nanoGPT: train.bin)
+    npy        a one-dimensional uint16 array    (build-nanogpt: edufineweb_train_000001.npy)
 """
 
 import hashlib
@@ -13,6 +19,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
+from typing import Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -26,20 +33,28 @@ HEADER_INTS = 256
 HEADER_BYTES = HEADER_INTS * 4
 MAX_VOCAB_SIZE = 2**16  # ids are uint16
 
+Format = Literal["ladder", "llm.c", "headerless", "npy"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+
 Tokens = npt.NDArray[np.uint16]
 Offsets = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """What the manifest keeps of one shard. `bytes` and `sha256` are of the .bin, header included."""
+    """What the manifest keeps of one shard. `bytes` and `sha256` are of the whole file; foreign ones have no .idx."""
 
-    name: str
+    file: str
+    format: Format
     tokens: int
     documents: int
     bytes: int
     sha256: str
-    idx_sha256: str
+    idx_sha256: str | None
+
+    def __post_init__(self) -> None:
+        if self.format not in FORMATS:
+            raise TypeError(f"unknown format {self.format!r} of {self.file}")
 
 
 class ShardWriter:
@@ -114,7 +129,8 @@ class ShardWriter:
         idx_hash = _write_durably(self.directory / f"{name}.idx", [starts.tobytes()])
         self.shards.append(
             ShardInfo(
-                name=name,
+                file=f"{name}.bin",
+                format="ladder",
                 tokens=self._buffered,
                 documents=len(starts),
                 bytes=HEADER_BYTES + 2 * self._buffered,
@@ -145,21 +161,54 @@ class Shard:
     """One shard, memory-mapped. tokens: uint16 [num_tokens]."""
 
     path: Path
+    format: Format
     tokens: Tokens
     vocab_size: int
     eot_id: int | None
     documents: int
 
     def document_starts(self) -> npt.NDArray[np.uint64]:
-        """Offsets in `tokens` at which documents start, from the .idx beside the shard: uint64 [documents]."""
-        return np.fromfile(self.path.with_suffix(".idx"), dtype="<u8")
+        """Offsets in `tokens` at which documents start, from the .idx beside the shard: uint64 [documents].
+
+        A foreign shard has none: there every EOT is one.
+        """
+        if self.format == "ladder":
+            return np.fromfile(self.path.with_suffix(".idx"), dtype="<u8")
+        if self.eot_id is None:
+            return np.zeros(0, dtype=np.uint64)
+        return np.flatnonzero(self.tokens == self.eot_id).astype(np.uint64)
 
 
-def open_shard(path: Path) -> Shard:
-    """Map a shard of ours, or one of llm.c's (whose vocabulary and document slots are 0).
+def open_shard(path: Path, format: Format = "ladder") -> Shard:
+    """Map a shard. Vocabulary, EOT and documents of foreign ones are unknown here: 0, None, 0.
 
-    Raises InputError, naming the file, when it is no shard or its size does not fit its header.
+    Raises InputError, naming the file, when it is no shard of that format or its size does not fit.
     """
+    match format:
+        case "npy":
+            tokens = _map_array(path)
+        case "headerless":
+            size = path.stat().st_size
+            if size == 0 or size % 2:
+                raise InputError(f"{path}: {size} bytes are not uint16 tokens")
+            tokens = np.memmap(path, dtype="<u2", mode="r")
+        case _:
+            return _map_with_header(path)
+    return Shard(path, format, tokens, 0, None, 0)
+
+
+def _map_array(path: Path) -> Tokens:
+    try:
+        array = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise InputError(f"{path}: not a readable .npy file ({error})") from error
+    if array.dtype != np.dtype("<u2") or array.ndim != 1:
+        raise InputError(f"{path}: {array.ndim}-dimensional {array.dtype}; token shards are one-dimensional uint16")
+    return array
+
+
+def _map_with_header(path: Path) -> Shard:
+    """A shard of ours or of llm.c."""
     size = path.stat().st_size
     if size < HEADER_BYTES:
         raise InputError(f"{path}: {size} bytes is too short for a shard's header of {HEADER_BYTES}")
@@ -174,7 +223,14 @@ def open_shard(path: Path) -> Shard:
         )
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(num_tokens,))
     is_ours = vocab_size > 0
-    return Shard(path, tokens, vocab_size, eot_id if is_ours and eot_id >= 0 else None, documents)
+    return Shard(
+        path,
+        "ladder" if is_ours else "llm.c",
+        tokens,
+        vocab_size,
+        eot_id if is_ours and eot_id >= 0 else None,
+        documents,
+    )
 
 
 class TokenStream:

@@ -279,25 +279,22 @@ def _json_lines(unit: Unit, reading: Reading) -> Iterator[tuple[int, str]]:
 
 
 def _text_of(line: str, unit: Unit, offset: int, reading: Reading) -> str:
+    column = reading.text_column
     try:
         row = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
-        raise InputError(
-            f"{place_of(unit, reading, offset)}: not JSON ({error}); a .jsonl file holds one object per line (--input)"
-        ) from error
+        fault = f"not JSON ({error}); a .jsonl file holds one object per line (--input)"
+        raise InputError(f"{place_of(unit, reading, offset)}: {fault}") from error
     if not isinstance(row, dict):
-        raise InputError(f"{place_of(unit, reading, offset)}: a JSON {type(row).__name__}, not an object (--input)")
-    if reading.text_column not in row:
+        fault = f"a JSON {type(row).__name__}, not an object (--input)"
+    elif column not in row:
         names = ", ".join(map(repr, row)) or "none"
-        raise InputError(
-            f"{place_of(unit, reading, offset)}: no field {reading.text_column!r}, only {names}; name it with --text-column"
-        )
-    text = row[reading.text_column]
-    if not isinstance(text, str):
-        raise InputError(
-            f"{place_of(unit, reading, offset)}: {reading.text_column!r} is {type(text).__name__}, not a string (--text-column)"
-        )
-    return text
+        fault = f"no field {column!r}, only {names}; name it with --text-column"
+    elif not isinstance(row[column], str):
+        fault = f"{column!r} is {type(row[column]).__name__}, not a string (--text-column)"
+    else:
+        return row[column]
+    raise InputError(f"{place_of(unit, reading, offset)}: {fault}")
 
 
 def _decode(data: bytes, file: InputFile, offset: int) -> str:

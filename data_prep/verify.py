@@ -1,9 +1,14 @@
 """Is a data directory what its manifest says? Re-hash, recount, decode a sample.
 
     python data_prep/verify.py data/NAME [--samples 3]
+    python data_prep/verify.py --adopt DIRECTORY --tokenizer gpt2
 
 Reads every byte once (about 3 s per gigabyte, from memory). Ends with `sound` and exit status 0, or with
 one line per fault and exit status 1 (2 when the manifest or the tokenizer cannot be read at all).
+
+`--adopt` gives ready-made token files a manifest and a tokenizer first, in place, without touching them: the shards of
+llm.c and modded-nanogpt (*_train_*.bin), nanoGPT's train.bin and val.bin, build-nanogpt's *.npy. Then they can be
+trained on and verified like any other data.
 """
 
 import hashlib
@@ -19,10 +24,11 @@ import numpy as np
 import tyro
 
 from data_prep.atomic import sha256_of_file
-from data_prep.codec import Codec, load_codec
+from data_prep.codec import Codec, load_codec, make_codec
 from data_prep.errors import InputError, one_line_errors
+from data_prep.foreign import add_tokens, adopt
 from data_prep.manifest import Manifest, SplitInfo, read_manifest
-from data_prep.shards import ShardInfo, open_shard
+from data_prep.shards import ShardInfo
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,10 @@ class Options:
     """The data directory."""
     samples: int = 1
     """Beginnings of documents to print per split."""
+    adopt: bool = False
+    """First give the token files of another project, which lie there, a manifest and a tokenizer."""
+    tokenizer: str | None = None
+    """With --adopt, what made the ids: gpt2, a .tiktoken rank file, or a folder with a saved tokenizer."""
 
 
 def faults_of(directory: Path, manifest: Manifest, codec: Codec) -> list[str]:
@@ -67,21 +77,22 @@ def faults_of_split(directory: Path, split: SplitInfo, manifest: Manifest) -> li
 
 def faults_of_shard(directory: Path, info: ShardInfo, manifest: Manifest, stream: "hashlib._Hash") -> list[str]:
     """Faults of one shard and its index; its tokens are added to the `stream` hash."""
-    path = directory / f"{info.name}.bin"
-    shard = open_shard(path)
-    stream.update(shard.tokens.tobytes())
+    shard = manifest.open_shard(directory, info)
+    path = shard.path
+    add_tokens(stream, shard.tokens)
     faults = []
     if sha256_of_file(path) != info.sha256:
         faults.append(f"{path}: sha256 differs from the manifest's")
-    if sha256_of_file(path.with_suffix(".idx")) != info.idx_sha256:
+    if info.idx_sha256 is not None and sha256_of_file(path.with_suffix(".idx")) != info.idx_sha256:
         faults.append(f"{path.with_suffix('.idx')}: sha256 differs from the manifest's")
+    starts = shard.document_starts()
+    documents = shard.documents if info.format == "ladder" else len(starts)
     stated = (info.tokens, info.documents, info.bytes, manifest.vocab_size, manifest.tokenizer["eot_id"])
-    actual = (len(shard.tokens), shard.documents, path.stat().st_size, shard.vocab_size, shard.eot_id)
+    actual = (len(shard.tokens), documents, path.stat().st_size, shard.vocab_size, shard.eot_id)
     if actual != stated:
         faults.append(f"{path}: (tokens, documents, bytes, vocabulary, EOT) {actual}, in the manifest {stated}")
     if len(shard.tokens) and int(shard.tokens.max()) >= manifest.vocab_size:
         faults.append(f"{path}: holds id {int(shard.tokens.max())}, vocabulary is {manifest.vocab_size}")
-    starts = shard.document_starts()
     if len(starts) != info.documents:
         faults.append(f"{path}: {len(starts)} documents in its index, {info.documents} in the manifest")
     elif shard.eot_id is not None and not np.array_equal(np.flatnonzero(shard.tokens == shard.eot_id), starts):
@@ -92,16 +103,26 @@ def faults_of_shard(directory: Path, info: ShardInfo, manifest: Manifest, stream
 def print_samples(directory: Path, manifest: Manifest, codec: Codec, num_samples: int) -> None:
     """The first tokens of documents spread over each split, as text."""
     for name, split in manifest.splits.items():
-        shard = open_shard(directory / f"{split.shards[0].name}.bin")
+        shard = manifest.open_shard(directory, split.shards[0])
         starts = shard.document_starts()
         for start in starts[:: max(1, len(starts) // max(1, num_samples))][:num_samples]:
             ids = shard.tokens[int(start) : int(start) + 60].tolist()
             print(f"{name} at {int(start):,}: {codec.decode_bytes(ids).decode('utf-8', errors='replace')!r}")
 
 
+def adopt_directory(options: Options) -> None:
+    if options.tokenizer in (None, "char"):
+        raise InputError("--adopt needs the --tokenizer that made the ids: gpt2, byte, a rank file or a saved folder")
+    codec = make_codec(options.tokenizer, "")
+    is_new = adopt(options.directory, codec)
+    print(f"{options.directory}: {'adopted' if is_new else 'already adopted, nothing to do'}")
+
+
 def main(args: list[str] | None = None) -> None:
     with one_line_errors("verify"):
         options = tyro.cli(Options, args=args, description=__doc__)
+        if options.adopt:
+            adopt_directory(options)
         manifest = read_manifest(options.directory)
         codec = load_codec(options.directory)
         faults = faults_of(options.directory, manifest, codec)

@@ -75,7 +75,7 @@ def test_it_describes_the_files(tmp_path: Path) -> None:
         "split_documents_on": None,
         "text_column": "text",
     }
-    assert (raw["format_version"], raw["tokenizer"]["kind"], raw["tokenizer"]["vocab_size"]) == (1, "char", 14)
+    assert (raw["format_version"], raw["tokenizer"]["kind"], raw["tokenizer"]["vocab_size"]) == (2, "char", 14)
     alphabet = sorted(set(TEXT))
     lines = ""
     for split, tokens, shards in (("train", TEXT[:900], 3), ("val", TEXT[900:], 1)):
@@ -83,12 +83,16 @@ def test_it_describes_the_files(tmp_path: Path) -> None:
         described = raw["splits"][split]
         assert (described["tokens"], described["documents"]) == (len(tokens), 1)
         assert described["stream_sha256"] == hashlib.sha256(ids.tobytes()).hexdigest()
-        assert [shard["name"] for shard in described["shards"]] == [f"{split}_{i:06d}" for i in range(shards)]
+        assert [shard["file"] for shard in described["shards"]] == [f"{split}_{i:06d}.bin" for i in range(shards)]
         for shard in described["shards"]:
-            content = (data / f"{shard['name']}.bin").read_bytes()
+            content = (data / shard["file"]).read_bytes()
+            assert shard["format"] == "ladder"
             assert shard["bytes"] == len(content)
             assert shard["sha256"] == hashlib.sha256(content).hexdigest()
-            assert shard["idx_sha256"] == hashlib.sha256((data / f"{shard['name']}.idx").read_bytes()).hexdigest()
+            assert (
+                shard["idx_sha256"]
+                == hashlib.sha256((data / shard["file"]).with_suffix(".idx").read_bytes()).hexdigest()
+            )
         np.testing.assert_array_equal(open_split(data, split).read(0, len(tokens)), ids)
         lines += f"{split}:{described['stream_sha256']}\n"
     assert raw["fingerprint"] == hashlib.sha256(lines.encode()).hexdigest()
@@ -129,7 +133,7 @@ def test_a_truncated_manifest_is_refused_wherever_it_ends(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(
-    "content", [b"[]", b"null", b"{}", b'"text"', b"3", b"\xff\xfe", b"{'a': 1}", b'{"format_version": 1}', b"\0" * 9]
+    "content", [b"[]", b"null", b"{}", b'"text"', b"3", b"\xff\xfe", b"{'a': 1}", b'{"format_version": 2}', b"\0" * 9]
 )
 def test_what_is_not_a_manifest_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "manifest.json").write_bytes(content)
@@ -150,17 +154,18 @@ def test_a_missing_part_is_named(tmp_path: Path, key: str) -> None:
     ("keys", "value", "complaint"),
     [
         (("splits",), None, "damaged"),
+        (("splits", "train", "shards", 0, "format"), "pickle", "damaged"),
         (("splits",), [], "damaged"),
         (("splits", "train"), 3, "damaged"),
         (("splits", "train", "shards"), None, "damaged"),
-        (("splits", "train", "shards", 0), {"name": "train_000000"}, "damaged"),
+        (("splits", "train", "shards", 0), {"file": "train_000000.bin"}, "damaged"),
         (("splits", "train", "shards", 0), {"unknown": 1}, "damaged"),
         (("splits", "train", "stream_sha256"), "0" * 64, "fingerprint does not fit"),
         (("splits", "val", "stream_sha256"), "0" * 64, "fingerprint does not fit"),
         (("fingerprint",), "0" * 64, "fingerprint does not fit"),
         (("fingerprint",), None, "fingerprint does not fit"),
         (("splits",), {}, "fingerprint does not fit"),
-        (("format_version",), 2, "format version 2"),
+        (("format_version",), 3, "format version 3"),
     ],
 )
 def test_an_edited_manifest_is_refused(tmp_path: Path, keys: tuple[str | int, ...], value: Any, complaint: str) -> None:

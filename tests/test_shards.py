@@ -60,7 +60,8 @@ def test_exact_bytes_of_a_small_split(tmp_path: Path, eot_id: int | None, eot_sl
         index = struct.pack(f"<{len(starts)}Q", *starts)
         assert (tmp_path / f"{name}.bin").read_bytes() == content
         assert (tmp_path / f"{name}.idx").read_bytes() == index
-        assert (info.name, info.tokens, info.documents, info.bytes) == (name, len(tokens), len(starts), len(content))
+        assert (info.file, info.format) == (f"{name}.bin", "ladder")
+        assert (info.tokens, info.documents, info.bytes) == (len(tokens), len(starts), len(content))
         assert info.sha256 == hashlib.sha256(content).hexdigest()
         assert info.idx_sha256 == hashlib.sha256(index).hexdigest()
         shard = open_shard(tmp_path / f"{name}.bin")

@@ -70,10 +70,12 @@ def restate(directory: Path) -> None:
     for name, split in sorted(raw["splits"].items()):
         stream = hashlib.sha256()
         for shard in split["shards"]:
-            content = (directory / f"{shard['name']}.bin").read_bytes()
+            content = (directory / shard["file"]).read_bytes()
             stream.update(content[1024:])
             shard["sha256"] = hashlib.sha256(content).hexdigest()
-            shard["idx_sha256"] = hashlib.sha256((directory / f"{shard['name']}.idx").read_bytes()).hexdigest()
+            shard["idx_sha256"] = hashlib.sha256(
+                (directory / shard["file"]).with_suffix(".idx").read_bytes()
+            ).hexdigest()
         split["stream_sha256"] = stream.hexdigest()
         lines.append(f"{name}:{stream.hexdigest()}\n")
     raw["fingerprint"] = hashlib.sha256("".join(lines).encode()).hexdigest()
