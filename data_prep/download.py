@@ -13,6 +13,7 @@ from data_prep.errors import InputError
 from data_prep.workers import Progress
 
 ATTEMPTS = 6  # without a single byte between them
+FIRST_ATTEMPTS = 2  # where no server ever answered: most likely there is no network
 TIMEOUT_SECONDS = 60.0
 LONGEST_PAUSE_SECONDS = 120.0
 BLOCK_BYTES = 2**20
@@ -43,8 +44,9 @@ def fetch(url: str, sha256: str, folder: Path, *, name: str, num_bytes: int | No
 
 def _download(url: str, part: Path, num_bytes: int | None) -> None:
     """Fill `part`, which may hold the beginning already. A broken connection goes on where it broke."""
-    progress = Progress("download", num_bytes or 0)
+    progress = Progress("download", max(0, (num_bytes or 0) - (part.stat().st_size if part.exists() else 0)))
     failures = 0
+    attempts = FIRST_ATTEMPTS
     while True:
         had = part.stat().st_size if part.exists() else 0
         if num_bytes is not None and had == num_bytes:
@@ -53,6 +55,7 @@ def _download(url: str, part: Path, num_bytes: int | None) -> None:
             _receive(url, part, had, progress)
             return
         except urllib.error.HTTPError as error:
+            attempts = ATTEMPTS
             if error.code == 416 and had:  # the beginning that is there is not one of this file, or is all of it
                 if num_bytes is None:
                     return
@@ -62,10 +65,13 @@ def _download(url: str, part: Path, num_bytes: int | None) -> None:
             reason, asked = f"{error.code} {error.reason}", error.headers.get("Retry-After", "")
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
             reason, asked = str(getattr(error, "reason", error)) or type(error).__name__, ""
-        failures = 0 if part.exists() and part.stat().st_size > had else failures + 1
-        if failures == ATTEMPTS:
+        if part.exists() and part.stat().st_size > had:
+            attempts, failures = ATTEMPTS, 0
+        else:
+            failures += 1
+        if failures == attempts:
             raise InputError(
-                f"{url}: {reason}, {ATTEMPTS} times; the same command tries again from what has come, "
+                f"{url}: {reason}, {attempts} times; the same command tries again from what has come, "
                 "or fetch it elsewhere and give it with --input"
             )
         pause = min(float(asked) if asked.isdigit() else 2.0**failures, LONGEST_PAUSE_SECONDS)

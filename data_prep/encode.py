@@ -154,7 +154,7 @@ def write_part(stem: Path, key: dict[str, Any], documents: Iterable[Tokens]) -> 
     """Write documents' tokens as they come, then their places; the .json last, so that half a part has none."""
     digest = hashlib.sha256()
     path = stem.with_suffix(".part")
-    temporary = stem.with_suffix(".tmp")
+    temporary = stem.with_suffix(f".{os.getpid()}.tmp")
     starts: list[int] = []
     num_tokens = 0
     with temporary.open("wb") as file:

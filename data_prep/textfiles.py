@@ -126,8 +126,8 @@ def download(file: RemoteFile, preset: str, downloads: Path) -> Path:
     return fetch(file.url, file.sha256, downloads, name=f"{preset}-{file.name}", num_bytes=file.num_bytes)
 
 
-def check_pins(preset: str, described: list[dict[str, Any]]) -> None:
-    """Files given in place of a preset's download must be its files."""
+def check_pins(preset: str, described: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Files given in place of a preset's download must be its files -> described by the preset's names."""
     corpus = CORPORA[preset]
     pinned = corpus.train + corpus.val
     if len(described) != len(pinned):
@@ -138,6 +138,7 @@ def check_pins(preset: str, described: list[dict[str, Any]]) -> None:
                 f"{found['name']}: its sha256 is {found['sha256'][:16]}..., but {preset}'s {file.name} has "
                 f"{file.sha256[:16]}...; to use it anyway give --input without the preset"
             )
+    return [found | {"name": file.name} for file, found in zip(pinned, described, strict=True)]
 
 
 def survey(units: list[Unit], options: Options, source: Source, workers: Workers) -> list[Survey]:
@@ -285,7 +286,7 @@ def prepare(options: Options) -> Manifest:
     with Workers(processes) as workers:
         described = [result for _, result in sorted(workers.run(describe_file, source.files))]
         if options.preset is not None:
-            check_pins(options.preset, described)
+            described = check_pins(options.preset, described)
         found = survey(units, options, source, workers)
     if not source.val:
         train, val = divide(units, found, options, source.reading)
