@@ -20,15 +20,14 @@ BLOCK_BYTES = 2**20
 RETRIED = {408, 425, 429, 500, 502, 503, 504}
 
 
-def fetch(url: str, sha256: str, folder: Path, *, name: str, num_bytes: int | None = None) -> Path:
-    """folder/name with that hash: the file that is there, or downloaded now, going on from an earlier attempt."""
-    path = folder / name
+def fetch(url: str, sha256: str, path: Path, *, num_bytes: int | None = None) -> None:
+    """A file with that hash at `path`: the one that is there, or downloaded now, going on from an earlier attempt."""
     if path.is_file():
         if sha256_of_file(path) == sha256:
-            return path
+            return
         raise InputError(f"{path}: its sha256 is not the pinned {sha256[:16]}...; remove it to download it again")
-    folder.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{name}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
     print(f"downloading {url} to {path}", file=sys.stderr, flush=True)
     _download(url, part, num_bytes)
     found = sha256_of_file(part)
@@ -38,8 +37,7 @@ def fetch(url: str, sha256: str, folder: Path, *, name: str, num_bytes: int | No
     with part.open("rb") as file:
         os.fsync(file.fileno())
     part.replace(path)
-    fsync_directory(folder)
-    return path
+    fsync_directory(path.parent)
 
 
 def _download(url: str, part: Path, num_bytes: int | None) -> None:

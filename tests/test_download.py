@@ -81,8 +81,8 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 def test_a_sound_file_is_fetched_once(server: Server, tmp_path: Path) -> None:
     for _ in range(2):
-        path = fetch(server.url, SHA256, tmp_path / "downloads", name="file", num_bytes=len(CONTENT))
-        assert path.read_bytes() == CONTENT
+        fetch(server.url, SHA256, tmp_path / "downloads" / "file", num_bytes=len(CONTENT))
+        assert (tmp_path / "downloads" / "file").read_bytes() == CONTENT
     assert server.asked == [None]
     assert names(tmp_path / "downloads") == ["file"]
 
@@ -92,26 +92,30 @@ def test_a_dropped_connection_goes_on_where_it_broke(
     server: Server, tmp_path: Path, pauses: list[float], num_bytes: int | None
 ) -> None:
     server.faults = ["drop", "503", "drop", "429"]
-    assert fetch(server.url, SHA256, tmp_path, name="file", num_bytes=num_bytes).read_bytes() == CONTENT
+    fetch(server.url, SHA256, tmp_path / "file", num_bytes=num_bytes)
+    assert (tmp_path / "file").read_bytes() == CONTENT
     assert server.asked == [None, "bytes=100000-", "bytes=100000-", "bytes=166666-", "bytes=166666-"]
     assert pauses == [1, 7, 1, 7]
 
 
 def test_an_earlier_process_s_beginning_is_used(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file.part").write_bytes(CONTENT[:1234])
-    assert fetch(server.url, SHA256, tmp_path, name="file", num_bytes=len(CONTENT)).read_bytes() == CONTENT
+    fetch(server.url, SHA256, tmp_path / "file", num_bytes=len(CONTENT))
+    assert (tmp_path / "file").read_bytes() == CONTENT
     assert server.asked == ["bytes=1234-"]
 
 
 def test_a_server_without_ranges_sends_it_all_again(server: Server, tmp_path: Path) -> None:
     server.ranges = False
     (tmp_path / "file.part").write_bytes(CONTENT[:1234])
-    assert fetch(server.url, SHA256, tmp_path, name="file").read_bytes() == CONTENT
+    fetch(server.url, SHA256, tmp_path / "file")
+    assert (tmp_path / "file").read_bytes() == CONTENT
 
 
 def test_a_beginning_longer_than_the_file_is_thrown_away(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file.part").write_bytes(CONTENT + b"more")
-    assert fetch(server.url, SHA256, tmp_path, name="file", num_bytes=len(CONTENT)).read_bytes() == CONTENT
+    fetch(server.url, SHA256, tmp_path / "file", num_bytes=len(CONTENT))
+    assert (tmp_path / "file").read_bytes() == CONTENT
 
 
 @pytest.mark.parametrize("beginning", [b"", b"of another file"])
@@ -121,14 +125,14 @@ def test_a_wrong_hash_is_told_and_nothing_stays(server: Server, tmp_path: Path, 
     else:
         server.content = CONTENT[:-1] + b"?"
     with pytest.raises(InputError, match=f"not the pinned {SHA256[:16]}"):
-        fetch(server.url, SHA256, tmp_path, name="file", num_bytes=len(CONTENT))
+        fetch(server.url, SHA256, tmp_path / "file", num_bytes=len(CONTENT))
     assert names(tmp_path) == []
 
 
 def test_a_file_of_that_name_with_other_content_is_not_replaced(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"mine")
     with pytest.raises(InputError, match="remove it to download it again"):
-        fetch(server.url, SHA256, tmp_path, name="file")
+        fetch(server.url, SHA256, tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == b"mine"
 
 
@@ -136,13 +140,13 @@ def test_a_file_of_that_name_with_other_content_is_not_replaced(server: Server, 
 def test_it_gives_up_with_the_address(server: Server, tmp_path: Path, faults: list[str], num_asked: int) -> None:
     server.faults = faults
     with pytest.raises(InputError, match=server.url):
-        fetch(server.url, SHA256, tmp_path, name="file")
+        fetch(server.url, SHA256, tmp_path / "file")
     assert len(server.asked) == num_asked
 
 
 def test_no_network_is_told_soon(tmp_path: Path, pauses: list[float]) -> None:
     with pytest.raises(InputError, match="give it with --input"):
-        fetch("http://127.0.0.1:9/file", SHA256, tmp_path, name="file")
+        fetch("http://127.0.0.1:9/file", SHA256, tmp_path / "file")
     assert sum(pauses) <= 2
 
 
@@ -153,7 +157,8 @@ def preset(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
     sha256 = hashlib.sha256(server.content).hexdigest()
     tales = Corpus((RemoteFile(server.url, sha256, len(server.content)),), tokenizer="char", split_documents_on="--")
     monkeypatch.setitem(corpora.CORPORA, "tales", tales)
-    monkeypatch.setitem(corpora.CORPORA, "unknown", Corpus((RemoteFile(server.url, None),)))
+    unknown = RemoteFile(server.url + ".2", None)
+    monkeypatch.setitem(corpora.CORPORA, "unknown", Corpus((*tales.train, unknown)))
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> str:
@@ -188,10 +193,17 @@ def test_without_a_pinned_hash_nothing_is_downloaded(
 ) -> None:
     assert preset("unknown") == "refused"
     line = capsys.readouterr().err
-    assert line.startswith(f"textfiles: no sha256 is pinned for {server.url}; fetch ")
+    assert line.startswith(f"textfiles: no sha256 is pinned for {server.url}.2; fetch ")
     assert line.count("\n") == 1
     assert server.asked == []
     assert names(tmp_path) == []
+
+
+def test_a_preset_takes_its_own_kinds_of_files(preset: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert preset("tales", "--val-input", "x") == "refused"
+    assert "tales takes --input alone, or neither" in capsys.readouterr().err
+    assert preset("tinystories", "--input", "x") == "refused"
+    assert "tinystories takes both --input and --val-input, or neither" in capsys.readouterr().err
 
 
 def test_an_unknown_preset_is_refused_with_those_there_are(
@@ -203,14 +215,15 @@ def test_an_unknown_preset_is_refused_with_those_there_are(
 
 def test_the_real_presets_pin_what_they_fetch(shared_data: Path, tmp_path: Path) -> None:
     for name, corpus in CORPORA.items():
-        options = parse([name])
+        options, preset = parse([name])
+        assert preset == name
         assert (options.out, options.tokenizer) == (Path("data") / name, corpus.tokenizer)
         for file in corpus.train + corpus.val:
             assert file.url.startswith("https://")
             assert file.sha256 is None or len(bytes.fromhex(file.sha256)) == 32
     out = tmp_path / "shakespeare"
     arguments = ["tinyshakespeare", "--input", str(shared_data / "tinyshakespeare.txt"), "--out", str(out)]
-    manifest = textfiles.prepare(parse(arguments))
+    manifest = textfiles.prepare(*parse(arguments))
     assert [split.tokens for split in manifest.splits.values()] == [1_003_854, 111_540]
     assert manifest.source["files"][0]["name"] == "input.txt"
     assert manifest.source["urls"] == [CORPORA["tinyshakespeare"].train[0].url]
