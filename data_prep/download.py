@@ -13,21 +13,21 @@ from data_prep.errors import InputError
 from data_prep.workers import Progress
 
 ATTEMPTS = 6  # without a single byte between them
+FIRST_ATTEMPTS = 2  # where no server ever answered: most likely there is no network
 TIMEOUT_SECONDS = 60.0
 LONGEST_PAUSE_SECONDS = 120.0
 BLOCK_BYTES = 2**20
 RETRIED = {408, 425, 429, 500, 502, 503, 504}
 
 
-def fetch(url: str, sha256: str, folder: Path, *, name: str, num_bytes: int | None = None) -> Path:
-    """folder/name with that hash: the file that is there, or downloaded now, going on from an earlier attempt."""
-    path = folder / name
+def fetch(url: str, sha256: str, path: Path, *, num_bytes: int | None = None) -> None:
+    """A file with that hash at `path`: the one that is there, or downloaded now, going on from an earlier attempt."""
     if path.is_file():
         if sha256_of_file(path) == sha256:
-            return path
+            return
         raise InputError(f"{path}: its sha256 is not the pinned {sha256[:16]}...; remove it to download it again")
-    folder.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{name}.part")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.part")
     print(f"downloading {url} to {path}", file=sys.stderr, flush=True)
     _download(url, part, num_bytes)
     found = sha256_of_file(part)
@@ -37,14 +37,14 @@ def fetch(url: str, sha256: str, folder: Path, *, name: str, num_bytes: int | No
     with part.open("rb") as file:
         os.fsync(file.fileno())
     part.replace(path)
-    fsync_directory(folder)
-    return path
+    fsync_directory(path.parent)
 
 
 def _download(url: str, part: Path, num_bytes: int | None) -> None:
     """Fill `part`, which may hold the beginning already. A broken connection goes on where it broke."""
-    progress = Progress("download", num_bytes or 0)
+    progress = Progress("download", max(0, (num_bytes or 0) - (part.stat().st_size if part.exists() else 0)))
     failures = 0
+    attempts = FIRST_ATTEMPTS
     while True:
         had = part.stat().st_size if part.exists() else 0
         if num_bytes is not None and had == num_bytes:
@@ -53,6 +53,7 @@ def _download(url: str, part: Path, num_bytes: int | None) -> None:
             _receive(url, part, had, progress)
             return
         except urllib.error.HTTPError as error:
+            attempts = ATTEMPTS
             if error.code == 416 and had:  # the beginning that is there is not one of this file, or is all of it
                 if num_bytes is None:
                     return
@@ -62,10 +63,13 @@ def _download(url: str, part: Path, num_bytes: int | None) -> None:
             reason, asked = f"{error.code} {error.reason}", error.headers.get("Retry-After", "")
         except (urllib.error.URLError, http.client.HTTPException, ConnectionError, TimeoutError) as error:
             reason, asked = str(getattr(error, "reason", error)) or type(error).__name__, ""
-        failures = 0 if part.exists() and part.stat().st_size > had else failures + 1
-        if failures == ATTEMPTS:
+        if part.exists() and part.stat().st_size > had:
+            attempts, failures = ATTEMPTS, 0
+        else:
+            failures += 1
+        if failures == attempts:
             raise InputError(
-                f"{url}: {reason}, {ATTEMPTS} times; the same command tries again from what has come, "
+                f"{url}: {reason}, {attempts} times; the same command tries again from what has come, "
                 "or fetch it elsewhere and give it with --input"
             )
         pause = min(float(asked) if asked.isdigit() else 2.0**failures, LONGEST_PAUSE_SECONDS)

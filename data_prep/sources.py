@@ -317,7 +317,7 @@ def _open_parquet(file: InputFile, reading: Reading) -> Any:
         raise InputError(f"{file.path}: parquet files need pyarrow: pip install -e '.[data]'") from error
     try:
         opened = pq.ParquetFile(file.path)
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise InputError(f"{file.path}: not a readable parquet file ({_first_line(error)}) (--input)") from error
     schema = opened.schema_arrow
     if reading.text_column not in schema.names:

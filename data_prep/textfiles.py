@@ -30,7 +30,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data_prep.codec import Codec, make_codec
-from data_prep.corpora import CORPORA, RemoteFile
+from data_prep.corpora import CORPORA
 from data_prep.download import fetch
 from data_prep.encode import EncodeTask, Part, Survey, SurveyTask, describe_file, encode_unit, hash_of, survey_unit
 from data_prep.errors import InputError, one_line_errors
@@ -70,8 +70,6 @@ class Options:
     """The field of .jsonl rows and the column of .parquet files that holds the text."""
     workers: int | None = None
     """Processes. All cores that are available unless given; the output does not depend on it."""
-    preset: str | None = None
-    """A named corpus (see data_prep/corpora.py): what it pins is downloaded and checked."""
 
 
 @dataclass(frozen=True)
@@ -88,21 +86,18 @@ class Source:
         return self.train + self.val
 
 
-def find_source(options: Options) -> Source:
+def find_source(options: Options, preset: str | None) -> Source:
     """The files that the options name, or that the preset names and that are downloaded now."""
     reading = Reading(options.split_documents_on, options.text_column)
     urls: list[str] = []
     train, val = options.input, options.val_input
-    if options.preset is not None:
-        corpus = CORPORA[options.preset]
-        if bool(train) != bool(val) and corpus.val:
-            raise InputError(f"{options.preset} is files of two kinds: give both --input and --val-input, or neither")
+    if preset is not None:
+        corpus = CORPORA[preset]
+        if bool(val) != bool(train and corpus.val):
+            needed = "both --input and --val-input" if corpus.val else "--input alone"
+            raise InputError(f"{preset} takes {needed}, or neither to download it")
         if not train:
-            downloads = options.out.parent / "downloads"
-            train, val = (
-                tuple(str(download(file, options.preset, downloads)) for file in files)
-                for files in (corpus.train, corpus.val)
-            )
+            train, val = download(preset, options.out.parent / "downloads")
         urls = [file.url for file in corpus.train + corpus.val]
     if not train:
         raise InputError("--input needs at least one file or folder, or python-docs")
@@ -119,15 +114,22 @@ def find_source(options: Options) -> Source:
     return source
 
 
-def download(file: RemoteFile, preset: str, downloads: Path) -> Path:
-    """One file of a preset; never one whose hash is not known."""
-    if file.sha256 is None:
-        raise InputError(f"no sha256 is pinned for {file.url}; fetch {preset}'s files and give them with --input")
-    return fetch(file.url, file.sha256, downloads, name=f"{preset}-{file.name}", num_bytes=file.num_bytes)
+def download(preset: str, folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The files of a preset's splits, fetched into `folder`; never one whose hash is not known."""
+    corpus = CORPORA[preset]
+    paths = {}
+    for file in corpus.train + corpus.val:
+        if file.sha256 is None:
+            raise InputError(f"no sha256 is pinned for {file.url}; fetch {preset}'s files and give them with --input")
+        paths[file] = folder / f"{preset}-{file.name}"
+    for file, path in paths.items():
+        fetch(file.url, str(file.sha256), path, num_bytes=file.num_bytes)
+    train, val = (tuple(str(paths[file]) for file in files) for files in (corpus.train, corpus.val))
+    return train, val
 
 
-def check_pins(preset: str, described: list[dict[str, Any]]) -> None:
-    """Files given in place of a preset's download must be its files."""
+def check_pins(preset: str, described: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Files given in place of a preset's download must be its files -> described by the preset's names."""
     corpus = CORPORA[preset]
     pinned = corpus.train + corpus.val
     if len(described) != len(pinned):
@@ -138,6 +140,7 @@ def check_pins(preset: str, described: list[dict[str, Any]]) -> None:
                 f"{found['name']}: its sha256 is {found['sha256'][:16]}..., but {preset}'s {file.name} has "
                 f"{file.sha256[:16]}...; to use it anyway give --input without the preset"
             )
+    return [found | {"name": file.name} for file, found in zip(pinned, described, strict=True)]
 
 
 def survey(units: list[Unit], options: Options, source: Source, workers: Workers) -> list[Survey]:
@@ -269,13 +272,13 @@ def check_options(options: Options) -> None:
         raise InputError(f"--out {options.out}: give the data directory a name of its own")
 
 
-def prepare(options: Options) -> Manifest:
-    """The whole stage. Raises InputError, with nothing finished touched, when the input is bad."""
+def prepare(options: Options, preset: str | None = None) -> Manifest:
+    """The whole stage; `preset` is a name in CORPORA. Raises InputError, with nothing finished touched, for bad input."""
     check_options(options)
     if options.out.is_symlink():  # what it points to is made or replaced, not the link
         options = dataclasses.replace(options, out=options.out.resolve())
     started = time.perf_counter()
-    source = find_source(options)
+    source = find_source(options, preset)
     before = states(source.files)
     train, val = (
         [unit for file in files for unit in plan_units(file, source.reading)] for files in (source.train, source.val)
@@ -284,8 +287,8 @@ def prepare(options: Options) -> Manifest:
     processes = num_workers(options, units)
     with Workers(processes) as workers:
         described = [result for _, result in sorted(workers.run(describe_file, source.files))]
-        if options.preset is not None:
-            check_pins(options.preset, described)
+        if preset is not None:
+            described = check_pins(preset, described)
         found = survey(units, options, source, workers)
     if not source.val:
         train, val = divide(units, found, options, source.reading)
@@ -310,7 +313,7 @@ def prepare(options: Options) -> Manifest:
         manifest = Manifest(about, byte_options(options), codec.describe(), splits)
         manifest.write(partial)
         put_in_place(partial, options.out)
-    report(options, manifest, time.perf_counter() - started)
+    report(options, manifest, sum(unit.num_bytes for unit in units), time.perf_counter() - started)
     return manifest
 
 
@@ -321,44 +324,41 @@ def num_workers(options: Options, units: list[Unit]) -> int:
     return min(wanted, len(units))
 
 
-def report(options: Options, manifest: Manifest, seconds: float) -> None:
-    source = manifest.source
-    num_bytes = sum(file["bytes"] for file in source["files"] + source.get("val_files", []))
+def report(options: Options, manifest: Manifest, num_bytes: int, seconds: float) -> None:
     print(
         f"{options.out}: {num_bytes:,} bytes, tokenizer {manifest.tokenizer['kind']} "
         f"(vocabulary {manifest.vocab_size:,}), {seconds:.1f} s, {num_bytes / seconds / 1e6:.1f} MB/s"
     )
     for name, split in manifest.splits.items():
         print(f"  {name:5} {split.tokens:>14,} tokens  {split.documents:>9,} documents  {len(split.shards)} shards")
-    if source["empty_documents"]:
-        print(f"  {source['empty_documents']:,} empty documents dropped")
+    if manifest.source["empty_documents"]:
+        print(f"  {manifest.source['empty_documents']:,} empty documents dropped")
     print(f"  fingerprint {manifest.fingerprint[:16]}")
 
 
-def parse(args: list[str]) -> Options:
-    """`[PRESET] [--flag value ...]`: a preset is the default of every flag."""
+def parse(args: list[str]) -> tuple[Options, str | None]:
+    """`[PRESET] [--flag value ...]` -> options and preset, which is the default of every flag."""
     import tyro  # not in the workers, which import this module too
 
     if not args or args[0].startswith("-"):
-        return tyro.cli(Options, args=args, description=__doc__)
+        return tyro.cli(Options, args=args, description=__doc__), None
     if args[0] not in CORPORA:
         raise InputError(f"no preset {args[0]!r}, only {', '.join(CORPORA)}; files are given with --input")
     corpus = CORPORA[args[0]]
-    preset = Options(
+    default = Options(
         input=(),
         out=Path("data") / args[0],
         tokenizer=corpus.tokenizer,
         val_fraction=corpus.val_fraction,
         split_documents_on=corpus.split_documents_on,
-        preset=args[0],
     )
-    return tyro.cli(Options, args=args[1:], default=preset, description=__doc__)
+    return tyro.cli(Options, args=args[1:], default=default, description=__doc__), args[0]
 
 
 def main(args: list[str] | None = None) -> None:
     try:
         with one_line_errors("textfiles"):
-            prepare(parse(sys.argv[1:] if args is None else args))
+            prepare(*parse(sys.argv[1:] if args is None else args))
     except KeyboardInterrupt as interruption:
         print(f"textfiles: {interruption or 'interrupted'}", file=sys.stderr, flush=True)
         sys.exit(130)

@@ -58,7 +58,12 @@ class Workers:
                 yield index, function(task)
             return
         try:
-            futures = {self._pool.submit(function, task): index for index, task in enumerate(tasks)}
+            # Workers are started here, and inherit this: Ctrl-C is for their parent alone, from their first moment.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                futures = {self._pool.submit(function, task): index for index, task in enumerate(tasks)}
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
             for future in as_completed(futures):
                 yield futures[future], future.result()
         except BrokenProcessPool as error:
@@ -68,8 +73,7 @@ class Workers:
 
 
 def _begin() -> None:
-    """A worker leaves Ctrl-C to its parent, and leaves when the parent is killed instead of waiting for ever."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    """A worker leaves when its parent is killed, instead of waiting for ever."""
     parent = multiprocessing.parent_process()
     assert parent is not None
 

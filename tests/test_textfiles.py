@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import json
 import os
 import subprocess
 import sys
@@ -366,3 +367,109 @@ def test_a_character_that_a_saved_tokenizer_lacks_is_named_with_its_file(finishe
     source = write(tmp_path / "other.txt", "zebra ~~~" * 20)
     done = textfiles("--input", source, "--out", str(tmp_path / "new"), "--tokenizer", str(finished))
     assert done.returncode == 2 and done.stderr.startswith(f"textfiles: {source}: character 'z' at 0 ")
+
+
+def write_rows(path: Path, texts: list[str]) -> str:
+    return write(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+@pytest.mark.parametrize(
+    ("lengths", "val_fraction", "num_val"),
+    [
+        ([10] * 10, 0.1, 1),
+        ([10] * 10, 0.11, 2),
+        ([10] * 10, 0.09, 1),
+        ([1, 1, 98], 0.1, 1),
+        ([10, 0, 0, 10, 0], 0.5, 1),
+        ([50, 40, 0, 10], 0.2, 2),
+    ],
+)
+@pytest.mark.parametrize("kind", ["rows", "split text", "two files"])
+def test_rows_and_split_documents_are_in_one_split_whole(
+    tmp_path: Path, lengths: list[int], val_fraction: float, num_val: int, kind: str
+) -> None:
+    texts = [chr(ord("a") + n) * length for n, length in enumerate(lengths)]
+    sources: tuple[str, ...] = (write_rows(tmp_path / "a.jsonl", texts),)
+    if kind == "split text":
+        sources = (write(tmp_path / "a.txt", "|".join(texts) + "|"),)
+    elif kind == "two files":
+        sources = (write_rows(tmp_path / "a.jsonl", texts[:2]), write_rows(tmp_path / "b.jsonl", texts[2:]))
+    options = Options(sources, tmp_path / "data", "byte", val_fraction, split_documents_on="|")
+    manifest = prepare(options)
+    kept = [text for text in texts if text]
+    assert bytes(tokens(tmp_path / "data", "train")).decode() == "".join(kept[:-num_val])
+    assert bytes(tokens(tmp_path / "data", "val")).decode() == "".join(kept[-num_val:])
+    assert [split.documents for split in manifest.splits.values()] == [len(kept) - num_val, num_val]
+    assert manifest.source["empty_documents"] == len(texts) - len(kept)
+
+
+def test_one_row_is_not_cut(tmp_path: Path) -> None:
+    for texts in (["a" * 100], ["a" * 99, "b"]):
+        source = write_rows(tmp_path / "a.jsonl", texts)
+        done = textfiles("--input", source, "--out", tmp_path / "data", "--tokenizer", "byte")
+        assert_one_line(done, "leaves a split empty", "kept whole")
+
+
+def test_a_validation_file_of_its_own(tmp_path: Path) -> None:
+    train, val = write(tmp_path / "train.txt", ALICE), write(tmp_path / "val.txt", "the end ~")
+    manifest = prepare(Options((train,), tmp_path / "data", "char", val_input=(val,)))
+    codec = load_codec(tmp_path / "data")
+    assert codec.decode_bytes(tokens(tmp_path / "data", "train")) == ALICE.encode()
+    assert codec.decode_bytes(tokens(tmp_path / "data", "val")) == b"the end ~"
+    assert [file["name"] for file in manifest.source["val_files"]] == ["val.txt"]
+    assert manifest.options["val_fraction"] is None
+
+
+def test_real_rows_by_gpt2(shared_data: Path, tmp_path: Path) -> None:
+    oracle = tiktoken.get_encoding("gpt2").encode_ordinary
+    path = shared_data / "fineweb_rows_15.parquet"
+    documents = pytest.importorskip("pyarrow.parquet").read_table(path)["text"].to_pylist()
+    manifest = prepare(Options((str(path),), tmp_path / "data", "gpt2", 0.3, shard_tokens=3000))
+    num_train = manifest.splits["train"].documents
+    assert tokens(tmp_path / "data", "train") == [i for text in documents[:num_train] for i in (EOT, *oracle(text))]
+    assert tokens(tmp_path / "data", "val") == [i for text in documents[num_train:] for i in (EOT, *oracle(text))]
+    share = sum(map(len, documents[num_train:])) / sum(map(len, documents))
+    assert 0.3 <= share < 0.3 + max(map(len, documents)) / sum(map(len, documents))
+
+
+def test_a_folder_is_read_in_order_and_the_rest_is_named(tmp_path: Path) -> None:
+    (tmp_path / "input" / "b").mkdir(parents=True)
+    write_rows(tmp_path / "input" / "b" / "2.jsonl", ["two", "", "three"])
+    write(tmp_path / "input" / "a.txt", "one")
+    write(tmp_path / "input" / "notes.md", "# not text for training")
+    done = textfiles("--input", "input", "--out", "data", "--tokenizer", "byte", "--val-fraction", "0.3", cwd=tmp_path)
+    assert done.returncode == 0
+    assert done.stderr == "textfiles: warning: input: left out 1 files of other kinds (1 .md)\n"
+    assert "1 empty documents dropped" in done.stdout
+    assert decoded(tmp_path / "data") == b"onetwothree"
+    manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
+    assert [file["name"] for file in manifest["source"]["files"]] == ["a.txt", "b/2.jsonl"]
+
+
+def test_a_flag_without_effect_is_told(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "a.jsonl", ["one", "two", "three"])
+    arguments = ("--input", source, "--out", tmp_path / "data", "--tokenizer", "byte", "--val-fraction", "0.4")
+    done = textfiles(*arguments, "--split-documents-on", "|")
+    assert "warning: --split-documents-on has no effect" in done.stderr
+    assert_one_line(textfiles(*arguments, "--split-documents-on", ""), "--split-documents-on")
+    assert_one_line(textfiles(*arguments, "--workers", "0"), "--workers 0")
+
+
+def test_what_the_tokenizer_gives_up_on_is_named_by_its_line(shared_data: Path, tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "a.jsonl", ["one", "two" + " " * 1_500_000 + "x", "three"])
+    done = textfiles("--input", source, "--out", tmp_path / "data", "--tokenizer", "gpt2", "--val-fraction", "0.4")
+    assert_one_line(done, f"{source}:2: tokenizer gpt2 gave up")
+
+
+def test_a_console_that_cannot_show_a_character_gets_its_escape(tmp_path: Path) -> None:
+    source = write(tmp_path / "\u00e9.txt", "caf\u00e9 \U0001f600 " * 9)
+    env = os.environ | {"LC_ALL": "C", "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    for script in (
+        [SCRIPT, "--input", source, "--tokenizer", "byte", "--out"],
+        [SCRIPT.replace("textfiles", "verify")],
+    ):
+        done = subprocess.run(
+            [sys.executable, *script, str(tmp_path / "\u00e9")], env=env, capture_output=True, text=True
+        )
+        assert (done.returncode, done.stderr) == (0, "")
+        assert "\\xe9" in done.stdout or "\\udcc3\\udca9" in done.stdout  # text, or a file's name
