@@ -9,22 +9,15 @@ A directory with such a name is complete: it was written elsewhere and renamed. 
 hashes are checked first, and DCP's pickled .metadata is read through an allow-list.
 """
 
-import io
 import json
-import pickle
 import re
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from data_prep.atomic import sha256_of_file
 from data_prep.codec import Codec, load_codec
@@ -99,86 +92,6 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-class AllowListUnpickler(pickle.Unpickler):
-    """Builds DCP's description of tensors, and refuses every other name before it is imported."""
-
-    ALLOWED = frozenset(
-        {
-            ("torch.distributed.checkpoint.metadata", name)
-            for name in (
-                "ChunkStorageMetadata",
-                "Metadata",
-                "MetadataIndex",
-                "StorageMeta",
-                "TensorProperties",
-                "TensorStorageMetadata",
-                "_MEM_FORMAT_ENCODING",
-            )
-        }
-        | {
-            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-            ("torch.serialization", "_get_layout"),
-            ("torch", "Size"),
-            ("pathlib", "Path"),
-            ("pathlib", "PosixPath"),
-            ("pathlib", "WindowsPath"),
-        }
-        | {("torch", name) for name in ("float32", "bfloat16", "float16", "float64", "int64", "uint8")}
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
-        return super().find_class(module, name)
-
-
-class SafeReader(dcp.FileSystemReader):
-    """DCP's reader with its pickle replaced by the allow-list, and for tensors only."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        path = Path(self.path) / ".metadata"
-        try:
-            metadata = AllowListUnpickler(io.BytesIO(path.read_bytes())).load()
-        except (
-            pickle.UnpicklingError,
-            EOFError,
-            AttributeError,
-            ValueError,
-            TypeError,
-            IndexError,
-            KeyError,
-        ) as error:
-            raise InputError(f"{path}: refused: {error}") from error
-        entries = metadata.state_dict_metadata.values() if isinstance(metadata, Metadata) else [None]
-        if not all(isinstance(entry, TensorStorageMetadata) for entry in entries):
-            raise InputError(f"{path}: refused: a checkpoint holds tensors only")
-        assert metadata.storage_meta is not None
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-def read_tensors(checkpoint: Path, into: dict[str, Tensor]) -> None:
-    """Fill the tensors of `into`, plain or sharded, from a checkpoint of any layout. Collective if there is a group."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        try:
-            dcp.load(dict(into), storage_reader=SafeReader(checkpoint), no_dist=not dist.is_initialized())
-        except (CheckpointException, RuntimeError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{checkpoint}: its tensors do not fit this model: {last_line_of(error)}") from error
-
-
-def last_line_of(error: BaseException) -> str:
-    """The line of a long message that says what happened."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
-
-
-def data_files_of(checkpoint: Path) -> set[str]:
-    """Names of the files that hold a checkpoint's tensors, as its metadata has them."""
-    return {entry.relative_path for entry in SafeReader(checkpoint).read_metadata().storage_data.values()}
-
-
 def model_tensors(model: GPT) -> dict[str, Tensor]:
     """The model's tensors by their names in a checkpoint."""
     return {f"model.{name}": tensor for name, tensor in model.state_dict().items() if name != TIED_NAME}
@@ -223,6 +136,8 @@ def load_trained(
 
     The model computes in `dtype`; its weights are fp32. Raises InputError in one line for anything unusable.
     """
+    from model.dcp_files import read_tensors
+
     checkpoint = find_checkpoint(name)
     model = GPT(model_config(read_state(checkpoint), checkpoint), compute_dtype=dtype)
     read_tensors(checkpoint, model_tensors(model))

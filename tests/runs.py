@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
+from model.dcp_files import read_tensors
 from model.gpt import build_model
 from model.trained import list_checkpoints
 from train.config import (
@@ -26,7 +27,7 @@ from train.config import (
     resolve,
 )
 from train.optim import build_optimizer
-from train.saves import checkpoint_tensors, read_tensors
+from train.saves import checkpoint_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 
