@@ -133,9 +133,12 @@ def test_metrics_rows_have_the_promised_keys(tiny_data: Path, tmp_path: Path) ->
     run(tiny_config(tiny_data, tmp_path / "run", steps=5), ALONE)
     trained = [row for row in rows(tmp_path / "run") if "loss" in row]
     validated = [row for row in rows(tmp_path / "run") if "val_loss" in row]
-    keys = "step tokens seconds loss lr grad_norm tokens_per_second mfu step_seconds data_wait_fraction"
-    assert list(trained[0]) == [*keys.split(), "peak_memory_gib", "flops"]
-    assert list(validated[0]) == ["step", "tokens", "val_loss", "val_bits_per_byte"]
+    axes = ["step", "tokens", "seconds", "flops"]
+    keys = "loss lr grad_norm tokens_per_second mfu step_seconds data_wait_fraction peak_memory_gib"
+    assert list(trained[0]) == [*axes, *keys.split(), "memory_retries", "eta_seconds"]
+    assert list(validated[0]) == [*axes, "val_loss", "val_loss_stderr", "val_bits_per_byte"]
+    assert [row["eta_seconds"] > 0 for row in trained] == [True] * 4 + [False]
+    assert validated[-1]["seconds"] == pytest.approx(trained[-1]["seconds"], abs=0.1)
     assert [row["tokens"] for row in trained] == [384 * n for n in range(1, 6)]
     assert all(row["mfu"] is None and 0 <= row["data_wait_fraction"] <= 1 for row in trained)
     assert trained[-1]["seconds"] == pytest.approx(sum(row["step_seconds"] for row in trained), abs=1e-3)

@@ -122,7 +122,7 @@ class Meters:
             "data_wait_fraction": round((data_wait_seconds - self._lap_data_wait) / lap_seconds, 4),
             "peak_memory_gib": round(peak_memory_gib(self._device), 3),
             "memory_retries": memory_retries(self._device),
-            "eta_seconds": round((self._num_steps - step) * lap_seconds / num_steps, 1),
+            "eta_seconds": round((self._num_steps - step) * lap_seconds / num_steps, 3),
         }
         self._lap_step, self._lap_seconds, self._lap_data_wait = step, seconds, data_wait_seconds
         return row

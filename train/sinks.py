@@ -29,15 +29,14 @@ class Sinks:
 
     def __init__(self, run_dir: Path, *, step: int | None, mesh: Mesh) -> None:
         self._metrics: TextIO | None = None
-        self._samples: TextIO | None = None
         self._log: TextIO | None = None
+        self._samples = run_dir / SAMPLES_FILE
         self.tracking: Tracking | None = None
         rows, samples = mesh.on_main(lambda: [drop_rows_after(run_dir / name, step) for name in KEPT_FILES])
         self.validated_steps = {row["step"] for row in rows if "val_loss" in row}
         self.sampled_steps = {row["step"] for row in samples}
         if mesh.is_main:
             self._metrics = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
-            self._samples = (run_dir / SAMPLES_FILE).open("a", encoding="utf-8")
             self._log = (run_dir / LOG_FILE).open("a", encoding="utf-8")
 
     def say(self, text: str) -> None:
@@ -67,19 +66,21 @@ class Sinks:
     def samples(self, step: int, samples: list[Sample]) -> None:
         """What the model said at `step`, to samples.jsonl and to people."""
         row = {"step": step, "samples": [asdict(sample) for sample in samples]}
-        if self._samples is not None:
-            self._samples.write(json.dumps(row) + "\n")
-            self._samples.flush()
-            for sample in samples:
-                self.say(f"step {step:>7}  sample {json.dumps(sample.prompt + sample.text)}")
-            if self.tracking is not None:
-                self.tracking.row(row)
+        if self._metrics is None:
+            return
+        with self._samples.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        for sample in samples:
+            self.say(f"step {step:>7}  sample {json.dumps(sample.prompt + sample.text)}")
+        if self.tracking is not None:
+            self.tracking.row(row)
 
     def make_durable(self) -> None:
         """Rows up to here survive a crash of the machine; called before each checkpoint."""
-        for file in (self._metrics, self._samples):
-            if file is not None:
-                os.fsync(file.fileno())
+        if self._metrics is not None:
+            os.fsync(self._metrics.fileno())
 
     def __enter__(self) -> "Sinks":
         return self
@@ -89,13 +90,15 @@ class Sinks:
     ) -> None:
         if self.tracking is not None:
             self.tracking.close(exit_code=0 if kind is None else 1)
-        for file in (self._metrics, self._samples, self._log):
+        for file in (self._metrics, self._log):
             if file is not None:
                 file.close()
 
 
 def drop_rows_after(path: Path, step: int | None) -> list[dict[str, Any]]:
     """Rewrite a file of rows with those up to `step`, and return them."""
+    if not path.exists():
+        return []
     rows = kept_rows(path, step)
     write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
     return rows
