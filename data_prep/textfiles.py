@@ -273,7 +273,7 @@ def check_options(options: Options) -> None:
 
 
 def prepare(options: Options, preset: str | None = None) -> Manifest:
-    """The whole stage; `preset` is a name in CORPORA. Raises InputError, with nothing finished touched, for bad input."""
+    """The whole stage, of a preset's files where one is named. InputError, with nothing finished touched, if bad."""
     check_options(options)
     if options.out.is_symlink():  # what it points to is made or replaced, not the link
         options = dataclasses.replace(options, out=options.out.resolve())
