@@ -161,11 +161,11 @@ class Shard:
     """One shard, memory-mapped. tokens: uint16 [num_tokens]."""
 
     path: Path
-    format: Format
     tokens: Tokens
     vocab_size: int
     eot_id: int | None
     documents: int
+    format: Format = "ladder"
 
     def document_starts(self) -> npt.NDArray[np.uint64]:
         """Offsets in `tokens` at which documents start, from the .idx beside the shard: uint64 [documents].
@@ -194,7 +194,7 @@ def open_shard(path: Path, format: Format = "ladder") -> Shard:
             tokens = np.memmap(path, dtype="<u2", mode="r")
         case _:
             return _map_with_header(path)
-    return Shard(path, format, tokens, 0, None, 0)
+    return Shard(path, tokens, 0, None, 0, format)
 
 
 def _map_array(path: Path) -> Tokens:
@@ -222,15 +222,9 @@ def _map_with_header(path: Path) -> Shard:
             f"{path}: truncated or altered: {size} bytes, but its header's {num_tokens} tokens make {expected}"
         )
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(num_tokens,))
-    is_ours = vocab_size > 0
-    return Shard(
-        path,
-        "ladder" if is_ours else "llm.c",
-        tokens,
-        vocab_size,
-        eot_id if is_ours and eot_id >= 0 else None,
-        documents,
-    )
+    if vocab_size == 0:
+        return Shard(path, tokens, 0, None, documents, "llm.c")
+    return Shard(path, tokens, vocab_size, eot_id if eot_id >= 0 else None, documents)
 
 
 class TokenStream:

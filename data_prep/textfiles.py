@@ -1,22 +1,29 @@
 """Text in, training shards out.
 
     python data_prep/textfiles.py tinyshakespeare
+    python data_prep/textfiles.py tinystories [--input TRAIN.txt --val-input VALID.txt]
     python data_prep/textfiles.py --input FILE|FOLDER... --out data/NAME --tokenizer char|byte|gpt2|FILE
-    python data_prep/textfiles.py --input stories.txt --split-documents-on '<|endoftext|>' --out data/stories \
-        --tokenizer gpt2
     python data_prep/textfiles.py --input python-docs --out data/python-docs --tokenizer char
 
-TIMES
+Presets (data_prep/corpora.py), whose files are fetched and checked: tinyshakespeare, tinystories, openwebtext-1of80;
+openwebtext checks the 80 files that --input gives.
+
+100 MB of short stories with `gpt2` take 12 s in one process and 7.6 s in two on two cores, 0.16 GB of memory each;
+with `char` 6.5 s (one process; the disk decides). One document of 100 MB takes 14 s and 0.42 GB with `gpt2`, 4 s and
+0.34 GB with `char`. Disk: twice the output while it is made. Tiny Shakespeare with `char` gives 1,003,854 training
+and 111,540 validation tokens.
 
 Input: plain text, .jsonl and .parquet (one document per row, its text in --text-column), .txt.gz and .jsonl.gz, and
-folders of these. Text is kept to the byte. Empty documents are dropped and counted.
+folders of these. A plain file is one document unless --split-documents-on says what stands between two. Text is kept
+to the byte, line ends around a document too; only documents without any character are dropped, and counted.
 
-The validation split is the last --val-fraction of all characters (or --val-input). A plain file that is one document
+The validation split is the last --val-fraction of all characters, or --val-input. A plain file that is one document
 is cut at that very character: with one file that is nanoGPT's cut. Any other document is kept whole: the cut moves
 back to its beginning, so that no row or story lies in both splits.
 
 The output is the same for any number of --workers. It appears whole, under its name, only when everything is written.
-Stopped or killed, the same command goes on from the parts that are finished (in .NAME.partial, beside --out).
+Stopped or killed, the same command goes on from the parts that are finished (in .NAME.partial, beside --out); a part
+of a file that has changed since, or of other options, is made again.
 """
 
 import dataclasses
@@ -273,7 +280,7 @@ def check_options(options: Options) -> None:
 
 
 def prepare(options: Options, preset: str | None = None) -> Manifest:
-    """The whole stage; `preset` is a name in CORPORA. Raises InputError, with nothing finished touched, for bad input."""
+    """The whole stage, of a preset's files where one is named. InputError, with nothing finished touched, if bad."""
     check_options(options)
     if options.out.is_symlink():  # what it points to is made or replaced, not the link
         options = dataclasses.replace(options, out=options.out.resolve())

@@ -60,12 +60,13 @@ def _leave(partial: Path) -> str:
 
 
 def put_in_place(partial: Path, out: Path) -> None:
-    """Give the finished directory its name; what stood there goes only once the new one is complete."""
-    shutil.rmtree(partial / PARTS)
+    """Give the finished directory its name; what stood there, and the parts, go only once the new one is complete."""
     replaced = out.with_name(f".{out.name}.replaced")
     shutil.rmtree(replaced, ignore_errors=True)
+    replaced.mkdir()
+    (partial / PARTS).rename(replaced / PARTS)
     if out.exists():
-        out.rename(replaced)
+        out.rename(replaced / out.name)
     partial.rename(out)
     fsync_directory(out.parent)
     shutil.rmtree(replaced, ignore_errors=True)

@@ -8,7 +8,7 @@ one line per fault and exit status 1 (2 when the manifest or the tokenizer canno
 
 `--adopt` gives ready-made token files a manifest and a tokenizer first, in place, without touching them: the shards of
 llm.c and modded-nanogpt (*_train_*.bin), nanoGPT's train.bin and val.bin, build-nanogpt's *.npy. Then they can be
-trained on and verified like any other data.
+trained on and verified like any other data. That reads every byte three times.
 """
 
 import hashlib

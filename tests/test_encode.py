@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 import tiktoken
 
-from data_prep import sources, textfiles
+from data_prep import sources, textfiles, workers
 from data_prep.encode import BLOCK_TOKENS, Part, encode_unit, read_part, write_part
 from data_prep.errors import InputError
 from data_prep.pack import pack_split
@@ -78,7 +79,7 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def finished(stories: Path) -> Path:
     """The stories by bytes, in one process."""
     out = stories.parent / "finished"
-    prepare(Options((str(stories),), out, "byte", shard_tokens=50_000, workers=1))
+    prepare(Options((str(stories),), out, "byte", shard_tokens=5_000, workers=1))
     return out
 
 
@@ -111,11 +112,11 @@ def test_a_part_that_is_not_sound_or_not_of_this_input_is_not_used(tmp_path: Pat
     assert read_part(tmp_path / "one", {"key": 2 if damage == "key" else 1}) is None
 
 
-@pytest.mark.parametrize("workers", [2, 3])
+@pytest.mark.parametrize("num_workers", [2, 3])
 def test_the_same_bytes_for_any_number_of_processes(
-    stories: Path, finished: Path, tmp_path: Path, workers: int
+    stories: Path, finished: Path, tmp_path: Path, num_workers: int
 ) -> None:
-    prepare(Options((str(stories),), tmp_path / "out", "byte", shard_tokens=50_000, workers=workers))
+    prepare(Options((str(stories),), tmp_path / "out", "byte", shard_tokens=5_000, workers=num_workers))
     assert contents(tmp_path / "out") == contents(finished)
     assert names(tmp_path) == ["out"]
 
@@ -165,25 +166,26 @@ def test_pack_split_keeps_order_and_places(tmp_path: Path, finished: Path) -> No
     assert (info.tokens, info.documents, len(info.shards)) == (15, 3, 4)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [1, 2])
 def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(
-    stories: Path, finished: Path, tmp_path: Path, workers: int
+    stories: Path, finished: Path, tmp_path: Path, num_workers: int
 ) -> None:
-    arguments = ["--input", str(stories), "--out", "out", "--tokenizer", "byte", "--shard-tokens", "50000"]
-    parts = tmp_path / ".out.partial" / "parts"
-    for count in (1, 6):
-        process = start(*arguments, "--workers", str(workers), cwd=tmp_path)
-        wait_for_parts(parts, count, process)
+    arguments = ["--input", str(stories), "--out", "out", "--tokenizer", "byte", "--shard-tokens", "5000"]
+    partial = tmp_path / ".out.partial"
+    for awaited in ("parts/*.json", "train_000000.bin"):  # while encoding, while packing
+        process = start(*arguments, "--workers", str(num_workers), cwd=tmp_path)
+        while process.poll() is None and not list(partial.glob(awaited)):
+            time.sleep(0.002)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    had = {path: path.stat().st_mtime_ns for path in parts.glob("*.part")} if parts.exists() else {}
-    assert had or (tmp_path / "out").exists()
-    process = start(*arguments, "--workers", str(workers), cwd=tmp_path)
+        assert process.returncode == -signal.SIGKILL
+        assert list(partial.glob("parts/*.part"))
+        assert not (tmp_path / "out").exists()
+    process = start(*arguments, "--workers", str(num_workers), cwd=tmp_path)
     _, said = process.communicate()
     assert process.returncode == 0, said
-    if had:
-        assert "parts were there from an earlier run" in said
+    assert "13 of 13 parts were there from an earlier run" in said
     assert contents(tmp_path / "out") == contents(finished)
     assert names(tmp_path) == ["out"]
 
@@ -191,14 +193,14 @@ def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(
 def test_workers_leave_when_their_parent_is_killed(big: Path, tmp_path: Path) -> None:
     process = start("--input", big, "--out", "out", "--tokenizer", "byte", "--workers", "2", cwd=tmp_path)
     wait_for_parts(tmp_path / ".out.partial" / "parts", 1, process)
-    workers = children(process.pid)
-    assert len(workers) >= 2
+    started = children(process.pid)
+    assert len(started) >= 2
     process.kill()
     process.communicate()
     deadline = time.monotonic() + 20
-    while any(is_alive(worker) for worker in workers) and time.monotonic() < deadline:
+    while any(is_alive(worker) for worker in started) and time.monotonic() < deadline:
         time.sleep(0.02)
-    assert not any(is_alive(worker) for worker in workers)
+    assert not any(is_alive(worker) for worker in started)
 
 
 def test_a_killed_worker_ends_the_run_with_one_line(big: Path, tmp_path: Path) -> None:
@@ -319,3 +321,17 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path: Path, monkeyp
     with pytest.raises(InputError, match="changed while it was read"):
         prepare(Options((str(folder),), tmp_path / "out", "byte"))
     assert not (tmp_path / "out").exists()
+
+
+def test_progress_is_in_plain_lines(
+    stories: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(workers, "REPORT_SECONDS", 0.0)
+    prepare(Options((str(stories),), tmp_path / "out", "byte"))
+    lines = capsys.readouterr().err.splitlines()
+    rates = r"[\d.]+ of [\d.]+ MB  [\d.]+ MB/s  [\d,]+ documents"
+    assert sum(bool(re.fullmatch(rf"survey  {rates}  \d+ s left", line)) for line in lines) == 12
+    assert (
+        sum(bool(re.fullmatch(rf"encode  {rates}  [\d,]+ tokens  [\d,]+ tokens/s  \d+ s left", line)) for line in lines)
+        == 13
+    )
