@@ -25,6 +25,8 @@ lint: .venv/.dev
 
 bench: .venv/.base
 	$(BIN)/python benchmarks/bench_step.py
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 benchmarks/bench_step.py
+	$(BIN)/python benchmarks/bench_batches.py
 
 .venv/.base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
