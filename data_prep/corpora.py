@@ -1,7 +1,8 @@
 """Named corpora for `textfiles.py NAME`: where their files are, what they must hash to, how they are read.
 
-Sources of the hashes: Tiny Shakespeare's is of the file itself. The others are the Git LFS object ids that the Hub
-shows for the pinned revision (of OpenWebText's 80 files only the first one's is known here, so only that is fetched).
+Sources of the hashes: Tiny Shakespeare's is of the file itself. The others are as several public repositories give
+them, one quoting the Hub's Git LFS ids; none of these files was downloaded to check (of OpenWebText's 80 files only the
+first one's hash is known here, so only that is fetched).
 """
 
 from dataclasses import dataclass
