@@ -2,7 +2,7 @@
 
     python benchmarks/bench_step.py                                        # about a minute on 2 CPU cores
     torchrun --standalone --nproc_per_node=2 benchmarks/bench_step.py      # two processes, DDP on both sides
-    python benchmarks/bench_step.py --preset gpt2-small --windows 64       # on a GPU
+    python benchmarks/bench_step.py --preset gpt2-small --windows 64 --vocab-size 50257      # on a GPU
 
 The two run in turn, in blocks of steps after a warm-up, and the bare loop runs twice in each round: its ratio to
 itself (the A/A control) tells how far the machine can be trusted. Last line: JSON. Expect the 95 % interval of
@@ -54,6 +54,8 @@ class Options:
     """Model, batch and precision to time."""
     windows: int = 32
     """Windows per step of all processes (a process's micro-batch is at most the preset's)."""
+    vocab_size: int = 256
+    """The model's vocabulary. The tokens that are read are bytes, whatever it is."""
     loss: Literal["plain", "chunked"] = "plain"
     """Our side's cross-entropy; the bare loop's is always plain."""
     rounds: int = 12
@@ -130,6 +132,8 @@ def configured(options: Options, folder: Path) -> Config:
     text = folder / "text.txt"
     text.write_text("A line of text that stands for any other.\n" * 20_000, encoding="utf-8")
     prepare(TextOptions(input=(str(text),), out=folder / "data", tokenizer="byte"))
+    if options.vocab_size < 256:
+        raise InputError(f"--vocab-size {options.vocab_size} must be at least 256: the text is read as bytes")
     if options.preset not in PRESETS:
         raise InputError(f"--preset {options.preset}: there are {', '.join(PRESETS)}")
     preset = PRESETS[options.preset]
@@ -144,7 +148,7 @@ def configured(options: Options, folder: Path) -> Config:
         sample=SampleConfig(every=None),
         track=TrackConfig(wandb="disabled"),
     )
-    return with_vocabulary(resolve(config), read_manifest(folder / "data").vocab_size)
+    return with_vocabulary(resolve(config), options.vocab_size)
 
 
 def measure(options: Options, config: Config, mesh: Mesh) -> dict[str, object]:
@@ -168,6 +172,7 @@ def measure(options: Options, config: Config, mesh: Mesh) -> dict[str, object]:
     return {
         "preset": options.preset,
         "processes": mesh.world,
+        "vocab_size": config.model.vocab_size,
         "loss": config.train.loss,
         "tokens_per_step": config.train.batch_tokens,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
