@@ -1,20 +1,22 @@
 """The largest micro-batch that fits: the search on a model of memory, what is kept, and what a CPU is told."""
 
-import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from data_prep.errors import InputError
-from model.gpt import build_model
+from data_prep.manifest import read_manifest
 from tests.runs import tiny_config
-from train.config import Config
-from train.fit import divisors, find_micro_batch, largest_that_fits, recorded_micro_batch
-from train.losses import Objective
+from train.config import Config, with_vocabulary
+from train.fit import divisors, kept_micro_batch, largest_that_fits, with_micro_batch
+from train.main import run
 from train.mesh import Mesh
+from train.run_dir import RunDirectory
 
+ALONE = Mesh(0, 1, torch.device("cpu"))
 SIZES = divisors(512)
 
 
@@ -55,35 +57,32 @@ def test_not_even_one_window() -> None:
         largest_that_fits(SIZES, lambda windows: None, budget=920)
 
 
-def automatic(data: Path, run_dir: Path) -> Config:
-    config = tiny_config(data, run_dir)
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch="auto"))
+def test_only_what_was_found_on_such_a_gpu_is_kept() -> None:
+    assert kept_micro_batch({"micro_batch": 32, "device": "NVIDIA H200"}, "NVIDIA H200") == 32
+    assert kept_micro_batch({"micro_batch": 32, "device": "NVIDIA H200"}, "NVIDIA L4") is None
+    assert kept_micro_batch({}, "NVIDIA H200") is None
 
 
-@pytest.mark.parametrize(("recorded", "world", "expected"), [(4, 1, 4), (4, 2, 3), (12, 3, 4), (1, 4, 1)])
-def test_what_was_found_is_kept_or_fitted_to_another_world(
-    tiny_data: Path, tmp_path: Path, recorded: int, world: int, expected: int
-) -> None:
-    saved = {"config": {"train": {"micro_batch": recorded}}, "data": ""}
-    (tmp_path / "config.json").write_text(json.dumps(saved))
-    assert recorded_micro_batch(automatic(tiny_data, tmp_path), world).train.micro_batch == expected
+def test_what_was_found_stays_in_config_json(tiny_data: Path, tmp_path: Path) -> None:
+    """Over a resumed attempt, whatever the other settings that may change; and is lost with the run it was found by."""
+    found = {"micro_batch": 3, "device": "NVIDIA H200"}
+    config = tiny_config(tiny_data, tmp_path / "run", steps=5)
+    with RunDirectory(config, read_manifest(tiny_data).fingerprint, ALONE) as directory:
+        directory.record(found)
+    run(config, ALONE)  # no checkpoint had been made, so this is another run
+    assert config_json(config)["found"] == {}
+    with RunDirectory(with_vocabulary(config, 33), read_manifest(tiny_data).fingerprint, ALONE) as directory:
+        directory.record(found)
+    run(with_micro_batch(config, 4), ALONE)
+    assert config_json(config)["found"] == found
 
 
-def test_nothing_is_kept_of_a_run_that_found_nothing(tiny_data: Path, tmp_path: Path) -> None:
-    config = automatic(tiny_data, tmp_path)
-    assert recorded_micro_batch(config, 1) == config
-    for text in ('{"config": {"train": {"micro_batch": "auto"}}}', "{", "[]"):
-        (tmp_path / "config.json").write_text(text)
-        assert recorded_micro_batch(config, 1) == config
-
-
-def test_a_number_on_the_command_line_wins(tiny_data: Path, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"config": {"train": {"micro_batch": 4}}}')
-    assert recorded_micro_batch(tiny_config(tiny_data, tmp_path), 1).train.micro_batch == 6
+def config_json(config: Config) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((config.directory / "config.json").read_text())
+    return content
 
 
 def test_a_cpu_cannot(tiny_data: Path, tmp_path: Path) -> None:
-    config = automatic(tiny_data, tmp_path)
-    objective = Objective(build_model(config.model, seed=1), chunked=False)
+    config = tiny_config(tiny_data, tmp_path / "run", micro_batch="auto")
     with pytest.raises(InputError, match="give a number on a CPU"):
-        find_micro_batch(config, objective, Mesh(0, 1, torch.device("cpu")))
+        run(config, ALONE)

@@ -12,7 +12,7 @@ from model.gpt import build_model
 from train import parallel, saves
 from train.batches import BatchPlan, Prefetcher, Windows, plan_batches
 from train.config import Config, settings_without_effect
-from train.fit import find_micro_batch
+from train.fit import settle_micro_batch
 from train.loop import Run
 from train.mesh import Mesh
 from train.meters import Meters, Startup, device_peak_flops
@@ -37,8 +37,7 @@ def assemble(
     objective = parallel.build_objective(model, config)
     optimizer = build_optimizer(model, config.optim)
     if config.train.micro_batch == "auto":
-        config = find_micro_batch(config, objective, mesh)
-        directory.record(config)
+        config = settle_micro_batch(config, objective, directory, mesh)
     plan = plan_batches(config, mesh.world)
     windows, validation, sampler = mesh.on_all(lambda: open_data(config, plan, codec))
     module = parallel.wrap(objective, mesh)

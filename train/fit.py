@@ -5,8 +5,8 @@ one where it does not. A run does this once: what was found stands in its config
 """
 
 import dataclasses
-import json
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -15,41 +15,45 @@ from train.batches import plan_batches
 from train.config import Config
 from train.losses import Objective
 from train.mesh import Mesh
+from train.run_dir import RunDirectory
 
 # Of the GPU's memory. The rest is for NCCL's buffers, samples and what fragmentation costs over a long run.
 USABLE = 0.92
 
 
-def recorded_micro_batch(config: Config, world: int) -> Config:
-    """`config` with the micro-batch that this run found earlier, or the next that `world` processes can share."""
-    path = config.directory / "config.json"
-    if config.train.micro_batch != "auto" or not path.is_file():
-        return config
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))["config"]["train"]["micro_batch"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        return config  # a damaged file is reported where the run is compared with it
-    if not isinstance(found, int):
-        return config
-    shares = divisors(plan_batches(config, world).windows_per_rank)
-    return with_micro_batch(config, max(share for share in shares if share <= max(1, found)))
+def settle_micro_batch(config: Config, objective: Objective, directory: RunDirectory, mesh: Mesh) -> Config:
+    """`config` with the largest micro-batch that fits on every rank, in place of auto. Collective.
 
-
-def find_micro_batch(config: Config, objective: Objective, mesh: Mesh) -> Config:
-    """`config` with the largest micro-batch that fits on every rank. Collective. InputError without a GPU."""
+    What this run found on this kind of GPU stays; other numbers of processes take the next one that they can share.
+    InputError without a GPU.
+    """
     if mesh.device.type != "cuda":
         raise InputError("--train.micro-batch auto measures a GPU's memory; give a number on a CPU, such as 16")
-    free, total = torch.cuda.mem_get_info(mesh.device)
-    held = torch.cuda.memory_reserved(mesh.device)
-    budget = int(free + held - (1 - USABLE) * total)
+    shares = divisors(plan_batches(config, mesh.world).windows_per_rank)
+    name = torch.cuda.get_device_name(mesh.device)
+    found = mesh.on_main(lambda: kept_micro_batch(directory.found, name))
+    if found is None:
+        found = min(mesh.gather(mesh.on_all(lambda: search(config, objective, shares, mesh.device))))
+        directory.record({"micro_batch": found, "device": name})
+    return with_micro_batch(config, max(share for share in shares if share <= found))
+
+
+def kept_micro_batch(found: dict[str, Any], device_name: str) -> int | None:
+    """What config.json says was found on such a GPU; None for nothing."""
+    return found["micro_batch"] if found.get("device") == device_name else None
+
+
+def search(config: Config, objective: Objective, shares: Sequence[int], device: torch.device) -> int:
+    free, total = torch.cuda.mem_get_info(device)
+    budget = int(free + torch.cuda.memory_reserved(device) - (1 - USABLE) * total)
 
     def measure(windows: int) -> int | None:
-        return peak_bytes(objective, windows, config.train.seq_len, mesh.device)
+        return peak_bytes(objective, windows, config.train.seq_len, device)
 
-    shares = divisors(plan_batches(config, mesh.world).windows_per_rank)
-    found = mesh.on_all(lambda: largest_that_fits(shares, measure, budget))
-    torch.cuda.reset_peak_memory_stats(mesh.device)
-    return with_micro_batch(config, min(mesh.gather(found)))
+    try:
+        return largest_that_fits(shares, measure, budget)
+    finally:
+        torch.cuda.reset_peak_memory_stats(device)
 
 
 def largest_that_fits(sizes: Sequence[int], measure: Callable[[int], int | None], budget: int) -> int:

@@ -28,7 +28,6 @@ from train import parallel
 from train.assemble import assemble
 from train.batches import BatchPlan, plan_batches
 from train.config import Config, parse, settings_without_effect, with_vocabulary
-from train.fit import recorded_micro_batch
 from train.loop import Run, train
 from train.mesh import Mesh, open_mesh
 from train.meters import Startup
@@ -73,7 +72,6 @@ def run(config: Config, mesh: Mesh, startup: Startup | None = None) -> None:
     config = with_vocabulary(config, manifest.vocab_size)
     refuse_disagreement(config, manifest.fingerprint, mesh)
     parallel.check_mode(config, mesh.world)
-    config = mesh.on_main(lambda: recorded_micro_batch(config, mesh.world))
     plan_batches(config, mesh.world)
     set_numerics(config.train, mesh.device)
     with (

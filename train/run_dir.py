@@ -55,6 +55,7 @@ class RunDirectory:
         self._step = 0
         self._ended = False
         self._lock = RunLock(self.path)
+        self.found: dict[str, Any] = {}  # known to rank 0
 
     def __enter__(self) -> "RunDirectory":
         claimed = self._mesh.on_main(self._claim)
@@ -108,7 +109,7 @@ class RunDirectory:
             return  # nothing of another run to protect
         try:
             before = json.loads(path.read_text(encoding="utf-8"))
-            old, old_data = before["config"], before["data"]
+            old, old_data, self.found = before["config"], before["data"], before["found"]
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
             raise InputError(
                 f"{path}: damaged ({error}); the run cannot be compared with what was asked for"
@@ -125,11 +126,12 @@ class RunDirectory:
             )
 
     def _write_config(self) -> None:
-        write_json_atomically(self.path / "config.json", {"config": self._config.to_json(), "data": self._fingerprint})
+        content = {"config": self._config.to_json(), "data": self._fingerprint, "found": self.found}
+        write_json_atomically(self.path / "config.json", content)
 
-    def record(self, config: Config) -> None:
-        """The configuration with what set-up found out (--train.micro-batch auto), for this run's later attempts."""
-        self._config = config
+    def record(self, found: dict[str, Any]) -> None:
+        """Keep in config.json what set-up found out (train/fit.py), for this run's later attempts."""
+        self.found = found
         if self._mesh.is_main:
             self._write_config()
 
