@@ -37,7 +37,7 @@ from model.gpt import build_model
 from train.assemble import assemble
 from train.batches import plan_batches
 from train.config import Config, DataConfig, SampleConfig, TrackConfig, TrainConfig, resolve, with_vocabulary
-from train.loop import Run, garbage_collected_by_hand, take_step, warm_up
+from train.loop import Run, garbage_collected_by_hand, record, take_step, warm_up
 from train.mesh import Mesh, open_mesh
 from train.meters import Startup
 from train.numerics import compute_dtype, set_numerics
@@ -67,9 +67,11 @@ class Options:
 def bare_step(config: Config, mesh: Mesh) -> Callable[[], None]:
     """A step of a loop without anything of ours around the model, on fixed random tokens."""
     plain = build_model(config.model, seed=1, device=mesh.device, compute_dtype=compute_dtype(config.train))
+    score = F.cross_entropy
     if config.train.compile:
         for block in plain.blocks:
             block.compile()
+        score = torch.compile(score)
     model = DistributedDataParallel(plain, gradient_as_bucket_view=True) if mesh.world > 1 else plain
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     plan = plan_batches(config, mesh.world)
@@ -81,7 +83,7 @@ def bare_step(config: Config, mesh: Mesh) -> Callable[[], None]:
             if isinstance(model, DistributedDataParallel):
                 model.require_backward_grad_sync = index == len(tokens) - 1
             logits = model(rows[:, :-1])[..., : config.model.vocab_size].float()
-            loss = F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten())
+            loss = score(logits.flatten(0, 1), rows[:, 1:].flatten())
             (loss / len(tokens)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -91,14 +93,14 @@ def bare_step(config: Config, mesh: Mesh) -> Callable[[], None]:
 
 
 def our_step(run: Run) -> Callable[[], None]:
-    """A step of train/loop.py as `train` takes it, its results read one step late."""
+    """A step of train/loop.py as `train` takes it, its results read one step late and logged when it is their turn."""
     reports = []
 
     def step() -> None:
         reports.append(take_step(run))
         run.progress = reports[-1].progress
         if len(reports) > 1:
-            reports.pop(0).results.tolist()
+            record(run, reports.pop(0))
 
     run.meters.start()
     warm_up(run)
@@ -160,7 +162,7 @@ def measure(options: Options, config: Config, mesh: Mesh) -> dict[str, object]:
     ):
         run = assemble(config, mesh, manifest, directory, stops, Startup(time.perf_counter()))
         with run.sinks, garbage_collected_by_hand():
-            ours, bare = our_step(run), bare_step(config, mesh)
+            ours, bare = our_step(run), bare_step(run.config, mesh)
             seconds_of(ours, options.block, mesh), seconds_of(bare, options.block, mesh)
             rounds = [
                 [seconds_of(step, options.block, mesh) for step in (bare, ours, bare)] for _ in range(options.rounds)

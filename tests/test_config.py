@@ -102,11 +102,28 @@ def test_a_mode_that_does_not_fit_is_refused_before_anything_is_touched(tmp_path
 
 def test_a_setting_without_effect_is_named() -> None:
     config = parsed("--optim.schedule", "constant", "--optim.lr-final", "1e-5", "--train.steps", "300")
-    assert [line.split(" ")[0] for line in settings_without_effect(config, "cuda")] == [
+    assert [line.split(" ")[0] for line in settings_without_effect(config, "cuda", 1)] == [
         "--optim.lr-final",
         "--optim.warmup-steps",
     ]
-    assert settings_without_effect(parsed(), "cuda") == []
+    assert settings_without_effect(parsed(), "cuda", 8) == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--trace 30000:30001", "--trace 30000:30001 has no effect: the run has 19073 steps"),
+        ("--trace 1:2 --trace-ranks 3 7", "--trace-ranks 3 7: there are only ranks 0 to 1"),
+        ("--trace-ranks 1", "--trace-ranks has no effect without --trace"),
+        ("--track.wandb disabled --track.tags a b", "have no effect with --track.wandb disabled"),
+        ("--sample.every None --sample.tokens 5", "have no effect with --sample.every None"),
+        ("--optim.warmdown-fraction 0.5", "has no effect with --optim.schedule cosine"),
+        ("--train.dtype tf32", "--train.dtype tf32 has no effect on a CPU"),
+    ],
+)
+def test_every_setting_without_effect_is_named(flags: str, said: str) -> None:
+    (line,) = settings_without_effect(parsed(*flags.split()), "cpu", 2)
+    assert said in line
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -10,8 +10,9 @@ import torch
 from data_prep.errors import InputError
 from data_prep.manifest import read_manifest
 from tests.runs import tiny_config
+from train.batches import divisors
 from train.config import Config, with_vocabulary
-from train.fit import divisors, kept_micro_batch, largest_that_fits, with_micro_batch
+from train.fit import kept_micro_batch, largest_that_fits, with_micro_batch
 from train.main import run
 from train.mesh import Mesh
 from train.run_dir import RunDirectory
@@ -57,15 +58,16 @@ def test_not_even_one_window() -> None:
         largest_that_fits(SIZES, lambda windows: None, budget=920)
 
 
-def test_only_what_was_found_on_such_a_gpu_is_kept() -> None:
-    assert kept_micro_batch({"micro_batch": 32, "device": "NVIDIA H200"}, "NVIDIA H200") == 32
-    assert kept_micro_batch({"micro_batch": 32, "device": "NVIDIA H200"}, "NVIDIA L4") is None
-    assert kept_micro_batch({}, "NVIDIA H200") is None
+def test_only_what_was_found_under_these_conditions_is_kept() -> None:
+    conditions = {"device": "NVIDIA H200", "loss": "plain"}
+    assert kept_micro_batch({"micro_batch": 32, "conditions": conditions}, dict(conditions)) == 32
+    assert kept_micro_batch({"micro_batch": 32, "conditions": conditions}, conditions | {"loss": "chunked"}) is None
+    assert kept_micro_batch({}, conditions) is None
 
 
 def test_what_was_found_stays_in_config_json(tiny_data: Path, tmp_path: Path) -> None:
     """Over a resumed attempt, whatever the other settings that may change; and is lost with the run it was found by."""
-    found = {"micro_batch": 3, "device": "NVIDIA H200"}
+    found = {"micro_batch": 3, "conditions": {"device": "NVIDIA H200"}}
     config = tiny_config(tiny_data, tmp_path / "run", steps=5)
     with RunDirectory(config, read_manifest(tiny_data).fingerprint, ALONE) as directory:
         directory.record(found)

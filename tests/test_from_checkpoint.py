@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from data_prep.textfiles import Options, prepare
 from model.trained import find_checkpoint, load_trained
 from tests.corpus import make_text
 from tests.runs import curve, rows, tiny_config, validations
+from tests.test_exact import cut_back
 from train.config import Config
 from train.main import run
 from train.mesh import Mesh
@@ -49,9 +51,23 @@ def test_the_same_command_continues_the_new_run(old: Path, tiny_data: Path, tmp_
     run(config, ALONE)
     assert rows(tmp_path / "new") == before
     assert "continuing from" in (tmp_path / "new" / "log.txt").read_text()
-    assert json.loads((tmp_path / "new" / "config.json").read_text())["config"]["from_checkpoint"] == str(old)
+    assert json.loads((tmp_path / "new" / "config.json").read_text())["config"]["from_checkpoint"] == f"{old}@20"
+    run(continued(tiny_data, tmp_path / "new", f"{old}/../{old.name}/"), ALONE)  # the same, spelled otherwise
+    run(continued(tiny_data, tmp_path / "new", f"{old}@20"), ALONE)
     with pytest.raises(InputError, match=r"is another run: --from-checkpoint .*@10 \(was "):
         run(continued(tiny_data, tmp_path / "new", f"{old}@10"), ALONE)
+
+
+def test_the_newest_of_a_run_that_goes_on_is_chosen_once(old: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """A start that was killed before its first checkpoint, and the old run has got further meanwhile."""
+    cut_back(old, tmp_path / "old", step=10)
+    config = continued(tiny_data, tmp_path / "new", str(tmp_path / "old"))
+    run(config, ALONE)
+    shutil.rmtree(tmp_path / "new" / "checkpoints")
+    shutil.copytree(old / "checkpoints" / "step_00000020", tmp_path / "old" / "checkpoints" / "step_00000020")
+    run(config, ALONE)
+    assert (tmp_path / "new" / "log.txt").read_text().count("weights from") == 2
+    assert "step_00000020" not in (tmp_path / "new" / "log.txt").read_text()
 
 
 def test_what_does_not_fit_is_named(old: Path, tiny_data: Path, tmp_path: Path) -> None:

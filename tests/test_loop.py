@@ -6,18 +6,25 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from model.gpt import build_model
+from tests.groups import run_on_ranks
 from tests.runs import ROOT, curve, rows, status, tiny_config, tiny_flags
+from tests.test_exact import cut_back
 from train import loop
 from train import losses as train_losses
+from train.batches import Windows
 from train.config import Config, SampleConfig
 from train.main import run
 from train.mesh import Mesh
+from train.parallel import build_objective
 
 ALONE = Mesh(0, 1, torch.device("cpu"))
 
@@ -30,12 +37,8 @@ def graphs_compiled() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-@pytest.mark.parametrize("loss", ["plain", "chunked"])
-def test_nothing_is_compiled_once_training_has_begun(
-    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str
-) -> None:
-    """Steps, validations (the last batch of each is short), samples and saves all meet graphs that are there."""
-    monkeypatch.setattr(train_losses, "CHUNK_TOKENS", 64)
+def counts_before_each_step(config: Config, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Graphs that were compiled when each step began, and in the end."""
     counts: list[int] = []
     take_step = loop.take_step
 
@@ -43,17 +46,58 @@ def test_nothing_is_compiled_once_training_has_begun(
         counts.append(graphs_compiled())
         return take_step(run)
 
-    monkeypatch.setattr(loop, "take_step", counting)
     torch._dynamo.reset()
     counters.clear()
-    config = tiny_config(tiny_data, tmp_path / "run", steps=20, compile=True, loss=loss)
-    run(sampling(dataclasses.replace(config, validate=dataclasses.replace(config.validate, every=5))), ALONE)
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "take_step", counting)
+        run(config, ALONE)
+    return [*counts, graphs_compiled()]
+
+
+@pytest.mark.parametrize("loss", ["plain", "chunked"])
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_nothing_is_compiled_once_training_has_begun(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str, activation_checkpointing: bool
+) -> None:
+    """Steps, validations (the last batch of each is short), samples and saves all meet graphs that are there.
+
+    Three with gradients (all blocks, the last norm, the loss) and three without; after a resume too.
+    """
+    monkeypatch.setattr(train_losses, "CHUNK_TOKENS", 64)
+    options: dict[str, Any] = {"loss": loss, "activation_checkpointing": activation_checkpointing}
+    config = sampling(tiny_config(tiny_data, tmp_path / "run", steps=20, compile=True, **options))
+    config = dataclasses.replace(config, validate=dataclasses.replace(config.validate, every=5))
+    assert counts_before_each_step(config, monkeypatch) == [6] * 21
     assert len([row for row in rows(tmp_path / "run") if "val_loss" in row]) == 5
     assert len((tmp_path / "run" / "samples.jsonl").read_text().splitlines()) == 4
-    # Blocks and the last norm, the token losses: with and without gradients; the training loss.
-    assert counts[0] <= 7
-    assert counts == counts[:1] * 20
-    assert graphs_compiled() == counts[0], "the last samples or validation compiled something"
+    cut_back(tmp_path / "run", tmp_path / "resumed", step=10)
+    resumed = dataclasses.replace(config, run_dir=tmp_path / "resumed")
+    assert counts_before_each_step(resumed, monkeypatch) == [6] * 11
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_activation_checkpointing_keeps_little(compiled: bool) -> None:
+    """Elements kept from the forward pass for the backward pass, the weights themselves left out."""
+    kept = {}
+    for activation_checkpointing in (False, True):
+        torch._dynamo.reset()
+        options: dict[str, Any] = {"compile": compiled, "activation_checkpointing": activation_checkpointing}
+        config = tiny_config(Path("none"), Path("none"), **options)
+        model = build_model(config.model, seed=1)
+        objective = build_objective(model, config)
+        weights = {p.data_ptr() for p in model.parameters()}
+        found: list[int] = []
+
+        def keep(tensor: torch.Tensor, found: list[int] = found, weights: set[int] = weights) -> torch.Tensor:
+            found.append(0 if tensor.data_ptr() in weights else tensor.numel())
+            return tensor
+
+        tokens = torch.zeros(6, 32, dtype=torch.int64)
+        objective(tokens, tokens, torch.ones(()))[0].backward()
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            objective.model.features(tokens)
+        kept[activation_checkpointing] = sum(found)
+    assert kept[True] < kept[False] / 3
 
 
 def test_garbage_is_collected_between_steps_only(tiny_data: Path, tmp_path: Path) -> None:
@@ -71,12 +115,13 @@ def test_garbage_is_collected_between_steps_only(tiny_data: Path, tmp_path: Path
         run(tiny_config(tiny_data, tmp_path / "run"), ALONE)
     finally:
         gc.callbacks.remove(note)
-    assert by_whom == ["train"] * 6  # steps 10, 20, 25, 30, 40 and 50: saves and validations
+    # At each of the 50 rows, and at steps 10, 20, 25, 30, 40 and 50: saves and validations.
+    assert by_whom == ["train"] * 56
     assert gc.isenabled() and gc.get_freeze_count() == 0
 
 
 def test_steps_leave_no_cycles_behind(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else memory would grow until the next boundary."""
+    """Else memory would grow until the next row."""
     found: list[int] = []
     take_step = loop.take_step
 
@@ -118,6 +163,89 @@ def test_samples_are_the_same_after_a_resume_and_do_not_touch_training(
     assert samples[0] == samples[1]
 
 
+def test_a_stop_in_the_last_validation_leaves_the_last_samples_to_the_next_start(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = sampling(tiny_config(tiny_data, tmp_path / "run", steps=20), every=20)
+    validate = loop.validate.validate
+
+    def interrupted(*args: Any, stops: Any, **options: Any) -> Any:
+        if any(row["step"] == 20 for row in rows(tmp_path / "run")):
+            stops.reason = "test"
+        return validate(*args, stops=stops, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.validate, "validate", interrupted)
+        run(config, ALONE)
+    assert status(tmp_path / "run")["state"] == "stopped"
+    assert not (tmp_path / "run" / "samples.jsonl").exists()
+    run(config, ALONE)
+    assert status(tmp_path / "run")["state"] == "done"
+    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()] == [20]
+
+
+def test_rates_are_of_training_alone_and_data_wait_is_part_of_them(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A slow disk shows in data_wait_fraction, a slow validation nowhere, and MFU is FLOPs done over FLOPs possible."""
+    read, validate = Windows.read, loop.validate.validate
+
+    def slowly_read(self: Windows, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+        time.sleep(0.1)
+        return read(self, ids)
+
+    def slowly_validate(*args: Any, **options: Any) -> Any:
+        time.sleep(2.0)
+        return validate(*args, **options)
+
+    monkeypatch.setattr(Windows, "read", slowly_read)
+    monkeypatch.setattr(loop.validate, "validate", slowly_validate)
+    config = tiny_config(tiny_data, tmp_path / "run", steps=6, batch_tokens=192)
+    config = dataclasses.replace(
+        config,
+        validate=dataclasses.replace(config.validate, every=3),
+        track=dataclasses.replace(config.track, peak_tflops=0.5),
+    )
+    run(config, ALONE)
+    trained = [row for row in rows(tmp_path / "run") if "loss" in row]
+    assert [row["step_seconds"] < 1.5 for row in trained] == [True] * 6
+    waited = [row for row in trained if row["step"] not in (1, 4)]  # theirs was read during a validation
+    assert [row["step_seconds"] > 0.05 and row["data_wait_fraction"] > 0.2 for row in waited] == [True] * 4
+    assert all(0 <= row["data_wait_fraction"] <= 1 for row in trained)
+    for row in trained:
+        done = row["flops"] / row["tokens"] * row["tokens_per_second"]
+        assert row["mfu"] == pytest.approx(done / 0.5e12, abs=1e-4)
+        assert row["flops"] > 6 * 27_552 * row["tokens"]  # at least 6 per parameter and token
+
+
+def test_two_compiled_processes_train_the_same_run_and_hold_their_gradients_once(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    alone = tiny_config(tiny_data, tmp_path / "one", steps=10, micro_batch=3)
+    run(alone, ALONE)
+    both = dataclasses.replace(alone, run_dir=tmp_path / "two", train=dataclasses.replace(alone.train, compile=True))
+    storages = run_on_ranks(2, run_and_count_storages, both)
+    for one, two in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
+        assert f"{one[1]:.4f} {one[2]:.3f}" == f"{two[1]:.4f} {two[2]:.3f}"
+    assert storages == [1, 1], "every gradient lies in DDP's one bucket, with micro-batches that are not reduced too"
+
+
+def run_and_count_storages(mesh: Mesh, config: Config) -> int:
+    """Storages that the gradients lie in when a step that accumulates has been made."""
+    seen: list[int] = []
+    take_step = loop.take_step
+
+    def counting(this: loop.Run) -> loop.Report:
+        report = take_step(this)
+        gradients = [p.grad for p in this.model.parameters() if p.grad is not None]
+        seen.append(len({gradient.untyped_storage().data_ptr() for gradient in gradients}))
+        return report
+
+    loop.take_step = counting  # type: ignore[assignment]
+    run(config, mesh)
+    return max(seen)
+
+
 def test_a_prompt_that_cannot_be_encoded_is_refused_before_training(tiny_data: Path, tmp_path: Path) -> None:
     line = [sys.executable, "train/main.py", *tiny_flags(tiny_data, tmp_path / "run"), "--sample.prompts", "caf\u00e9"]
     done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
@@ -135,7 +263,11 @@ def test_an_out_of_memory_error_ends_with_what_to_set(
     with pytest.raises(torch.OutOfMemoryError) as caught:
         run(tiny_config(tiny_data, tmp_path / "run"), ALONE)
     (note,) = caught.value.__notes__
-    for flag in ("--train.micro-batch 3 (or auto)", "--train.loss chunked", "--train.activation-checkpointing"):
+    for flag in (
+        "--train.micro-batch 4 or --train.micro-batch auto",
+        "--train.loss chunked",
+        "--train.activation-checkpointing",
+    ):
         assert flag in note
     assert "OutOfMemoryError: CUDA out of memory" in status(tmp_path / "run")["reason"]
     least = tiny_config(tiny_data, tmp_path / "least", micro_batch=1, loss="chunked", activation_checkpointing=True)
@@ -143,6 +275,7 @@ def test_an_out_of_memory_error_ends_with_what_to_set(
     with pytest.raises(torch.OutOfMemoryError) as caught:
         run(least, ALONE)
     assert "set a smaller --train.seq-len or a smaller model" in caught.value.__notes__[0]
+    assert "the same command then goes on from the beginning" in caught.value.__notes__[0]
 
 
 def test_the_command_says_how_long_it_took_to_the_first_step_and_traces(tiny_data: Path, tmp_path: Path) -> None:

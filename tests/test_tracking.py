@@ -306,6 +306,19 @@ def test_when_the_service_dies_it_is_said_once_and_training_goes_on(start: Any) 
     assert "wandb sync" in said[0]
 
 
+def test_a_failed_trainer_does_not_wait_and_its_run_is_ended_as_failed(start: Any, tmp_path: Path) -> None:
+    tracked, said = start()
+    for row in ROWS:
+        tracked.row(row)
+    started = time.monotonic()
+    tracked.leave()
+    assert time.monotonic() - started < 1.0
+    assert "wandb sync" in said[-1]
+    wait_for(lambda: [str(len(tracking.LEFT))] if tracking.LEFT[-1].poll() is not None else [])
+    (attempt,) = attempts(tmp_path / "run")
+    assert exit_codes(attempt) == [1] and [row["step"] for row in logged(attempt)] == [1, 2, 5]
+
+
 def test_a_helper_that_hangs_delays_nothing(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tracking, "CLOSE_SECONDS", 0.5)
     tracked, said = start()

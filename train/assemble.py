@@ -18,7 +18,7 @@ from train.mesh import Mesh
 from train.meters import Meters, Startup, device_peak_flops
 from train.numerics import LossScale, compute_dtype
 from train.optim import build_optimizer
-from train.run_dir import RunDirectory, provenance
+from train.run_dir import RunDirectory
 from train.samples import Sampler
 from train.saves import Progress
 from train.sinks import Sinks
@@ -53,7 +53,7 @@ def assemble(
 
     sinks = Sinks(directory.path, step=progress.step if loaded else None, mesh=mesh)
     warnings = [f"passed over {fault}" for fault in faults]
-    warnings += settings_without_effect(config, mesh.device.type)
+    warnings += settings_without_effect(config, mesh.device.type, mesh.world)
     if validation is not None and config.validate.tokens is not None and validation.num_tokens < config.validate.tokens:
         warnings.append(f"--validate.tokens {config.validate.tokens}: the split has only {validation.num_tokens}")
     if mesh.device.type == "cuda" and device_peak_flops(config, mesh.device) is None:
@@ -67,7 +67,7 @@ def assemble(
         sinks.say(f"weights from {origin}")
     wandb_id = mesh.on_main(lambda: tracked_as or secrets.token_hex(4))
     if mesh.is_main:
-        sinks.tracking = start_tracking(config, wandb_id, sinks)
+        sinks.tracking = start_tracking(config, wandb_id, directory, sinks)
     startup.done("set-up")
     return Run(
         config=config,
@@ -126,7 +126,7 @@ def open_data(config: Config, plan: BatchPlan, codec: Codec) -> tuple[Windows, V
     return windows, validation, sampler
 
 
-def start_tracking(config: Config, wandb_id: str, sinks: Sinks) -> Tracking | None:
+def start_tracking(config: Config, wandb_id: str, directory: RunDirectory, sinks: Sinks) -> Tracking | None:
     track = config.track
     return open_tracking(
         mode=track.wandb,
@@ -137,7 +137,7 @@ def start_tracking(config: Config, wandb_id: str, sinks: Sinks) -> Tracking | No
         group=track.group,
         tags=track.tags,
         config=config.to_json(),
-        provenance=provenance(config),
+        provenance=directory.provenance,
         say=sinks.say,
     )
 

@@ -38,8 +38,7 @@ def plan_batches(config: Config, world: int) -> BatchPlan:
     """
     windows, seq_len = config.windows_per_step, config.train.seq_len
     if windows % world:
-        worlds = [n for n in range(1, windows + 1) if windows % n == 0]
-        nearest_world = min(worlds, key=lambda n: abs(n - world))
+        nearest_world = min(divisors(windows), key=lambda n: abs(n - world))
         lower = windows // world * world
         nearest_tokens = [n * seq_len for n in (lower, lower + world) if n]
         raise InputError(
@@ -50,8 +49,7 @@ def plan_batches(config: Config, world: int) -> BatchPlan:
     per_rank = windows // world
     micro_batch = per_rank if config.train.micro_batch == "auto" else min(config.train.micro_batch, per_rank)
     if per_rank % micro_batch:
-        fitting = [n for n in range(1, per_rank + 1) if per_rank % n == 0]
-        nearest = min(fitting, key=lambda n: abs(n - micro_batch))
+        nearest = min(divisors(per_rank), key=lambda n: abs(n - micro_batch))
         raise InputError(
             f"--train.batch-tokens {config.train.batch_tokens} is not divisible by micro_batch {micro_batch} x "
             f"seq_len {seq_len} x {world} ranks = {micro_batch * seq_len * world}; try --train.micro-batch {nearest}"
@@ -86,6 +84,10 @@ def _mix(x: Indices) -> Indices:
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
+
+
+def divisors(count: int) -> list[int]:
+    return [n for n in range(1, count + 1) if count % n == 0]
 
 
 class Windows:

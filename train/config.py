@@ -279,9 +279,18 @@ def faults_of(config: Config) -> list[str]:
     return faults
 
 
-def settings_without_effect(config: Config, device_type: str) -> list[str]:
-    """What was set and does nothing on a "cpu" or "cuda" device, one line each, for a warning."""
+def settings_without_effect(config: Config, device_type: str, world: int) -> list[str]:
+    """What was set and does nothing in `world` processes on a "cpu" or "cuda" device, one line each, for a warning."""
     said = []
+    track, sample, trace_ranks = config.track, config.sample, " ".join(map(str, config.trace_ranks))
+    if config.trace is not None and parse_steps(config.trace).start >= config.train.steps:
+        said.append(f"--trace {config.trace} has no effect: the run has {config.train.steps} steps")
+    if config.trace is not None and not set(config.trace_ranks) & set(range(world)):
+        said.append(f"--trace-ranks {trace_ranks}: there are only ranks 0 to {world - 1}, so --trace has no effect")
+    if track.wandb == "disabled" and (track.group is not None or track.tags or track.project != TrackConfig.project):
+        said.append("--track.project, --track.group and --track.tags have no effect with --track.wandb disabled")
+    if sample.every is None and (sample.prompts, sample.tokens) != (SampleConfig.prompts, SampleConfig.tokens):
+        said.append("--sample.prompts and --sample.tokens have no effect with --sample.every None")
     if config.train.dtype == "tf32" and device_type != "cuda":
         said.append("--train.dtype tf32 has no effect on a CPU: it computes in fp32")
     if config.trace is None and config.trace_ranks != (0,):

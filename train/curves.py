@@ -7,7 +7,7 @@ PNG as curves.md, one row per run:
 
     parameters   of the model in config.json, vocabulary padding left out
     val loss     the last one, in nats per token, +- its standard error; `best` with the step it was seen at
-    train loss   mean of the last 5 rows; steps that were skipped (their loss is null) are left out
+    train loss   mean of the last 5 rows; a step that was skipped counts, its loss is of the weights as they were
     seconds      of training, validation and saving left out
     tokens/s     median of the training rows; MFU is the last row's
 """
@@ -65,7 +65,7 @@ class Options:
 
 @dataclass(frozen=True)
 class RunMetrics:
-    """What a run wrote, by kind of row. A null loss belongs to a step that was skipped."""
+    """What a run wrote, by kind of row."""
 
     directory: Path
     label: str
@@ -136,22 +136,21 @@ def values(rows: Sequence[Row], key: str) -> list[float]:
 
 
 def points(run: RunMetrics, rows: Sequence[Row], x: Axis, loss: str) -> list[tuple[float, float]]:
-    """(x, loss) of the rows whose loss is not null; InputError where a row has no such x."""
-    told = [row for row in rows if row[loss] is not None]
-    for row in told:
+    """(x, loss) of the rows; InputError where one has no such x."""
+    for row in rows:
         if row.get(x) is None:
             kind = "validation" if loss == "val_loss" else "training"
             raise InputError(
                 f"{run.directory / METRICS_FILE}: the {kind} row of step {row['step']} has no {x!r}; "
                 "an older version wrote it: use --x step or --x tokens"
             )
-    return [(row[x], row[loss]) for row in told]
+    return [(row[x], row[loss]) for row in rows]
 
 
 def results(run: RunMetrics) -> tuple[str, ...]:
     """A run's cells under COLUMNS."""
     rows = [*run.train_rows, *run.val_rows]
-    measured = [row for row in run.val_rows if row["val_loss"] is not None]
+    measured = run.val_rows
     last_val, best = ABSENT, ABSENT
     if measured:
         error = measured[-1].get("val_loss_stderr")

@@ -5,13 +5,14 @@ one where it does not. A run does this once: what was found stands in its config
 """
 
 import dataclasses
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from data_prep.errors import InputError
-from train.batches import plan_batches
+from train.batches import divisors, plan_batches
 from train.config import Config
 from train.losses import Objective
 from train.mesh import Mesh
@@ -19,6 +20,7 @@ from train.run_dir import RunDirectory
 
 # Of the GPU's memory. The rest is for NCCL's buffers, samples and what fragmentation costs over a long run.
 USABLE = 0.92
+OTHER_WORDS = "out of memory|ALLOC_FAILED"
 
 
 def settle_micro_batch(config: Config, objective: Objective, directory: RunDirectory, mesh: Mesh) -> Config:
@@ -30,20 +32,34 @@ def settle_micro_batch(config: Config, objective: Objective, directory: RunDirec
     if mesh.device.type != "cuda":
         raise InputError("--train.micro-batch auto measures a GPU's memory; give a number on a CPU, such as 16")
     shares = divisors(plan_batches(config, mesh.world).windows_per_rank)
-    name = torch.cuda.get_device_name(mesh.device)
-    found = mesh.on_main(lambda: kept_micro_batch(directory.found, name))
+    conditions = conditions_of(config, mesh)
+    found = mesh.on_main(lambda: kept_micro_batch(directory.found, conditions))
     if found is None:
         found = min(mesh.gather(mesh.on_all(lambda: search(config, objective, shares, mesh.device))))
-        directory.record({"micro_batch": found, "device": name})
+        directory.record({"micro_batch": found, "conditions": conditions})
     return with_micro_batch(config, max(share for share in shares if share <= found))
 
 
-def kept_micro_batch(found: dict[str, Any], device_name: str) -> int | None:
-    """What config.json says was found on such a GPU; None for nothing."""
-    return found["micro_batch"] if found.get("device") == device_name else None
+def conditions_of(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """What decides how much memory a window takes, and how much there is."""
+    train = config.train
+    return {
+        "device": torch.cuda.get_device_name(mesh.device),
+        "dtype": train.dtype,
+        "compile": train.compile,
+        "loss": train.loss,
+        "activation_checkpointing": train.activation_checkpointing,
+        "many_processes": mesh.world > 1,
+    }
+
+
+def kept_micro_batch(found: dict[str, Any], conditions: dict[str, Any]) -> int | None:
+    """What config.json says was found under the same conditions; None for nothing."""
+    return found["micro_batch"] if found.get("conditions") == conditions else None
 
 
 def search(config: Config, objective: Objective, shares: Sequence[int], device: torch.device) -> int:
+    """The largest of `shares` that fits this GPU, which is left as it was found: no blocks held, no counts."""
     free, total = torch.cuda.mem_get_info(device)
     budget = int(free + torch.cuda.memory_reserved(device) - (1 - USABLE) * total)
 
@@ -53,7 +69,10 @@ def search(config: Config, objective: Objective, shares: Sequence[int], device: 
     try:
         return largest_that_fits(shares, measure, budget)
     finally:
+        torch.compiler.reset()  # the shapes that were tried count towards Dynamo's limit of recompilations
+        torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.reset_accumulated_memory_stats(device)
 
 
 def largest_that_fits(sizes: Sequence[int], measure: Callable[[int], int | None], budget: int) -> int:
@@ -79,23 +98,21 @@ def largest_that_fits(sizes: Sequence[int], measure: Callable[[int], int | None]
 
 
 def peak_bytes(objective: Objective, windows: int, seq_len: int, device: torch.device) -> int | None:
-    """Most memory allocated during two training passes of so many windows; None where it ran out."""
+    """Most memory allocated during a training pass of so many windows; None where it ran out."""
     torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
     zeros_BT = torch.zeros((windows, seq_len), dtype=torch.int64, device=device)
     scale = torch.ones((), device=device)
     try:
-        for _ in range(2):  # the second finds the gradients of the first in place
-            objective(zeros_BT, zeros_BT, scale)[0].backward()
+        objective(zeros_BT, zeros_BT, scale)[0].backward()  # compiles, which takes memory of its own
+        torch.cuda.reset_peak_memory_stats(device)
+        objective(zeros_BT, zeros_BT, scale)[0].backward()  # finds the first one's gradients in place
         return torch.cuda.max_memory_allocated(device)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:  # OutOfMemoryError is one; cuBLAS and Triton say it in their own words
+        if not isinstance(error, torch.OutOfMemoryError) and not re.search(OTHER_WORDS, str(error), re.IGNORECASE):
+            raise
         return None
     finally:
         objective.zero_grad(set_to_none=True)
-
-
-def divisors(count: int) -> list[int]:
-    return [n for n in range(1, count + 1) if count % n == 0]
 
 
 def with_micro_batch(config: Config, micro_batch: int) -> Config:

@@ -84,16 +84,14 @@ class Report:
 
 def train(run: Run) -> tuple[str, str | None]:
     """Train from run.progress to the last step or a stop. Returns the state and reason for status.json."""
-    num_steps = run.config.train.steps
+    config, num_steps = run.config, run.config.train.steps
     reports: deque[Report] = deque()
     if run.progress.step < num_steps:
         warm_up(run)
         run.startup.done("warm-up and compilation")
     run.mesh.expect_steps()
-    stop = False
-    if is_due_to_validate(run):
-        stop = validate_now(run)
-        run.startup.done("validation")
+    stop = look(run)
+    run.startup.done("validation")
     with garbage_collected_by_hand() as collect:
         run.meters.start()
         while run.progress.step < num_steps and not stop:
@@ -102,15 +100,14 @@ def train(run: Run) -> tuple[str, str | None]:
             is_boundary = is_due_to_validate(run) or is_due_to_sample(run) or is_due_to_save(run)
             while len(reports) > (0 if is_boundary else 1):
                 stop |= record(run, reports.popleft())
+            if run.progress.step % config.track.every == 0:
+                collect(1)  # what a few steps left, if anything: activation checkpointing in eager mode does
             if is_boundary:
                 run.meters.pause()
-                if is_due_to_validate(run):
-                    stop |= validate_now(run)
-                if is_due_to_sample(run) and not stop:
-                    sample_now(run)
+                stop |= look(run)
                 if is_due_to_save(run):
                     save_now(run)
-                collect()
+                collect(2)
                 run.meters.start()
         while reports:
             record(run, reports.popleft())
@@ -119,7 +116,7 @@ def train(run: Run) -> tuple[str, str | None]:
         run.trace.close()
     if run.progress.step not in (0, run.saved_step):
         save_now(run)
-    if run.progress.step == num_steps and not is_due_to_validate(run):
+    if run.progress.step == num_steps and not is_due_to_validate(run) and not is_due_to_sample(run):
         return "done", None
     reasons = [reason for reason in run.mesh.gather(run.stops.reason) if reason]
     run.stops.honoured()
@@ -145,6 +142,7 @@ def take_step(run: Run) -> Report:
     is_finite = torch.isfinite(norm) & torch.isfinite(loss)
     lr = optim.learning_rate(run.progress.step, config.optim, config.train.steps)
     optim.update(run.optimizer, lr, norm, is_finite, config.optim.clip_norm, scale.scale if scale else None)
+    parallel.zero_gradients(run.module)
     used_scale = torch.ones_like(loss) if scale is None else scale.scale.double()
     if scale is not None:
         scale.update(is_finite)
@@ -177,13 +175,16 @@ def warm_up(run: Run) -> None:
     """Two forward and backward passes that train nothing: they compile, and let DDP settle its buckets.
 
     DDP lays its buckets out anew at its second forward pass, and with three or more ranks the layout decides
-    the order of addition. Without this, the first step after a resume would round differently.
+    the order of addition. Without this, the first step after a resume would round differently. What validation
+    and sampling call is compiled here too, under the long time-out.
     """
     shape = (run.plan.micro_batch, run.config.train.seq_len)
     zeros_BT = torch.zeros(shape, dtype=torch.int64, device=run.mesh.device)
     for _ in range(2):
         accumulate_gradients(run, [(zeros_BT, zeros_BT)])
-        run.optimizer.zero_grad(set_to_none=True)
+        parallel.zero_gradients(run.module)
+    if run.config.train.compile and (run.validation is not None or run.sampler is not None):
+        run.objective.token_losses(zeros_BT, zeros_BT)
 
 
 def record(run: Run, report: Report) -> bool:
@@ -215,6 +216,15 @@ def record(run: Run, report: Report) -> bool:
     return bool(stop)
 
 
+def look(run: Run) -> bool:
+    """Validate and sample where it is their turn; True if a stop was asked for meanwhile, and the rest left undone."""
+    if is_due_to_validate(run) and validate_now(run):
+        return True
+    if is_due_to_sample(run):
+        sample_now(run)
+    return False
+
+
 def is_due_to_validate(run: Run) -> bool:
     """At step 0, at every interval and at the end, unless this very step was validated before a restart."""
     step, every = run.progress.step, run.config.validate.every
@@ -228,7 +238,7 @@ def is_due_to_sample(run: Run) -> bool:
     step, every = run.progress.step, run.config.sample.every
     if run.sampler is None or every is None or step in run.sinks.sampled_steps:
         return False
-    return step % every == 0 or step == run.config.train.steps
+    return step > 0 and (step % every == 0 or step == run.config.train.steps)
 
 
 def is_due_to_save(run: Run) -> bool:
@@ -278,11 +288,11 @@ def save_now(run: Run) -> None:
 
 
 @contextlib.contextmanager
-def garbage_collected_by_hand() -> Iterator[Callable[[], int]]:
+def garbage_collected_by_hand() -> Iterator[Callable[[int], int]]:
     """Python's cycle collector runs when the yielded function is called, not in the middle of some step.
 
-    It would stop one rank, and so all of them, for tens of milliseconds now and then. What was made before (the
-    model, the imported modules) is left out of every later collection.
+    It would stop one rank, and so all of them, for tens of milliseconds now and then. The function takes the oldest
+    generation to collect, 0 to 2. What was made before (the model, the modules) is left out of every collection.
     """
     gc.collect()
     gc.freeze()

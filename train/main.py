@@ -26,7 +26,7 @@ from data_prep.errors import one_line_errors
 from data_prep.manifest import FILE_NAME, Manifest, read_manifest
 from train import parallel
 from train.assemble import assemble
-from train.batches import BatchPlan, plan_batches
+from train.batches import BatchPlan, divisors, plan_batches
 from train.config import Config, parse, settings_without_effect, with_vocabulary
 from train.loop import Run, train
 from train.mesh import Mesh, open_mesh
@@ -35,6 +35,7 @@ from train.numerics import set_numerics
 from train.presets import PRESETS
 from train.run_card import run_card
 from train.run_dir import RunDirectory, refuse_disagreement
+from train.saves import settle_origin
 from train.stops import Stops
 
 
@@ -58,10 +59,11 @@ def dry_run(config: Config) -> None:
         config = with_vocabulary(config, manifest.vocab_size)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     parallel.check_mode(config, world)
+    config = settle_origin(config)
     plan = plan_batches(config, world)
     if os.environ.get("RANK", "0") == "0":
         print(card(config, manifest, plan, world))
-        for line in settings_without_effect(config, "cuda" if torch.cuda.is_available() else "cpu"):
+        for line in settings_without_effect(config, "cuda" if torch.cuda.is_available() else "cpu", world):
             print(f"warning: {line}")
 
 
@@ -73,7 +75,8 @@ def run(config: Config, mesh: Mesh, startup: Startup | None = None) -> None:
     refuse_disagreement(config, manifest.fingerprint, mesh)
     parallel.check_mode(config, mesh.world)
     plan_batches(config, mesh.world)
-    set_numerics(config.train, mesh.device)
+    mesh.on_all(lambda: set_numerics(config.train, mesh.device))
+    config = mesh.on_main(lambda: settle_origin(config))
     with (
         Stops(config.directory, is_main=mesh.is_main) as stops,
         RunDirectory(config, manifest.fingerprint, mesh) as directory,
@@ -89,24 +92,26 @@ def run(config: Config, mesh: Mesh, startup: Startup | None = None) -> None:
                 directory.end(state, this.progress.step, reason)
                 sinks.say(f"{state} at step {this.progress.step}" + (f" ({reason})" if reason else ""))
         except torch.OutOfMemoryError as error:
-            error.add_note(what_to_set_for_memory(this))
+            error.add_note(what_to_set_for_memory(this, config))
+            directory.record({})  # a micro-batch that was found to fit does not
             raise
         finally:
             this.batches.close()
         mesh.barrier()  # launchers kill the rest when the first process exits
 
 
-def what_to_set_for_memory(run: Run) -> str:
-    """The flags that make a step smaller, those first that cost least."""
-    train, micro_batch = run.config.train, run.plan.micro_batch
-    flags = [f"--train.micro-batch {micro_batch // 2} (or auto)"] if micro_batch > 1 else []
+def what_to_set_for_memory(run: Run, asked: Config) -> str:
+    """The flags that make a step smaller, those first that cost least. `asked`: before auto was settled."""
+    train, plan = run.config.train, run.plan
+    smaller = max((n for n in divisors(plan.windows_per_rank) if n < plan.micro_batch), default=None)
+    flags = [] if smaller is None else [f"--train.micro-batch {smaller}"]
+    flags += ["--train.micro-batch auto"] if smaller is not None and asked.train.micro_batch != "auto" else []
     flags += ["--train.loss chunked"] if train.loss == "plain" else []
     flags += [] if train.activation_checkpointing else ["--train.activation-checkpointing"]
     advice = " or ".join(flags) or "a smaller --train.seq-len or a smaller model"
-    return (
-        f"out of memory with --train.micro-batch {micro_batch} and --train.seq-len {train.seq_len}: set {advice}; "
-        "the run then goes on from its last checkpoint"
-    )
+    tried = f"out of memory with --train.micro-batch {plan.micro_batch} and --train.seq-len {train.seq_len}"
+    start = "from its last checkpoint" if run.saved_step else "from the beginning"
+    return f"{tried}: set {advice}; the same command then goes on {start}"
 
 
 def card(config: Config, manifest: Manifest | None, plan: BatchPlan, world: int) -> str:

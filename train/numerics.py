@@ -5,6 +5,7 @@ import os
 import torch
 from torch import Tensor
 
+from data_prep.errors import InputError
 from train.config import TrainConfig
 
 # torch.amp.GradScaler's constants: where the scale starts, and after how many good steps it doubles.
@@ -26,6 +27,8 @@ def set_numerics(config: TrainConfig, device: torch.device) -> None:
     a varying order (an operation without another one raises), and cuBLAS keep one workspace per stream.
     """
     if device.type == "cuda":
+        if config.dtype == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
+            raise InputError(f"{torch.cuda.get_device_name(device)} has no bf16; use --train.dtype fp16")
         torch.backends.cuda.matmul.allow_tf32 = config.dtype == "tf32"
         torch.backends.cudnn.allow_tf32 = config.dtype == "tf32"
         if config.deterministic:

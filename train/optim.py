@@ -80,4 +80,3 @@ def update(
     optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
     optimizer.grad_scale = divisor  # type: ignore[attr-defined]
     optimizer.step()
-    optimizer.zero_grad(set_to_none=True)

@@ -55,7 +55,8 @@ class RunDirectory:
         self._step = 0
         self._ended = False
         self._lock = RunLock(self.path)
-        self.found: dict[str, Any] = {}  # known to rank 0
+        self.found: dict[str, Any] = {}  # known to rank 0, as is the next
+        self.provenance: dict[str, Any] = {}
 
     def __enter__(self) -> "RunDirectory":
         claimed = self._mesh.on_main(self._claim)
@@ -97,7 +98,8 @@ class RunDirectory:
             if status is not None:
                 self._attempt, self._step = status["attempt"] + 1, status["step"]
             self._write_config()
-            write_json_atomically(self.path / "provenance.json", provenance(self._config))
+            self.provenance = provenance(self._config)
+            write_json_atomically(self.path / "provenance.json", self.provenance)
             load_codec(self._config.data.dir).save(self.path)
             self._write_status("running", None)
             undo.pop_all()
@@ -132,8 +134,7 @@ class RunDirectory:
     def record(self, found: dict[str, Any]) -> None:
         """Keep in config.json what set-up found out (train/fit.py), for this run's later attempts."""
         self.found = found
-        if self._mesh.is_main:
-            self._write_config()
+        self._mesh.on_main(self._write_config)
 
     def report(self, step: int) -> None:
         """Note in status.json that the run lives and where it stands."""

@@ -4,6 +4,7 @@ torch.distributed.checkpoint is imported where it is used, for the reason in mod
 """
 
 import base64
+import json
 import shutil
 import sys
 import warnings
@@ -22,6 +23,7 @@ from model.gpt import GPT
 from model.trained import (
     CHECKPOINTS,
     STATE_FILE,
+    STEP_NAME,
     SUMS_FILE,
     find_checkpoint,
     list_checkpoints,
@@ -31,7 +33,7 @@ from model.trained import (
     read_state,
     step_of,
 )
-from train.config import SaveConfig
+from train.config import Config, SaveConfig
 from train.mesh import Mesh
 from train.numerics import LossScale
 
@@ -192,6 +194,32 @@ def load(
     read_tensors(checkpoint, checkpoint_tensors(model, optimizer, loss_scale))
     _restore_random_state(state["random"], mesh.device)
     return state
+
+
+def settle_origin(config: Config) -> Config:
+    """--from-checkpoint as PATH@STEP, with the path absolute: what RUN's newest is changes, what a run began with not.
+
+    What this run's config.json says stays, as long as the command line names the same run.
+    """
+    if config.from_checkpoint is None:
+        return config
+    run, at, step = config.from_checkpoint.rpartition("@")
+    named = Path(run if at and step.isdigit() else config.from_checkpoint).resolve()
+    if STEP_NAME.fullmatch(named.name):
+        named, step = named.parents[1], str(step_of(named))
+    elif not (at and step.isdigit()):
+        step = kept_step(config.directory, named) or str(step_of(find_checkpoint(named)))
+    return replace(config, from_checkpoint=f"{named}@{int(step)}")
+
+
+def kept_step(run_dir: Path, named: Path) -> str | None:
+    """The step of run `named` that config.json says `run_dir` began with."""
+    try:
+        kept = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))["config"]["from_checkpoint"]
+    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        return None  # a damaged file is reported where the run is compared with it
+    path, _, step = (kept or "").rpartition("@")
+    return step if path == str(named) else None
 
 
 def load_weights(name: str, model: GPT, codec: Codec, mesh: Mesh) -> Path:

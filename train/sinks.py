@@ -32,12 +32,16 @@ class Sinks:
         self._log: TextIO | None = None
         self._samples = run_dir / SAMPLES_FILE
         self.tracking: Tracking | None = None
-        rows, samples = mesh.on_main(lambda: [drop_rows_after(run_dir / name, step) for name in KEPT_FILES])
-        self.validated_steps = {row["step"] for row in rows if "val_loss" in row}
-        self.sampled_steps = {row["step"] for row in samples}
-        if mesh.is_main:
+
+        def open_files() -> list[list[dict[str, Any]]]:
+            kept = [drop_rows_after(run_dir / name, step) for name in KEPT_FILES]
             self._metrics = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
             self._log = (run_dir / LOG_FILE).open("a", encoding="utf-8")
+            return kept
+
+        rows, samples = mesh.on_main(open_files)
+        self.validated_steps = {row["step"] for row in rows if "val_loss" in row}
+        self.sampled_steps = {row["step"] for row in samples}
 
     def say(self, text: str) -> None:
         """Text for people."""
@@ -88,8 +92,10 @@ class Sinks:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.tracking is not None:
-            self.tracking.close(exit_code=0 if kind is None else 1)
+        if self.tracking is not None and kind is None:
+            self.tracking.close(exit_code=0)
+        elif self.tracking is not None:
+            self.tracking.leave()
         for file in (self._metrics, self._log):
             if file is not None:
                 file.close()

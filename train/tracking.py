@@ -32,6 +32,9 @@ AXES = ("step", "tokens", "seconds", "flops")
 HELD_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
+LEFT: list["subprocess.Popen[bytes]"] = []  # helpers that end after their trainer, which Python is not to warn of
+
+
 def open_tracking(
     *,
     mode: Literal["online", "offline", "disabled"],
@@ -123,6 +126,21 @@ class Tracking:
                 ends.register(self._to, select.POLLOUT)
             ends.poll(left * 1e3)
             self._exchange(is_last=True)
+
+    def leave(self) -> None:
+        """The trainer has failed: the helper ends the W&B run as failed by itself, and nobody waits for it.
+
+        Waiting would keep status.json at `running` and the error unsaid while a launcher's patience runs out.
+        """
+        self._send({"exit_code": 1})
+        if self._helper is None:
+            return
+        self._say(f"W&B: ends the run by itself; what it has uploads with `{self._sync_line}`")
+        LEFT.append(self._helper)
+        for pipe in (self._helper.stdin, self._helper.stdout):
+            assert pipe is not None
+            pipe.close()
+        self._helper = None
 
     def _send(self, message: dict[str, Any]) -> None:
         if self._helper is None:

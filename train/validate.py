@@ -19,8 +19,8 @@ from train.stops import Stops
 class Validation:
     """Mean loss in nats per token, its standard error, and bits per UTF-8 byte of exactly the tokens scored.
 
-    The standard error is over windows, since the tokens of one window are not independent of each other; it says
-    how far the loss on other text of this kind may lie, not how far another seed's. None with a single window.
+    The standard error is over windows, since the tokens of one window are not independent of each other (windows of
+    one document are not either, so it is a little low). It is that of the text, not of the seed. None with one window.
     """
 
     loss: float
@@ -80,7 +80,7 @@ def validate(objective: Objective, data: ValidationSet, *, mesh: Mesh, stops: St
     objective.eval()
     totals = torch.zeros(6, dtype=torch.float64, device=mesh.device)
     num_bytes = 0
-    stopped = False
+    asked: Tensor | None = None  # to stop, by any rank; read a batch late, so that no batch waits for it
     for first in range(0, data.num_batches, mesh.world):
         inputs_BT, targets_BT, batch_bytes = data.batch(first + mesh.rank)
         inputs_BT = pinned(inputs_BT, mesh.device).to(mesh.device, non_blocking=True)
@@ -88,11 +88,11 @@ def validate(objective: Objective, data: ValidationSet, *, mesh: Mesh, stops: St
         losses_BT = objective.token_losses(inputs_BT, targets_BT)
         totals += window_sums(losses_BT.sum(dim=1).double(), (targets_BT != IGNORED).sum(dim=1))
         num_bytes += batch_bytes
-        if mesh.sum_(torch.tensor(float(stops.wanted()), device=mesh.device)).item():
-            stopped = True
+        if asked is not None and asked.item():
             break
+        asked = mesh.sum_(torch.full((), float(stops.wanted()), device=mesh.device))
     objective.train()
-    if stopped:
+    if asked is not None and asked.item():
         return None
     loss, tokens, num_windows, *squares = mesh.sum_(totals).tolist()
     all_bytes = sum(mesh.gather(num_bytes))
