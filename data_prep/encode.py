@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.atomic import fsync_directory, sha256_of_file, write_json_atomically
-from data_prep.codec import Codec, alphabet_of, load_codec
+from data_prep.codec import EOT, Codec, alphabet_of, load_codec
 from data_prep.errors import InputError
 from data_prep.shards import Offsets, Tokens
 from data_prep.sources import PYTHON_DOCS, InputFile, Reading, Unit, place_of, read_documents
@@ -30,12 +30,13 @@ BLOCK_CHARACTERS = 2**20
 
 @dataclass(frozen=True)
 class Survey:
-    """What one unit holds. `alphabet` is "" unless asked for."""
+    """What one unit holds. `alphabet` is "" unless asked for. eot_marks: how often "<|endoftext|>" stands in it."""
 
     documents: int
     empty_documents: int
     characters: int
     alphabet: str
+    eot_marks: int
 
 
 @dataclass(frozen=True)
@@ -47,7 +48,7 @@ class SurveyTask:
 
 def survey_unit(task: SurveyTask) -> Survey:
     """Read a unit for the first time: counts, and every fault of the input before anything is written."""
-    documents = empty = characters = 0
+    documents = empty = characters = eot_marks = 0
     alphabet: set[str] = set()
     pending: list[str] = []  # looked through together: document by document takes four times as long
     pending_until = BLOCK_CHARACTERS
@@ -55,13 +56,14 @@ def survey_unit(task: SurveyTask) -> Survey:
         documents += bool(text)
         empty += not text
         characters += len(text)
+        eot_marks += text.count(EOT)
         if task.with_alphabet:
             pending.append(text)
             if characters >= pending_until:
                 alphabet.update(alphabet_of("".join(pending)))
                 pending, pending_until = [], characters + BLOCK_CHARACTERS
     alphabet.update(alphabet_of("".join(pending)))
-    return Survey(documents, empty, characters, "".join(sorted(alphabet)))
+    return Survey(documents, empty, characters, "".join(sorted(alphabet)), eot_marks)
 
 
 def describe_file(file: InputFile) -> dict[str, Any]:

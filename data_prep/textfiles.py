@@ -36,7 +36,7 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data_prep.codec import Codec, make_codec
+from data_prep.codec import EOT, Codec, make_codec
 from data_prep.corpora import CORPORA
 from data_prep.download import fetch
 from data_prep.encode import EncodeTask, Part, Survey, SurveyTask, describe_file, encode_unit, hash_of, survey_unit
@@ -193,6 +193,13 @@ def document_at(unit: Unit, reading: Reading, character: int) -> tuple[int, int]
     raise AssertionError(f"{unit} has only {before} characters")
 
 
+def warn_of_marks(eot_marks: int, options: Options) -> None:
+    """A separator that was left in the text is trained on as ordinary characters, which is seldom meant."""
+    if eot_marks:
+        advice = "" if options.split_documents_on else f"; --split-documents-on '{EOT}' makes documents of it"
+        print(f"textfiles: warning: the text holds {eot_marks} times '{EOT}'{advice}", file=sys.stderr, flush=True)
+
+
 def byte_options(options: Options) -> dict[str, Any]:
     """The options that change the bytes; the tokenizer and the files are recorded by their hashes."""
     return {
@@ -228,10 +235,13 @@ def check_existing(options: Options, source: dict[str, Any], codec: Codec) -> Ma
         for split in manifest.splits:
             open_split(options.out, split)  # are all shards there, at their full size?
         return manifest
-    names = ("input", "options", "tokenizer")
-    differing = " and ".join(name for name, old, new in zip(names, had, want, strict=True) if old != new)
+    differing = ["other input"] if manifest.source != source else []
+    differing += ["another tokenizer"] if manifest.tokenizer != codec.describe() else []
+    for name, value in byte_options(options).items():
+        if (before := manifest.options.get(name)) != value:
+            differing.append(f"--{name.replace('_', '-')} {value} (was {before})")
     raise InputError(
-        f"--out {options.out}: already holds finished data of another {differing}; "
+        f"--out {options.out}: already holds finished data, of {', '.join(differing)}; "
         "choose another --out, or replace it with --overwrite"
     )
 
@@ -297,6 +307,7 @@ def prepare(options: Options, preset: str | None = None) -> Manifest:
         if preset is not None:
             described = check_pins(preset, described)
         found = survey(units, options, source, workers)
+        warn_of_marks(sum(result.eot_marks for result in found), options)
     if not source.val:
         train, val = divide(units, found, options, source.reading)
     elif not all(sum(result.characters for result in part) for part in (found[: len(train)], found[len(train) :])):

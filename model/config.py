@@ -10,7 +10,7 @@ VOCAB_MULTIPLE = 64  # a matrix side that tensor cores like: 50,257 -> 50,304 (n
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A GPT-2. The two hidden fields follow from the data (its vocabulary) and from --train.seq-len."""
+    """A GPT-2. Its vocabulary is the data's, its context is --train.seq-len."""
 
     num_layers: int = 12
     """Blocks."""

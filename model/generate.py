@@ -74,6 +74,8 @@ def main(args: list[str] | None = None) -> None:
         for flag, value in (("--num-samples", options.num_samples), ("--max-tokens", options.max_tokens)):
             if value < 1:
                 raise InputError(f"{flag} {value} must be at least 1")
+        if options.device.startswith("cuda") and not torch.cuda.is_available():
+            raise InputError(f"--device {options.device}: torch {torch.__version__} sees no GPU here; use --device cpu")
         sampling = Sampling(options.temperature, options.top_k)
         trained = load_trained(options.path, device=options.device)
         try:

@@ -6,10 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from data_prep.errors import InputError
-from tests.runs import ROOT
+from tests.runs import ROOT, tiny_config, tiny_flags
 from train.config import Config, parse, settings_without_effect
+from train.main import run
+from train.mesh import Mesh
 from train.presets import PRESETS
 
 
@@ -145,6 +148,27 @@ def test_dry_run_prints_the_card_without_data_or_traces(tmp_path: Path) -> None:
     assert "19,073 steps = 9,999,745,024 tokens" in done.stdout
     assert "not there yet" in done.stdout
     assert not run_dir.exists()
+
+
+def test_dry_run_refuses_what_the_run_would(tmp_path: Path, tiny_data: Path) -> None:
+    run_dir = tmp_path / "run"
+    args = ["--dry-run", *tiny_flags(tiny_data, run_dir), "--train.steps", "12"]
+    args = [args[1], args[0], *args[2:]]
+    run(tiny_config(tiny_data, run_dir, steps=10), Mesh(0, 1, torch.device("cpu")))
+    kept = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    for flags, said in (
+        (["--seed", "3"], "is another run: --seed 3 (was 1337)"),
+        (["--no-resume"], "holds checkpoints; drop --no-resume"),
+        (["--from-checkpoint", "runs/nope"], "no such run directory or checkpoint"),
+        (["--train.seq-len", "20480", "--train.batch-tokens", "245760"], "less than one window"),
+    ):
+        elsewhere = [] if flags[0] in ("--seed", "--no-resume") else ["--run-dir", str(tmp_path / "new")]
+        done = command(*args, *flags, *elsewhere)
+        assert done.returncode == 2 and said in done.stderr, (flags, done.stdout, done.stderr)
+    refused = command(*[arg for arg in args if arg != "--dry-run"], "--no-resume")
+    assert refused.returncode == 2 and "drop --no-resume" in refused.stderr
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == kept
+    assert not (tmp_path / "new").exists()
 
 
 def test_dry_run_warns_of_epochs(tiny_data: Path) -> None:

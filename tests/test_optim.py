@@ -85,7 +85,6 @@ def test_update_equals_torchs_clipping_and_adamw(scale: float) -> None:
     update(optimizer, 1e-2, norm, torch.isfinite(norm), CONFIG.clip_norm)
     for (name, mine), its in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine, its, rtol=0, atol=2e-7, msg=name)
-        assert mine.grad is None
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])

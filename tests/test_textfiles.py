@@ -229,9 +229,9 @@ def test_overwrite_mends_a_damaged_shard(finished: Path, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("text", "options", "differing"),
     [
-        (ALICE.replace("tired", "bored"), ("--tokenizer", "char"), "another input"),
-        (ALICE, ("--tokenizer", "char", "--val-fraction", "0.2"), "another options"),
-        (ALICE, ("--tokenizer", "char", "--shard-tokens", "100"), "another options"),
+        (ALICE.replace("tired", "bored"), ("--tokenizer", "char"), "other input"),
+        (ALICE, ("--tokenizer", "char", "--val-fraction", "0.2"), "--val-fraction 0.2 (was 0.1)"),
+        (ALICE, ("--tokenizer", "char", "--shard-tokens", "100"), "--shard-tokens 100 (was 100000000)"),
         (ALICE, ("--tokenizer", "byte"), "another tokenizer"),
     ],
 )
@@ -473,3 +473,12 @@ def test_a_console_that_cannot_show_a_character_gets_its_escape(tmp_path: Path) 
         )
         assert (done.returncode, done.stderr) == (0, "")
         assert "\\xe9" in done.stdout or "\\udcc3\\udca9" in done.stdout  # text, or a file's name
+
+
+def test_a_separator_left_in_the_text_is_pointed_out(tmp_path: Path) -> None:
+    """It would be trained on as ordinary characters."""
+    source = write(tmp_path / "stories.txt", (ALICE + "<|endoftext|>") * 3)
+    arguments = ("--input", source, "--tokenizer", "byte", "--out")
+    assert "3 times '<|endoftext|>'" in textfiles(*arguments, tmp_path / "whole").stderr
+    split = textfiles(*arguments, tmp_path / "split", "--split-documents-on", "<|endoftext|>")
+    assert split.returncode == 0 and "endoftext" not in split.stderr

@@ -114,7 +114,7 @@ def exit_codes(attempt: Path) -> list[int]:
 def sync(line: str, cwd: Path, *more: str) -> str:
     """Do what the line says; what that prints."""
     program, *args = line.split("`")[1].split()
-    command = [str(Path(sys.executable).with_name(program)), *args, *more]
+    command = [program, *args, *more]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True, timeout=30).stderr
 
 
@@ -144,7 +144,9 @@ def test_the_run_is_recorded_and_a_later_attempt_is_the_same_run(start: Any, tmp
         first.row(row)
     first.row({"step": 5, "samples": [{"prompt": "To <b>", "text": "be\nor"}]})
     first.close(exit_code=0)
-    assert said == [f"W&B: upload with `wandb sync --id {ID} {tmp_path}/run/wandb`"]
+    program = Path(sys.executable).with_name("wandb")
+    line = f"{program} sync --id {ID} {tmp_path}/run/wandb"
+    assert said == [f"W&B: upload every attempt as one run with `{line}` (after `wandb login`)"]
 
     second, said = start()
     second.row({"step": 6, "tokens": 60, "loss": 2.0})

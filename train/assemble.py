@@ -43,7 +43,7 @@ def assemble(
     module = parallel.wrap(objective, mesh)
     loss_scale = LossScale(mesh.device) if config.train.dtype == "fp16" else None
 
-    loaded, faults = saves.find_start(directory.path, resume=config.resume, mesh=mesh)
+    loaded, faults = saves.find_start(directory.path, mesh=mesh)
     progress, tracked_as, origin = Progress(), None, None
     if loaded is not None:
         state = saves.load(loaded, model=model, optimizer=optimizer, loss_scale=loss_scale, mesh=mesh)

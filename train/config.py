@@ -32,8 +32,9 @@ class TrainConfig:
     batch_tokens: int = 524_288
     """Tokens per step over all processes, whatever their number."""
     micro_batch: int | Literal["auto"] = 16
-    """Most windows of one process's forward pass; accumulation makes up the rest. auto: the largest that fits the GPU,
-    found before step 0 and kept in config.json."""
+    """Windows of one process's forward pass; must divide its share of the batch, or be the whole of it where the share
+    is less. Accumulation makes up the rest. auto: the largest that fits the GPU, found before step 0 and kept in
+    config.json."""
     dtype: Literal["bf16", "fp16", "tf32", "fp32"] = "bf16"
     """Of the activations and matrix products; weights, gradients and their reduction are fp32. fp16 comes with a
     loss scale; tf32 is fp32 with products in TF32 on the GPU; fp32 never uses TF32."""
@@ -96,7 +97,7 @@ class SaveConfig:
     every: int = 1000
     """Steps between checkpoints, beside the last."""
     keep: int = 2
-    """Newest checkpoints to keep."""
+    """Newest checkpoints to keep, beside the one that this attempt continued from."""
     keep_every: int | None = None
     """Also keep every checkpoint whose step this divides."""
 
@@ -179,6 +180,7 @@ def parse(args: Sequence[str], presets: dict[str, Config]) -> Config:
     config, unknown = tyro.cli(
         Config,
         prog=f"train/main.py {name}",
+        description=f"{Config.__doc__} Presets, first on the line: {', '.join(presets)}.",
         args=flags,
         default=preset,
         return_unknown_args=True,

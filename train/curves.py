@@ -1,6 +1,7 @@
 """Loss curves of one or more runs as a PNG, and their results as a Markdown table. The PNG needs the extra `plots`.
 
-    python train/curves.py runs/A runs/B --x tokens --out curves.png
+    python train/curves.py runs/A                         # into runs/A/curves.png
+    python train/curves.py runs/A runs/B --x tokens       # into curves.png
 
 Takes a few seconds. Lines are training loss, dots validation loss. The table is printed and written beside the
 PNG as curves.md, one row per run:
@@ -60,7 +61,7 @@ class Options:
     x: Axis = "step"
     """The horizontal axis."""
     out: Path | None = None
-    """Where to put the picture, the table beside it; None: curves.png in the first run directory."""
+    """Where to put the picture, the table beside it; None: curves.png in the run directory, of several runs here."""
 
 
 @dataclass(frozen=True)
@@ -220,7 +221,7 @@ def main(args: list[str] | None = None) -> None:
         options = tyro.cli(Options, args=args, description=__doc__)
         if not options.runs:
             raise InputError("give at least one run directory")
-        out = options.out or options.runs[0] / "curves.png"
+        out = options.out or (options.runs[0] / "curves.png" if len(options.runs) == 1 else Path("curves.png"))
         if out.suffix != ".png":
             raise InputError(f"--out {out} must end in .png")
         runs = read_runs(options.runs)

@@ -23,14 +23,16 @@ USABLE = 0.92
 OTHER_WORDS = "out of memory|ALLOC_FAILED"
 
 
+def check_device(config: Config, device: torch.device) -> None:
+    """InputError if auto is asked for where there is no GPU."""
+    if config.train.micro_batch == "auto" and device.type != "cuda":
+        raise InputError("--train.micro-batch auto measures a GPU's memory; give a number on a CPU, such as 16")
+
+
 def settle_micro_batch(config: Config, objective: Objective, directory: RunDirectory, mesh: Mesh) -> Config:
     """`config` with the largest micro-batch that fits on every rank, in place of auto. Collective.
 
-    What this run found on this kind of GPU stays; other numbers of processes take the next one that they can share.
-    InputError without a GPU.
-    """
-    if mesh.device.type != "cuda":
-        raise InputError("--train.micro-batch auto measures a GPU's memory; give a number on a CPU, such as 16")
+    What this run found on this kind of GPU stays; other numbers of processes take the next one that they can share."""
     shares = divisors(plan_batches(config, mesh.world).windows_per_rank)
     conditions = conditions_of(config, mesh)
     found = mesh.on_main(lambda: kept_micro_batch(directory.found, conditions))

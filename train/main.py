@@ -22,12 +22,15 @@ if not __package__:
 
 import torch
 
+from data_prep.codec import load_codec
 from data_prep.errors import one_line_errors
 from data_prep.manifest import FILE_NAME, Manifest, read_manifest
+from model.trained import list_checkpoints
 from train import parallel
-from train.assemble import assemble
+from train.assemble import assemble, open_data
 from train.batches import BatchPlan, divisors, plan_batches
 from train.config import Config, parse, settings_without_effect, with_vocabulary
+from train.fit import check_device
 from train.loop import Run, train
 from train.mesh import Mesh, open_mesh
 from train.meters import Startup
@@ -53,7 +56,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def dry_run(config: Config) -> None:
-    """The run card for as many processes as torchrun started, without touching anything."""
+    """The run card for as many processes as torchrun started, and every refusal that needs no GPU; touches nothing."""
     manifest = read_manifest(config.data.dir) if (config.data.dir / FILE_NAME).is_file() else None
     if manifest is not None:
         config = with_vocabulary(config, manifest.vocab_size)
@@ -61,8 +64,13 @@ def dry_run(config: Config) -> None:
     parallel.check_mode(config, world)
     config = settle_origin(config)
     plan = plan_batches(config, world)
+    if manifest is not None:
+        RunDirectory(config, manifest.fingerprint, Mesh(0, 1, torch.device("cpu"))).check_start()
+        open_data(config, plan, load_codec(config.data.dir))
     if os.environ.get("RANK", "0") == "0":
         print(card(config, manifest, plan, world))
+        if list_checkpoints(config.directory):
+            print(f"continues from {list_checkpoints(config.directory)[-1]}")
         for line in settings_without_effect(config, "cuda" if torch.cuda.is_available() else "cpu", world):
             print(f"warning: {line}")
 
@@ -74,6 +82,7 @@ def run(config: Config, mesh: Mesh, startup: Startup | None = None) -> None:
     config = with_vocabulary(config, manifest.vocab_size)
     refuse_disagreement(config, manifest.fingerprint, mesh)
     parallel.check_mode(config, mesh.world)
+    check_device(config, mesh.device)
     plan_batches(config, mesh.world)
     mesh.on_all(lambda: set_numerics(config.train, mesh.device))
     config = mesh.on_main(lambda: settle_origin(config))

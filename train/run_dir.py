@@ -93,7 +93,7 @@ class RunDirectory:
         self._lock.acquire()
         with contextlib.ExitStack() as undo:
             undo.callback(self._lock.release)
-            self._check_identity()
+            self.check_start()
             status = read_status(self.path)
             if status is not None:
                 self._attempt, self._step = status["attempt"] + 1, status["step"]
@@ -105,7 +105,8 @@ class RunDirectory:
             undo.pop_all()
         return self._lock.text
 
-    def _check_identity(self) -> None:
+    def check_start(self) -> None:
+        """InputError if what is there is another run, or one that --no-resume does not want. Nothing is written."""
         path = self.path / "config.json"
         if not path.is_file() or not list_checkpoints(self.path):
             return  # nothing of another run to protect
@@ -125,6 +126,10 @@ class RunDirectory:
             raise InputError(
                 f"{self.path}: is another run: {'; '.join(differences)}; "
                 "choose another --run-dir, or give the values it began with"
+            )
+        if not self._config.resume:
+            raise InputError(
+                f"{self.path}: holds checkpoints; drop --no-resume to continue it, or choose another --run-dir"
             )
 
     def _write_config(self) -> None:

@@ -161,14 +161,10 @@ def _purge(run_dir: Path, config: SaveConfig, held: set[Path]) -> None:
             print(f"warning: {checkpoint} could not be deleted: {error}", file=sys.stderr)
 
 
-def find_start(run_dir: Path, *, resume: bool, mesh: Mesh) -> tuple[Path | None, list[str]]:
+def find_start(run_dir: Path, *, mesh: Mesh) -> tuple[Path | None, list[str]]:
     """The checkpoint to continue from, if any, with a line for each broken one passed over. Collective."""
 
     def look() -> tuple[Path | None, list[str]]:
-        if not resume and list_checkpoints(run_dir):
-            raise InputError(
-                f"{run_dir}: holds checkpoints; drop --no-resume to continue it, or choose another --run-dir"
-            )
         for leftover in (run_dir / CHECKPOINTS).glob(".step_*"):  # of saves and deletions cut short by a kill
             shutil.rmtree(leftover, ignore_errors=True)
         checkpoint, faults = newest_sound(run_dir)

@@ -203,7 +203,8 @@ def sync_line(start: dict[str, Any]) -> str:
     --id makes them one run. Attempts made online are left out unless asked for.
     """
     online = ["--include-online"] if start["mode"] == "online" else []
-    return shlex.join(["wandb", "sync", "--id", start["id"], *online, start["run_dir"] + "/wandb"])
+    program = Path(sys.executable).with_name("wandb")  # of this environment, which need not be activated
+    return shlex.join([str(program), "sync", "--id", start["id"], *online, start["run_dir"] + "/wandb"])
 
 
 def _fitting(value: Any) -> Any:
@@ -313,7 +314,7 @@ def _track(start: dict[str, Any], messages: Iterator[dict[str, Any]], tell: Call
     if mode == "online" and FATAL in (Path(start["run_dir"]) / "wandb" / LOG_FILE).read_bytes()[log_bytes:]:
         raise RuntimeError("the server refused data")  # wandb itself only prints it
     if mode == "offline":
-        tell(f"W&B: upload with `{sync_line(start | {'mode': mode})}`")
+        tell(f"W&B: upload every attempt as one run with `{sync_line(start | {'mode': mode})}` (after `wandb login`)")
 
 
 def _page(samples: list[dict[str, str]]) -> str:
