@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data_prep.errors import InputError
-from tests.runs import ROOT, tiny_config, tiny_flags
+from tests.runs import ROOT, tiny_flags
 from train.config import Config, parse, settings_without_effect
 from train.main import run
 from train.mesh import Mesh
@@ -152,9 +152,8 @@ def test_dry_run_prints_the_card_without_data_or_traces(tmp_path: Path) -> None:
 
 def test_dry_run_refuses_what_the_run_would(tmp_path: Path, tiny_data: Path) -> None:
     run_dir = tmp_path / "run"
-    args = ["--dry-run", *tiny_flags(tiny_data, run_dir), "--train.steps", "12"]
-    args = [args[1], args[0], *args[2:]]
-    run(tiny_config(tiny_data, run_dir, steps=10), Mesh(0, 1, torch.device("cpu")))
+    args = [*tiny_flags(tiny_data, run_dir), "--train.steps", "12", "--sample.every", "None"]
+    run(parsed(*args), Mesh(0, 1, torch.device("cpu")))
     kept = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     for flags, said in (
         (["--seed", "3"], "is another run: --seed 3 (was 1337)"),
@@ -163,9 +162,9 @@ def test_dry_run_refuses_what_the_run_would(tmp_path: Path, tiny_data: Path) -> 
         (["--train.seq-len", "20480", "--train.batch-tokens", "245760"], "less than one window"),
     ):
         elsewhere = [] if flags[0] in ("--seed", "--no-resume") else ["--run-dir", str(tmp_path / "new")]
-        done = command(*args, *flags, *elsewhere)
+        done = command(*args, "--dry-run", *flags, *elsewhere)
         assert done.returncode == 2 and said in done.stderr, (flags, done.stdout, done.stderr)
-    refused = command(*[arg for arg in args if arg != "--dry-run"], "--no-resume")
+    refused = command(*args, "--no-resume")
     assert refused.returncode == 2 and "drop --no-resume" in refused.stderr
     assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == kept
     assert not (tmp_path / "new").exists()
