@@ -1,8 +1,4 @@
-"""Tensors out of torch.distributed.checkpoint's files, without running any code that stands in them.
-
-A module of its own because importing torch.distributed.checkpoint takes a second (it brings DTensor and sympy), which
-a new run needs only at its first checkpoint: whoever needs this imports it in the function that does.
-"""
+"""Tensors out of torch.distributed.checkpoint's files, without running any code that stands in them."""
 
 import io
 import pickle

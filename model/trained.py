@@ -23,6 +23,7 @@ from data_prep.atomic import sha256_of_file
 from data_prep.codec import Codec, load_codec
 from data_prep.errors import InputError
 from model.config import ModelConfig
+from model.dcp_files import read_tensors
 from model.gpt import GPT
 
 CHECKPOINTS = "checkpoints"
@@ -136,8 +137,6 @@ def load_trained(
 
     The model computes in `dtype`; its weights are fp32. Raises InputError in one line for anything unusable.
     """
-    from model.dcp_files import read_tensors
-
     checkpoint = find_checkpoint(name)
     model = GPT(model_config(read_state(checkpoint), checkpoint), compute_dtype=dtype)
     read_tensors(checkpoint, model_tensors(model))

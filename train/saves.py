@@ -1,7 +1,4 @@
-"""The write side of checkpoints, and continuing from one. The format is described in model/trained.py.
-
-torch.distributed.checkpoint is imported where it is used, for the reason in model/dcp_files.py.
-"""
+"""The write side of checkpoints, and continuing from one. The format is described in model/trained.py."""
 
 import base64
 import json
@@ -14,11 +11,14 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 
 from data_prep.atomic import fsync_directory, sha256_of_file, write_atomically, write_json_atomically
 from data_prep.codec import Codec, load_codec
 from data_prep.errors import InputError
+from model.dcp_files import data_files_of, last_line_of, read_tensors
 from model.gpt import GPT
 from model.trained import (
     CHECKPOINTS,
@@ -113,11 +113,6 @@ def _make_room(folder: Path, temporary: Path, tensors: dict[str, Tensor]) -> Non
 
 
 def _write_tensors(tensors: dict[str, Tensor], directory: Path, mesh: Mesh) -> str | None:
-    import torch.distributed.checkpoint as dcp
-    from torch.distributed.checkpoint.api import CheckpointException
-
-    from model.dcp_files import last_line_of
-
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         try:
@@ -128,8 +123,6 @@ def _write_tensors(tensors: dict[str, Tensor], directory: Path, mesh: Mesh) -> s
 
 
 def _commit(temporary: Path, final: Path, state: dict[str, Any]) -> None:
-    from model.dcp_files import data_files_of
-
     missing = data_files_of(temporary) - {path.name for path in temporary.iterdir()}
     if missing:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -184,8 +177,6 @@ def load(
     mesh: Mesh,
 ) -> dict[str, Any]:
     """Put a checkpoint's tensors into the live ones and its random state back; its state.json. Collective."""
-    from model.dcp_files import read_tensors
-
     state = mesh.on_all(lambda: read_state(checkpoint))
     read_tensors(checkpoint, checkpoint_tensors(model, optimizer, loss_scale))
     _restore_random_state(state["random"], mesh.device)
@@ -223,8 +214,6 @@ def load_weights(name: str, model: GPT, codec: Codec, mesh: Mesh) -> Path:
 
     InputError, naming what differs, for another shape or another tokenizer: its ids would mean other text.
     """
-
-    from model.dcp_files import read_tensors
 
     def find() -> Path:
         checkpoint = find_checkpoint(name)
