@@ -1,6 +1,7 @@
 """The command line: what it resolves to, and what it refuses, all at once and in words."""
 
-import os
+import contextlib
+import io
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from data_prep.errors import InputError
 from tests.runs import ROOT, tiny_flags
 from train.config import Config, parse, settings_without_effect
-from train.main import run
+from train.main import main, run
 from train.mesh import Mesh
 from train.presets import PRESETS
 
@@ -135,8 +136,18 @@ def test_every_preset_resolves(name: str) -> None:
 
 
 def command(*args: str, **env: str) -> "subprocess.CompletedProcess[str]":
-    line = [sys.executable, "train/main.py", *args]
-    return subprocess.run(line, cwd=ROOT, env=os.environ | env, capture_output=True, text=True, check=False)
+    """`python train/main.py ARGS` without the seconds of a new interpreter; test_bad_input starts a real one."""
+    out, err = io.StringIO(), io.StringIO()
+    status = 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        for name, value in env.items():
+            patch.setenv(name, value)
+        try:
+            main(args)
+        except SystemExit as leaving:
+            assert isinstance(leaving.code, int)
+            status = leaving.code
+    return subprocess.CompletedProcess(args, status, out.getvalue(), err.getvalue())
 
 
 def test_dry_run_prints_the_card_without_data_or_traces(tmp_path: Path) -> None:
@@ -184,7 +195,8 @@ def test_dry_run_warns_of_epochs(tiny_data: Path) -> None:
     ],
 )
 def test_bad_input_is_one_line_and_status_2(args: list[str], said: str) -> None:
-    done = command(*args)
+    line = [sys.executable, "train/main.py", *args]
+    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and said in done.stderr
     assert done.stdout == ""

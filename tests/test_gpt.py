@@ -41,8 +41,15 @@ def randomize(model: torch.nn.Module) -> None:
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.02)
 
 
-@pytest.mark.parametrize(("config", "T"), [(TINY, 16), (SMALL, 64)], ids=["tiny", "gpt2-small"])
-@pytest.mark.parametrize("direction", ["from", "to"])
+@pytest.mark.parametrize(
+    ("config", "T", "direction"),
+    [
+        (TINY, 16, "from"),
+        (TINY, 16, "to"),
+        (SMALL, 64, "from"),
+        pytest.param(SMALL, 64, "to", marks=pytest.mark.slow),
+    ],
+)
 def test_logits_and_gradients_equal_hugging_faces(config: ModelConfig, T: int, direction: str) -> None:
     theirs, ours = hugging_face(config).eval(), build_model(config, seed=1)
     if direction == "from":

@@ -1,5 +1,6 @@
 """What the README promises: its commands parse, its files exist, what it calls absent is absent."""
 
+import functools
 import re
 import shlex
 import subprocess
@@ -28,14 +29,13 @@ def test_training_commands_parse(line: str) -> None:
 def test_other_commands_name_flags_that_exist(line: str) -> None:
     args = shlex.split(line)
     flags = [arg for arg in args if arg.startswith("--")]
-    shown = subprocess.run(
-        [sys.executable, args[1], "--help"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    assert all(flag in shown for flag in flags)
+    assert all(flag in help_of(args[1]) for flag in flags)
+
+
+@functools.cache
+def help_of(script: str) -> str:
+    command = [sys.executable, script, "--help"]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
 
 
 def test_what_is_called_absent_is_absent() -> None:

@@ -13,7 +13,11 @@ from pathlib import Path
 import pytest
 
 from model.trained import list_checkpoints
+from tests.groups import run_on_ranks
 from tests.runs import assert_same_tensors, curve, final_tensors, status, tiny_flags, torchrun, validations
+from tests.test_exact import continue_elsewhere
+from train.config import parse
+from train.presets import PRESETS
 
 STEPS = 150
 
@@ -108,11 +112,12 @@ def test_killed_many_times(tiny_data: Path, uninterrupted: Path, tmp_path: Path,
     assert_same_run(tmp_path / "run", uninterrupted)
 
 
-@pytest.mark.parametrize("request_by", ["SIGTERM", "SIGUSR1", "STOP file", "launcher died"])
-def test_a_stop_saves_says_why_and_continues(
-    tiny_data: Path, uninterrupted: Path, tmp_path: Path, request_by: str
-) -> None:
-    run_dir = tmp_path / "run"
+REQUESTS = ("SIGTERM", "SIGUSR1", "STOP file", "launcher died")
+
+
+@pytest.mark.parametrize("request_by", REQUESTS)
+def test_a_stop_saves_and_says_why(tiny_data: Path, stopped: Path, request_by: str) -> None:
+    run_dir = stopped / request_by
     process = torchrun(2, *flags(tiny_data, run_dir))
     wait_for(lambda: num_rows(run_dir) > 15, process)
     workers = children_of(process.pid)
@@ -136,10 +141,23 @@ def test_a_stop_saves_says_why_and_continues(
     if request_by in ("STOP file", "SIGUSR1"):
         assert process.returncode == 0, output
 
-    again = torchrun(2, *flags(tiny_data, run_dir))
-    output = finish(again)
-    assert again.returncode == 0, output
-    assert_same_run(run_dir, uninterrupted)
+
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the runs lie that were stopped, each under what stopped it."""
+    return tmp_path_factory.mktemp("stopped")
+
+
+def test_stopped_runs_continue_to_the_uninterrupted_ones_bits(
+    tiny_data: Path, uninterrupted: Path, stopped: Path
+) -> None:
+    """One group of processes continues them all, one after the other."""
+    runs = [stopped / name for name in REQUESTS if (stopped / name).is_dir()]
+    assert runs, "test_a_stop_saves_and_says_why makes them"
+    run_on_ranks(2, continue_elsewhere, [parse(flags(tiny_data, run_dir), PRESETS) for run_dir in runs])
+    for run_dir in runs:
+        assert "continuing from" in (run_dir / "log.txt").read_text()
+        assert_same_run(run_dir, uninterrupted)
 
 
 def wait_for_end(pids: list[int]) -> None:
