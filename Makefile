@@ -13,7 +13,7 @@ quickstart: .venv/.base
 	$(BIN)/python model/generate.py runs/quickstart --prompt "The " --max-tokens 300
 
 test: .venv/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: .venv/.dev
 	$(BIN)/python -m pytest -m slow

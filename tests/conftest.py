@@ -33,6 +33,15 @@ def pytest_runtest_makereport(
     return report
 
 
+# Longest first, so that two workers end together (with --no-loadscope-reorder; files stay whole).
+LONGEST = ("test_survival", "test_exact", "test_mesh", "test_loop", "test_gpt", "test_saves", "test_tracking")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    rank = {name: index for index, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Real text; see its README."""

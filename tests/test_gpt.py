@@ -46,7 +46,7 @@ def randomize(model: torch.nn.Module) -> None:
     [
         (TINY, 16, "from"),
         (TINY, 16, "to"),
-        (SMALL, 64, "from"),
+        pytest.param(SMALL, 64, "from", marks=pytest.mark.slow),
         pytest.param(SMALL, 64, "to", marks=pytest.mark.slow),
     ],
 )
