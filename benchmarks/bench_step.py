@@ -1,6 +1,6 @@
 """Our training step against a bare loop of the same model: forward, backward, clip, AdamW, nothing else.
 
-    python benchmarks/bench_step.py                                        # about a minute on 2 CPU cores
+    python benchmarks/bench_step.py                                        # a minute and a half on 2 CPU cores
     torchrun --standalone --nproc_per_node=2 benchmarks/bench_step.py      # two processes, DDP on both sides
     python benchmarks/bench_step.py --preset gpt2-small --windows 64 --vocab-size 50257      # on a GPU
 

@@ -15,7 +15,12 @@ from train.mesh import LONG_TIMEOUT, Mesh
 
 
 def run_on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """function(mesh, *args) on `world` spawned processes -> its results in rank order; an error anywhere is raised."""
+    """function(mesh, *args) on `world` processes -> its results in rank order; an error anywhere is raised.
+
+    Several are spawned; a world of one is this process, which computes with one thread too (conftest.py).
+    """
+    if world == 1:
+        return [function(Mesh(0, 1, torch.device("cpu")), *args)]
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(_enter, args=(world, folder, function, args), nprocs=world)
         return [pickle.loads((Path(folder) / f"result_{rank}").read_bytes()) for rank in range(world)]
@@ -24,11 +29,9 @@ def run_on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[A
 def _enter(rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    if world > 1:
-        dist.init_process_group(
-            "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=LONG_TIMEOUT
-        )
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=LONG_TIMEOUT
+    )
     result = function(Mesh(rank, world, torch.device("cpu")), *args)
     (Path(folder) / f"result_{rank}").write_bytes(pickle.dumps(result))
-    if world > 1:
-        dist.destroy_process_group()
+    dist.destroy_process_group()

@@ -1,13 +1,17 @@
 """Tiny runs: their configuration, their command line, and what is compared of them."""
 
+import contextlib
 import dataclasses
+import io
 import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -85,6 +89,21 @@ def torchrun(world: int, *args: str, **options: Any) -> "subprocess.Popen[str]":
         start_new_session=True,
         **options,
     )
+
+
+def called(main: Callable[[list[str]], None], *args: str, **env: str) -> "subprocess.CompletedProcess[str]":
+    """What a command prints and exits with, without the seconds that a new interpreter takes to import torch."""
+    out, err = io.StringIO(), io.StringIO()
+    status = 0
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        for name, value in env.items():
+            patch.setenv(name, value)
+        try:
+            main(list(args))
+        except SystemExit as leaving:
+            assert isinstance(leaving.code, int)
+            status = leaving.code
+    return subprocess.CompletedProcess(args, status, out.getvalue(), err.getvalue())
 
 
 def rows(run_dir: Path) -> list[dict[str, Any]]:

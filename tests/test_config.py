@@ -1,7 +1,5 @@
 """The command line: what it resolves to, and what it refuses, all at once and in words."""
 
-import contextlib
-import io
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +8,7 @@ import pytest
 import torch
 
 from data_prep.errors import InputError
-from tests.runs import ROOT, tiny_flags
+from tests.runs import ROOT, called, tiny_flags
 from train.config import Config, parse, settings_without_effect
 from train.main import main, run
 from train.mesh import Mesh
@@ -136,18 +134,8 @@ def test_every_preset_resolves(name: str) -> None:
 
 
 def command(*args: str, **env: str) -> "subprocess.CompletedProcess[str]":
-    """`python train/main.py ARGS` without the seconds of a new interpreter; test_bad_input starts a real one."""
-    out, err = io.StringIO(), io.StringIO()
-    status = 0
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        for name, value in env.items():
-            patch.setenv(name, value)
-        try:
-            main(args)
-        except SystemExit as leaving:
-            assert isinstance(leaving.code, int)
-            status = leaving.code
-    return subprocess.CompletedProcess(args, status, out.getvalue(), err.getvalue())
+    """`python train/main.py ARGS`; test_bad_input starts a real one."""
+    return called(main, *args, **env)
 
 
 def test_dry_run_prints_the_card_without_data_or_traces(tmp_path: Path) -> None:

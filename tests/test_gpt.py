@@ -46,8 +46,8 @@ def randomize(model: torch.nn.Module) -> None:
     [
         (TINY, 16, "from"),
         (TINY, 16, "to"),
-        pytest.param(SMALL, 64, "from", marks=pytest.mark.slow),
-        pytest.param(SMALL, 64, "to", marks=pytest.mark.slow),
+        (SMALL, 64, "from"),
+        (SMALL, 64, "to"),
     ],
 )
 def test_logits_and_gradients_equal_hugging_faces(config: ModelConfig, T: int, direction: str) -> None:

@@ -16,13 +16,13 @@ from torch._dynamo.utils import counters
 
 from model.gpt import build_model
 from tests.groups import run_on_ranks
-from tests.runs import ROOT, curve, rows, status, tiny_config, tiny_flags
+from tests.runs import ROOT, called, curve, rows, status, tiny_config, tiny_flags
 from tests.test_exact import cut_back
 from train import loop
 from train import losses as train_losses
 from train.batches import Windows
 from train.config import Config, SampleConfig
-from train.main import run
+from train.main import main, run
 from train.mesh import Mesh
 from train.parallel import build_objective
 
@@ -247,8 +247,7 @@ def run_and_count_storages(mesh: Mesh, config: Config) -> int:
 
 
 def test_a_prompt_that_cannot_be_encoded_is_refused_before_training(tiny_data: Path, tmp_path: Path) -> None:
-    line = [sys.executable, "train/main.py", *tiny_flags(tiny_data, tmp_path / "run"), "--sample.prompts", "caf\u00e9"]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = called(main, *tiny_flags(tiny_data, tmp_path / "run"), "--sample.prompts", "caf\u00e9")
     assert done.returncode == 2 and done.stderr.count("\n") == 1
     assert "--sample.prompts 'caf\u00e9'" in done.stderr
 
@@ -294,5 +293,4 @@ def test_the_command_says_how_long_it_took_to_the_first_step_and_traces(tiny_dat
 
 
 def refused(*flags: str) -> str:
-    line = [sys.executable, "train/main.py", "shakespeare-char-cpu", *flags]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False).stderr
+    return called(main, "shakespeare-char-cpu", *flags).stderr

@@ -11,11 +11,12 @@ import torch
 from data_prep.codec import ByteCodec, CharCodec
 from data_prep.errors import InputError
 from model.config import ModelConfig
+from model.generate import main as generate_main
 from model.generate import stream_text
 from model.gpt import build_model
 from model.sampling import Sampling, generate_tokens, next_token_probabilities
 from model.trained import load_trained
-from tests.runs import ROOT, tiny_config
+from tests.runs import ROOT, called, tiny_config
 from train.main import run
 from train.mesh import Mesh
 
@@ -94,13 +95,14 @@ def trained_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def generate(*args: str) -> "subprocess.CompletedProcess[str]":
-    line = [sys.executable, "model/generate.py", *args]
-    return subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+    return called(generate_main, *args)
 
 
 def test_a_trained_run_speaks(trained_run: Path) -> None:
+    """The script itself once, and what it does for other arguments without a new interpreter."""
     args = [str(trained_run), "--prompt", "The cat", "--max-tokens", "60", "--seed", "4"]
-    three = generate(*args, "--num-samples", "3").stdout
+    script = [sys.executable, "model/generate.py", *args, "--num-samples", "3"]
+    three = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     samples = three.split("--- sample ")[1:]
     assert len(samples) == 3 and len({sample[2:] for sample in samples}) == 3
     assert all(sample[2:].startswith("The cat") and len(sample) >= 60 for sample in samples)

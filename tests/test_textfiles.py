@@ -303,7 +303,6 @@ def test_a_full_disk_gives_one_line_and_keeps_the_earlier_data(finished: Path, t
     assert names(tmp_path) == ["alice.txt", "big.txt", "data"]
 
 
-@pytest.mark.slow
 def test_python_docs_are_large_and_the_same_in_every_process(tmp_path: Path) -> None:
     command = [sys.executable, SCRIPT, "--input", "python-docs", "--tokenizer", "char", "--out"]
     running = [

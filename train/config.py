@@ -12,6 +12,7 @@ import tyro
 
 from data_prep.errors import InputError
 from model.config import ModelConfig
+from train.peaks import DType
 from train.traces import parse_steps
 
 
@@ -35,7 +36,7 @@ class TrainConfig:
     """Windows of one process's forward pass; must divide its share of the batch, or be the whole of it where the share
     is less. Accumulation makes up the rest. auto: the largest that fits the GPU, found before step 0 and kept in
     config.json."""
-    dtype: Literal["bf16", "fp16", "tf32", "fp32"] = "bf16"
+    dtype: DType = "bf16"
     """Of the activations and matrix products; weights, gradients and their reduction are fp32. fp16 comes with a
     loss scale; tf32 is fp32 with products in TF32 on the GPU; fp32 never uses TF32."""
     compile: bool = True
@@ -43,7 +44,8 @@ class TrainConfig:
     loss: Literal["plain", "chunked"] = "plain"
     """chunked: the same loss without ever holding the logits of a whole micro-batch."""
     activation_checkpointing: bool = False
-    """Keep only each block's input and compute the block again in the backward pass: less memory, a third more time."""
+    """Keep only each block's input and compute the block again in the backward pass: less memory for one more
+    forward pass."""
     deterministic: bool = False
     """Deterministic kernels only: bitwise repeatable on a GPU too, somewhat slower."""
 
