@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,21 @@ def write_atomically(path: Path, content: str) -> None:
         os.fsync(file.fileno())
     temporary.replace(path)
     fsync_directory(path.parent)
+
+
+def write_blocks_atomically(path: Path, blocks: Iterable[bytes]) -> str:
+    """`write_atomically` of bytes as they come, without holding them; their hex sha256."""
+    digest = hashlib.sha256()
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with temporary.open("wb") as file:
+        for block in blocks:
+            digest.update(block)
+            file.write(block)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    fsync_directory(path.parent)
+    return digest.hexdigest()
 
 
 def write_json_atomically(path: Path, value: Any) -> None:

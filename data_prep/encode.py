@@ -10,7 +10,6 @@ other options has another name, and is never taken for this one.
 import functools
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.atomic import fsync_directory, sha256_of_file, write_json_atomically
+from data_prep.atomic import sha256_of_file, write_blocks_atomically, write_json_atomically
 from data_prep.codec import EOT, Codec, alphabet_of, load_codec
 from data_prep.errors import InputError
 from data_prep.shards import Offsets, Tokens
@@ -161,27 +160,21 @@ def _codec(directory: Path, tokenizer: str) -> Codec:
 
 def write_part(stem: Path, key: dict[str, Any], documents: Iterable[Tokens]) -> Part:
     """Write documents' tokens as they come, then their places; the .json last, so that half a part has none."""
-    digest = hashlib.sha256()
-    path = stem.with_suffix(".part")
-    temporary = stem.with_suffix(f".{os.getpid()}.tmp")
     starts: list[int] = []
     num_tokens = 0
-    with temporary.open("wb") as file:
+
+    def blocks() -> Iterator[bytes]:
+        nonlocal num_tokens
         for ids in documents:
             starts.append(num_tokens)
             num_tokens += len(ids)
             for begin in range(0, len(ids), BLOCK_TOKENS):
-                data = ids[begin : begin + BLOCK_TOKENS].tobytes()
-                digest.update(data)
-                file.write(data)
-        data = np.array(starts, dtype="<u8").tobytes()
-        digest.update(data)
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    fsync_directory(path.parent)
-    record = {"key": key, "tokens": num_tokens, "documents": len(starts), "sha256": digest.hexdigest()}
+                yield ids[begin : begin + BLOCK_TOKENS].tobytes()
+        yield np.array(starts, dtype="<u8").tobytes()
+
+    path = stem.with_suffix(".part")
+    sha256 = write_blocks_atomically(path, blocks())
+    record = {"key": key, "tokens": num_tokens, "documents": len(starts), "sha256": sha256}
     write_json_atomically(stem.with_suffix(".json"), record)
     return Part(path, num_tokens, len(starts))
 

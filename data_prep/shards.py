@@ -14,8 +14,7 @@ Three foreign formats are read too; none of them has an .idx, and documents are 
 """
 
 import hashlib
-import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -24,7 +23,7 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.atomic import fsync_directory
+from data_prep.atomic import write_blocks_atomically
 from data_prep.errors import InputError
 
 MAGIC = 20240520
@@ -119,14 +118,19 @@ class ShardWriter:
         if kind is None:
             self.close()
 
+    def _bytes_of(self, header: npt.NDArray[np.int32]) -> Iterator[bytes]:
+        yield header.tobytes()
+        for block in self._blocks:
+            yield block.tobytes()
+
     def _write_shard(self) -> None:
         name = f"{self.split}_{len(self.shards):06d}"
         starts = np.concatenate(self._starts).astype("<u8")
         header = np.zeros(HEADER_INTS, dtype="<i4")
         eot = -1 if self._eot_id is None else self._eot_id
         header[:6] = MAGIC, VERSION, self._buffered, self._vocab_size, eot, len(starts)
-        bin_hash = _write_durably(self.directory / f"{name}.bin", [header.tobytes(), *self._blocks])
-        idx_hash = _write_durably(self.directory / f"{name}.idx", [starts.tobytes()])
+        bin_hash = write_blocks_atomically(self.directory / f"{name}.bin", self._bytes_of(header))
+        idx_hash = write_blocks_atomically(self.directory / f"{name}.idx", [starts.tobytes()])
         self.shards.append(
             ShardInfo(
                 file=f"{name}.bin",
@@ -139,21 +143,6 @@ class ShardWriter:
             )
         )
         self._blocks, self._starts, self._buffered = [], [], 0
-
-
-def _write_durably(path: Path, blocks: Iterable[bytes | Tokens]) -> str:
-    digest = hashlib.sha256()
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        for block in blocks:
-            data = block if isinstance(block, bytes) else block.tobytes()
-            digest.update(data)
-            file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    fsync_directory(path.parent)
-    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

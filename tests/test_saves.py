@@ -22,8 +22,18 @@ from data_prep.atomic import sha256_of_file
 from data_prep.errors import InputError
 from model.trained import SUMS_FILE, fault_of, list_checkpoints, load_trained, newest_sound
 from tests.groups import run_on_ranks
-from tests.runs import ROOT, assert_same_tensors, final_tensors, rows, status, tiny_config, tiny_flags, with_save
-from train.main import run
+from tests.runs import (
+    ROOT,
+    assert_same_tensors,
+    called,
+    final_tensors,
+    rows,
+    status,
+    tiny_config,
+    tiny_flags,
+    with_save,
+)
+from train.main import main, run
 from train.mesh import Mesh
 
 ALONE = Mesh(0, 1, torch.device("cpu"))
@@ -263,11 +273,11 @@ def test_other_data_is_refused(run_dir: Path, tmp_path: Path) -> None:
 
 
 def test_no_resume_refuses_a_directory_with_checkpoints(run_dir: Path, tiny_data: Path) -> None:
-    line = [sys.executable, "train/main.py", *tiny_flags(tiny_data, run_dir), "--train.steps", "30", "--no-resume"]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+    line = [*tiny_flags(tiny_data, run_dir), "--train.steps", "30", "--no-resume"]
+    done = called(main, *line)
     assert done.returncode == 2 and "is another run" in done.stderr
     line = [*line, "--optim.beta2", "0.95", "--optim.lr-final", "0", "--validate.every", "25"]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+    done = called(main, *line)
     assert done.returncode == 2 and "drop --no-resume to continue" in done.stderr
     assert len(list_checkpoints(run_dir)) == 3
 
