@@ -34,5 +34,5 @@ bench: .venv/.base
 	touch $@
 
 .venv/.dev: .venv/.base
-	$(BIN)/python -m pip install --quiet --editable '.[data,dev,hf,plots]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable '.[bpe,data,dev,fast,hf,plots]' --constraint constraints.txt
 	touch $@
