@@ -1,5 +1,7 @@
 """Downloads against a server that drops, refuses and lies; the presets on top of it."""
 
+import datetime
+import email.utils
 import hashlib
 import random
 import threading
@@ -12,7 +14,7 @@ import pytest
 
 from data_prep import corpora, download, textfiles
 from data_prep.corpora import CORPORA, Corpus, RemoteFile
-from data_prep.download import fetch
+from data_prep.download import asked_seconds, fetch
 from data_prep.errors import InputError
 from data_prep.textfiles import main, parse
 from tests.test_textfiles import decoded, names
@@ -142,6 +144,31 @@ def test_it_gives_up_with_the_address(server: Server, tmp_path: Path, faults: li
     with pytest.raises(InputError, match=server.url):
         fetch(server.url, SHA256, tmp_path / "file")
     assert len(server.asked) == num_asked
+
+
+@pytest.mark.parametrize(
+    ("retry_after", "rate_limit", "seconds"),
+    [
+        (None, None, None),
+        ("", None, None),
+        ("7", None, 7),
+        (" 120 ", None, 120),
+        ("soon", None, None),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", None, 0),  # RFC 9110's example, long past
+        (None, '"api";r=0;t=55', 56),
+        ("7", '"resolvers"; r=0; t=280', 281),
+        ("7", '"api";r=12;t=55', 7),  # every answer has it; here it is not the reason
+        (None, "50", None),
+    ],
+)
+def test_what_headers_ask(retry_after: str | None, rate_limit: str | None, seconds: float | None) -> None:
+    assert asked_seconds(retry_after, rate_limit) == seconds
+
+
+def test_a_date_to_come_is_waited_for() -> None:
+    then = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=90)
+    asked = asked_seconds(email.utils.format_datetime(then, usegmt=True))
+    assert asked is not None and 80 < asked <= 90
 
 
 def test_no_network_is_told_soon(tmp_path: Path, pauses: list[float]) -> None:
