@@ -76,7 +76,7 @@ def sha256(content: bytes) -> str:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """The four kinds of requests that the library makes: info, tree, head and get (from another host than the Hub)."""
+    """The requests that the library makes: info, tree, head, place (a GET of that) and get, from another host."""
 
     hub: FakeHub
 
@@ -84,22 +84,39 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
     def do_HEAD(self) -> None:
-        path = self.path.split("/resolve/")[1].split("/", 1)[1]
-        if self.goes_well("head", path):
-            content = self.hub.files[path]
-            self.send_response(302)
-            self.send_header("X-Repo-Commit", self.path.split("/resolve/")[1].split("/", 1)[0])
-            self.send_header("X-Linked-Etag", f'"{sha256(content)}"')
-            self.send_header("X-Linked-Size", str(len(content)))
-            self.send_header("Location", f"{self.hub.url.replace('127.0.0.1', 'localhost')}/cdn/{path}?signature=x")
-            self.end_headers()
+        self.send_place("head")
+
+    def send_place(self, kind: str) -> None:
+        """What a file is, and where its bytes are: a HEAD is asked for the first, a GET goes on to the second."""
+        revision, _, path = self.path.split("/resolve/")[1].partition("/")
+        if not self.goes_well(kind, path):
+            return
+        content = self.hub.files[path]
+        about = {
+            "X-Repo-Commit": revision,
+            "X-Linked-Etag": f'"{sha256(content)}"',
+            "X-Linked-Size": str(len(content)),
+            "X-Xet-Hash": sha256(content),  # as the Hub has it, of files that Xet could fetch too
+            "X-Xet-Refresh-Route": f"{self.hub.url}/xet-read-token",
+            "Location": f"{self.hub.url.replace('127.0.0.1', 'localhost')}/cdn/{path}?signature=x",
+            "Content-Length": "0",
+        }
+        self.send_response(302)
+        for name, value in about.items():
+            self.send_header(name, value)
+        self.end_headers()
 
     def do_GET(self) -> None:
         path, _, query = self.path.partition("?")
         if path.startswith("/cdn/"):
             self.send_file(path.removeprefix("/cdn/"))
+        elif "/resolve/" in path:
+            self.send_place("place")
         elif "/tree/" in path:
             self.send_tree(urllib.parse.unquote(path.split("/tree/")[1]), query)
+        elif "/revision/" not in path:
+            self.goes_well("other", path)
+            self.send_error(404)
         else:
             revision = path.split("/revision/")[1]
             if self.goes_well("info", revision):
@@ -136,7 +153,7 @@ class Handler(BaseHTTPRequestHandler):
             content = self.hub.files[path]
             lfs = {"oid": sha256(content), "size": len(content), "pointerSize": 130}
             entry = {"type": "file", "path": path, "oid": "0" * 40, "size": len(content)}
-            entries.append(entry | ({"lfs": lfs} if path.endswith(".parquet") else {}))
+            entries.append(entry | ({"lfs": lfs, "xetHash": lfs["oid"]} if path.endswith(".parquet") else {}))
         more = begin + self.hub.page < len(below)
         link = f'<{self.hub.url}{self.path.partition("?")[0]}?cursor={begin + self.hub.page}>; rel="next"'
         self.send_json(entries, **({"Link": link} if more else {}))
@@ -302,6 +319,7 @@ SILENT = Fault(502)
         # The first refusal of a HEAD it does not heed: it asks again at once.
         ("head", [TOO_MANY, LIMITED, DOWN, SILENT], [56, 4, 4]),
         # It gives up on a GET's 5xx: then that waiting is ours.
+        ("place", [TOO_MANY, LIMITED, DOWN, SILENT], [8, 56, 3, 4]),
         ("get", [TOO_MANY, LIMITED, DOWN, SILENT], [8, 56, 3, 4]),
     ],
 )
@@ -490,7 +508,7 @@ def test_a_killed_process_leaves_nothing_behind_and_its_whole_files_count(server
     assert download(listing, listing.files, tmp_path)[1].read_bytes() == LARGE
     assert list(tmp_path.rglob("*.incomplete")) == []
     assert server.of("get") == [SECOND, SECOND]
-    assert {kind for kind, _ in server.asked} == {"info", "tree", "head", "get"}
+    assert {kind for kind, _ in server.asked} == {"info", "tree", "head", "place", "get"}
 
 
 def test_one_process_downloads_to_a_folder(tmp_path: Path) -> None:
