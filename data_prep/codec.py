@@ -63,6 +63,14 @@ class Codec(Protocol):
         ...
 
 
+def encode_or_fault(codec: Codec, text: str) -> Ids | InputError:
+    """The text's ids, or why it cannot be encoded."""
+    try:
+        return codec.encode(text)
+    except InputError as fault:
+        return fault
+
+
 def alphabet_of(text: str) -> set[str]:
     """The distinct characters of `text`."""
     if len(text) < 2**18:

@@ -1,30 +1,40 @@
 """A worker's part: one unit of input -> its own file of tokens, so that a later run need not make it again.
 
-    parts/NAME.part    uint16 tokens, then uint64 places in them at which documents begin
+    parts/NAME.part    uint16 tokens; uint64 places in them at which documents begin; 16-byte hashes of their texts
     parts/NAME.json    written after it: what it was made of, counts, sha256
 
 NAME is a hash of all that decides the bytes (file, place in it, reading, tokenizer): a part of another input or of
 other options has another name, and is never taken for this one.
 """
 
+import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from data_prep.atomic import sha256_of_file, write_blocks_atomically, write_json_atomically
-from data_prep.codec import EOT, Codec, alphabet_of, load_codec
+from data_prep.codec import EOT, FOLDER, RANKS_FILE, Codec, Ids, alphabet_of, encode_or_fault, load_codec
 from data_prep.errors import InputError
+from data_prep.giga import GigaEncoder
 from data_prep.shards import Offsets, Tokens
-from data_prep.sources import PYTHON_DOCS, InputFile, Reading, Unit, place_of, read_documents
+from data_prep.sources import PYTHON_DOCS, Document, InputFile, Reading, Unit, place_of, read_documents
+from data_prep.workers import Progress, Workers
 
 BLOCK_TOKENS = 2**22
 BLOCK_CHARACTERS = 2**20
+PART_FORMAT = 2
+HASH_BYTES = 16
+
+Backend = Literal["tiktoken", "gigatoken"]
+Hashes = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
@@ -84,15 +94,17 @@ class EncodeTask:
     codec_directory: Path
     tokenizer: str
     parts: Path
+    backend: Backend = "tiktoken"
 
     @property
     def key(self) -> dict[str, Any]:
         """Everything that decides the part's bytes."""
         unit = self.unit
         return {
+            "format": PART_FORMAT,
             "file": [self.file_sha256, unit.file.kind, unit.file.compressed],
             "place": [unit.start, unit.stop, unit.first, unit.last],
-            "reading": [self.reading.split_on, self.reading.text_column],
+            "reading": [self.reading.split_on, self.reading.text_column, self.reading.tolerant],
             "tokenizer": self.tokenizer,
         }
 
@@ -102,6 +114,19 @@ class EncodeTask:
         return self.parts / hash_of(self.key)[:24]
 
 
+@dataclass
+class Tally:
+    """What became of a unit's texts, beside the documents that are in its part.
+
+    empty: null or without a character. repaired: held bytes that are not UTF-8, now U+FFFD. dropped: the places of
+    those that the tokenizer gave up on.
+    """
+
+    empty: int = 0
+    repaired: int = 0
+    dropped: list[str] = field(default_factory=list)
+
+
 @dataclass(frozen=True)
 class Part:
     """A finished part. `is_old`: it was there before this run."""
@@ -109,11 +134,21 @@ class Part:
     path: Path
     tokens: int
     documents: int
+    tally: Tally = field(default_factory=Tally)
     is_old: bool = False
+
+    def starts(self) -> Offsets:
+        """Where its documents begin: int64 [documents]."""
+        return np.fromfile(self.path, dtype="<u8", offset=2 * self.tokens, count=self.documents).astype(np.int64)
+
+    def hashes(self) -> Hashes:
+        """The texts' hashes, their first eight bytes and the other eight as numbers: uint64 [documents, 2]."""
+        offset = 2 * self.tokens + 8 * self.documents
+        return np.fromfile(self.path, dtype=">u8", offset=offset).astype(np.uint64).reshape(self.documents, 2)
 
     def blocks(self) -> Iterator[tuple[Tokens, Offsets]]:
         """(tokens, places in them at which documents begin), some million tokens at a time."""
-        starts = np.fromfile(self.path, dtype="<u8", offset=2 * self.tokens).astype(np.int64)
+        starts = self.starts()
         with self.path.open("rb") as file:
             for begin in range(0, self.tokens, BLOCK_TOKENS):
                 count = min(BLOCK_TOKENS, self.tokens - begin)
@@ -132,22 +167,66 @@ def encode_unit(task: EncodeTask) -> Part:
     if part is not None:
         return part
     codec = _codec(task.codec_directory, task.tokenizer)
-    return write_part(task.stem, task.key, _encoded(task, codec))
+    tally = Tally()
+    return write_part(task.stem, task.key, _encoded(task, codec, tally), tally)
 
 
-def _encoded(task: EncodeTask, codec: Codec) -> Iterator[Tokens]:
-    """The ids of every document that is not empty, begun by EOT where the codec has one."""
-    for position, text in read_documents(task.unit, task.reading):
+def _encoded(task: EncodeTask, codec: Codec, tally: Tally) -> Iterator[tuple[Tokens, bytes]]:
+    """(ids, hash of the text) of every document that is not empty, begun by EOT where the codec has one."""
+    begin = np.array([] if codec.eot_id is None else [codec.eot_id], dtype="<u2")
+    giga = _giga(task.codec_directory, task.tokenizer) if task.backend == "gigatoken" else None
+    encode = encoder(codec, giga)
+    for batch in _batches(read_documents(task.unit, task.reading), tally):
+        for document, ids in zip(batch, encode(batch), strict=True):
+            if isinstance(ids, InputError):
+                fault = f"{place_of(task.unit, task.reading, document.position)}: {ids}"
+                if not task.reading.tolerant:
+                    raise InputError(fault) from ids
+                tally.dropped.append(fault)
+                continue
+            tally.repaired += document.has_surrogates
+            text_hash = hashlib.blake2b(document.utf8, digest_size=HASH_BYTES).digest()
+            yield np.concatenate([begin, ids], dtype="<u2", casting="unsafe"), text_hash
+
+
+def _batches(texts: Iterable[tuple[int, str]], tally: Tally) -> Iterator[list[Document]]:
+    """Documents that are not empty, about BLOCK_CHARACTERS at a time."""
+    batch: list[Document] = []
+    characters = 0
+    for position, text in texts:
         if not text:
+            tally.empty += 1
             continue
-        try:
-            ids = codec.encode(text)
-        except InputError as error:
-            raise InputError(f"{place_of(task.unit, task.reading, position)}: {error}") from error
-        if codec.eot_id is not None:
-            yield np.concatenate([np.array([codec.eot_id], dtype="<u2"), ids.astype("<u2", copy=False)])
-        else:
-            yield ids.astype("<u2", copy=False)
+        batch.append(Document.of(position, text))
+        characters += len(text)
+        if characters >= BLOCK_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
+    yield batch
+
+
+def encoder(codec: Codec, giga: GigaEncoder | None) -> Callable[[list[Document]], Iterable[Ids | InputError]]:
+    """What encodes the documents of one unit: gigatoken where it is given, else the codec itself."""
+    if giga is not None:
+        giga.begin_unit()
+        return giga.encode
+    return lambda documents: (encode_or_fault(codec, document.text) for document in documents)
+
+
+def make_parts(tasks: Sequence[EncodeTask], workers: Workers, program: str) -> list[Part]:
+    """Every task's part, in order; equal tasks share one. Progress in lines."""
+    unique = {task.stem: task for task in tasks}
+    parts: dict[Path, Part] = {}
+    todo = list(unique.values())
+    new = [task.unit.num_bytes for task in todo if not task.stem.with_suffix(".json").exists()]
+    progress = Progress("encode", sum(new))
+    for index, part in workers.run(encode_unit, todo):
+        parts[todo[index].stem] = part
+        progress.add(0 if part.is_old else todo[index].unit.num_bytes, part.documents, part.tokens)
+    old = sum(part.is_old for part in parts.values())
+    if old:
+        print(f"{program}: {old} of {len(parts)} parts were there from an earlier run", file=sys.stderr, flush=True)
+    return [parts[task.stem] for task in tasks]
 
 
 @functools.lru_cache(maxsize=1)
@@ -158,25 +237,42 @@ def _codec(directory: Path, tokenizer: str) -> Codec:
     return codec
 
 
-def write_part(stem: Path, key: dict[str, Any], documents: Iterable[Tokens]) -> Part:
-    """Write documents' tokens as they come, then their places; the .json last, so that half a part has none."""
+@functools.lru_cache(maxsize=1)
+def _giga(directory: Path, tokenizer: str) -> GigaEncoder:
+    return GigaEncoder(_codec(directory, tokenizer), directory / FOLDER / RANKS_FILE)
+
+
+def write_part(stem: Path, key: dict[str, Any], documents: Iterable[tuple[Tokens, bytes]], tally: Tally) -> Part:
+    """Write (tokens, hash) of documents as they come, then their places and hashes; the .json last.
+
+    So half a part has none. `tally` is read when all documents have come.
+    """
     starts: list[int] = []
+    hashes: list[bytes] = []
     num_tokens = 0
 
     def blocks() -> Iterator[bytes]:
         nonlocal num_tokens
-        for ids in documents:
+        for ids, text_hash in documents:
             starts.append(num_tokens)
+            hashes.append(text_hash)
             num_tokens += len(ids)
             for begin in range(0, len(ids), BLOCK_TOKENS):
                 yield ids[begin : begin + BLOCK_TOKENS].tobytes()
         yield np.array(starts, dtype="<u8").tobytes()
+        yield b"".join(hashes)
 
     path = stem.with_suffix(".part")
     sha256 = write_blocks_atomically(path, blocks())
-    record = {"key": key, "tokens": num_tokens, "documents": len(starts), "sha256": sha256}
+    record = {
+        "key": key,
+        "tokens": num_tokens,
+        "documents": len(starts),
+        "sha256": sha256,
+        "tally": dataclasses.asdict(tally),
+    }
     write_json_atomically(stem.with_suffix(".json"), record)
-    return Part(path, num_tokens, len(starts))
+    return Part(path, num_tokens, len(starts), tally)
 
 
 def read_part(stem: Path, key: dict[str, Any]) -> Part | None:
@@ -184,7 +280,8 @@ def read_part(stem: Path, key: dict[str, Any]) -> Part | None:
     path = stem.with_suffix(".part")
     try:
         record = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
-        part = Part(path, int(record["tokens"]), int(record["documents"]), is_old=True)
+        tally = Tally(**record["tally"])
+        part = Part(path, int(record["tokens"]), int(record["documents"]), tally, is_old=True)
         if record["key"] == key and sha256_of_file(path) == record["sha256"]:
             return part
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError):

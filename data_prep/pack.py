@@ -1,22 +1,73 @@
-"""Parts joined in their order into exact shards: what the training reads."""
+"""Parts joined in an order into exact shards: what the training reads."""
 
-from collections.abc import Iterable
+import functools
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
 
 from data_prep.codec import Codec
 from data_prep.encode import Part
+from data_prep.errors import InputError
 from data_prep.manifest import SplitInfo
-from data_prep.shards import ShardWriter
+from data_prep.selection import Order, ranges
+from data_prep.shards import Offsets, ShardWriter, Tokens
+
+BLOCK_TOKENS = 2**25
+READERS = 16  # documents lie scattered: on a network file system it is the waiting that takes the time
+
+Blocks = Iterable[tuple[Tokens, Offsets]]
 
 
-def pack_split(directory: Path, split: str, parts: Iterable[Part], *, codec: Codec, shard_tokens: int) -> SplitInfo:
-    """One split's shards in `directory`. Memory: one shard."""
+def pack_split(directory: Path, split: str, blocks: Blocks, *, codec: Codec, shard_tokens: int) -> SplitInfo:
+    """One split's shards in `directory`, from (tokens, places at which documents begin). Memory: one shard."""
     with ShardWriter(
         directory, split, vocab_size=codec.vocab_size, eot_id=codec.eot_id, shard_tokens=shard_tokens
     ) as writer:
-        for part in parts:
-            for tokens, document_starts in part.blocks():
-                writer.append(tokens, document_starts)
+        for tokens, document_starts in blocks:
+            writer.append(tokens, document_starts)
     tokens_in_all = sum(shard.tokens for shard in writer.shards)
     documents = sum(shard.documents for shard in writer.shards)
     return SplitInfo(tuple(writer.shards), tokens_in_all, documents, writer.stream_sha256)
+
+
+def parts_in_turn(parts: Iterable[Part]) -> Iterator[tuple[Tokens, Offsets]]:
+    """All documents of the parts, one part after the other."""
+    for part in parts:
+        yield from part.blocks()
+
+
+def documents_in_order(order: Order, parts: Sequence[Part]) -> Iterator[tuple[Tokens, Offsets]]:
+    """The documents of `order`, about BLOCK_TOKENS at a time. Each part is read from beginning to end for a block."""
+    begins_inside = order.begins_inside
+    with ThreadPoolExecutor(READERS) as readers:
+        for records in ranges(order, BLOCK_TOKENS):
+            places = np.cumsum([0, *records["length"]])
+            tokens = np.empty(places[-1], dtype="<u2")
+            by_place = np.lexsort((records["start"], records["part"]))
+            borders = np.flatnonzero(np.diff(records["part"][by_place], prepend=-1, append=-1))
+            tasks = [
+                (parts[int(records["part"][by_place[begin]])], by_place[begin:end]) for begin, end in pairwise(borders)
+            ]
+            read = functools.partial(_read_documents, records=records, places=places, tokens=tokens)
+            for _ in readers.map(read, *zip(*tasks, strict=True)):
+                pass
+            yield tokens, places[int(begins_inside) : -1]
+            begins_inside = False
+
+
+def _read_documents(
+    part: Part, chosen: Offsets, *, records: npt.NDArray[np.void], places: Offsets, tokens: Tokens
+) -> None:
+    """Copy the chosen of the records, all of them in `part`, to their places in `tokens`."""
+    view = tokens.view(np.uint8).data
+    with part.path.open("rb") as file:
+        for index in chosen.tolist():
+            begin = 2 * int(places[index])
+            wanted = view[begin : begin + 2 * int(records["length"][index])]
+            if os.preadv(file.fileno(), [wanted], 2 * int(records["start"][index])) != len(wanted):
+                raise InputError(f"{part.path}: became shorter while it was read")

@@ -11,13 +11,15 @@ A .gz file is one unit: it cannot be entered in the middle. Text is kept to the 
 stay. Units depend on the files alone, and what is made of them does not depend on where they are cut.
 """
 
+import functools
 import gzip
 import itertools
 import json
 import mmap
+import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -27,6 +29,7 @@ from data_prep.errors import InputError
 
 UNIT_BYTES = 8 * 2**20
 BLOCK_BYTES = 2**20
+BATCH_ROWS = 1000
 
 Kind = Literal["text", "jsonl", "parquet", "python-docs"]
 KINDS: dict[str, tuple[Kind, bool]] = {
@@ -44,20 +47,29 @@ PYTHON_DOCS: dict[str, Callable[[], str]] = {
 
 @dataclass(frozen=True)
 class InputFile:
-    """path: as given, for reading and for messages. name: as the manifest records it, the same on every machine."""
+    """path: as given, for reading and for messages. name: as the manifest records it, the same on every machine.
+
+    flag: what named it, for messages.
+    """
 
     path: str
     name: str
     kind: Kind
     compressed: bool = False
+    flag: str = "--input"
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What decides where documents begin: the separator in plain text, the field or column of rows."""
+    """What decides where documents begin: the separator in plain text, the field or column of rows.
+
+    tolerant, of rows alone: null reads as no text, and bytes that are not UTF-8 as lone surrogates, which tokenizers
+    replace by U+FFFD. Otherwise both are errors.
+    """
 
     split_on: str | None = None
     text_column: str = "text"
+    tolerant: bool = False
 
 
 @dataclass(frozen=True)
@@ -75,6 +87,23 @@ class Unit:
     last: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Document:
+    """A text and its bytes, where lone surrogates (which UTF-8 has none of) pass as they are."""
+
+    position: int
+    text: str
+    utf8: bytes
+    has_surrogates: bool = False
+
+    @classmethod
+    def of(cls, position: int, text: str) -> "Document":
+        try:
+            return cls(position, text, text.encode("utf-8"))
+        except UnicodeEncodeError:
+            return cls(position, text, text.encode("utf-8", "surrogatepass"), has_surrogates=True)
+
+
 def is_one_document(file: InputFile, reading: Reading) -> bool:
     """Is the whole file one document, which may be cut anywhere?"""
     return file.kind == "python-docs" or (file.kind == "text" and reading.split_on is None)
@@ -87,9 +116,9 @@ def find_files(inputs: tuple[str, ...], flag: str = "--input") -> tuple[list[Inp
     for name in inputs:
         path = Path(name)
         if name == "python-docs":
-            found += [InputFile(title, title, "python-docs") for title in PYTHON_DOCS]
+            found += [InputFile(title, title, "python-docs", flag=flag) for title in PYTHON_DOCS]
         elif path.is_dir():
-            files, left_out = _files_below(path)
+            files, left_out = _files_below(path, flag)
             if not files:
                 raise InputError(f"{path}: no {', '.join(KINDS)} file in this folder ({flag})")
             found += files
@@ -104,11 +133,11 @@ def find_files(inputs: tuple[str, ...], flag: str = "--input") -> tuple[list[Inp
             raise InputError(f"{path}: empty; leave it out of {flag}")
         else:
             kind, compressed = KINDS.get(_suffix(path), ("text", False))
-            found.append(InputFile(name, path.name, kind, compressed))
+            found.append(InputFile(name, path.name, kind, compressed, flag))
     return found, warnings
 
 
-def _files_below(folder: Path) -> tuple[list[InputFile], Counter[str]]:
+def _files_below(folder: Path, flag: str) -> tuple[list[InputFile], Counter[str]]:
     files = []
     left_out: Counter[str] = Counter()
     for path in sorted(folder.rglob("*"), key=lambda path: path.relative_to(folder).as_posix()):
@@ -116,7 +145,7 @@ def _files_below(folder: Path) -> tuple[list[InputFile], Counter[str]]:
         if not path.is_file() or any(part.startswith(".") for part in relative.parts):
             continue
         if _suffix(path) in KINDS:
-            files.append(InputFile(str(path), relative.as_posix(), *KINDS[_suffix(path)]))
+            files.append(InputFile(str(path), relative.as_posix(), *KINDS[_suffix(path)], flag))
         else:
             left_out[path.suffix or "without a suffix"] += 1
     return files, left_out
@@ -128,20 +157,30 @@ def _suffix(path: Path) -> str:
     return next((suffix for suffix in sorted(KINDS, key=len, reverse=True) if name.endswith(suffix)), path.suffix)
 
 
-def plan_units(file: InputFile, reading: Reading) -> list[Unit]:
-    """The file's units in order. Reads little: around each cut, or a parquet file's footer."""
+def file_states(files: Iterable[InputFile]) -> list[tuple[int, int]]:
+    """Size and time of change of every file, to notice what changes while it is read."""
+    stats = [Path(file.path).stat() for file in files if file.kind != "python-docs"]
+    return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+
+
+def plan_units(file: InputFile, reading: Reading, unit_bytes: int | None = None) -> list[Unit]:
+    """The file's units in order, of about unit_bytes (UNIT_BYTES unless given) where it can be divided.
+
+    Reads little: around each cut, or a parquet file's footer.
+    """
+    unit_bytes = unit_bytes or UNIT_BYTES
     if file.kind == "python-docs":
         size = len(PYTHON_DOCS[file.name]().encode("utf-8"))
         return [Unit(file, 0, size, size)]
     if file.kind == "parquet":
-        return _row_group_units(file, reading)
+        return _row_group_units(file, reading, unit_bytes)
     size = Path(file.path).stat().st_size
-    if file.compressed or is_one_document(file, reading) or size <= UNIT_BYTES:
+    if file.compressed or is_one_document(file, reading) or size <= unit_bytes:
         return [Unit(file, 0, size, size)]
     separator = _separator(file, reading)
     cuts = [0]
     with Path(file.path).open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        while (cut := _cut_after(data, separator, cuts[-1] + UNIT_BYTES)) is not None:
+        while (cut := _cut_after(data, separator, cuts[-1] + unit_bytes)) is not None:
             cuts.append(cut)
     return [Unit(file, start, stop, stop - start) for start, stop in itertools.pairwise([*cuts, size])]
 
@@ -160,7 +199,7 @@ def _cut_after(data: mmap.mmap, separator: bytes, position: int) -> int | None:
     return None
 
 
-def _row_group_units(file: InputFile, reading: Reading) -> list[Unit]:
+def _row_group_units(file: InputFile, reading: Reading, unit_bytes: int) -> list[Unit]:
     opened = _open_parquet(file, reading)
     leaf = next(
         index
@@ -171,7 +210,7 @@ def _row_group_units(file: InputFile, reading: Reading) -> list[Unit]:
     start = num_bytes = 0
     for group in range(opened.metadata.num_row_groups):
         num_bytes += opened.metadata.row_group(group).column(leaf).total_uncompressed_size
-        if num_bytes >= UNIT_BYTES or group == opened.metadata.num_row_groups - 1:
+        if num_bytes >= unit_bytes or group == opened.metadata.num_row_groups - 1:
             units.append(Unit(file, start, group + 1, num_bytes))
             start, num_bytes = group + 1, 0
     return units
@@ -230,7 +269,7 @@ def _blocks(unit: Unit) -> Iterator[bytes]:
                 while block := unpacked.read(BLOCK_BYTES):
                     yield block
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise InputError(f"{path}: damaged gzip file ({error}) (--input)") from error
+            raise InputError(f"{path}: damaged gzip file ({error}) ({unit.file.flag})") from error
         return
     left = unit.stop - unit.start
     with path.open("rb") as opened:
@@ -283,10 +322,10 @@ def _text_of(line: str, unit: Unit, offset: int, reading: Reading) -> str:
     try:
         row = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
-        fault = f"not JSON ({error}); a .jsonl file holds one object per line (--input)"
+        fault = f"not JSON ({error}); a .jsonl file holds one object per line ({unit.file.flag})"
         raise InputError(f"{place_of(unit, reading, offset)}: {fault}") from error
     if not isinstance(row, dict):
-        fault = f"a JSON {type(row).__name__}, not an object (--input)"
+        fault = f"a JSON {type(row).__name__}, not an object ({unit.file.flag})"
     elif column not in row:
         names = ", ".join(map(repr, row)) or "none"
         fault = f"no field {column!r}, only {names}; name it with --text-column"
@@ -318,7 +357,7 @@ def _open_parquet(file: InputFile, reading: Reading) -> Any:
     try:
         opened = pq.ParquetFile(file.path)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{file.path}: not a readable parquet file ({_first_line(error)}) (--input)") from error
+        raise InputError(f"{file.path}: not a readable parquet file ({_first_line(error)}) ({file.flag})") from error
     schema = opened.schema_arrow
     if reading.text_column not in schema.names:
         names = ", ".join(map(repr, schema.names)) or "none"
@@ -334,24 +373,57 @@ def _rows(unit: Unit, reading: Reading) -> Iterator[tuple[int, str]]:
 
     opened = _open_parquet(unit.file, reading)
     row = sum(opened.metadata.row_group(group).num_rows for group in range(unit.start))
+    groups = opened.metadata.num_row_groups
     for group in range(unit.start, unit.stop):
+        stream = _stream(unit.file.path, reading.text_column, Path(unit.file.path).stat().st_mtime_ns)
+        tables = stream.shard(groups, group).iter(BATCH_ROWS)
         try:
-            column = opened.read_row_group(group, columns=[reading.text_column], use_threads=False).column(0)
+            for table in tables:
+                for text in _strings(table.column(0), unit, reading, row):
+                    yield row, text
+                    row += 1
         except (pa.ArrowException, OSError) as error:
             raise InputError(f"{unit.file.path}: row group {group} is damaged ({_first_line(error)})") from error
-        for value in column:
-            try:
-                text = value.as_py()
-            except UnicodeDecodeError as error:
-                raise InputError(
-                    f"{place_of(unit, reading, row)}: not UTF-8 ({error.reason}); convert it first"
-                ) from error
-            if text is None:
-                raise InputError(
-                    f"{place_of(unit, reading, row)}: null in column {reading.text_column!r} (--text-column)"
-                )
-            yield row, text
-            row += 1
+
+
+@functools.lru_cache(maxsize=1)
+def _stream(path: str, column: str, _changed_ns: int) -> Any:
+    """A `datasets` stream over one column of a parquet file, in as many shards as it has row groups."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise InputError(f"{path}: parquet files need datasets: pip install -e '.[data]'") from error
+    import pyarrow as pa
+
+    datasets.config.TORCH_AVAILABLE = False  # or it imports torch, 2.4 s and 200 MB in each worker, for nothing
+    pa.set_cpu_count(1)  # the workers are what runs at the same time
+    with tempfile.TemporaryDirectory() as folder:  # it takes a lock there while it looks at the file
+        stream = datasets.IterableDataset.from_parquet(path, columns=[column], cache_dir=folder, batch_size=BATCH_ROWS)
+    return stream.reshard().with_format("arrow")
+
+
+def _strings(column: Any, unit: Unit, reading: Reading, row: int) -> Iterator[str]:
+    """The column's values, the first of them in `row`."""
+    import pyarrow as pa
+
+    try:
+        values = column.to_pylist()
+    except UnicodeDecodeError:
+        values = column.cast(pa.large_binary()).to_pylist()
+    for place, value in enumerate(values, start=row):
+        if isinstance(value, bytes):
+            value = _decode_value(value, unit, reading, place)
+        if value is None and not reading.tolerant:
+            fault = f"null in column {reading.text_column!r} (--text-column)"
+            raise InputError(f"{place_of(unit, reading, place)}: {fault}")
+        yield value or ""
+
+
+def _decode_value(value: bytes, unit: Unit, reading: Reading, row: int) -> str:
+    try:
+        return value.decode("utf-8", "surrogateescape" if reading.tolerant else "strict")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{place_of(unit, reading, row)}: not UTF-8 ({error.reason}); convert it first") from error
 
 
 def _first_line(error: BaseException) -> str:

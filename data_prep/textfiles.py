@@ -39,12 +39,30 @@ if not __package__:
 from data_prep.codec import EOT, Codec, make_codec
 from data_prep.corpora import CORPORA
 from data_prep.download import fetch
-from data_prep.encode import EncodeTask, Part, Survey, SurveyTask, describe_file, encode_unit, hash_of, survey_unit
+from data_prep.encode import (
+    EncodeTask,
+    Part,
+    Survey,
+    SurveyTask,
+    describe_file,
+    hash_of,
+    make_parts,
+    survey_unit,
+)
 from data_prep.errors import InputError, one_line_errors
-from data_prep.manifest import FILE_NAME, Manifest, open_split, read_manifest
-from data_prep.pack import pack_split
-from data_prep.sources import InputFile, Reading, Unit, find_files, is_one_document, plan_units, read_documents
-from data_prep.unfinished import LOCK, PARTS, put_in_place, unfinished_directory
+from data_prep.manifest import Manifest
+from data_prep.pack import pack_split, parts_in_turn
+from data_prep.sources import (
+    InputFile,
+    Reading,
+    Unit,
+    file_states,
+    find_files,
+    is_one_document,
+    plan_units,
+    read_documents,
+)
+from data_prep.unfinished import PARTS, existing_data, free_other_parts, put_in_place, unfinished_directory
 from data_prep.workers import Progress, Workers, available_cores
 
 # Below this, starting processes (0.5 s) costs more than it saves.
@@ -218,34 +236,6 @@ def describe_source(described: list[dict[str, Any]], found: list[Survey], source
     return {name: value for name, value in kinds.items() if value} | {"empty_documents": dropped}
 
 
-def check_existing(options: Options, source: dict[str, Any], codec: Codec) -> Manifest | None:
-    """The manifest in --out if it already holds exactly this; None if --out is free or to be replaced."""
-    if not options.out.exists():
-        return None
-    if not (options.out / FILE_NAME).is_file():
-        if options.out.is_dir() and not any(options.out.iterdir()):
-            return None
-        raise InputError(f"--out {options.out}: exists and is no data directory; choose another or remove it")
-    if options.overwrite:
-        return None
-    manifest = read_manifest(options.out)
-    had = (manifest.source, manifest.options, manifest.tokenizer)
-    want = (source, byte_options(options), codec.describe())
-    if had == want:
-        for split in manifest.splits:
-            open_split(options.out, split)  # are all shards there, at their full size?
-        return manifest
-    differing = ["other input"] if manifest.source != source else []
-    differing += ["another tokenizer"] if manifest.tokenizer != codec.describe() else []
-    for name, value in byte_options(options).items():
-        if (before := manifest.options.get(name)) != value:
-            differing.append(f"--{name.replace('_', '-')} {value} (was {before})")
-    raise InputError(
-        f"--out {options.out}: already holds finished data, of {', '.join(differing)}; "
-        "choose another --out, or replace it with --overwrite"
-    )
-
-
 def encode(
     units: list[Unit], hashes: dict[InputFile, str], partial: Path, codec: Codec, source: Source, workers: Workers
 ) -> list[Part]:
@@ -253,27 +243,8 @@ def encode(
     codec.save(partial)
     tokenizer = hash_of(codec.describe())
     tasks = [EncodeTask(unit, source.reading, hashes[unit.file], partial, tokenizer, partial / PARTS) for unit in units]
-    unique = {task.stem: task for task in tasks}
-    for path in (partial / PARTS).iterdir():  # parts of another input or of other options
-        if path.with_suffix("") not in unique and path.name != LOCK:
-            path.unlink()
-    parts: dict[Path, Part] = {}
-    todo = list(unique.values())
-    new = [task.unit.num_bytes for task in todo if not task.stem.with_suffix(".json").exists()]
-    progress = Progress("encode", sum(new))
-    for index, part in workers.run(encode_unit, todo):
-        parts[todo[index].stem] = part
-        progress.add(0 if part.is_old else todo[index].unit.num_bytes, part.documents, part.tokens)
-    old = sum(part.is_old for part in parts.values())
-    if old:
-        print(f"textfiles: {old} of {len(parts)} parts were there from an earlier run", file=sys.stderr, flush=True)
-    return [parts[task.stem] for task in tasks]
-
-
-def states(files: list[InputFile]) -> list[tuple[int, int]]:
-    """Size and time of change of every file, to notice what changes while it is read."""
-    stats = [Path(file.path).stat() for file in files if file.kind != "python-docs"]
-    return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+    free_other_parts(partial, {task.stem for task in tasks})
+    return make_parts(tasks, workers, "textfiles")
 
 
 def check_options(options: Options) -> None:
@@ -296,7 +267,7 @@ def prepare(options: Options, preset: str | None = None) -> Manifest:
         options = dataclasses.replace(options, out=options.out.resolve())
     started = time.perf_counter()
     source = find_source(options, preset)
-    before = states(source.files)
+    before = file_states(source.files)
     train, val = (
         [unit for file in files for unit in plan_units(file, source.reading)] for files in (source.train, source.val)
     )
@@ -314,7 +285,7 @@ def prepare(options: Options, preset: str | None = None) -> Manifest:
         raise InputError("--input and --val-input must both hold text")
     codec = make_codec(options.tokenizer, "".join(sorted(set().union(*(result.alphabet for result in found)))))
     about = describe_source(described, found, source)
-    existing = check_existing(options, about, codec)
+    existing = existing_data(options.out, about.__eq__, byte_options(options), codec, overwrite=options.overwrite)
     if existing is not None:
         print(f"{options.out}: already complete, nothing to do")
         return existing
@@ -322,10 +293,10 @@ def prepare(options: Options, preset: str | None = None) -> Manifest:
         hashes = {file: result["sha256"] for file, result in zip(source.files, described, strict=True)}
         with Workers(processes) as workers:  # others: these are gone before a failure clears up after them
             parts = encode(train + val, hashes, partial, codec, source, workers)
-        if states(source.files) != before:
+        if file_states(source.files) != before:
             raise InputError("a file of --input changed while it was read; run the same command again")
         splits = {
-            name: pack_split(partial, name, some, codec=codec, shard_tokens=options.shard_tokens)
+            name: pack_split(partial, name, parts_in_turn(some), codec=codec, shard_tokens=options.shard_tokens)
             for name, some in (("train", parts[: len(train)]), ("val", parts[len(train) :]))
         }
         manifest = Manifest(about, byte_options(options), codec.describe(), splits)

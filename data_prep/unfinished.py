@@ -3,36 +3,41 @@
 import contextlib
 import fcntl
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from data_prep.atomic import fsync_directory
+from data_prep.codec import Codec
 from data_prep.errors import InputError
+from data_prep.manifest import FILE_NAME, Manifest, open_split, read_manifest
 
 PARTS = "parts"
 LOCK = "lock"
+PLAN = "plan.json"
 
 
 @contextlib.contextmanager
-def unfinished_directory(out: Path) -> Iterator[Path]:
-    """`.NAME.partial`, with its folder of parts, for one process at a time.
+def unfinished_directory(out: Path, *, shared: bool = False) -> Iterator[Path]:
+    """`.NAME.partial`, with its folder of parts, for one process at a time, or for all who make nothing but parts.
 
     After a failure the finished parts stay, which the error says; where there is none, nothing stays.
     """
     partial = out.with_name(f".{out.name}.partial")
     (partial / PARTS).mkdir(parents=True, exist_ok=True)
-    with (partial / PARTS / LOCK).open("w") as lock:
+    with (partial / PARTS / LOCK).open("a+") as lock:  # NFS locks what is open for reading and for writing
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise InputError(f"--out {out}: another process is making it right now") from error
-        _free_all_but_parts(partial)  # of an earlier attempt
+        if not shared:
+            _free_all_but_parts(partial)  # of an earlier attempt
         try:
             yield partial
         except (InputError, OSError) as error:
-            raise InputError(f"{error}{_leave(partial)}") from error
+            raise InputError(f"{error}{_leave(partial, shared=shared)}") from error
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"interrupted{_leave(partial)}") from None
+            raise KeyboardInterrupt(f"interrupted{_leave(partial, shared=shared)}") from None
 
 
 def _free_all_but_parts(partial: Path) -> None:
@@ -43,20 +48,69 @@ def _free_all_but_parts(partial: Path) -> None:
             path.unlink()
 
 
-def _leave(partial: Path) -> str:
+def free_other_parts(partial: Path, stems: set[Path]) -> None:
+    """Remove parts of another input or of other options."""
+    for path in (partial / PARTS).iterdir():
+        if path.suffix in (".part", ".json", ".tmp") and path.name != PLAN and path.with_suffix("") not in stems:
+            path.unlink()
+
+
+def _leave(partial: Path, *, shared: bool) -> str:
     """Give back the disk that a failed run filled, except for finished parts; what to say of those."""
-    _free_all_but_parts(partial)
-    finished = [path.with_suffix(".part") for path in (partial / PARTS).glob("*.json")]
+    finished = [path for path in (partial / PARTS).glob("*.part") if path.with_suffix(".json").exists()]
+    if not shared:
+        _free_all_but_parts(partial)
+        for path in (partial / PARTS).glob("*.tmp"):
+            path.unlink()
+        if not finished:
+            shutil.rmtree(partial)
     if not finished:
-        shutil.rmtree(partial)
         return ""
-    for path in (partial / PARTS).glob("*.tmp"):
-        path.unlink()
     megabytes = sum(path.stat().st_size for path in finished) / 1e6
     return (
         f"; {len(finished)} finished parts ({megabytes:,.1f} MB) stay in {partial}: the same command goes on from "
         "them, or remove it"
     )
+
+
+def existing_data(
+    out: Path,
+    is_same_source: Callable[[dict[str, Any]], bool],
+    options: dict[str, Any],
+    codec: Codec,
+    *,
+    overwrite: bool,
+) -> Manifest | None:
+    """The manifest in --out if it already holds exactly this; None if --out is free or to be replaced."""
+    if not out.exists():
+        return None
+    if not (out / FILE_NAME).is_file():
+        if out.is_dir() and not any(out.iterdir()):
+            return None
+        raise InputError(f"--out {out}: exists and is no data directory; choose another or remove it")
+    if overwrite:
+        return None
+    manifest = read_manifest(out)
+    differing = [] if is_same_source(manifest.source) else ["other input"]
+    differing += [] if manifest.tokenizer == codec.describe() else ["another tokenizer"]
+    differing += differences(manifest.options, options)
+    if not differing:
+        for split in manifest.splits:
+            open_split(out, split)  # are all shards there, at their full size?
+        return manifest
+    raise InputError(
+        f"--out {out}: already holds finished data, of {', '.join(differing)}; "
+        "choose another --out, or replace it with --overwrite"
+    )
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Each option that differs, as a flag with its values."""
+    return [
+        f"--{name.replace('_', '-')} {now.get(name)} (was {before.get(name)})"
+        for name in {**before, **now}
+        if now.get(name) != before.get(name)
+    ]
 
 
 def put_in_place(partial: Path, out: Path) -> None:

@@ -1,5 +1,6 @@
 """Run a function on n gloo processes of this machine and bring every rank's result back."""
 
+import multiprocessing
 import os
 import pickle
 import tempfile
@@ -17,12 +18,14 @@ from train.mesh import LONG_TIMEOUT, Mesh
 def run_on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """function(mesh, *args) on `world` processes -> its results in rank order; an error anywhere is raised.
 
-    Several are spawned; a world of one is this process, which computes with one thread too (conftest.py).
+    Several are forked from a clean process that has imported torch already and started no thread, which spares each
+    the seconds of importing it; a world of one is this process, which computes with one thread too (conftest.py).
     """
     if world == 1:
         return [function(Mesh(0, 1, torch.device("cpu")), *args)]
+    multiprocessing.set_forkserver_preload(["train.main"])
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(_enter, args=(world, folder, function, args), nprocs=world)
+        mp.start_processes(_enter, args=(world, folder, function, args), nprocs=world, start_method="forkserver")
         return [pickle.loads((Path(folder) / f"result_{rank}").read_bytes()) for rank in range(world)]
 
 

@@ -1,0 +1,136 @@
+"""What a preparation of FineWeb-Edu will take (--dry-run), and what became of its pages."""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from data_prep import hub, python_docs
+from data_prep.codec import FOLDER, RANKS_FILE, Codec
+from data_prep.encode import HASH_BYTES, encoder
+from data_prep.errors import InputError
+from data_prep.fineweb_plan import Options, Plan, downloads_of, hub_files, local_files, units_of
+from data_prep.giga import GigaEncoder
+from data_prep.manifest import Manifest
+from data_prep.selection import RECORD
+from data_prep.sources import Document, InputFile, read_documents
+from data_prep.workers import available_cores
+
+SAMPLE_CHARACTERS = 2**21
+# sample-10BT: 28.5 GB of parquet hold 9.67 million pages, about 10e9 GPT-2 tokens by its page on the Hub.
+TOKENS_PER_PARQUET_BYTE = 0.35
+TOKENS_PER_DOCUMENT = 1_000
+
+
+def dry_run(options: Options, codec: Codec) -> None:
+    """Print files, bytes, disk and time, and write nothing. The Hub is asked for its list of files."""
+    files, num_bytes, missing_bytes = _input(options)
+    is_here = not missing_bytes
+    if is_here:
+        units = units_of(files, options)
+        text_bytes = sum(unit.num_bytes for unit in units)
+        sample = _take(text for unit in units[:1] for _, text in read_documents(unit, options.reading))
+    else:
+        sample = [python_docs.topics()]
+    rate, bytes_per_token = _measure(options, codec, sample)
+    if is_here:
+        tokens = int(text_bytes / bytes_per_token)
+    else:
+        tokens = int(num_bytes * TOKENS_PER_PARQUET_BYTE)
+        text_bytes = int(tokens * bytes_per_token)
+    if options.max_tokens is not None:
+        tokens = min(tokens, options.max_tokens)
+    workers = min(options.workers or available_cores(), max(1, text_bytes // 2**25))
+    per_document = 8 + HASH_BYTES + RECORD.itemsize + 8
+    data_bytes = 4 * tokens + per_document * (tokens // TOKENS_PER_DOCUMENT)
+    free = shutil.disk_usage(_existing(options.directory)).free
+    print(
+        f"{options.directory}: {len(files)} files, {num_bytes / 1e9:.2f} GB, {missing_bytes / 1e9:.2f} GB to download"
+    )
+    print(f"  text    {'' if is_here else 'about '}{text_bytes / 1e9:.2f} GB, about {tokens:,} tokens")
+    print(f"  shards  about {max(2, -(-tokens // options.shard_tokens))} of {options.shard_tokens:,} tokens")
+    print(
+        f"  disk    about {(missing_bytes + data_bytes) / 1e9:.2f} GB while it is made, {2 * tokens / 1e9:.2f} GB of "
+        f"shards in the end; {free / 1e9:.2f} GB free"
+    )
+    print(
+        f"  time    about {_clock(text_bytes / rate / workers)} to tokenize in {workers} processes, at "
+        f"{rate / 1e6:.1f} MB/s each as measured now; download and packing come to it"
+    )
+    if free < missing_bytes + data_bytes:
+        raise InputError(f"--out {options.directory}: the disk is too small for it")
+
+
+def _input(options: Options) -> tuple[list[InputFile], int, int]:
+    """(files, their bytes, bytes that are to be downloaded)"""
+    if options.source == "local":
+        files = local_files(options.data_files)
+        return files, sum(Path(file.path).stat().st_size for file in files), 0
+    plan = Plan({}, hub.list_files(options.dataset, options.name, options.revision))
+    needed = plan.needed(options)
+    files = hub_files(downloads_of(options, plan), needed)
+    missing = sum(file.num_bytes for file, here in zip(needed, files, strict=True) if not Path(here.path).is_file())
+    return files, sum(file.num_bytes for file in needed), missing
+
+
+def _take(texts: Iterator[str]) -> list[str]:
+    """The first ones, about SAMPLE_CHARACTERS in all."""
+    some = []
+    characters = 0
+    for text in texts:
+        some.append(text)
+        characters += len(text)
+        if characters >= SAMPLE_CHARACTERS:
+            break
+    return some
+
+
+def _measure(options: Options, codec: Codec, texts: list[str]) -> tuple[float, float]:
+    """(bytes of text per second in one process, bytes per token) of some text, with this backend."""
+    documents = [Document.of(0, text) for text in texts if text]
+    if not documents:
+        raise InputError("the first row groups hold no text (--text-column)")
+    with tempfile.TemporaryDirectory() as folder:
+        codec.save(Path(folder))
+        ranks = Path(folder) / FOLDER / RANKS_FILE
+        encode = encoder(codec, GigaEncoder(codec, ranks) if options.backend == "gigatoken" else None)
+        started = time.perf_counter()
+        tokens = sum(len(ids) for ids in encode(documents) if not isinstance(ids, InputError))
+        seconds = time.perf_counter() - started
+    num_bytes = sum(len(document.utf8) for document in documents)
+    return num_bytes / seconds, num_bytes / max(1, tokens)
+
+
+def _clock(seconds: float) -> str:
+    minutes = round(seconds / 60)
+    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{max(1, minutes)} min"
+
+
+def _existing(path: Path) -> Path:
+    return path if path.exists() else _existing(path.absolute().parent)
+
+
+def report(options: Options, manifest: Manifest, seconds: float) -> None:
+    """The closing table."""
+    found = manifest.source["documents"]
+    revision = manifest.source["revision"]
+    origin = f"{options.dataset} {options.name} at {revision[:12]}" if revision else "local files"
+    size = sum(file["bytes"] for file in manifest.source["files"])
+    print(f"{options.directory}: {origin}, {len(manifest.source['files'])} files, {size / 1e6:,.1f} MB")
+    kind, vocab_size = manifest.tokenizer["kind"], manifest.vocab_size
+    print(f"  tokenizer {manifest.tokenizer.get('name', kind)}, vocabulary {vocab_size:,}; {seconds:,.1f} s")
+    lines = [
+        ("read", found["read"], ""),
+        ("empty", found["empty"], "no text"),
+        ("duplicates", found["duplicates"], f"{found['duplicate_tokens']:,} tokens"),
+        ("dropped", len(found["dropped"]), "; ".join(found["dropped"][:3])),
+        ("repaired", found["repaired"], "not UTF-8 in places, kept"),
+        ("beyond --max-tokens", found["beyond_max_tokens"], ""),
+    ]
+    for name, split in manifest.splits.items():
+        lines.append((name, split.documents, f"{split.tokens:,} tokens, {len(split.shards)} shards"))
+    for name, count, remark in lines:
+        if count or name in ("read", "empty", "duplicates", "dropped"):
+            print(f"  {name:20} {count:>13,} documents  {remark if count else ''}".rstrip())
+    print(f"  fingerprint {manifest.fingerprint[:16]}")
