@@ -118,7 +118,7 @@ class EncodeTask:
 class Tally:
     """What became of a unit's texts, beside the documents that are in its part.
 
-    empty: null or without a character. repaired: held bytes that are not UTF-8, now U+FFFD. dropped: the places of
+    empty: null or without a character. repaired: held bytes that are not UTF-8, now U+FFFD. dropped: "FILE, row N" of
     those that the tokenizer gave up on.
     """
 
@@ -179,10 +179,9 @@ def _encoded(task: EncodeTask, codec: Codec, tally: Tally) -> Iterator[tuple[Tok
     for batch in _batches(read_documents(task.unit, task.reading), tally):
         for document, ids in zip(batch, encode(batch), strict=True):
             if isinstance(ids, InputError):
-                fault = f"{place_of(task.unit, task.reading, document.position)}: {ids}"
                 if not task.reading.tolerant:
-                    raise InputError(fault) from ids
-                tally.dropped.append(fault)
+                    raise InputError(f"{place_of(task.unit, task.reading, document.position)}: {ids}") from ids
+                tally.dropped.append(f"{task.unit.file.name}, row {document.position:,}")
                 continue
             tally.repaired += document.has_surrogates
             text_hash = hashlib.blake2b(document.utf8, digest_size=HASH_BYTES).digest()

@@ -126,10 +126,10 @@ def make_plan(options: Options, codec: Codec, partial: Path) -> Plan:
 
 def download(job: Job) -> None:
     """This task's share of the files, from the Hub."""
-    if job.options.source == "local":
-        print("fineweb: --source local: nothing to download")
+    if job.plan.listing is None:
+        if job.options.stage == "download":
+            print("fineweb: --source local: nothing to download")
         return
-    assert job.plan.listing is not None
     index, count = share(job.options)
     hub.download(job.plan.listing, job.plan.needed(job.options)[index::count], job.downloads)
 

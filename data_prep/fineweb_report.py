@@ -96,10 +96,14 @@ def _measure(options: Options, codec: Codec, texts: list[str]) -> tuple[float, f
         ranks = Path(folder) / FOLDER / RANKS_FILE
         encode = encoder(codec, GigaEncoder(codec, ranks) if options.backend == "gigatoken" else None)
         started = time.perf_counter()
-        tokens = sum(len(ids) for ids in encode(documents) if not isinstance(ids, InputError))
+        encoded = [
+            (len(ids), len(document.utf8))
+            for ids, document in zip(encode(documents), documents, strict=True)
+            if not isinstance(ids, InputError)
+        ]
         seconds = time.perf_counter() - started
-    num_bytes = sum(len(document.utf8) for document in documents)
-    return num_bytes / seconds, num_bytes / max(1, tokens)
+    tokens, num_bytes = (sum(column) for column in zip(*encoded, strict=True))
+    return num_bytes / seconds, num_bytes / tokens
 
 
 def _clock(seconds: float) -> str:

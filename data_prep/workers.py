@@ -19,6 +19,7 @@ from typing import TypeVar
 from data_prep.errors import InputError
 
 REPORT_SECONDS = 5.0
+TERMINAL_SECONDS = 0.2
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -85,7 +86,8 @@ def _begin() -> None:
 
 
 class Progress:
-    """A line on stderr every REPORT_SECONDS, none for a quick job: bytes, documents, tokens, rates, time left."""
+    """Bytes, documents, tokens, rates and time left on stderr: at a terminal one line that changes, else a line every
+    REPORT_SECONDS, none for a quick job."""
 
     def __init__(self, stage: str, total_bytes: int) -> None:
         self._stage = stage
@@ -93,20 +95,33 @@ class Progress:
         self._started = self._reported = time.perf_counter()
         self._bytes = self._documents = self._tokens = 0
 
-    def add(self, num_bytes: int, documents: int, tokens: int = 0) -> None:
+    def add(self, num_bytes: int, documents: int = 0, tokens: int = 0) -> None:
         self._bytes += num_bytes
         self._documents += documents
         self._tokens += tokens
         now = time.perf_counter()
-        if now - self._reported >= REPORT_SECONDS:
-            self._reported = now
-            print(self._line(now - self._started), file=sys.stderr, flush=True)
+        is_terminal = sys.stderr.isatty()
+        is_last = self._bytes >= self._total_bytes
+        if now - self._reported < (TERMINAL_SECONDS if is_terminal else REPORT_SECONDS) and not (
+            is_terminal and is_last
+        ):
+            return
+        self._reported = now
+        begin, end = ("\r\x1b[K", "\n" if is_last else "") if is_terminal else ("", "\n")
+        print(f"{begin}{self._line(now - self._started)}", end=end, file=sys.stderr, flush=True)
 
     def _line(self, seconds: float) -> str:
         rate = self._bytes / seconds
         left = (self._total_bytes - self._bytes) / rate if rate else float("inf")
+        documents = f"  {self._documents:,} documents" if self._documents else ""
         tokens = f"  {self._tokens:,} tokens  {self._tokens / seconds:,.0f} tokens/s" if self._tokens else ""
         return (
-            f"{self._stage}  {self._bytes / 1e6:,.1f} of {self._total_bytes / 1e6:,.1f} MB  {rate / 1e6:.1f} MB/s  "
-            f"{self._documents:,} documents{tokens}  {left:.0f} s left"
+            f"{self._stage}  {self._bytes / 1e6:,.1f} of {self._total_bytes / 1e6:,.1f} MB  {rate / 1e6:.1f} MB/s"
+            f"{documents}{tokens}  {_clock(left)} left"
         )
+
+
+def _clock(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -326,7 +326,7 @@ def test_a_file_that_changes_while_it_is_read_is_noticed(tmp_path: Path, monkeyp
             file.write('{"text": "more"}\n')
         return encode_unit(task)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(textfiles, "encode_unit", change_then_encode)
+    monkeypatch.setattr(encode, "encode_unit", change_then_encode)
     with pytest.raises(InputError, match="changed while it was read"):
         prepare(Options((str(folder),), tmp_path / "out", "byte"))
     assert not (tmp_path / "out").exists()
