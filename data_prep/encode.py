@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,7 @@ BLOCK_TOKENS = 2**22
 BLOCK_CHARACTERS = 2**20
 PART_FORMAT = 2
 HASH_BYTES = 16
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 Backend = Literal["tiktoken", "gigatoken"]
 Hashes = npt.NDArray[np.uint64]
@@ -176,27 +178,30 @@ def _encoded(task: EncodeTask, codec: Codec, tally: Tally) -> Iterator[tuple[Tok
     begin = np.array([] if codec.eot_id is None else [codec.eot_id], dtype="<u2")
     giga = _giga(task.codec_directory, task.tokenizer) if task.backend == "gigatoken" else None
     encode = encoder(codec, giga)
-    for batch in _batches(read_documents(task.unit, task.reading), tally):
+    for batch in _batches(task, tally):
         for document, ids in zip(batch, encode(batch), strict=True):
             if isinstance(ids, InputError):
                 if not task.reading.tolerant:
                     raise InputError(f"{place_of(task.unit, task.reading, document.position)}: {ids}") from ids
                 tally.dropped.append(f"{task.unit.file.name}, row {document.position:,}")
                 continue
-            tally.repaired += document.has_surrogates
             text_hash = hashlib.blake2b(document.utf8, digest_size=HASH_BYTES).digest()
             yield np.concatenate([begin, ids], dtype="<u2", casting="unsafe"), text_hash
 
 
-def _batches(texts: Iterable[tuple[int, str]], tally: Tally) -> Iterator[list[Document]]:
+def _batches(task: EncodeTask, tally: Tally) -> Iterator[list[Document]]:
     """Documents that are not empty, about BLOCK_CHARACTERS at a time."""
     batch: list[Document] = []
     characters = 0
-    for position, text in texts:
+    for position, text in read_documents(task.unit, task.reading):
         if not text:
             tally.empty += 1
             continue
-        batch.append(Document.of(position, text))
+        document = Document.of(position, text)
+        if document.has_surrogates and task.reading.tolerant:
+            document = Document.of(position, SURROGATE.sub("\ufffd", text))
+            tally.repaired += 1
+        batch.append(document)
         characters += len(text)
         if characters >= BLOCK_CHARACTERS:
             yield batch

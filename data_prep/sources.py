@@ -63,8 +63,8 @@ class InputFile:
 class Reading:
     """What decides where documents begin: the separator in plain text, the field or column of rows.
 
-    tolerant, of rows alone: null reads as no text, and bytes that are not UTF-8 as lone surrogates, which tokenizers
-    replace by U+FFFD. Otherwise both are errors.
+    tolerant, of parquet rows alone: null reads as no text, and bytes that are not UTF-8 as lone surrogates. Otherwise
+    both are errors.
     """
 
     split_on: str | None = None
@@ -390,6 +390,9 @@ def _rows(unit: Unit, reading: Reading) -> Iterator[tuple[int, str]]:
 def _stream(path: str, column: str, _changed_ns: int) -> Any:
     """A `datasets` stream over one column of a parquet file, in as many shards as it has row groups."""
     try:
+        from tqdm.std import TqdmDefaultWriteLock
+
+        TqdmDefaultWriteLock.mp_lock = None  # else a killed worker leaves a semaphore, of which Python warns
         import datasets
     except ImportError as error:
         raise InputError(f"{path}: parquet files need datasets: pip install -e '.[data]'") from error

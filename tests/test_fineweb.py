@@ -1,0 +1,540 @@
+"""FineWeb-Edu's preparation: the same bytes whatever made them, build-nanogpt's stream, every fault as documented."""
+
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiktoken
+
+from data_prep import fineweb, fineweb_plan, workers
+from data_prep.codec import load_codec
+from data_prep.fineweb_plan import Options, local_files, units_of
+from data_prep.manifest import read_manifest
+from data_prep.verify import faults_of
+from tests.pages import COPIES, TROUBLE, Text, as_texts, make_pages, write_pages
+from tests.runs import called
+from tests.test_encode import children, is_alive, wait_for_parts
+from tests.test_textfiles import WITH_SMALL_FILES, contents, names, tokens
+
+SCRIPT = str(Path(__file__).resolve().parents[1] / "data_prep" / "fineweb.py")
+EOT = 50_256
+FILES = 4
+
+
+@pytest.fixture(scope="module")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[Text]]:
+    """A folder of files with several row groups each, and all pages in order."""
+    folder = tmp_path_factory.mktemp("pages") / "input"
+    found: list[Text] = []
+    for number in range(FILES):
+        some = make_pages(60, number)
+        write_pages(folder / f"{number:03d}_00000.parquet", some)
+        found += some
+    return folder, found
+
+
+@pytest.fixture(autouse=True)
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fineweb_plan, "UNIT_BYTES", 10_000)
+
+
+@pytest.fixture(scope="module")
+def ranks(shared_data: Path) -> str:
+    return str(shared_data / "gpt2.tiktoken")
+
+
+@pytest.fixture(scope="module")
+def finished(pages: tuple[Path, list[Text]], ranks: str) -> Path:
+    """The pages, in one process and units of one size."""
+    out = pages[0].parent / "finished"
+    assert prepare(pages[0], out, ranks, "--workers", "1").returncode == 0
+    return out
+
+
+def prepare(folder: Path, out: Path, ranks: str, *more: str, **env: str) -> "subprocess.CompletedProcess[str]":
+    """The command, in this process."""
+    return called(fineweb.main, *arguments(folder, out, ranks), *more, **env)
+
+
+def arguments(folder: Path, out: Path, ranks: str) -> list[str]:
+    inputs = ["--source", "local", "--data-files", str(folder), "--tokenizer", ranks]
+    return [*inputs, "--out", str(out), "--shard-tokens", "5000", "--val-tokens", "2000"]
+
+
+def refusal(done: "subprocess.CompletedProcess[str]") -> str:
+    assert done.returncode == 2, done
+    lines = [line for line in done.stderr.splitlines() if not line.startswith("fineweb: warning")]
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("fineweb: ")
+    return lines[0]
+
+
+def documents_of(data: Path, split: str) -> list[tuple[int, ...]]:
+    """A split's documents, each its ids after EOT."""
+    ids = tokens(data, split)
+    starts = [place for place, index in enumerate(ids) if index == EOT]
+    assert starts[0] == 0
+    return [tuple(ids[begin + 1 : end]) for begin, end in zip(starts, [*starts[1:], len(ids)], strict=True)]
+
+
+def assert_sound(data: Path) -> None:
+    assert faults_of(data, read_manifest(data), load_codec(data)) == []
+
+
+# What comes out
+
+
+def test_every_page_is_there_once_in_one_split(finished: Path, pages: tuple[Path, list[Text]]) -> None:
+    encoding = tiktoken.get_encoding("gpt2")
+    texts = as_texts(pages[1])
+    train, val = documents_of(finished, "train"), documents_of(finished, "val")
+    assert sorted(train + val) == sorted({tuple(encoding.encode_ordinary(text)) for text in texts})
+    assert 2000 <= sum(len(ids) + 1 for ids in val) < 2400
+    assert train != sorted(train)
+    found = read_manifest(finished).source["documents"]
+    assert found["read"] == len(pages[1])
+    assert found["empty"] == 2 * FILES
+    assert found["duplicates"] == len(texts) - len(set(texts))
+    assert found["repaired"] == FILES
+    assert found["dropped"] == []
+
+
+def test_build_nanogpts_stream(pages: tuple[Path, list[Text]], ranks: str, tmp_path: Path) -> None:
+    encoding = tiktoken.get_encoding("gpt2")
+    expected: list[np.ndarray] = []
+    shard = np.empty(5000, dtype=np.uint16)
+    filled = 0
+    for text in as_texts(pages[1]):
+        ids = np.array([EOT, *encoding.encode_ordinary(text)], dtype=np.uint16)
+        while len(ids):
+            room = shard[filled : filled + len(ids)]
+            room[:] = ids[: len(room)]
+            filled, ids = filled + len(room), ids[len(room) :]
+            if filled == len(shard):
+                expected.append(shard.copy())
+                filled = 0
+    expected.append(shard[:filled])
+
+    options = ("--split-mode", "first-shard", "--dedup", "none", "--shuffle", "none", "--workers", "1")
+    done = prepare(pages[0], tmp_path / "out", ranks, *options)
+    assert done.returncode == 0
+    assert "--val-tokens has no effect with --split-mode first-shard" in done.stderr
+    shards = [*(tmp_path / "out").glob("val_*.bin"), *sorted((tmp_path / "out").glob("train_*.bin"))]
+    assert len(shards) == len(expected) > 4
+    for path, ids in zip(shards, expected, strict=True):
+        np.testing.assert_array_equal(np.fromfile(path, dtype="<u2", offset=1024), ids)
+    assert_sound(tmp_path / "out")
+
+
+def test_max_tokens_takes_the_first_pages(
+    finished: Path, pages: tuple[Path, list[Text]], ranks: str, tmp_path: Path
+) -> None:
+    options = ("--max-tokens", "4000", "--shuffle", "none", "--val-tokens", "300", "--workers", "1")
+    assert prepare(pages[0], tmp_path / "out", ranks, *options).returncode == 0
+    encoding = tiktoken.get_encoding("gpt2")
+    distinct = list(dict.fromkeys(tuple(encoding.encode_ordinary(text)) for text in as_texts(pages[1])))
+    train, val = documents_of(tmp_path / "out", "train"), documents_of(tmp_path / "out", "val")
+    count = len(train) + len(val)
+    assert set(train + val) == set(distinct[:count])
+    assert [ids for ids in distinct if ids in set(train)] == train
+    total = sum(len(ids) + 1 for ids in distinct[:count])
+    assert total <= 4000 < total + len(distinct[count]) + 1
+    files = local_files((str(pages[0]),))
+    assert len(units_of(files, Options(max_tokens=4000))) < len(units_of(files, Options()))
+
+
+def test_a_tokenizer_without_eot(pages: tuple[Path, list[Text]], tmp_path: Path) -> None:
+    assert prepare(pages[0], tmp_path / "out", "byte", "--workers", "1", "--dedup", "none").returncode == 0
+    assert_sound(tmp_path / "out")
+    manifest = read_manifest(tmp_path / "out")
+    assert sum(split.documents for split in manifest.splits.values()) == len(as_texts(pages[1]))
+
+
+# The same bytes
+
+
+@pytest.mark.parametrize("more", [("--workers", "2"), ("--workers", "3", "--backend", "gigatoken")])
+def test_the_same_bytes_for_any_number_of_processes(
+    finished: Path, pages: tuple[Path, list[Text]], ranks: str, tmp_path: Path, more: tuple[str, ...]
+) -> None:
+    assert prepare(pages[0], tmp_path / "out", ranks, *more).returncode == 0
+    assert contents(tmp_path / "out") == contents(finished)
+
+
+def test_gigatoken_and_units_of_any_size(
+    finished: Path, pages: tuple[Path, list[Text]], ranks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fineweb_plan, "UNIT_BYTES", 1)
+    done = prepare(pages[0], tmp_path / "out", ranks, "--workers", "1", "--backend", "gigatoken")
+    assert done.returncode == 0
+    assert contents(tmp_path / "out") == contents(finished)
+
+
+def test_the_files_may_lie_elsewhere_and_be_named_one_by_one(
+    finished: Path, pages: tuple[Path, list[Text]], ranks: str, tmp_path: Path
+) -> None:
+    shutil.copytree(pages[0], tmp_path / "elsewhere")
+    files = sorted(str(path) for path in (tmp_path / "elsewhere").iterdir())
+    given = ["--source", "local", "--data-files", *files[::-1], "--tokenizer", ranks, "--workers", "1"]
+    done = called(fineweb.main, *given, *arguments(pages[0], tmp_path / "out", ranks)[6:])
+    assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "out") == contents(finished)
+
+
+@pytest.mark.parametrize("num_tasks", [1, 3])
+def test_tasks_share_the_work_and_one_packs(
+    finished: Path, pages: tuple[Path, list[Text]], ranks: str, tmp_path: Path, num_tasks: int
+) -> None:
+    out = tmp_path / "out"
+    for index in reversed(range(num_tasks)):
+        early = prepare(pages[0], out, ranks, "--stage", "pack")
+        assert re_count(refusal(early)) > 0
+        env = {"SLURM_ARRAY_TASK_ID": str(10 + 2 * index), "SLURM_ARRAY_TASK_COUNT": str(num_tasks)}
+        env |= {"SLURM_ARRAY_TASK_MIN": "10", "SLURM_ARRAY_TASK_STEP": "2"}
+        done = prepare(pages[0], out, ranks, "--stage", "tokenize", "--workers", "1", **env)
+        assert done.returncode == 0, done.stderr
+        assert not out.exists()
+    assert prepare(pages[0], out, ranks, "--stage", "pack").returncode == 0
+    assert contents(out) == contents(finished)
+    assert names(tmp_path) == ["out"]
+    assert "sound" in prepare(pages[0], out, ranks, "--stage", "verify").stdout
+    assert "already complete" in prepare(pages[0], out, ranks, "--stage", "tokenize").stdout
+
+
+def re_count(line: str) -> int:
+    """How many parts are missing, as the refusal has it."""
+    assert "parts are not there or not sound; --stage tokenize makes them" in line
+    return int(line.removeprefix("fineweb: ").split(" of ")[0])
+
+
+def test_tasks_at_the_same_time(finished: Path, pages: tuple[Path, list[Text]], ranks: str, tmp_path: Path) -> None:
+    """Two tasks and a third that repeats the first's share."""
+    shares = [(0, 2), (1, 2), (0, 2)]
+    running = [
+        start(
+            pages[0], tmp_path / "out", ranks, "--stage", "tokenize", "--task-index", str(index), "--num-tasks", str(n)
+        )
+        for index, n in shares
+    ]
+    for process in running:
+        _, said = process.communicate(timeout=120)
+        assert process.returncode == 0, said
+    packing = start(pages[0], tmp_path / "out", ranks, "--stage", "pack")
+    _, said = packing.communicate(timeout=120)
+    assert packing.returncode == 0, said
+    assert contents(tmp_path / "out") == contents(finished)
+
+
+def start(folder: Path, out: Path, ranks: str, *more: str) -> "subprocess.Popen[str]":
+    """The command in a process group of its own."""
+    command = [sys.executable, SCRIPT, *arguments(folder, out, ranks), *more]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, cwd=out.parent
+    )
+
+
+# Kills
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory, ranks: str) -> Iterator[tuple[Path, Path]]:
+    """Input of units enough to be killed in the midst of, and its data set."""
+    folder = tmp_path_factory.mktemp("many")
+    long = ["word " * 9_000 + str(number) for number in range(900)]
+    for number in range(6):
+        some = make_pages(100, number) + long[number::6]
+        random.Random(number).shuffle(some)
+        write_pages(folder / "input" / f"{number}.parquet", some, rows_per_group=50)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fineweb_plan, "UNIT_BYTES", 1)
+        assert prepare(folder / "input", folder / "out", ranks, "--workers", "1").returncode == 0
+    yield folder / "input", folder / "out"
+
+
+def kill_at_random(many: tuple[Path, Path], ranks: str, out: Path, rng: random.Random) -> int:
+    """Start again and again, killing the parent, a worker or all of them at some moment, until it is done."""
+    kills = 0
+    while True:
+        process = start(many[0], out, ranks, "--workers", str(rng.choice([1, 2, 3])))
+        until = time.monotonic() + rng.uniform(0.2, 6.0)
+        while process.poll() is None and time.monotonic() < until:
+            time.sleep(0.01)
+        if process.poll() is None and kills < 4:
+            victims = rng.choice(["parent", "worker", "all"])
+            started = [pid for pid in children(process.pid) if "spawn_main" in command_of(pid)]
+            if victims == "worker" and started:
+                os.kill(rng.choice(started), signal.SIGKILL)
+            elif victims == "all":
+                os.killpg(process.pid, signal.SIGKILL)
+            else:
+                process.kill()
+            kills += 1
+        _, said = process.communicate(timeout=120)
+        deadline = time.monotonic() + 20
+        while any(is_alive(pid) for pid in children(process.pid)) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        if process.returncode == 0:
+            return kills
+        assert process.returncode in (2, -signal.SIGKILL), said
+        assert "Traceback" not in said
+
+
+def command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except FileNotFoundError:
+        return ""
+
+
+@pytest.mark.parametrize("number", [*range(3), *(pytest.param(n, marks=pytest.mark.slow) for n in range(3, 20))])
+def test_killed_at_random_the_same_command_ends_with_the_same_bytes(
+    many: tuple[Path, Path], ranks: str, tmp_path: Path, number: int
+) -> None:
+    out = tmp_path / "out"
+    kill_at_random(many, ranks, out, random.Random(number))
+    assert contents(out) == contents(many[1])
+    assert_sound(out)
+    assert names(tmp_path) == ["out"]
+
+
+def test_a_killed_worker_ends_the_run_with_one_line(many: tuple[Path, Path], ranks: str, tmp_path: Path) -> None:
+    for attempt in range(5):  # on a busy machine it may be done before
+        process = start(many[0], tmp_path / f"out{attempt}", ranks, "--workers", "2")
+        wait_for_parts(tmp_path / f".out{attempt}.partial" / "parts", 3, process)
+        for pid in children(process.pid):
+            if "spawn_main" in command_of(pid):
+                os.kill(pid, signal.SIGKILL)
+                break
+        _, said = process.communicate(timeout=60)
+        if process.returncode != 0:
+            break
+    assert process.returncode == 2
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("fineweb: a worker process was killed")
+    assert "finished parts" in last
+    assert "Traceback" not in said
+
+
+# Faults
+
+
+def test_a_page_that_the_tokenizer_gives_up_on_is_dropped_and_named(ranks: str, tmp_path: Path) -> None:
+    pages: list[Text] = [*make_pages(30, 0)]
+    pages[7] = "a" + " " * 1_000_000 + "b"
+    pages[8] = "=" * 300_000
+    write_pages(tmp_path / "in" / "0.parquet", pages)
+    for backend in ("tiktoken", "gigatoken"):
+        options = ("--val-tokens", "200", "--workers", "1", "--backend", backend)
+        done = prepare(tmp_path / "in", tmp_path / backend, ranks, *options)
+        assert done.returncode == 0, done.stderr
+        assert "0.parquet, row 7" in done.stdout
+        assert read_manifest(tmp_path / backend).source["documents"]["dropped"] == ["0.parquet, row 7"]
+    assert contents(tmp_path / "tiktoken") == contents(tmp_path / "gigatoken")
+    encoding = tiktoken.get_encoding("gpt2")
+    kept = documents_of(tmp_path / "tiktoken", "train") + documents_of(tmp_path / "tiktoken", "val")
+    assert tuple(encoding.encode_ordinary("=" * 300_000)) in kept
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        ("truncated", "1.parquet: not a readable parquet file"),
+        ("flipped", "1.parquet: row group 1 is damaged"),
+        ("column", "1.parquet: no column 'text', only 'content'"),
+        ("empty", "1.parquet: not a readable parquet file (Parquet file size is 0 bytes)"),
+        ("no parquet", "is no .parquet file; data_prep/textfiles.py reads other kinds"),
+    ],
+)
+def test_bad_input_is_one_line_and_nothing_is_lost(ranks: str, tmp_path: Path, damage: str, complaint: str) -> None:
+    for number in range(2):
+        write_pages(tmp_path / "in" / f"{number}.parquet", make_pages(60, number))
+    path = tmp_path / "in" / "1.parquet"
+    content = path.read_bytes()
+    match damage:
+        case "truncated":
+            path.write_bytes(content[: len(content) // 2])
+        case "flipped":
+            place = content.find(b"1.", len(content) // 3)
+            path.write_bytes(content[:place] + bytes(200) + content[place + 200 :])
+        case "column":
+            write_pages(path, make_pages(60, 1), column="content")
+        case "empty":
+            path.write_bytes(b"")
+        case "no parquet":
+            path.rename(tmp_path / "in" / "1.txt")
+    done = prepare(tmp_path / "in", tmp_path / "out", ranks, "--workers", "1")
+    assert complaint in refusal(done)
+    assert not (tmp_path / "out").exists()
+    if damage == "flipped":
+        assert "finished parts" in done.stderr
+    else:
+        assert names(tmp_path) == ["in"]
+    path.write_bytes(content)
+    (tmp_path / "in" / "1.txt").unlink(missing_ok=True)
+    assert prepare(tmp_path / "in", tmp_path / "out", ranks, "--workers", "1").returncode == 0
+
+
+def test_a_full_disk_keeps_the_parts(pages: tuple[Path, list[Text]], tmp_path: Path) -> None:
+    given = [*arguments(pages[0], tmp_path / "out", "byte"), "--shard-tokens", "1000000", "--workers", "1"]
+    command = [sys.executable, "-B", "-c", WITH_SMALL_FILES, "60000", "-B", SCRIPT, *given]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert "File too large" in done.stderr.splitlines()[-1]
+    assert "finished parts" in done.stderr
+    assert names(tmp_path / ".out.partial") == ["parts"]
+    again = subprocess.run([sys.executable, SCRIPT, *given], capture_output=True, text=True)
+    assert again.returncode == 0
+    assert f"{FILES} of {FILES} parts were there from an earlier run" in again.stderr
+    assert_sound(tmp_path / "out")
+
+
+def test_tasks_of_different_options_do_not_mix(pages: tuple[Path, list[Text]], ranks: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    task = ("--stage", "tokenize", "--workers", "1", "--num-tasks", "2", "--task-index")
+    assert prepare(pages[0], out, ranks, *task, "0").returncode == 0
+    before = contents(tmp_path / ".out.partial")
+    for more in (("--seed", "1"), ("--dedup", "none"), ("--max-tokens", "5000")):
+        line = refusal(prepare(pages[0], out, ranks, *task, "1", *more))
+        assert "other tasks prepare something else there" in line
+        assert f"{more[0]} {more[1]} (was " in line
+        assert "(was " in refusal(prepare(pages[0], out, ranks, "--stage", "pack", *more))
+    assert "--tokenizer" in refusal(prepare(pages[0], out, "byte", *task, "1"))
+    (tmp_path / "other").mkdir()
+    shutil.copy(pages[0] / "000_00000.parquet", tmp_path / "other")
+    assert "--data-files" in refusal(prepare(tmp_path / "other", out, ranks, *task, "1"))
+    assert contents(tmp_path / ".out.partial") == before
+
+
+def test_one_machine_may_change_its_mind(
+    finished: Path, pages: tuple[Path, list[Text]], ranks: str, tmp_path: Path
+) -> None:
+    """Parts are kept over options that do not change them."""
+    out = tmp_path / "out"
+    done = prepare(pages[0], out, ranks, "--stage", "tokenize", "--seed", "5", "--workers", "1")
+    assert done.returncode == 0
+    again = prepare(pages[0], out, ranks, "--workers", "1")
+    assert again.returncode == 0
+    assert "parts were there from an earlier run" in again.stderr
+    assert contents(out) == contents(finished)
+
+
+def test_two_at_once_into_the_same_place(many: tuple[Path, Path], ranks: str, tmp_path: Path) -> None:
+    first = start(many[0], tmp_path / "out", ranks, "--workers", "2")
+    wait_for_parts(tmp_path / ".out.partial" / "parts", 1, first)
+    if first.poll() is None:
+        for stage in ("all", "tokenize", "pack"):
+            line = refusal(prepare(many[0], tmp_path / "out", ranks, "--stage", stage))
+            assert "another process is making it right now" in line
+    first.communicate(timeout=120)
+    assert first.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("more", "complaint"),
+    [
+        (("--val-tokens", "0"), "--val-tokens 0 must be at least 1"),
+        (("--workers", "0"), "--workers 0 must be at least 1"),
+        (("--shard-tokens", "0"), "--shard-tokens 0 must be between"),
+        (("--seed", "-1"), "--seed -1 must be between"),
+        (("--tokenizer", "char"), "--tokenizer char would need"),
+        (("--tokenizer", "nothing"), "--tokenizer nothing: neither"),
+        (("--data-files", "nowhere/*.parquet"), "--data-files nowhere/*.parquet: no such file"),
+        (("--num-tasks", "2"), "--task-index and --num-tasks need each other"),
+        (("--num-tasks", "2", "--task-index", "2", "--stage", "tokenize"), "--task-index 2 must be at least 0"),
+        (("--num-tasks", "2", "--task-index", "1"), "--num-tasks 2: --stage all is the work of one task"),
+        (("--val-tokens", "1000000"), "a split is empty"),
+    ],
+)
+def test_bad_options_are_one_line(
+    pages: tuple[Path, list[Text]], ranks: str, tmp_path: Path, more: tuple[str, ...], complaint: str
+) -> None:
+    assert complaint in refusal(prepare(pages[0], tmp_path / "out", ranks, "--workers", "1", *more))
+    assert not (tmp_path / "out").exists()
+
+
+def test_source_local_needs_files_and_arrays_one_stage(
+    pages: tuple[Path, list[Text]], ranks: str, tmp_path: Path
+) -> None:
+    done = called(fineweb.main, "--source", "local", "--out", str(tmp_path / "out"))
+    assert refusal(done) == "fineweb: --source local needs --data-files"
+    slurm: dict[str, Any] = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MIN": "3"}
+    line = refusal(prepare(pages[0], tmp_path / "out", ranks, "--stage", "tokenize", **slurm))
+    assert "the 2 ids of this Slurm array have gaps (7 is one)" in line
+    slurm["SLURM_ARRAY_TASK_ID"] = "4"
+    assert "SLURM_ARRAY_TASK_COUNT 2: --stage all" in refusal(prepare(pages[0], tmp_path / "out", ranks, **slurm))
+    assert names(tmp_path) == []
+
+
+# What is there already
+
+
+def test_the_same_again_is_left_alone_and_other_options_need_overwrite(
+    pages: tuple[Path, list[Text]], ranks: str, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(pages[0], tmp_path / "in")
+    assert prepare(tmp_path / "in", out, ranks, "--workers", "1").returncode == 0
+    before = contents(out)
+    assert "already complete" in prepare(tmp_path / "in", out, ranks, "--backend", "gigatoken").stdout
+    line = refusal(prepare(tmp_path / "in", out, ranks, "--seed", "3"))
+    assert "--seed 3 (was 0); choose another --out, or replace it with --overwrite" in line
+    path = tmp_path / "in" / "002_00000.parquet"
+    path.write_bytes(path.read_bytes().replace(b"2024-10", b"2024-11"))  # of the same size
+    assert "already holds finished data, of other input" in refusal(prepare(tmp_path / "in", out, ranks))
+    assert contents(out) == before
+    assert prepare(tmp_path / "in", out, ranks, "--seed", "3", "--overwrite", "--workers", "1").returncode == 0
+    assert contents(out) != before
+    assert_sound(out)
+
+
+def test_a_dry_run_says_what_it_takes_and_writes_nothing(
+    pages: tuple[Path, list[Text]], ranks: str, tmp_path: Path
+) -> None:
+    done = prepare(pages[0], tmp_path / "out", ranks, "--dry-run", "--workers", "3")
+    assert done.returncode == 0
+    assert f"{FILES} files" in done.stdout
+    for word in ("text ", "shards ", "disk ", "time ", "GB free", "MB/s each as measured now"):
+        assert word in done.stdout
+    assert names(tmp_path) == []
+
+
+def test_a_damaged_shard_is_found_by_stage_verify(pages: tuple[Path, list[Text]], ranks: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert prepare(pages[0], out, ranks, "--workers", "1").returncode == 0
+    path = out / "train_000001.bin"
+    content = bytearray(path.read_bytes())
+    content[2000] ^= 1
+    path.write_bytes(content)
+    assert "train_000001.bin: sha256 differs" in refusal(prepare(pages[0], out, ranks, "--stage", "verify"))
+
+
+def test_progress_tells_rates_and_a_terminal_gets_one_line(
+    pages: tuple[Path, list[Text]], ranks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(workers, "REPORT_SECONDS", 0.0)
+    done = prepare(pages[0], tmp_path / "out", ranks, "--workers", "1")
+    lines = [line for line in done.stderr.splitlines() if line.startswith("encode  ")]
+    assert len(lines) > FILES
+    for word in (" MB/s  ", " documents  ", " tokens/s  ", " left"):
+        assert word in lines[-1]
+
+
+def test_names_of_data_directories() -> None:
+    assert Options().directory == Path("data/fineweb_edu_10B")
+    assert Options(name="sample-350BT").directory == Path("data/fineweb_edu_350B")
+    assert Options(name="CC-MAIN-2024-10").directory == Path("data/fineweb_edu_CC-MAIN-2024-10")
+    assert Options(dataset="HuggingFaceFW/fineweb", name="default").directory == Path("data/fineweb_default")
+
+
+def test_the_trouble_is_in_the_pages(pages: tuple[Path, list[Text]]) -> None:
+    assert all(pages[1].count(page) == FILES for page in TROUBLE)
+    assert all(pages[1].count(page) == 2 * FILES for page in COPIES)
