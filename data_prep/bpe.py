@@ -48,7 +48,7 @@ from data_prep.encode import describe_file
 from data_prep.errors import InputError, one_line_errors
 from data_prep.shards import MAX_VOCAB_SIZE
 from data_prep.sources import InputFile, Reading, find_files
-from data_prep.text_sample import HELD_OUT_BYTES, RULE, draw, pieces, read_texts, spread
+from data_prep.text_sample import HELD_OUT_BYTES, RULE, Drawn, draw, pieces, read_texts, spread
 from data_prep.textfiles import states
 from data_prep.unfinished import put_in_place, unfinished_directory
 from data_prep.workers import Progress
@@ -214,64 +214,54 @@ def check_existing(options: Options, wanted: dict[str, Any]) -> dict[str, Any] |
             f"--out {options.out}: already holds a tokenizer of {', '.join(differing)}; choose another --out, or "
             "replace it with --overwrite"
         )
-    if load_codec(options.out).describe() != tokenizer:
+    try:
+        found = load_codec(options.out).describe()
+    except InputError as error:
+        raise InputError(f"--out {options.out}: {error}; --overwrite makes it anew") from error
+    if found != tokenizer:
         raise InputError(f"{path}: is not of the tokenizer beside it; --overwrite makes both anew")
     return record
 
 
-def save(codec: Codec, record: dict[str, Any], out: Path) -> None:
+def save(codec: Codec, record: dict[str, Any], options: Options) -> None:
     """All files of the tokenizer under their final name, at once."""
-    with unfinished_directory(out) as partial:
+    with unfinished_directory(options.out) as partial:
+        if check_existing(options, record) is not None:
+            raise InputError(f"--out {options.out}: another process has made it meanwhile")
         codec.save(partial)
         for path in (partial / FOLDER).iterdir():
             path.rename(partial / path.name)
         (partial / FOLDER).rmdir()
         write_json_atomically(partial / RECORD_FILE, record)
-        put_in_place(partial, out)
+        put_in_place(partial, options.out)
 
 
-def make(options: Options, files: list[InputFile], reading: Reading, wanted: dict[str, Any]) -> dict[str, Any]:
-    """Read, train, measure and save; training.json. InputError, with nothing finished touched, if bad."""
-    before = states(files)
-    started = time.perf_counter()
-    progress = Progress("read", sum(described["bytes"] for described in wanted["inputs"]))
-    drawn = draw(read_texts(files, reading, progress), options.sample_bytes)
-    if states(files) != before:
-        raise InputError("a file of --input changed while it was read; run the same command again")
-    if drawn.eot_marks:
-        advice = "" if reading.split_on else f"; --split-documents-on '{EOT}' makes documents of it"
-        warn(f"the text holds {drawn.eot_marks} times '{EOT}', which is learnt from as ordinary text{advice}")
-    read_seconds = time.perf_counter() - started
-    sample_size = sum(map(len, drawn.sample))
+def make(options: Options, drawn: Drawn, wanted: dict[str, Any], read_seconds: float) -> dict[str, Any]:
+    """Train, measure and save -> training.json. InputError, with nothing finished touched, if bad."""
+    sample_bytes, held_out_bytes = sum(map(len, drawn.sample)), sum(map(len, drawn.held_out))
     print(
         f"  read      {drawn.num_bytes:,} bytes, {drawn.documents:,} documents, in {read_seconds:.2f} s; "
-        f"trained on {sample_size:,} bytes, {len(drawn.sample):,} documents"
+        f"trained on {sample_bytes:,} bytes, {len(drawn.sample):,} documents"
     )
+    started = time.perf_counter()
     codec = train(drawn.sample, options)
-    train_seconds = time.perf_counter() - started - read_seconds
-    print(f"  train     {train_seconds:.2f} s, peak memory {peak_bytes() / 1e9:.2f} GB")
-    held_out_bytes = sum(map(len, drawn.held_out))
-    held_out = {
-        "documents": len(drawn.held_out),
-        "bytes": held_out_bytes,
-        "tokens": count_tokens(codec, drawn.held_out),
-    }
+    print(f"  train     {time.perf_counter() - started:.2f} s, peak memory {peak_bytes() / 1e9:.2f} GB")
+    num_tokens = count_tokens(codec, drawn.held_out)
     rate = measure_speed(codec, drawn.held_out)
     hours = PILE_BYTES / rate / 3600
     print(
         f"  encode    {rate / 1e6:.1f} MB/s on one core; The Pile (825.18 GiB) would take {hours:.1f} hours on one "
         f"core, {hours / 30:.2f} on thirty"
     )
-    sample = {"rule": RULE, "documents": len(drawn.sample), "bytes": sample_size}
     record = wanted | {
         "versions": {name: importlib.metadata.version(name) for name in LIBRARIES[options.trainer]},
         "read": {"documents": drawn.documents, "bytes": drawn.num_bytes},
-        "sample": sample,
-        "held_out": held_out,
+        "sample": {"rule": RULE, "documents": len(drawn.sample), "bytes": sample_bytes},
+        "held_out": {"documents": len(drawn.held_out), "bytes": held_out_bytes, "tokens": num_tokens},
         "merges": codec.vocab_size - 257,
         "tokenizer": codec.describe(),
     }
-    save(codec, record, options.out)
+    save(codec, record, options)
     return record
 
 
@@ -281,31 +271,56 @@ def prepare(options: Options) -> BpeCodec:
     if options.out.is_symlink():  # what it points to is made or replaced, not the link
         options = dataclasses.replace(options, out=options.out.resolve())
     files, warnings = find_files(options.input)
-    others = [(name, *find_files((name,), "--compare")) for name in options.compare]
+    others = {name: find_files((name,), "--compare") for name in options.compare}
     reading = Reading(options.split_documents_on, options.text_column)
-    kinds = {file.kind for file in files}.union(*({file.kind for file in found} for _, found, _ in others))
-    if reading.split_on is not None and "text" not in kinds:
-        warnings.append("--split-documents-on has no effect: no plain text among the files")
-    if reading.text_column != "text" and not kinds & {"jsonl", "parquet"}:
-        warnings.append("--text-column has no effect: no .jsonl or .parquet among the files")
-    for warning in sum((more for _, _, more in others), warnings):
+    for warning in warnings + [more for _, found in others.values() for more in found]:
         warn(warning)
+    warn_of_no_effect(reading, files + [file for found, _ in others.values() for file in found])
+    compared = {name: sample_of(name, found, reading) for name, (found, _) in others.items()}
+    before = states(files)
     wanted = made_of(options, [describe_file(file) for file in files])
     print(f"{options.out}: {options.vocab_size:,} ids: 256 bytes, {options.vocab_size - 257:,} merges, EOT")
     record = check_existing(options, wanted)
-    if record is None:
-        record = make(options, files, reading, wanted)
-    else:
+    if record is not None:
         print("  already complete, nothing to do")
+    else:
+        started = time.perf_counter()
+        progress = Progress("read", sum(described["bytes"] for described in wanted["inputs"]))
+        drawn = draw(read_texts(files, reading, progress), options.sample_bytes)
+        if states(files) != before:
+            raise InputError("a file of --input changed while it was read; run the same command again")
+        warn_of_marks(drawn.eot_marks, reading)
+        record = make(options, drawn, wanted, time.perf_counter() - started)
     codec = load_codec(options.out)
     assert isinstance(codec, BpeCodec)
     print(f"  longest   {longest_tokens(codec)}")
-    report_compression("held out", record["held_out"]["bytes"], record["held_out"]["tokens"])
-    for name, found, _ in others:
-        progress = Progress("compare", sum(describe_file(file)["bytes"] for file in found))
-        documents = spread(read_texts(found, reading, progress), HELD_OUT_BYTES)
-        report_compression("compare", sum(map(len, documents)), count_tokens(codec, documents), f" of {name}")
+    print(compression("held out", record["held_out"]["bytes"], record["held_out"]["tokens"]))
+    for name, documents in compared.items():
+        print(compression("compare", sum(map(len, documents)), count_tokens(codec, documents)), f"of {name}")
     return codec
+
+
+def warn_of_no_effect(reading: Reading, files: list[InputFile]) -> None:
+    kinds = {file.kind for file in files}
+    if reading.split_on is not None and "text" not in kinds:
+        warn("--split-documents-on has no effect: no plain text among the files")
+    if reading.text_column != "text" and not kinds & {"jsonl", "parquet"}:
+        warn("--text-column has no effect: no .jsonl or .parquet among the files")
+
+
+def warn_of_marks(eot_marks: int, reading: Reading) -> None:
+    if eot_marks:
+        advice = "" if reading.split_on else f"; --split-documents-on '{EOT}' makes documents of it"
+        warn(f"the text holds {eot_marks} times '{EOT}', which is learnt from as ordinary text{advice}")
+
+
+def sample_of(name: str, files: list[InputFile], reading: Reading) -> list[bytes]:
+    """About HELD_OUT_BYTES of text of --compare, spread over its documents."""
+    progress = Progress("compare", sum(describe_file(file)["bytes"] for file in files))
+    documents = spread(read_texts(files, reading, progress), HELD_OUT_BYTES)
+    if not documents:
+        raise InputError(f"--compare {name}: no text in it")
+    return documents
 
 
 def longest_tokens(codec: BpeCodec) -> str:
@@ -316,9 +331,8 @@ def longest_tokens(codec: BpeCodec) -> str:
     return " ".join(repr(text if len(text) <= 40 else f"{text[:37]}...") for text in texts)
 
 
-def report_compression(title: str, num_bytes: int, num_tokens: int, where: str = "") -> None:
-    rate = num_bytes / num_tokens
-    print(f"  {title:9} {rate:.3f} bytes per token ({num_bytes:,} bytes{where}, {num_tokens:,} tokens)")
+def compression(title: str, num_bytes: int, num_tokens: int) -> str:
+    return f"  {title:9} {num_bytes / num_tokens:.3f} bytes per token ({num_bytes:,} bytes, {num_tokens:,} tokens)"
 
 
 def warn(warning: str) -> None:
