@@ -4,7 +4,8 @@
         --out tokenizers/tinystories-10k [--compare other.txt] [--trainer reference]
     python data_prep/textfiles.py --input ... --tokenizer tokenizers/tinystories-10k --out data/mine
 
-TIMES
+10,000 ids from 2 MB of TinyStories: 0.9 s of training, 1.9 s in all, 0.07 GB, 4.170 bytes per token on held-out text.
+32,000 ids from 15 MB of mixed text: 6 s, 7.6 s in all, 0.15 GB; from 100 MB 37 s and 0.42 GB (two busy cores).
 
 Input is what data_prep/textfiles.py reads: text, .jsonl, .parquet, .gz, folders. All of it is read, and at most
 --sample-bytes of it, spread over all documents, are trained on (data_prep/text_sample.py); a small part that is never
@@ -15,9 +16,9 @@ The vocabulary is the 256 bytes in GPT-2's order, then the merges, then EOT, the
 that it is never one token. No merge crosses a word of the pattern, nor therefore a document.
 
 Hugging Face `tokenizers` makes the merges, or --trainer reference (data_prep/bpe_reference.py), which is there to be
-read, makes the same and says where the time goes. Hugging Face merges pairs and tiktoken whatever two neighbours have
-the bytes of a token. That is the same: neighbours with given bytes between them were made by the merges of those bytes
-alone, so that all of them are the one pair that was merged into that token, and no two merges have the same bytes.
+read, makes the same and says where the time goes. Hugging Face merges listed pairs, tiktoken any two neighbours whose
+bytes together are a token. The ids are the same: what stands between two ends of tokens is merged as it would be
+alone, so that bytes which are a token are never met as two others. Nor therefore do two merges make the same bytes.
 
 --out holds ranks.tiktoken, codec.json, and training.json: of what it was made, and how. Same input and options, same
 bytes. It appears whole or not at all, and is replaced only with --overwrite.
@@ -75,7 +76,8 @@ class Options:
     trainer: Literal["tokenizers", "reference"] = "tokenizers"
     """What makes the merges: Hugging Face's library, or our own, to be read."""
     sample_bytes: int = 100_000_000
-    """Text to train on, at most. REASON"""
+    """Text to train on, at most. Little is gained beyond the default: 100 MB of Python and its documentation gave
+    0.2 % fewer tokens with 32,000 ids than 50 MB did (25 MB 0.7 % fewer than 12.5 MB), for twice the time."""
     compare: tuple[str, ...] = ()
     """Other files or folders, read like --input, whose bytes per token are to be told as well."""
     split_documents_on: str | None = None
@@ -344,7 +346,7 @@ def main(args: list[str] | None = None) -> None:
         with one_line_errors("bpe"):
             prepare(tyro.cli(Options, args=args, description=__doc__))
     except KeyboardInterrupt as interruption:
-        print(f"bpe: {interruption or 'interrupted'}", file=sys.stderr, flush=True)
+        print(f"bpe: {str(interruption) or 'interrupted'}", file=sys.stderr, flush=True)
         sys.exit(130)
 
 
