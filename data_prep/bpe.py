@@ -4,8 +4,9 @@
         --out tokenizers/tinystories-10k [--compare other.txt] [--trainer reference]
     python data_prep/textfiles.py --input ... --tokenizer tokenizers/tinystories-10k --out data/mine
 
-10,000 ids from 2 MB of TinyStories: 0.9 s of training, 1.9 s in all, 0.07 GB, 4.170 bytes per token on held-out text.
-32,000 ids from 15 MB of mixed text: 6 s, 7.6 s in all, 0.15 GB; from 100 MB 37 s and 0.42 GB (two busy cores).
+10,000 ids from 2 MB of TinyStories: 0.6 to 0.9 s of training, 1.5 to 2 s in all, 0.07 GB, and 4.170 bytes per token
+on held-out text. 32,000 ids from 15 MB of mixed text: 4 to 5 s, 5 to 7 s in all, 0.15 GB; from 100 MB 37 s, 0.42 GB
+(two cores, not alone on them). --trainer reference: 0.7 s for the first, 11 s for the second.
 
 Input is what data_prep/textfiles.py reads: text, .jsonl, .parquet, .gz, folders. All of it is read, and at most
 --sample-bytes of it, spread over all documents, are trained on (data_prep/text_sample.py); a small part that is never

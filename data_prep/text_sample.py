@@ -18,7 +18,7 @@ from data_prep.workers import Progress
 
 PIECE_BYTES = 2**14
 HELD_OUT_FRACTION = 0.05
-HELD_OUT_BYTES = 4_000_000  # 0.2 s of encoding, and bytes per token to three digits
+HELD_OUT_BYTES = 4_000_000  # half a second of encoding
 LARGEST_KEY = 2**64 - 1
 RULE = (
     f"documents, or pieces of at most {PIECE_BYTES} bytes of a file that is one, in the order of the 64-bit blake2b of "
