@@ -323,7 +323,7 @@ def main(args: list[str] | None = None) -> None:
         with one_line_errors("fineweb"):
             prepare(tyro.cli(Options, args=args, description=__doc__))
     except KeyboardInterrupt as interruption:
-        print(f"fineweb: {interruption or 'interrupted'}", file=sys.stderr, flush=True)
+        print(f"fineweb: {str(interruption) or 'interrupted'}", file=sys.stderr, flush=True)
         sys.exit(130)
 
 

@@ -239,6 +239,41 @@ def read_whole(file: InputFile) -> str:
     return _decode(b"".join(_blocks(Unit(file, 0, size, size))), file, 0)
 
 
+def read_pieces(file: InputFile, piece_bytes: int) -> Iterator[str]:
+    """The text of a file that is one document, at most piece_bytes at a time, cut after a line end where there is one.
+
+    Unlike `read_whole` it holds no more than a block.
+    """
+    assert piece_bytes >= 4  # the longest character of UTF-8
+    if file.kind == "python-docs":
+        blocks = iter([PYTHON_DOCS[file.name]().encode("utf-8")])
+    else:
+        size = Path(file.path).stat().st_size
+        blocks = _blocks(Unit(file, 0, size, size))
+    offset = 0
+    rest = b""
+    for block in blocks:
+        data = rest + block
+        begin = 0
+        while len(data) - begin > piece_bytes:
+            stop = end_of_piece(data, begin, begin + piece_bytes)
+            yield _decode(data[begin:stop], file, offset + begin)
+            begin = stop
+        offset += begin
+        rest = data[begin:]
+    if rest:
+        yield _decode(rest, file, offset)
+
+
+def end_of_piece(data: bytes, begin: int, limit: int) -> int:
+    """The place after the last line end in data[begin:limit], or else the last one there that divides no character."""
+    line_end = data.rfind(b"\n", begin, limit)
+    if line_end >= 0:
+        return line_end + 1
+    places = range(limit, limit - 4, -1)
+    return next((place for place in places if data[place] & 0xC0 != 0x80), limit)
+
+
 def place_of(unit: Unit, reading: Reading, position: int) -> str:
     """The place of a document, for a message: `file:line`, the row of a parquet file, or the file that it is."""
     if is_one_document(unit.file, reading):

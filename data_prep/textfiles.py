@@ -349,7 +349,7 @@ def main(args: list[str] | None = None) -> None:
         with one_line_errors("textfiles"):
             prepare(*parse(sys.argv[1:] if args is None else args))
     except KeyboardInterrupt as interruption:
-        print(f"textfiles: {interruption or 'interrupted'}", file=sys.stderr, flush=True)
+        print(f"textfiles: {str(interruption) or 'interrupted'}", file=sys.stderr, flush=True)
         sys.exit(130)
 
 

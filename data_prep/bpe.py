@@ -1,0 +1,354 @@
+"""Train a byte-level BPE tokenizer with GPT-2's split pattern; tiktoken serves it like every other.
+
+    python data_prep/bpe.py --input TinyStories.txt --split-documents-on '<|endoftext|>' --vocab-size 10000 \\
+        --out tokenizers/tinystories-10k [--compare other.txt] [--trainer reference]
+    python data_prep/textfiles.py --input ... --tokenizer tokenizers/tinystories-10k --out data/mine
+
+10,000 ids from 2 MB of TinyStories: 0.6 to 0.9 s of training, 1.5 to 2 s in all, 0.07 GB, and 4.170 bytes per token
+on held-out text. 32,000 ids from 15 MB of mixed text: 4 to 5 s, 5 to 7 s in all, 0.15 GB; from 100 MB 37 s, 0.42 GB
+(two cores, not alone on them). --trainer reference: 0.7 s for the first, 11 s for the second.
+
+Input is what data_prep/textfiles.py reads: text, .jsonl, .parquet, .gz, folders. All of it is read, and at most
+--sample-bytes of it, spread over all documents, are trained on (data_prep/text_sample.py); a small part that is never
+trained on measures bytes per token and speed.
+
+The vocabulary is the 256 bytes in GPT-2's order, then the merges, then EOT, the last id, which text never becomes.
+`<|endoftext|>` in the text is ordinary text unless --split-documents-on names it; the pattern splits it in three, so
+that it is never one token. No merge crosses a word of the pattern, nor therefore a document.
+
+Hugging Face `tokenizers` makes the merges, or --trainer reference (data_prep/bpe_reference.py), which is there to be
+read, makes the same and says where the time goes. Hugging Face merges listed pairs, tiktoken any two neighbours whose
+bytes together are a token. The ids are the same: what stands between two ends of tokens is merged as it would be
+alone, so that bytes which are a token are never met as two others. Nor therefore do two merges make the same bytes.
+
+--out holds ranks.tiktoken, codec.json, and training.json: of what it was made, and how. Same input and options, same
+bytes. It appears whole or not at all, and is replaced only with --overwrite.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import tyro
+
+from data_prep import bpe_reference
+from data_prep.atomic import write_json_atomically
+from data_prep.bpe_reference import BYTE_ORDER
+from data_prep.codec import EOT, FOLDER, GPT2_PATTERN, BpeCodec, Codec, load_codec
+from data_prep.encode import describe_file
+from data_prep.errors import InputError, one_line_errors
+from data_prep.shards import MAX_VOCAB_SIZE
+from data_prep.sources import InputFile, Reading, file_states, find_files
+from data_prep.text_sample import HELD_OUT_BYTES, RULE, Drawn, draw, pieces, read_texts, spread
+from data_prep.unfinished import put_in_place, unfinished_directory
+from data_prep.workers import Progress
+
+RECORD_FILE = "training.json"
+# Gao et al. 2020, arXiv:2101.00027, table 1: 825.18 GiB of text.
+PILE_BYTES = 825.18 * 2**30
+TIMED_SECONDS = 0.3
+NUM_LONGEST = 8
+LIBRARIES = {"tokenizers": ["tokenizers"], "reference": ["regex"]}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train a byte-level BPE tokenizer with GPT-2's split pattern."""
+
+    input: tuple[str, ...]
+    """Files (text in UTF-8, .jsonl, .parquet, .txt.gz, .jsonl.gz) or folders of them; or `python-docs`, the text
+    inside every CPython."""
+    vocab_size: int
+    """All ids: 256 bytes, the merges, and EOT."""
+    out: Path
+    """The folder to make, for --tokenizer of data_prep/textfiles.py."""
+    trainer: Literal["tokenizers", "reference"] = "tokenizers"
+    """What makes the merges: Hugging Face's library, or our own, to be read."""
+    sample_bytes: int = 100_000_000
+    """Text to train on, at most. Little is gained beyond the default: 100 MB of Python and its documentation gave
+    0.2 % fewer tokens with 32,000 ids than 50 MB did (25 MB 0.7 % fewer than 12.5 MB), for twice the time."""
+    compare: tuple[str, ...] = ()
+    """Other files or folders, read like --input, whose bytes per token are to be told as well."""
+    split_documents_on: str | None = None
+    """Plain text files hold many documents with this between them, for example '<|endoftext|>'."""
+    text_column: str = "text"
+    """The field of .jsonl rows and the column of .parquet files that holds the text."""
+    overwrite: bool = False
+    """Make it anew, replacing the tokenizer that is there once the new one is complete."""
+
+
+def train_by_tokenizers(texts: Iterable[str], num_tokens: int) -> Any:
+    """A Hugging Face tokenizers.Tokenizer whose ids are ours: bytes in GPT-2's order, then merges."""
+    try:
+        from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+    except ImportError as error:
+        raise InputError(
+            "--trainer tokenizers needs Hugging Face tokenizers: pip install -e '.[bpe]'; or use --trainer reference"
+        ) from error
+    tokenizer = Tokenizer(models.BPE())
+    words = pre_tokenizers.Split(Regex(GPT2_PATTERN), behavior="isolated")
+    as_characters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, as_characters])
+    trainer = trainers.BpeTrainer(
+        vocab_size=num_tokens,
+        min_frequency=1,
+        special_tokens=[],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer=trainer)
+    return tokenizer
+
+
+def tokens_of(tokenizer: Any) -> list[bytes]:
+    """The bytes of every id of a byte-level Hugging Face tokenizer, whose vocabulary shows a byte as a character."""
+    vocabulary = tokenizer.get_vocab()
+    alphabet = sorted(token for token in vocabulary if len(token) == 1)  # which is GPT-2's order of the bytes
+    byte_of = dict(zip(alphabet, BYTE_ORDER, strict=True))
+    return [
+        bytes(byte_of[character] for character in token) for token in sorted(vocabulary, key=vocabulary.__getitem__)
+    ]
+
+
+def train(sample: list[bytes], options: Options) -> BpeCodec:
+    """The trained codec. InputError if the sample holds too few different pairs for the vocabulary."""
+    texts = pieces(sample)
+    num_tokens = options.vocab_size - 1  # without EOT
+    if options.trainer == "reference":
+        trained = bpe_reference.train(texts, num_tokens)
+        tokens = trained.tokens
+        print_seconds(trained.seconds)
+    else:
+        tokens = tokens_of(train_by_tokenizers(texts, num_tokens))
+    if len(tokens) < num_tokens:
+        raise InputError(
+            f"--vocab-size {options.vocab_size} needs {num_tokens - 256} merges, but in {sum(map(len, sample))} bytes "
+            f"there are only {len(tokens) - 256}; give --vocab-size {len(tokens) + 1} or more text"
+        )
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    assert len(ranks) == num_tokens  # no two merges have the same bytes: see above
+    return BpeCodec(ranks, name=options.out.name)
+
+
+def print_seconds(seconds: dict[str, float]) -> None:
+    total = sum(seconds.values())
+    for stage, spent in seconds.items():
+        print(f"  reference: {stage:22} {spent:8.2f} s  {spent / total:4.0%}")
+
+
+def count_tokens(codec: Codec, documents: list[bytes]) -> int:
+    return sum(len(codec.encode(text)) for text in pieces(documents))
+
+
+def measure_speed(codec: Codec, documents: list[bytes]) -> float:
+    """Bytes per second of one core: the median of as many passes as TIMED_SECONDS hold, after `count_tokens`' one."""
+    texts = list(pieces(documents))
+    passes: list[float] = []
+    while sum(passes) < TIMED_SECONDS:
+        started = time.perf_counter()
+        for text in texts:
+            codec.encode(text)
+        passes.append(time.perf_counter() - started)
+    return sum(map(len, documents)) / statistics.median(passes)
+
+
+def peak_bytes() -> int:
+    """The largest memory that this process has held so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def check_options(options: Options) -> None:
+    if not 257 <= options.vocab_size <= MAX_VOCAB_SIZE:
+        raise InputError(
+            f"--vocab-size {options.vocab_size} must lie between 257 (256 bytes and EOT) and {MAX_VOCAB_SIZE}, "
+            "so that ids fit uint16"
+        )
+    if not 1 <= options.sample_bytes < 2**31:  # tokenizers counts pairs in 32 bits
+        raise InputError(f"--sample-bytes {options.sample_bytes} must lie between 1 and {2**31 - 1}")
+    if not options.input:
+        raise InputError("--input needs at least one file or folder, or python-docs")
+    if options.split_documents_on == "":
+        raise InputError("--split-documents-on needs at least one character")
+    if not options.out.name:
+        raise InputError(f"--out {options.out}: give the tokenizer a name of its own")
+
+
+def made_of(options: Options, described: list[dict[str, Any]]) -> dict[str, Any]:
+    """The part of training.json that decides the tokenizer."""
+    names = ("vocab_size", "trainer", "sample_bytes", "split_documents_on", "text_column")
+    return {"inputs": described, "options": {name: getattr(options, name) for name in names}}
+
+
+def check_existing(options: Options, wanted: dict[str, Any]) -> dict[str, Any] | None:
+    """training.json in --out if it is of exactly this; None if --out is free or to be replaced."""
+    if not options.out.exists():
+        return None
+    path = options.out / RECORD_FILE
+    if not path.is_file():
+        if options.out.is_dir() and not any(options.out.iterdir()):
+            return None
+        raise InputError(f"--out {options.out}: exists and is no tokenizer of this script; choose another or remove it")
+    if options.overwrite:
+        return None
+    try:
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        differing = ["other input"] if record["inputs"] != wanted["inputs"] else []
+        for name, value in wanted["options"].items():
+            if (before := record["options"][name]) != value:
+                differing.append(f"--{name.replace('_', '-')} {before} (now {value})")
+        tokenizer = record["tokenizer"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        raise InputError(f"{path}: damaged ({type(error).__name__}: {error}); --overwrite makes it anew") from error
+    if differing:
+        raise InputError(
+            f"--out {options.out}: already holds a tokenizer of {', '.join(differing)}; choose another --out, or "
+            "replace it with --overwrite"
+        )
+    try:
+        found = load_codec(options.out).describe()
+    except InputError as error:
+        raise InputError(f"--out {options.out}: {error}; --overwrite makes it anew") from error
+    if found != tokenizer:
+        raise InputError(f"{path}: is not of the tokenizer beside it; --overwrite makes both anew")
+    return record
+
+
+def save(codec: Codec, record: dict[str, Any], options: Options) -> None:
+    """All files of the tokenizer under their final name, at once."""
+    with unfinished_directory(options.out) as partial:
+        if check_existing(options, record) is not None:
+            raise InputError(f"--out {options.out}: another process has made it meanwhile")
+        codec.save(partial)
+        for path in (partial / FOLDER).iterdir():
+            path.rename(partial / path.name)
+        (partial / FOLDER).rmdir()
+        write_json_atomically(partial / RECORD_FILE, record)
+        put_in_place(partial, options.out)
+
+
+def make(options: Options, drawn: Drawn, wanted: dict[str, Any], read_seconds: float) -> dict[str, Any]:
+    """Train, measure and save -> training.json. InputError, with nothing finished touched, if bad."""
+    sample_bytes, held_out_bytes = sum(map(len, drawn.sample)), sum(map(len, drawn.held_out))
+    print(
+        f"  read      {drawn.num_bytes:,} bytes, {drawn.documents:,} documents, in {read_seconds:.2f} s; "
+        f"trained on {sample_bytes:,} bytes, {len(drawn.sample):,} documents"
+    )
+    started = time.perf_counter()
+    codec = train(drawn.sample, options)
+    print(f"  train     {time.perf_counter() - started:.2f} s, peak memory {peak_bytes() / 1e9:.2f} GB")
+    num_tokens = count_tokens(codec, drawn.held_out)
+    rate = measure_speed(codec, drawn.held_out)
+    hours = PILE_BYTES / rate / 3600
+    print(
+        f"  encode    {rate / 1e6:.1f} MB/s on one core; The Pile (825.18 GiB) would take {hours:.1f} hours on one "
+        f"core, {hours / 30:.2f} on thirty"
+    )
+    record = wanted | {
+        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES[options.trainer]},
+        "read": {"documents": drawn.documents, "bytes": drawn.num_bytes},
+        "sample": {"rule": RULE, "documents": len(drawn.sample), "bytes": sample_bytes},
+        "held_out": {"documents": len(drawn.held_out), "bytes": held_out_bytes, "tokens": num_tokens},
+        "merges": codec.vocab_size - 257,
+        "tokenizer": codec.describe(),
+    }
+    save(codec, record, options)
+    return record
+
+
+def prepare(options: Options) -> BpeCodec:
+    """The whole command: the tokenizer that is there if it is of exactly this, else made now; what there is to tell."""
+    check_options(options)
+    if options.out.is_symlink():  # what it points to is made or replaced, not the link
+        options = dataclasses.replace(options, out=options.out.resolve())
+    files, warnings = find_files(options.input)
+    others = {name: find_files((name,), "--compare") for name in options.compare}
+    reading = Reading(options.split_documents_on, options.text_column)
+    for warning in warnings + [more for _, found in others.values() for more in found]:
+        warn(warning)
+    warn_of_no_effect(reading, files + [file for found, _ in others.values() for file in found])
+    compared = {name: sample_of(name, found, reading) for name, (found, _) in others.items()}
+    before = file_states(files)
+    wanted = made_of(options, [describe_file(file) for file in files])
+    print(f"{options.out}: {options.vocab_size:,} ids: 256 bytes, {options.vocab_size - 257:,} merges, EOT")
+    record = check_existing(options, wanted)
+    if record is not None:
+        print("  already complete, nothing to do")
+    else:
+        started = time.perf_counter()
+        progress = Progress("read", sum(described["bytes"] for described in wanted["inputs"]))
+        drawn = draw(read_texts(files, reading, progress), options.sample_bytes)
+        if file_states(files) != before:
+            raise InputError("a file of --input changed while it was read; run the same command again")
+        warn_of_marks(drawn.eot_marks, reading)
+        record = make(options, drawn, wanted, time.perf_counter() - started)
+    codec = load_codec(options.out)
+    assert isinstance(codec, BpeCodec)
+    print(f"  longest   {longest_tokens(codec)}")
+    print(compression("held out", record["held_out"]["bytes"], record["held_out"]["tokens"]))
+    for name, documents in compared.items():
+        print(compression("compare", sum(map(len, documents)), count_tokens(codec, documents)), f"of {name}")
+    return codec
+
+
+def warn_of_no_effect(reading: Reading, files: list[InputFile]) -> None:
+    kinds = {file.kind for file in files}
+    if reading.split_on is not None and "text" not in kinds:
+        warn("--split-documents-on has no effect: no plain text among the files")
+    if reading.text_column != "text" and not kinds & {"jsonl", "parquet"}:
+        warn("--text-column has no effect: no .jsonl or .parquet among the files")
+
+
+def warn_of_marks(eot_marks: int, reading: Reading) -> None:
+    if eot_marks:
+        advice = "" if reading.split_on else f"; --split-documents-on '{EOT}' makes documents of it"
+        warn(f"the text holds {eot_marks} times '{EOT}', which is learnt from as ordinary text{advice}")
+
+
+def sample_of(name: str, files: list[InputFile], reading: Reading) -> list[bytes]:
+    """About HELD_OUT_BYTES of text of --compare, spread over its documents."""
+    progress = Progress("compare", sum(describe_file(file)["bytes"] for file in files))
+    documents = spread(read_texts(files, reading, progress), HELD_OUT_BYTES)
+    if not documents:
+        raise InputError(f"--compare {name}: no text in it")
+    return documents
+
+
+def longest_tokens(codec: BpeCodec) -> str:
+    """The NUM_LONGEST longest, in bytes, the earlier learnt first; none is shown at more than 40 characters."""
+    lengths = codec.byte_lengths()
+    longest = sorted(range(codec.vocab_size), key=lambda index: (-lengths[index], index))[:NUM_LONGEST]
+    texts = [codec.decode_bytes([index]).decode("utf-8", "replace") for index in longest]
+    return " ".join(repr(text if len(text) <= 40 else f"{text[:37]}...") for text in texts)
+
+
+def compression(title: str, num_bytes: int, num_tokens: int) -> str:
+    return f"  {title:9} {num_bytes / num_tokens:.3f} bytes per token ({num_bytes:,} bytes, {num_tokens:,} tokens)"
+
+
+def warn(warning: str) -> None:
+    print(f"bpe: warning: {warning}", file=sys.stderr, flush=True)
+
+
+def main(args: list[str] | None = None) -> None:
+    try:
+        with one_line_errors("bpe"):
+            prepare(tyro.cli(Options, args=args, description=__doc__))
+    except KeyboardInterrupt as interruption:
+        print(f"bpe: {str(interruption) or 'interrupted'}", file=sys.stderr, flush=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
