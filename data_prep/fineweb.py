@@ -125,13 +125,12 @@ def make_plan(options: Options, codec: Codec, partial: Path) -> Plan:
 
 
 def download(job: Job) -> None:
-    """This task's share of the files, from the Hub."""
+    """The files from the Hub, those that are not there yet."""
     if job.plan.listing is None:
         if job.options.stage == "download":
             print("fineweb: --source local: nothing to download")
         return
-    index, count = share(job.options)
-    hub.download(job.plan.listing, job.plan.needed(job.options)[index::count], job.downloads)
+    hub.download(job.plan.listing, job.plan.needed(job.options), job.downloads)
 
 
 def tokenize(job: Job) -> list[Part]:

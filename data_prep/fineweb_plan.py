@@ -74,7 +74,7 @@ class Options:
     task_index: int | None = None
     """Which of --num-tasks this one is, from 0; from SLURM_ARRAY_TASK_ID in a Slurm array."""
     num_tasks: int | None = None
-    """How many machines or jobs share --stage download or tokenize; from SLURM_ARRAY_TASK_COUNT in a Slurm array."""
+    """How many machines or jobs share --stage tokenize; from SLURM_ARRAY_TASK_COUNT in a Slurm array."""
     stage: Literal["all", "download", "tokenize", "pack", "verify"] = "all"
     """all: one after the other, on one machine. tokenize may be many tasks with one --out, pack is one after them."""
     dry_run: bool = False
@@ -228,10 +228,10 @@ def share(options: Options) -> tuple[int, int]:
         index, count = 0, 1
     if not 0 <= index < count:
         raise InputError(f"--task-index {index} must be at least 0 and below --num-tasks {count}")
-    if count > 1 and options.stage not in ("download", "tokenize"):
+    if count > 1 and options.stage != "tokenize":
         raise InputError(
-            f"{origin} {count}: --stage {options.stage} is the work of one task; many share --stage download and "
-            "--stage tokenize, then one does --stage pack"
+            f"{origin} {count}: --stage {options.stage} is the work of one task; many share --stage tokenize, after "
+            "--stage download and before --stage pack"
         )
     return index, count
 

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -218,17 +217,12 @@ def re_count(line: str) -> int:
 
 def test_tasks_at_the_same_time(finished: Path, pages: tuple[Path, list[Text]], ranks: str, tmp_path: Path) -> None:
     """Two tasks and a third that repeats the first's share."""
-    shares = [(0, 2), (1, 2), (0, 2)]
-    running = [
-        start(
-            pages[0], tmp_path / "out", ranks, "--stage", "tokenize", "--task-index", str(index), "--num-tasks", str(n)
-        )
-        for index, n in shares
-    ]
+    task = ("--workers", "1", "--stage", "tokenize", "--num-tasks", "2", "--task-index")
+    running = [start(pages[0], tmp_path / "out", ranks, *task, index) for index in "010"]
     for process in running:
         _, said = process.communicate(timeout=120)
         assert process.returncode == 0, said
-    packing = start(pages[0], tmp_path / "out", ranks, "--stage", "pack")
+    packing = start(pages[0], tmp_path / "out", ranks, "--workers", "1", "--stage", "pack")
     _, said = packing.communicate(timeout=120)
     assert packing.returncode == 0, said
     assert contents(tmp_path / "out") == contents(finished)
@@ -246,18 +240,14 @@ def start(folder: Path, out: Path, ranks: str, *more: str) -> "subprocess.Popen[
 
 
 @pytest.fixture(scope="module")
-def many(tmp_path_factory: pytest.TempPathFactory, ranks: str) -> Iterator[tuple[Path, Path]]:
-    """Input of units enough to be killed in the midst of, and its data set."""
+def many(tmp_path_factory: pytest.TempPathFactory, ranks: str) -> tuple[Path, Path]:
+    """Input of files enough to be killed in the midst of, and its data set."""
     folder = tmp_path_factory.mktemp("many")
-    long = ["word " * 9_000 + str(number) for number in range(900)]
-    for number in range(6):
-        some = make_pages(100, number) + long[number::6]
-        random.Random(number).shuffle(some)
-        write_pages(folder / "input" / f"{number}.parquet", some, rows_per_group=50)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(fineweb_plan, "UNIT_BYTES", 1)
-        assert prepare(folder / "input", folder / "out", ranks, "--workers", "1").returncode == 0
-    yield folder / "input", folder / "out"
+    for number in range(16):
+        long: list[Text] = ["word " * 9_000 + f"{number} {place}" for place in range(10)]
+        write_pages(folder / "input" / f"{number}.parquet", make_pages(50, number) + long)
+    assert prepare(folder / "input", folder / "out", ranks, "--workers", "1").returncode == 0
+    return folder / "input", folder / "out"
 
 
 def kill_at_random(many: tuple[Path, Path], ranks: str, out: Path, rng: random.Random) -> int:
@@ -265,10 +255,10 @@ def kill_at_random(many: tuple[Path, Path], ranks: str, out: Path, rng: random.R
     kills = 0
     while True:
         process = start(many[0], out, ranks, "--workers", str(rng.choice([1, 2, 3])))
-        until = time.monotonic() + rng.uniform(0.2, 6.0)
+        until = time.monotonic() + rng.uniform(0.2, 4.0)
         while process.poll() is None and time.monotonic() < until:
             time.sleep(0.01)
-        if process.poll() is None and kills < 4:
+        if process.poll() is None and kills < 3:
             victims = rng.choice(["parent", "worker", "all"])
             started = [pid for pid in children(process.pid) if "spawn_main" in command_of(pid)]
             if victims == "worker" and started:
