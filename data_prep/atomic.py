@@ -17,9 +17,14 @@ def fsync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
+def _beside(path: Path) -> Path:
+    """A name that no other process has, on whatever host."""
+    return path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+
+
 def write_atomically(path: Path, content: str) -> None:
     """Replace `path` by `content` so that no reader, and no crash, ever sees half of it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path)
     with temporary.open("w", encoding="utf-8", newline="") as file:
         file.write(content)
         file.flush()
@@ -31,7 +36,7 @@ def write_atomically(path: Path, content: str) -> None:
 def write_blocks_atomically(path: Path, blocks: Iterable[bytes]) -> str:
     """`write_atomically` of bytes as they come, without holding them; their hex sha256."""
     digest = hashlib.sha256()
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _beside(path)
     with temporary.open("wb") as file:
         for block in blocks:
             digest.update(block)

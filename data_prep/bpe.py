@@ -49,7 +49,7 @@ from data_prep.codec import EOT, FOLDER, GPT2_PATTERN, BpeCodec, Codec, load_cod
 from data_prep.encode import describe_file
 from data_prep.errors import InputError, one_line_errors
 from data_prep.shards import MAX_VOCAB_SIZE
-from data_prep.sources import InputFile, Reading, file_states, find_files
+from data_prep.sources import InputFile, Reading, file_state, find_files
 from data_prep.text_sample import HELD_OUT_BYTES, RULE, Drawn, draw, pieces, read_texts, spread
 from data_prep.unfinished import put_in_place, unfinished_directory
 from data_prep.workers import Progress
@@ -279,7 +279,7 @@ def prepare(options: Options) -> BpeCodec:
         warn(warning)
     warn_of_no_effect(reading, files + [file for found, _ in others.values() for file in found])
     compared = {name: sample_of(name, found, reading) for name, (found, _) in others.items()}
-    before = file_states(files)
+    before = [file_state(file) for file in files]
     wanted = made_of(options, [describe_file(file) for file in files])
     print(f"{options.out}: {options.vocab_size:,} ids: 256 bytes, {options.vocab_size - 257:,} merges, EOT")
     record = check_existing(options, wanted)
@@ -289,7 +289,7 @@ def prepare(options: Options) -> BpeCodec:
         started = time.perf_counter()
         progress = Progress("read", sum(described["bytes"] for described in wanted["inputs"]))
         drawn = draw(read_texts(files, reading, progress), options.sample_bytes)
-        if file_states(files) != before:
+        if [file_state(file) for file in files] != before:
             raise InputError("a file of --input changed while it was read; run the same command again")
         warn_of_marks(drawn.eot_marks, reading)
         record = make(options, drawn, wanted, time.perf_counter() - started)

@@ -26,7 +26,17 @@ from data_prep.codec import EOT, FOLDER, RANKS_FILE, Codec, Ids, alphabet_of, en
 from data_prep.errors import InputError
 from data_prep.giga import GigaEncoder
 from data_prep.shards import Offsets, Tokens
-from data_prep.sources import PYTHON_DOCS, Document, InputFile, Reading, Unit, place_of, read_documents
+from data_prep.sources import (
+    PYTHON_DOCS,
+    Document,
+    FileState,
+    InputFile,
+    Reading,
+    Unit,
+    file_state,
+    place_of,
+    read_documents,
+)
 from data_prep.workers import Progress, Workers
 
 BLOCK_TOKENS = 2**22
@@ -88,11 +98,15 @@ def describe_file(file: InputFile) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class EncodeTask:
-    """codec_directory: where the tokenizer was saved. tokenizer: its description's hash, which it must have."""
+    """codec_directory: where the tokenizer was saved. tokenizer: its description's hash, which it must have.
+
+    file_sha256: of the file when its size and time of change were file_state, which must still be so.
+    """
 
     unit: Unit
     reading: Reading
     file_sha256: str
+    file_state: FileState
     codec_directory: Path
     tokenizer: str
     parts: Path
@@ -100,10 +114,11 @@ class EncodeTask:
 
     @property
     def key(self) -> dict[str, Any]:
-        """Everything that decides the part's bytes."""
+        """Everything that decides the part's bytes; and the backend, lest a faulty one's parts serve the other."""
         unit = self.unit
         return {
             "format": PART_FORMAT,
+            "backend": self.backend,
             "file": [self.file_sha256, unit.file.kind, unit.file.compressed],
             "place": [unit.start, unit.stop, unit.first, unit.last],
             "reading": [self.reading.split_on, self.reading.text_column, self.reading.tolerant],
@@ -120,13 +135,13 @@ class EncodeTask:
 class Tally:
     """What became of a unit's texts, beside the documents that are in its part.
 
-    empty: null or without a character. repaired: held bytes that are not UTF-8, now U+FFFD. dropped: "FILE, row N" of
-    those that the tokenizer gave up on.
+    empty: null or without a character. repaired: held bytes that are not UTF-8, now U+FFFD. dropped: the rows of those
+    that the tokenizer gave up on.
     """
 
     empty: int = 0
     repaired: int = 0
-    dropped: list[str] = field(default_factory=list)
+    dropped: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -178,15 +193,23 @@ def _encoded(task: EncodeTask, codec: Codec, tally: Tally) -> Iterator[tuple[Tok
     begin = np.array([] if codec.eot_id is None else [codec.eot_id], dtype="<u2")
     giga = _giga(task.codec_directory, task.tokenizer) if task.backend == "gigatoken" else None
     encode = encoder(codec, giga)
+    check_unchanged(task)
     for batch in _batches(task, tally):
         for document, ids in zip(batch, encode(batch), strict=True):
             if isinstance(ids, InputError):
                 if not task.reading.tolerant:
                     raise InputError(f"{place_of(task.unit, task.reading, document.position)}: {ids}") from ids
-                tally.dropped.append(f"{task.unit.file.name}, row {document.position:,}")
+                tally.dropped.append(document.position)
                 continue
             text_hash = hashlib.blake2b(document.utf8, digest_size=HASH_BYTES).digest()
             yield np.concatenate([begin, ids], dtype="<u2", casting="unsafe"), text_hash
+    check_unchanged(task)
+
+
+def check_unchanged(task: EncodeTask) -> None:
+    """InputError if the file is no longer the one that was hashed."""
+    if file_state(task.unit.file) != task.file_state:
+        raise InputError(f"{task.unit.file.path}: changed while it was read; run the same command again")
 
 
 def _batches(task: EncodeTask, tally: Tally) -> Iterator[list[Document]]:
@@ -226,7 +249,8 @@ def make_parts(tasks: Sequence[EncodeTask], workers: Workers, program: str) -> l
     progress = Progress("encode", sum(new))
     for index, part in workers.run(encode_unit, todo):
         parts[todo[index].stem] = part
-        progress.add(0 if part.is_old else todo[index].unit.num_bytes, part.documents, part.tokens)
+        if not part.is_old:
+            progress.add(todo[index].unit.num_bytes, part.documents, part.tokens)
     old = sum(part.is_old for part in parts.values())
     if old:
         print(f"{program}: {old} of {len(parts)} parts were there from an earlier run", file=sys.stderr, flush=True)

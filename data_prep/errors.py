@@ -11,6 +11,11 @@ class InputError(ValueError):
     """What was given, what is needed, and which flag or file to change, in one line."""
 
 
+def first_line(error: BaseException) -> str:
+    """Of what another library says, which may be long."""
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
     """Turn an InputError, and what the file system refuses, into one line on stderr and exit status 2.

@@ -25,9 +25,10 @@ A page of null or no text is dropped and counted, so is one that the tokenizer g
 bytes that are not UTF-8 become U+FFFD. '<|endoftext|>' in a page is ordinary text.
 """
 
+import shutil
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -35,52 +36,51 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data_prep import hub
-from data_prep.codec import Codec, make_codec
+from data_prep.codec import Codec, load_codec, make_codec
 from data_prep.encode import EncodeTask, Part, describe_file, hash_of, make_parts, read_part
 from data_prep.errors import InputError, one_line_errors
 from data_prep.fineweb_plan import (
     Options,
-    Plan,
     byte_options,
     downloads_of,
     hub_files,
+    keep_listing,
     keep_plan,
     local_files,
-    read_plan,
+    needed,
+    part_options,
     request,
     share,
     units_of,
 )
 from data_prep.fineweb_report import dry_run, report
+from data_prep.hub import HubListing
 from data_prep.manifest import Manifest, read_manifest
 from data_prep.pack import documents_in_order, pack_split
 from data_prep.selection import Rules, Selection, select
-from data_prep.sources import InputFile, Unit, file_states
+from data_prep.sources import FileState, InputFile, Unit, file_state
 from data_prep.unfinished import PARTS, existing_data, free_other_parts, put_in_place, unfinished_directory
-from data_prep.workers import Workers, available_cores
-
-VAL_TOKENS = 10_485_760
-VAL_SHARE = 100
+from data_prep.workers import Progress, Workers, available_cores
 
 
 @dataclass(frozen=True)
 class Job:
-    """One process's work: the options, the tokenizer, the folder that grows and the plan kept in it."""
+    """One process's work: the options, the tokenizer, the folder that grows, and what the Hub has (None for local).
+
+    known: files that were hashed already, with their size and time of change before that.
+    """
 
     options: Options
     codec: Codec
     partial: Path
-    plan: Plan
-
-    @property
-    def downloads(self) -> Path:
-        return downloads_of(self.options, self.plan)
+    listing: HubListing | None
+    known: dict[InputFile, tuple[dict[str, Any], FileState]] = field(default_factory=dict)
 
     def files(self) -> list[InputFile]:
         """The input, which must be there by now."""
-        if self.options.source == "local":
+        if self.listing is None:
             return local_files(self.options.data_files)
-        files = hub_files(self.downloads, self.plan.needed(self.options))
+        files = hub_files(downloads_of(self.options, self.listing), needed(self.listing, self.options))
         missing = [file.path for file in files if not Path(file.path).is_file()]
         if missing:
             raise InputError(
@@ -91,134 +91,152 @@ class Job:
     def workers(self, num_tasks: int) -> Workers:
         return Workers(max(1, min(self.options.workers or available_cores(), num_tasks)))
 
-    def hashes(self, files: list[InputFile]) -> dict[InputFile, dict[str, Any]]:
-        """Each file's name, bytes and sha256, as the manifest records them; the Hub's were checked when they came."""
-        if self.plan.listing is not None:
-            known = {file.path: file for file in self.plan.needed(self.options)}
-            hub.download(self.plan.listing, [known[file.name] for file in files], self.downloads)
-            return {
-                file: {"name": file.name, "bytes": known[file.name].num_bytes, "sha256": known[file.name].sha256}
-                for file in files
-            }
-        with self.workers(len(files)) as workers:
-            return {files[index]: described for index, described in workers.run(describe_file, files)}
+    def describe(self, files: list[InputFile]) -> None:
+        """Have `files` in `known`; those of the Hub were hashed when they came."""
+        new = [file for file in files if file not in self.known]
+        states = {file: file_state(file) for file in new}
+        if self.listing is not None:
+            named = {file.path: file for file in self.listing.files}
+            hub.download(self.listing, [named[file.name] for file in new], downloads_of(self.options, self.listing))
+            for file in new:
+                described: dict[str, Any] = {
+                    "name": file.name,
+                    "bytes": states[file][0],
+                    "sha256": named[file.name].sha256,
+                }
+                self.known[file] = described, states[file]
+            return
+        progress = Progress("hash", sum(size for size, _ in states.values()))
+        with self.workers(len(new)) as workers:
+            for index, described in workers.run(describe_file, new):
+                self.known[new[index]] = described, states[new[index]]
+                progress.add(described["bytes"])
 
-    def tasks(self, units: list[Unit], hashes: dict[InputFile, dict[str, Any]]) -> list[EncodeTask]:
+    def tasks(self, units: list[Unit]) -> list[EncodeTask]:
+        """One for each unit, whose files are known."""
         tokenizer = hash_of(self.codec.describe())
         parts = self.partial / PARTS
-        backend = self.options.backend
         return [
-            EncodeTask(unit, self.options.reading, hashes[unit.file]["sha256"], parts, tokenizer, parts, backend)
+            EncodeTask(
+                unit, self.options.reading, described["sha256"], state, parts, tokenizer, parts, self.options.backend
+            )
             for unit in units
+            for described, state in [self.known[unit.file]]
         ]
 
 
-def make_plan(options: Options, codec: Codec, partial: Path) -> Plan:
-    """The plan that is there if it is this one, else a new one; the Hub is asked where it has to be."""
-    files = local_files(options.data_files) if options.source == "local" else []
-    wanted = request(options, files) | byte_options(options) | {"tokenizer": hash_of(codec.describe())[:16]}
-    before = read_plan(partial)
-    if before is not None and before.wanted == wanted:
-        return before
-    listing = hub.list_files(options.dataset, options.name, options.revision) if options.source == "hub" else None
-    return keep_plan(partial, Plan(wanted, listing), replace=options.stage == "all")
-
-
-def download(job: Job) -> None:
-    """The files from the Hub, those that are not there yet."""
-    if job.plan.listing is None:
-        if job.options.stage == "download":
-            print("fineweb: --source local: nothing to download")
-        return
-    hub.download(job.plan.listing, job.plan.needed(job.options), job.downloads)
-
-
-def tokenize(job: Job) -> list[Part]:
+def tokenize(job: Job) -> tuple[list[EncodeTask], list[Part]]:
     """This task's share of the parts."""
-    index, count = share(job.options)
-    units = units_of(job.files(), job.options)
+    options = job.options
+    files = job.files()
+    keep_plan(job.partial, part_options(options, files, job.codec), replace=options.stage == "all")
+    index, count = share(options)
+    units = units_of(files, options)
     units = units[len(units) * index // count : len(units) * (index + 1) // count]
-    files = list(dict.fromkeys(unit.file for unit in units))
-    before = file_states(files)
     job.codec.save(job.partial / PARTS)
-    tasks = job.tasks(units, job.hashes(files))
+    warn_of_disk(job, units)
+    job.describe(list(dict.fromkeys(unit.file for unit in units)))
+    tasks = job.tasks(units)
     with job.workers(len(tasks)) as workers:
         parts = make_parts(tasks, workers, "fineweb")
-    if file_states(files) != before:
-        raise InputError("a file of the input changed while it was read; run the same command again")
-    if count > 1:
+    if options.stage == "tokenize":
         tokens = sum(part.tokens for part in parts)
         print(
             f"fineweb: task {index} of {count}: {len(parts)} parts, {tokens:,} tokens; when all are done --stage pack"
         )
-    return parts
+    return tasks, parts
 
 
-def finished_parts(job: Job, tasks: list[EncodeTask]) -> list[Part]:
+def warn_of_disk(job: Job, units: list[Unit]) -> None:
+    """Parts and shards together are about as large as the text: four bytes for a token of four or five."""
+    needed, free = sum(unit.num_bytes for unit in units), shutil.disk_usage(job.partial).free
+    if free < needed:
+        line = f"about {needed / 1e9:.1f} GB are needed for parts and shards, {free / 1e9:.1f} GB are free"
+        print(f"fineweb: warning: {job.options.directory}: {line}", file=sys.stderr, flush=True)
+
+
+def finished_parts(job: Job) -> tuple[list[EncodeTask], list[Part]]:
     """Every part, made by whichever task."""
+    files = job.files()
+    keep_plan(job.partial, part_options(job.options, files, job.codec), replace=False)
+    job.describe(files)
+    tasks = job.tasks(units_of(files, job.options))
+    progress = Progress("check parts", sum(task.unit.num_bytes for task in tasks))
+    found: dict[int, Part] = {}
     with job.workers(len(tasks)) as workers:
-        found = dict(workers.run(read_finished, tasks))
-    missing = sum(part is None for part in found.values())
+        for index, part in workers.run(read_finished, tasks):
+            progress.add(tasks[index].unit.num_bytes)
+            if part is not None:
+                found[index] = part
+    missing = len(tasks) - len(found)
     if missing:
         raise InputError(
             f"{missing} of {len(tasks)} parts are not there or not sound; --stage tokenize makes them "
             "(the same command in any task)"
         )
-    return [part for _, part in sorted(found.items()) if part is not None]
+    return tasks, [part for _, part in sorted(found.items())]
 
 
 def read_finished(task: EncodeTask) -> Part | None:
     return read_part(task.stem, task.key)
 
 
-def pack(job: Job) -> Manifest:
+def pack(job: Job, tasks: list[EncodeTask], parts: list[Part]) -> Manifest:
     """All parts -> the data directory, in its place."""
     options, codec, partial = job.options, job.codec, job.partial
-    files = job.files()
-    hashes = job.hashes(files)
-    tasks = job.tasks(units_of(files, options), hashes)
-    parts = finished_parts(job, tasks)
     free_other_parts(partial, {task.stem for task in tasks})
-    tokens = sum(part.tokens for part in parts)
     order = partial / "order"
     order.mkdir()
-    selection = select(parts, rules_of(options, tokens), order)
+    selection = select(parts, rules_of(options), order)
     splits = {
         name: pack_split(
-            partial, name, documents_in_order(chosen, parts), codec=codec, shard_tokens=options.shard_tokens
+            partial,
+            name,
+            documents_in_order(chosen, parts),
+            num_tokens=chosen.tokens,
+            codec=codec,
+            shard_tokens=options.shard_tokens,
         )
         for name, chosen in (("train", selection.train), ("val", selection.val))
     }
-    for path in order.iterdir():
-        path.unlink()
-    order.rmdir()
+    shutil.rmtree(order)
+    files = list(dict.fromkeys(task.unit.file for task in tasks))
     source = {
         "request": request(options, files),
-        "revision": job.plan.listing.revision if job.plan.listing else None,
-        "files": [hashes[file] for file in files],
-        "documents": counts(parts, selection),
+        "revision": job.listing.revision if job.listing else None,
+        "files": [job.known[file][0] for file in files],
+        "documents": counts(tasks, parts, selection),
     }
     codec.save(partial)
     manifest = Manifest(source, byte_options(options), codec.describe(), splits)
     manifest.write(partial)
     put_in_place(partial, options.directory)
+    kept = selection.train.tokens + selection.val.tokens
+    if options.max_tokens is not None and not selection.documents_beyond and kept < options.max_tokens * 0.999:
+        line = (
+            f"only {kept:,} tokens in the pages that --max-tokens {options.max_tokens} reads, without their duplicates"
+        )
+        print(f"fineweb: warning: {line}; set it higher", file=sys.stderr, flush=True)
     return manifest
 
 
-def rules_of(options: Options, tokens: int) -> Rules:
-    val_tokens = options.val_tokens or min(VAL_TOKENS, max(1, min(tokens, options.max_tokens or tokens) // VAL_SHARE))
+def rules_of(options: Options) -> Rules:
     return Rules(
         drop_duplicates=options.dedup == "exact",
         max_tokens=options.max_tokens,
         split=options.split_mode,
-        val_tokens=val_tokens if options.split_mode == "hash" else options.shard_tokens,
+        val_tokens=options.val_tokens if options.split_mode == "hash" else options.shard_tokens,
         shuffle_seed=options.seed if options.shuffle == "documents" else None,
     )
 
 
-def counts(parts: list[Part], selection: Selection) -> dict[str, Any]:
+def counts(tasks: list[EncodeTask], parts: list[Part], selection: Selection) -> dict[str, Any]:
     """What became of every page that was read."""
-    dropped = [place for part in parts for place in part.tally.dropped]
+    dropped = [
+        f"{task.unit.file.name}, row {row:,}"
+        for task, part in zip(tasks, parts, strict=True)
+        for row in part.tally.dropped
+    ]
     empty = sum(part.tally.empty for part in parts)
     return {
         "read": sum(part.documents for part in parts) + empty + len(dropped),
@@ -231,14 +249,15 @@ def counts(parts: list[Part], selection: Selection) -> dict[str, Any]:
     }
 
 
-def verify(options: Options, codec: Codec) -> None:
+def verify(options: Options) -> None:
     """Every byte against the manifest."""
     from data_prep.verify import faults_of  # which imports tyro, and workers import this module
 
-    faults = faults_of(options.directory, read_manifest(options.directory), codec)
+    directory = options.directory
+    faults = faults_of(directory, read_manifest(directory), load_codec(directory))
     if faults:
         raise InputError(f"{len(faults)} faults: {faults[0]}; prepare it again with --overwrite")
-    print(f"fineweb: {options.directory}: sound")
+    print(f"fineweb: {directory}: sound")
 
 
 def check_options(options: Options) -> None:
@@ -253,19 +272,26 @@ def check_options(options: Options) -> None:
         raise InputError(f"--seed {options.seed} must be between 0 and {2**63 - 1}")
     if options.tokenizer == "char":
         raise InputError("--tokenizer char would need one reading more, for the alphabet; use byte or byte pairs")
-    if options.source == "local" and not options.data_files:
-        raise InputError("--source local needs --data-files")
+    if options.source == "local" and not (options.data_files and options.out):
+        raise InputError("--source local needs --data-files and --out")
     if not options.directory.name:
         raise InputError(f"--out {options.out}: give the data directory a name of its own")
+    is_local, by_hash = options.source == "local", options.split_mode == "hash"
+    flag, val_tokens = ("--val-tokens", options.val_tokens) if by_hash else ("--shard-tokens", options.shard_tokens)
+    if options.max_tokens is not None and val_tokens is not None and val_tokens >= options.max_tokens:
+        raise InputError(f"{flag} {val_tokens} leaves nothing to train on of --max-tokens {options.max_tokens}")
+    default = Options()
     idle = [
-        ("--data-files", options.source == "hub" and options.data_files, "with --source hub"),
-        ("--revision", options.source == "local" and options.revision, "with --source local"),
-        ("--val-tokens", options.split_mode == "first-shard" and options.val_tokens, "with --split-mode first-shard"),
-        ("--seed", options.shuffle == "none" and options.seed, "with --shuffle none"),
+        ("--data-files", not is_local and options.data_files, "--source hub"),
+        ("--revision", is_local and options.revision, "--source local"),
+        ("--name", is_local and options.name != default.name, "--source local"),
+        ("--dataset", is_local and options.dataset != default.dataset, "--source local"),
+        ("--val-tokens", not by_hash and options.val_tokens, "--split-mode first-shard"),
+        ("--seed", options.shuffle == "none" and options.seed, "--shuffle none"),
     ]
     for flag, is_given, where in idle:
         if is_given:
-            print(f"fineweb: warning: {flag} has no effect {where}", file=sys.stderr, flush=True)
+            print(f"fineweb: warning: {flag} has no effect with {where}", file=sys.stderr, flush=True)
 
 
 def is_same_request(options: Options, source: dict[str, Any]) -> bool:
@@ -280,38 +306,51 @@ def is_same_request(options: Options, source: dict[str, Any]) -> bool:
         return source["files"] == [described for _, described in sorted(workers.run(describe_file, files))]
 
 
-def prepare(options: Options) -> None:
-    """The stages that are asked for. InputError, with nothing finished touched, if the input is bad."""
-    started = time.perf_counter()
-    check_options(options)
-    share(options)
-    codec = make_codec(options.tokenizer, "")
-    if options.dry_run:
-        return dry_run(options, codec)
-    if options.stage == "verify":
-        return verify(options, codec)
-    existing = existing_data(
+def finished(options: Options, codec: Codec) -> Manifest | None:
+    """The manifest of exactly this in --out, if it is there; InputError if something else is, unless --overwrite."""
+    return existing_data(
         options.directory,
         lambda source: is_same_request(options, source),
         byte_options(options),
         codec,
         overwrite=options.overwrite,
     )
-    if existing is not None:
-        print(f"{options.directory}: already complete, nothing to do")
+
+
+def prepare(options: Options) -> None:
+    """The stages that are asked for. InputError, with nothing finished touched, if the input is bad."""
+    started = time.perf_counter()
+    stage, directory = options.stage, options.directory
+    check_options(options)
+    share(options)
+    if stage == "verify":
+        return verify(options)
+    codec = make_codec(options.tokenizer, "")
+    if options.dry_run:
+        return dry_run(options, codec)
+    if finished(options, codec) is not None:
+        print(f"{directory}: already complete, nothing to do")
         return None
-    with unfinished_directory(options.directory, shared=options.stage in ("download", "tokenize")) as partial:
-        job = Job(options, codec, partial, make_plan(options, codec, partial))
-        if options.stage in ("all", "download"):
-            download(job)
-        if options.stage in ("all", "tokenize"):
-            tokenize(job)
-        if options.stage in ("all", "pack"):
-            manifest = pack(job)
-    if options.stage in ("all", "pack"):
+    with unfinished_directory(directory, shared=stage in ("download", "tokenize")) as partial:
+        if finished(options, codec) is not None:
+            raise InputError(f"--out {directory}: another process has made it meanwhile")
+        listing = keep_listing(partial, options) if options.source == "hub" else None
+        job = Job(options, codec, partial, listing)
+        if stage in ("all", "download"):
+            if listing is not None:
+                hub.download(listing, needed(listing, options), downloads_of(options, listing))
+            elif stage == "download":
+                print("fineweb: --source local: nothing to download")
+        if stage in ("all", "tokenize"):
+            tasks, parts = tokenize(job)
+        if stage == "pack":
+            tasks, parts = finished_parts(job)
+        if stage in ("all", "pack"):
+            manifest = pack(job, tasks, parts)
+    if stage in ("all", "pack"):
         report(options, manifest, time.perf_counter() - started)
-    if options.stage == "all":
-        verify(options, codec)
+    if stage == "all":
+        verify(options)
     return None
 
 

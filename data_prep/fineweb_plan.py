@@ -1,7 +1,7 @@
 """What a preparation of FineWeb-Edu is of: options that decide the bytes, files, units, and one task's share of them.
 
-plan.json lies with the parts and is written by whoever comes first. Whoever comes later, from any machine, must have
-the same options; the Hub's answer is in it too, so that only the first one needs the network.
+Two files lie with the parts, written by whoever comes first: plan.json, the options that parts depend on, which whoever
+comes later, from any machine, must have alike; and listing.json, the Hub's answer, so that only one needs the network.
 """
 
 import contextlib
@@ -15,19 +15,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from data_prep import hub
 from data_prep.atomic import write_json_atomically
-from data_prep.encode import Backend
+from data_prep.codec import Codec
+from data_prep.encode import Backend, hash_of
 from data_prep.errors import InputError
 from data_prep.hub import HubFile, HubListing
 from data_prep.selection import Split
-from data_prep.sources import InputFile, Reading, Unit, find_files, plan_units
-from data_prep.unfinished import PARTS, PLAN, differences
+from data_prep.sources import InputFile, Reading, Unit, plan_units
+from data_prep.unfinished import KEPT, PARTS, differences
 
-UNIT_BYTES = (
-    2**25
-)  # some seconds of work; FineWeb-Edu's row groups of 1,000 pages (5 MB) would make 10,000 files of parts
-# No text has more bytes per token than this: GPT-2's ids hold 4.7 bytes of English on average.
-MOST_BYTES_PER_TOKEN = 6
+PLAN, LISTING = KEPT
+ARRAY_VARIABLES = ("ID", "COUNT", "MIN", "MAX")
+# Some seconds of work. Row groups of 1,000 pages (5 MB) would make 10,000 parts of sample-10BT, in one folder.
+UNIT_BYTES = 2**25
+# GPT-2's ids hold 4.7 bytes of English on average: what --max-tokens reads has some to spare for duplicates.
+BYTES_FOR_A_TOKEN = 6
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,8 @@ class Options:
     text_column: str = "text"
     """The column that holds the text."""
     out: Path | None = None
-    """The data directory to make; data/fineweb_edu_10B for sample-10BT of fineweb-edu, and so on."""
+    """The data directory to make; data/fineweb_edu_10B for sample-10BT of fineweb-edu, and so on, with _first_N after
+    it for --max-tokens N. --source local needs it."""
     tokenizer: str = "gpt2"
     """gpt2, byte, a .tiktoken rank file, or a folder with a saved tokenizer, such as data_prep/bpe.py makes."""
     backend: Backend = "tiktoken"
@@ -89,7 +93,8 @@ class Options:
             return self.out.resolve() if self.out.is_symlink() else self.out
         short = self.dataset.rsplit("/", 1)[-1].replace("-", "_")
         part = self.name.removeprefix("sample-").removesuffix("T") if self.name.startswith("sample-") else self.name
-        return Path("data") / f"{short}_{part}"
+        first = f"_first_{self.max_tokens}" if self.max_tokens is not None else ""
+        return Path("data") / f"{short}_{part}{first}"
 
     @property
     def reading(self) -> Reading:
@@ -103,7 +108,7 @@ def byte_options(options: Options) -> dict[str, Any]:
         "shard_tokens": options.shard_tokens,
         "max_tokens": options.max_tokens,
         "split_mode": options.split_mode,
-        "val_tokens": options.val_tokens,
+        "val_tokens": options.val_tokens if options.split_mode == "hash" else None,
         "dedup": options.dedup,
         "shuffle": options.shuffle,
         "seed": options.seed if options.shuffle == "documents" else None,
@@ -117,87 +122,118 @@ def request(options: Options, files: Sequence[InputFile] = ()) -> dict[str, Any]
     return {"data_files": [[file.name, Path(file.path).stat().st_size] for file in files]}
 
 
-@dataclass(frozen=True)
-class Plan:
-    """The input of all tasks: `wanted` is compared between them, `listing` is the Hub's answer."""
+def part_options(options: Options, files: Sequence[InputFile], codec: Codec) -> dict[str, Any]:
+    """What all tasks with one --out must have alike, since parts depend on it."""
+    tokenizer = codec.describe()
+    return request(options, files) | {
+        "max_tokens": options.max_tokens,
+        "text_column": options.text_column,
+        "tokenizer": f"{tokenizer.get('name', tokenizer['kind'])} ({hash_of(tokenizer)[:8]})",
+        "backend": options.backend,
+    }
 
-    wanted: dict[str, Any]
-    listing: HubListing | None
 
-    def needed(self, options: Options) -> tuple[HubFile, ...]:
-        """The Hub's files; with --max-tokens only the first ones, which surely hold as many tokens."""
-        assert self.listing is not None
-        if options.max_tokens is None:
-            return self.listing.files
-        ends = list(itertools.accumulate(file.num_bytes for file in self.listing.files))
-        return self.listing.files[: _how_many(ends, options.max_tokens)]
+def keep_plan(partial: Path, wanted: dict[str, Any], *, replace: bool) -> None:
+    """Leave it for the tasks to come; InputError if another was left by those before.
+
+    replace: this process is alone, and the other plan's parts will go.
+    """
+    found = _keep(partial / PARTS / PLAN, wanted, replace=replace)
+    if found != wanted:
+        raise InputError(
+            f"--out: other tasks make other parts there: {', '.join(differences(found, wanted))}; "
+            f"give the same options, another --out, or remove {partial} with what they made"
+        )
+
+
+def keep_listing(partial: Path, options: Options) -> HubListing:
+    """The Hub's answer, asked for once and kept for all tasks: they need no network then."""
+    path = partial / PARTS / LISTING
+    asked = request(options)
+    found = _read(path)
+    if found is None or found["asked"] != asked:
+        listing = hub.list_files(options.dataset, options.name, options.revision)
+        found = _keep(path, {"asked": asked, "listing": dataclasses.asdict(listing)}, replace=options.stage == "all")
+    if found["asked"] != asked:
+        raise InputError(
+            f"--out: files are there of another input: {', '.join(differences(found['asked'], asked))}; give the same "
+            f"options, another --out, or remove {partial}"
+        )
+    kept = dict(found["listing"])
+    files = tuple(HubFile(**file) for file in kept.pop("files"))
+    return HubListing(**kept, files=files)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: damaged ({error}); remove it") from error
+    return value
+
+
+def _keep(path: Path, value: dict[str, Any], *, replace: bool) -> dict[str, Any]:
+    """What the file says: this value now, unless there is one already that must not be replaced."""
+    if replace:
+        write_json_atomically(path, value)
+    elif not path.exists():
+        own = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}")
+        write_json_atomically(own, value)
+        with contextlib.suppress(FileExistsError):  # another task was first
+            path.hardlink_to(own)
+        own.unlink()
+    found = _read(path)
+    assert found is not None
+    return found
+
+
+def needed(listing: HubListing, options: Options) -> tuple[HubFile, ...]:
+    """The Hub's files; with --max-tokens only the first ones, which should hold as many tokens."""
+    if options.max_tokens is None:
+        return listing.files
+    ends = list(itertools.accumulate(file.num_bytes for file in listing.files))
+    return listing.files[: _how_many(ends, options.max_tokens)]
 
 
 def _how_many(ends: list[int], max_tokens: int) -> int:
     """How many files or units to take, whose ends in bytes these are."""
-    return next((n for n, end in enumerate(ends, start=1) if end >= MOST_BYTES_PER_TOKEN * max_tokens), len(ends))
+    return next((n for n, end in enumerate(ends, start=1) if end >= BYTES_FOR_A_TOKEN * max_tokens), len(ends))
 
 
-def read_plan(partial: Path) -> Plan | None:
-    """The plan that whoever came first has left."""
-    path = partial / PARTS / PLAN
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    listing = raw["listing"]
-    if listing is not None:
-        files = tuple(HubFile(**file) for file in listing.pop("files"))
-        listing = HubListing(**listing, files=files)
-    return Plan(raw["wanted"], listing)
-
-
-def keep_plan(partial: Path, plan: Plan, *, replace: bool) -> Plan:
-    """Write the plan, or take the one that is there if it wants the same. InputError if it does not.
-
-    replace: this process is alone, and the other plan's parts will go.
-    """
-    path = partial / PARTS / PLAN
-    before = read_plan(partial)
-    if before is None or (replace and before.wanted != plan.wanted):
-        own = path.with_name(f".{PLAN}.{os.uname().nodename}.{os.getpid()}")
-        write_json_atomically(own, dataclasses.asdict(plan))
-        if replace:
-            own.replace(path)
-        else:
-            with contextlib.suppress(FileExistsError):  # another task was first
-                path.hardlink_to(own)
-            own.unlink()
-        before = read_plan(partial)
-        assert before is not None
-    if before.wanted != plan.wanted:
-        raise InputError(
-            f"{path}: other tasks prepare something else there: {', '.join(differences(before.wanted, plan.wanted))}; "
-            "give the same options, another --out, or remove that folder"
-        )
-    return before
-
-
-def downloads_of(options: Options, plan: Plan) -> Path:
+def downloads_of(options: Options, listing: HubListing) -> Path:
     """Where the Hub's files go: beside --out, below the commit's name."""
-    assert plan.listing is not None
-    return options.directory.parent / "downloads" / options.dataset.replace("/", "--") / plan.listing.revision
+    return options.directory.parent / "downloads" / options.dataset.replace("/", "--") / listing.revision
 
 
 def local_files(patterns: tuple[str, ...]) -> list[InputFile]:
-    """The parquet files that --data-files names, in the order of their names below the folder that holds them all."""
-    paths: set[Path] = set()
+    """The parquet files that --data-files names, in the order of their names below each folder or pattern."""
+    found: dict[Path, str] = {}
     for pattern in patterns:
-        found = sorted(glob.glob(pattern, recursive=True)) if glob.has_magic(pattern) else [pattern]  # noqa: PTH207
-        if not found:
-            raise InputError(f"--data-files {pattern}: no such file")
-        paths.update(Path(file.path).absolute() for file in find_files(tuple(found), "--data-files")[0])
-    others = sorted(path for path in paths if path.suffix != ".parquet")
-    if others:
-        raise InputError(f"--data-files: {others[0]} is no .parquet file; data_prep/textfiles.py reads other kinds")
-    common = Path(os.path.commonpath([path.parent for path in paths]))
-    names = sorted((path.relative_to(common).as_posix(), str(path)) for path in paths)
-    return [InputFile(path, name, "parquet", flag="--data-files") for name, path in names]
+        folder, paths = _matching(pattern)
+        if not paths:
+            raise InputError(f"--data-files {pattern}: no .parquet file there")
+        for path in paths:
+            if path.suffix != ".parquet" or not path.is_file():
+                raise InputError(f"--data-files: {path} is no .parquet file; data_prep/textfiles.py reads other kinds")
+            found.setdefault(path.absolute(), path.relative_to(folder).as_posix())
+    return [
+        InputFile(str(path), name, "parquet", flag="--data-files")
+        for path, name in sorted(found.items(), key=lambda item: item[1])
+    ]
+
+
+def _matching(pattern: str) -> tuple[Path, list[Path]]:
+    """(the folder that names are below, the paths) of a file, a folder or a pattern."""
+    path = Path(pattern)
+    if path.is_dir():
+        below = path.rglob("*.parquet")
+        return path, [file for file in below if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    if path.exists() or not glob.has_magic(pattern):
+        return path.parent, [path] if path.exists() else []
+    plain = itertools.takewhile(lambda part: not glob.has_magic(part), path.parts)
+    return Path(*plain), [Path(name) for name in glob.glob(pattern, recursive=True)]  # noqa: PTH207
 
 
 def hub_files(folder: Path, files: Sequence[HubFile]) -> list[InputFile]:
@@ -206,8 +242,10 @@ def hub_files(folder: Path, files: Sequence[HubFile]) -> list[InputFile]:
 
 
 def units_of(files: Sequence[InputFile], options: Options) -> list[Unit]:
-    """All units in order; with --max-tokens the first ones, which surely hold as many tokens."""
+    """All units in order; with --max-tokens the first ones, which should hold as many tokens."""
     units = [unit for file in files for unit in plan_units(file, options.reading, UNIT_BYTES)]
+    if not units:
+        raise InputError(f"{files[0].path}: no rows in it, nor in any other of {len(files)} files")
     if options.max_tokens is None:
         return units
     ends = list(itertools.accumulate(unit.num_bytes for unit in units))
@@ -230,17 +268,20 @@ def share(options: Options) -> tuple[int, int]:
         raise InputError(f"--task-index {index} must be at least 0 and below --num-tasks {count}")
     if count > 1 and options.stage != "tokenize":
         raise InputError(
-            f"{origin} {count}: --stage {options.stage} is the work of one task; many share --stage tokenize, after "
-            "--stage download and before --stage pack"
+            f"{origin} {count}: --stage {options.stage} is the work of one task; many share --stage tokenize, "
+            "between --stage download and --stage pack (or give --task-index 0 --num-tasks 1 if they share nothing)"
         )
     return index, count
 
 
 def _share_of_slurm_array() -> tuple[int, int]:
-    number, count, first = (int(os.environ[f"SLURM_ARRAY_TASK_{name}"]) for name in ("ID", "COUNT", "MIN"))
-    index, rest = divmod(number - first, int(os.environ.get("SLURM_ARRAY_TASK_STEP", "1")))
-    if rest or index >= count:
+    try:
+        number, count, first, last = (int(os.environ[f"SLURM_ARRAY_TASK_{name}"]) for name in ARRAY_VARIABLES)
+    except KeyError as error:
         raise InputError(
-            f"the {count} ids of this Slurm array have gaps ({number} is one); give --task-index and --num-tasks"
-        )
-    return index, count
+            f"SLURM_ARRAY_TASK_ID is set, {error.args[0]} is not; give --task-index and --num-tasks"
+        ) from error
+    step = int(os.environ.get("SLURM_ARRAY_TASK_STEP", "1"))
+    if (last - first) // step + 1 != count:
+        raise InputError(f"the {count} ids of this Slurm array have gaps; give --task-index and --num-tasks")
+    return (number - first) // step, count

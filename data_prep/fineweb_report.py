@@ -10,16 +10,27 @@ from data_prep import hub, python_docs
 from data_prep.codec import FOLDER, RANKS_FILE, Codec
 from data_prep.encode import HASH_BYTES, encoder
 from data_prep.errors import InputError
-from data_prep.fineweb_plan import Options, Plan, downloads_of, hub_files, local_files, units_of
+from data_prep.fineweb_plan import (
+    BYTES_FOR_A_TOKEN,
+    UNIT_BYTES,
+    Options,
+    downloads_of,
+    hub_files,
+    local_files,
+    needed,
+    units_of,
+)
 from data_prep.giga import GigaEncoder
 from data_prep.manifest import Manifest
 from data_prep.selection import RECORD
 from data_prep.sources import Document, InputFile, read_documents
-from data_prep.workers import available_cores
+from data_prep.workers import available_cores, clock
 
 SAMPLE_CHARACTERS = 2**21
-# sample-10BT: 28.5 GB of parquet hold 9.67 million pages, about 10e9 GPT-2 tokens by its page on the Hub.
-TOKENS_PER_PARQUET_BYTE = 0.35
+# sample-10BT: 28.5 GB of parquet are 9.67 million pages and about 10e9 of GPT-2's tokens, by its page on the Hub, each
+# of which holds about 4.7 bytes of such text.
+TEXT_PER_PARQUET_BYTE = 1.65
+GPT2_BYTES_PER_TOKEN = 4.7
 TOKENS_PER_DOCUMENT = 1_000
 
 
@@ -34,14 +45,13 @@ def dry_run(options: Options, codec: Codec) -> None:
     else:
         sample = [python_docs.topics()]
     rate, bytes_per_token = _measure(options, codec, sample)
-    if is_here:
-        tokens = int(text_bytes / bytes_per_token)
-    else:
-        tokens = int(num_bytes * TOKENS_PER_PARQUET_BYTE)
-        text_bytes = int(tokens * bytes_per_token)
+    if not is_here:
+        text_bytes = int(num_bytes * TEXT_PER_PARQUET_BYTE)
+        bytes_per_token = GPT2_BYTES_PER_TOKEN if options.tokenizer == "gpt2" else bytes_per_token
     if options.max_tokens is not None:
-        tokens = min(tokens, options.max_tokens)
-    workers = min(options.workers or available_cores(), max(1, text_bytes // 2**25))
+        text_bytes = min(text_bytes, BYTES_FOR_A_TOKEN * options.max_tokens)
+    tokens = min(int(text_bytes / bytes_per_token), options.max_tokens or text_bytes)
+    workers = min(options.workers or available_cores(), max(1, text_bytes // UNIT_BYTES))
     per_document = 8 + HASH_BYTES + RECORD.itemsize + 8
     data_bytes = 4 * tokens + per_document * (tokens // TOKENS_PER_DOCUMENT)
     free = shutil.disk_usage(_existing(options.directory)).free
@@ -55,7 +65,7 @@ def dry_run(options: Options, codec: Codec) -> None:
         f"shards in the end; {free / 1e9:.2f} GB free"
     )
     print(
-        f"  time    about {_clock(text_bytes / rate / workers)} to tokenize in {workers} processes, at "
+        f"  time    about {clock(text_bytes / rate / workers)} to tokenize in {workers} processes, at "
         f"{rate / 1e6:.1f} MB/s each as measured now; download and packing come to it"
     )
     if free < missing_bytes + data_bytes:
@@ -67,11 +77,11 @@ def _input(options: Options) -> tuple[list[InputFile], int, int]:
     if options.source == "local":
         files = local_files(options.data_files)
         return files, sum(Path(file.path).stat().st_size for file in files), 0
-    plan = Plan({}, hub.list_files(options.dataset, options.name, options.revision))
-    needed = plan.needed(options)
-    files = hub_files(downloads_of(options, plan), needed)
-    missing = sum(file.num_bytes for file, here in zip(needed, files, strict=True) if not Path(here.path).is_file())
-    return files, sum(file.num_bytes for file in needed), missing
+    listing = hub.list_files(options.dataset, options.name, options.revision)
+    wanted = needed(listing, options)
+    files = hub_files(downloads_of(options, listing), wanted)
+    missing = sum(file.num_bytes for file, here in zip(wanted, files, strict=True) if not Path(here.path).is_file())
+    return files, sum(file.num_bytes for file in wanted), missing
 
 
 def _take(texts: Iterator[str]) -> list[str]:
@@ -104,11 +114,6 @@ def _measure(options: Options, codec: Codec, texts: list[str]) -> tuple[float, f
         seconds = time.perf_counter() - started
     tokens, num_bytes = (sum(column) for column in zip(*encoded, strict=True))
     return num_bytes / seconds, num_bytes / tokens
-
-
-def _clock(seconds: float) -> str:
-    minutes = round(seconds / 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{max(1, minutes)} min"
 
 
 def _existing(path: Path) -> Path:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from data_prep.atomic import sha256_of_file, write_json_atomically
 from data_prep.download import TIMEOUT_SECONDS, Patience, asked_seconds, may_pass
-from data_prep.errors import InputError
+from data_prep.errors import InputError, first_line
 from data_prep.workers import Progress
 
 if TYPE_CHECKING:
@@ -118,6 +118,7 @@ def download(listing: HubListing, files: Sequence[HubFile], folder: Path) -> lis
     if unknown:
         folder.mkdir(parents=True, exist_ok=True)
         with _alone_in(folder):
+            unknown = [file for file in unknown if not _is_known(file, folder, _read_record(folder))]
             _check(unknown, folder)
             missing = [file for file in unknown if not (folder / file.path).exists()]
             for begin in range(0, len(missing), FILES_PER_CALL):
@@ -188,8 +189,9 @@ def _alone_in(folder: Path) -> Iterator[None]:
     with (folder / LOCK).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"{folder}: another process is downloading to it right now") from error
+        except BlockingIOError:
+            print(f"download  waiting for another process that downloads to {folder}", file=sys.stderr, flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
         yield
 
 
@@ -270,8 +272,8 @@ def _lines_of_progress(num_bytes: Callable[[], int], total_bytes: int) -> Iterat
 
 def _library(dataset: str) -> "HfApi":
     """The Hub's client for the endpoint that the environment names now; InputError where it is not installed."""
-    # Read when it is imported. Xet's transfers would be retried inside hf_xet, whatever the headers say, and with
-    # telemetry the first thing asked of the Hub is a list of coding agents. Both can be set to 0.
+    # Read when it is imported. Xet's transfers would be retried inside hf_xet, whatever the headers say, and telemetry
+    # asks the Hub something of its own first. Both can be set to 0.
     os.environ.setdefault("HF_HUB_DISABLE_XET", "1")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
@@ -324,7 +326,7 @@ def _what_passes(caught: Exception, about: str, no_entry: str) -> tuple[str, flo
     if isinstance(error, OfflineModeIsEnabled):
         raise InputError(f"{about}: HF_HUB_OFFLINE is set; {WITHOUT}") from caught
     if isinstance(error, FileMetadataError):
-        raise InputError(f"{about}: {_first_line(error)}") from caught
+        raise InputError(f"{about}: {first_line(error)}") from caught
     if isinstance(error, HfHubHTTPError):
         response = error.response
         if not may_pass(response.status_code):
@@ -333,7 +335,7 @@ def _what_passes(caught: Exception, about: str, no_entry: str) -> tuple[str, flo
         return f"{response.status_code} {response.reason_phrase}", asked, True
     if isinstance(error, OSError) and error.errno is not None:  # of the disk: no server can help
         raise caught
-    return _first_line(error), None, False
+    return first_line(error), None, False
 
 
 def _refusal(error: "HfHubHTTPError", no_entry: str) -> str:
@@ -355,10 +357,6 @@ def _refusal(error: "HfHubHTTPError", no_entry: str) -> str:
         return "no such data set for you (--dataset); one that is private needs a valid HF_TOKEN"
     said = (error.server_message or error.response.reason_phrase).splitlines()
     return f"{said[0] if said else 'refused'} (--dataset, HF_TOKEN)"
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 @contextlib.contextmanager

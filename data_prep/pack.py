@@ -16,6 +16,7 @@ from data_prep.errors import InputError
 from data_prep.manifest import SplitInfo
 from data_prep.selection import Order, ranges
 from data_prep.shards import Offsets, ShardWriter, Tokens
+from data_prep.workers import Progress
 
 BLOCK_TOKENS = 2**25
 READERS = 16  # documents lie scattered: on a network file system it is the waiting that takes the time
@@ -23,13 +24,17 @@ READERS = 16  # documents lie scattered: on a network file system it is the wait
 Blocks = Iterable[tuple[Tokens, Offsets]]
 
 
-def pack_split(directory: Path, split: str, blocks: Blocks, *, codec: Codec, shard_tokens: int) -> SplitInfo:
+def pack_split(
+    directory: Path, split: str, blocks: Blocks, *, num_tokens: int, codec: Codec, shard_tokens: int
+) -> SplitInfo:
     """One split's shards in `directory`, from (tokens, places at which documents begin). Memory: one shard."""
+    progress = Progress(f"pack {split}", 2 * num_tokens)
     with ShardWriter(
         directory, split, vocab_size=codec.vocab_size, eot_id=codec.eot_id, shard_tokens=shard_tokens
     ) as writer:
         for tokens, document_starts in blocks:
             writer.append(tokens, document_starts)
+            progress.add(2 * len(tokens), len(document_starts))
     tokens_in_all = sum(shard.tokens for shard in writer.shards)
     documents = sum(shard.documents for shard in writer.shards)
     return SplitInfo(tuple(writer.shards), tokens_in_all, documents, writer.stream_sha256)
@@ -43,7 +48,7 @@ def parts_in_turn(parts: Iterable[Part]) -> Iterator[tuple[Tokens, Offsets]]:
 
 def documents_in_order(order: Order, parts: Sequence[Part]) -> Iterator[tuple[Tokens, Offsets]]:
     """The documents of `order`, about BLOCK_TOKENS at a time. Each part is read from beginning to end for a block."""
-    begins_inside = order.begins_inside
+    begins_inside = order.skip > 0
     with ThreadPoolExecutor(READERS) as readers:
         for records in ranges(order, BLOCK_TOKENS):
             places = np.cumsum([0, *records["length"]])
@@ -69,5 +74,9 @@ def _read_documents(
         for index in chosen.tolist():
             begin = 2 * int(places[index])
             wanted = view[begin : begin + 2 * int(records["length"][index])]
-            if os.preadv(file.fileno(), [wanted], 2 * int(records["start"][index])) != len(wanted):
-                raise InputError(f"{part.path}: became shorter while it was read")
+            place = 2 * int(records["start"][index])
+            while wanted:
+                count = os.preadv(file.fileno(), [wanted], place)
+                if count == 0:
+                    raise InputError(f"{part.path}: became shorter while it was read")
+                wanted, place = wanted[count:], place + count

@@ -1,16 +1,16 @@
 """Which documents are kept, in which split, in what order: decided from the parts' places and hashes alone.
 
-Of N documents 5 bytes each are held, and beside them at most PARTITION_DOCUMENTS documents' hashes and places (about
-40 bytes each, so 2.7 GB): above that many, everything that needs hashes is done once for each range of hashes. The
-order goes to disk, 16 bytes for a document.
+Of N documents 5 bytes each are held, and beside them at most PARTITION_DOCUMENTS documents' hashes and places (80 bytes
+each as measured, with what sorting takes, so 0.7 GB): above that many, everything that needs hashes is done once for
+each range of hashes. max_tokens takes 24 bytes more for each document read. The order goes to disk, 16 bytes each.
 
 Documents are taken in their canonical order (files, rows). Then, in turn:
 
 1. Duplicates. Of documents with the same text (the same 16-byte hash) the first is kept.
 2. max_tokens. The documents before the first one with which they would be more.
-3. The split. hash: validation is the documents whose hash's first eight bytes are lowest, until they hold val_tokens;
-   equal texts are in one split. first-shard: validation is the first val_tokens tokens, wherever a document ends,
-   as build-nanogpt's fineweb.py has it.
+3. The split. hash: validation is the documents whose hash's first eight bytes are lowest, until they hold val_tokens
+   (VAL_TOKENS, or one in VAL_SHARE where that is less); equal texts are in one split. first-shard: validation is the
+   first val_tokens tokens, wherever a document ends, as build-nanogpt's fineweb.py has it.
 4. The order. Canonical, or by the hash mixed with a seed: the same documents in any order of files then come out the
    same (equal texts, where they are kept, in their canonical order).
 """
@@ -26,7 +26,9 @@ import numpy.typing as npt
 from data_prep.encode import Part
 from data_prep.errors import InputError
 
-PARTITION_DOCUMENTS = 2**26
+PARTITION_DOCUMENTS = 2**23
+VAL_TOKENS = 10_485_760
+VAL_SHARE = 100
 BLOCK_DOCUMENTS = 2**16
 TRAIN, VAL, DUPLICATE, BEYOND = range(4)
 RECORD = np.dtype([("part", "<u4"), ("start", "<u8"), ("length", "<u4")])
@@ -38,27 +40,32 @@ Keys = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True)
 class Rules:
-    """What decides; shuffle_seed is None where the order is canonical. val_tokens as given by the split's rule."""
+    """What decides; shuffle_seed is None where the order is canonical. val_tokens: None for the default of `hash`."""
 
     drop_duplicates: bool
     max_tokens: int | None
     split: Split
-    val_tokens: int
+    val_tokens: int | None
     shuffle_seed: int | None
 
 
 @dataclass(frozen=True)
 class Order:
-    """Documents of one split in order: RECORDs in a file. begins_inside: the first is the rest of a document."""
+    """Documents of one split in order: RECORDs in a file, from the `first` on.
+
+    Of the first one `skip` tokens belong to the other split, and what is beyond `tokens` of the last one.
+    """
 
     path: Path
     documents: int
     tokens: int
-    begins_inside: bool = False
+    first: int = 0
+    skip: int = 0
 
     def records(self) -> npt.NDArray[np.void]:
         """(part, start in it, length) of every document, mapped: RECORD [documents]."""
-        return np.memmap(self.path, dtype=RECORD, mode="r", shape=(self.documents,))
+        offset = self.first * RECORD.itemsize
+        return np.memmap(self.path, dtype=RECORD, mode="r", offset=offset, shape=(self.documents,))
 
 
 @dataclass(frozen=True)
@@ -115,12 +122,13 @@ def select(parts: Sequence[Part], rules: Rules, folder: Path) -> Selection:
     if rules.max_tokens is not None:
         cut_at(documents, rules.max_tokens)
     if rules.split == "hash":
-        split_by_hash(documents, rules.val_tokens)
+        split_by_hash(documents, rules.val_tokens or min(VAL_TOKENS, documents.tokens_of(TRAIN) // VAL_SHARE + 1))
         train = write_order(documents, TRAIN, folder / "train.order", rules.shuffle_seed)
         val = write_order(documents, VAL, folder / "val.order", rules.shuffle_seed)
     else:
+        assert rules.val_tokens is not None
         whole = write_order(documents, TRAIN, folder / "train.order", rules.shuffle_seed)
-        train, val = split_at_token(whole, rules.val_tokens, folder / "val.order")
+        train, val = split_at_token(whole, rules.val_tokens)
     if not train.tokens or not val.tokens:
         raise InputError(
             f"{train.tokens:,} training and {val.tokens:,} validation tokens: a split is empty; "
@@ -149,7 +157,9 @@ def cut_at(documents: Documents, max_tokens: int) -> None:
     """Mark what lies beyond max_tokens of kept documents."""
     kept = np.flatnonzero(documents.fates == TRAIN)
     ends = np.cumsum(documents.lengths[kept], dtype=np.int64)
-    documents.fates[kept[np.searchsorted(ends, max_tokens, side="right") :]] = BEYOND
+    count = int(np.searchsorted(ends, max_tokens, side="right"))
+    if count < len(kept):
+        documents.fates[kept[count] :] = BEYOND
 
 
 def split_by_hash(documents: Documents, val_tokens: int) -> None:
@@ -228,36 +238,38 @@ def _in_range(keys: Keys, number: int, partitions: int) -> npt.NDArray[np.bool_]
     return inside
 
 
-def split_at_token(whole: Order, count: int, path: Path) -> tuple[Order, Order]:
+def split_at_token(whole: Order, count: int) -> tuple[Order, Order]:
     """(the rest, the first `count` tokens), a document that lies across the cut in both."""
-    records = whole.records() if whole.documents else np.empty(0, dtype=RECORD)
-    ends = np.cumsum(records["length"], dtype=np.int64)
-    crossing = int(np.searchsorted(ends, count))
-    if crossing == len(records):
+    if count >= whole.tokens:
         raise InputError(f"only {whole.tokens:,} tokens: the first shard takes all of them; lower --shard-tokens")
-    first = records[: crossing + 1].copy()
-    first["length"][-1] -= ends[crossing] - count
-    rest = records[crossing:].copy()
-    taken = first["length"][-1]
-    rest["start"][0] += taken
-    rest["length"][0] -= taken
-    begins_inside = bool(rest["length"][0])
-    rest = rest if begins_inside else rest[1:]
-    del records  # its file is replaced
-    path.write_bytes(first.tobytes())
-    whole.path.unlink()
-    whole.path.write_bytes(rest.tobytes())
-    val = Order(path, len(first), count)
-    return Order(whole.path, len(rest), whole.tokens - count, begins_inside), val
+    records = whole.records()
+    before = crossing = 0
+    while True:  # some at a time: of hundreds of millions not all ends are held
+        ends = before + np.cumsum(records["length"][crossing : crossing + BLOCK_DOCUMENTS], dtype=np.int64)
+        if ends[-1] > count:
+            break
+        before, crossing = int(ends[-1]), crossing + len(ends)
+    inside = int(np.searchsorted(ends, count, side="right"))
+    skip = count - (int(ends[inside - 1]) if inside else before)
+    crossing += inside
+    val = Order(whole.path, crossing + bool(skip), count)
+    return Order(whole.path, whole.documents - crossing, whole.tokens - count, first=crossing, skip=skip), val
 
 
 def ranges(order: Order, block_tokens: int) -> Iterator[npt.NDArray[np.void]]:
-    """The order's records, each time as many as hold about block_tokens."""
+    """The order's records, each time as many as hold about block_tokens; all together exactly its tokens."""
     records = order.records() if order.documents else np.empty(0, dtype=RECORD)
     begin = 0
+    left = order.tokens
     while begin < len(records):
         some = np.array(records[begin : begin + BLOCK_DOCUMENTS])
+        if begin == 0:
+            some["start"][0] += order.skip
+            some["length"][0] -= order.skip
         ends = np.cumsum(some["length"], dtype=np.int64)
         count = max(1, int(np.searchsorted(ends, block_tokens, side="right")))
+        if ends[count - 1] > left:  # the last one goes on in the other split
+            some["length"][count - 1] -= ends[count - 1] - left
+        left -= min(left, int(ends[count - 1]))
         yield some[:count]
         begin += count

@@ -12,6 +12,7 @@ stay. Units depend on the files alone, and what is made of them does not depend 
 """
 
 import functools
+import glob
 import gzip
 import itertools
 import json
@@ -19,18 +20,19 @@ import mmap
 import tempfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal
 
 from data_prep import python_docs
-from data_prep.errors import InputError
+from data_prep.errors import InputError, first_line
 
 UNIT_BYTES = 8 * 2**20
 BLOCK_BYTES = 2**20
 BATCH_ROWS = 1000
 
+FileState = tuple[int, int]
 Kind = Literal["text", "jsonl", "parquet", "python-docs"]
 KINDS: dict[str, tuple[Kind, bool]] = {
     ".txt": ("text", False),
@@ -74,7 +76,7 @@ class Reading:
 
 @dataclass(frozen=True)
 class Unit:
-    """A part of one file: bytes [start, stop), or row groups of a parquet file; num_bytes is for progress alone.
+    """A part of one file: bytes [start, stop), or row groups of a parquet file. num_bytes: of text, about.
 
     Of what lies there only [first, last) counts: documents, or characters of a file that is one document.
     """
@@ -157,10 +159,12 @@ def _suffix(path: Path) -> str:
     return next((suffix for suffix in sorted(KINDS, key=len, reverse=True) if name.endswith(suffix)), path.suffix)
 
 
-def file_states(files: Iterable[InputFile]) -> list[tuple[int, int]]:
-    """Size and time of change of every file, to notice what changes while it is read."""
-    stats = [Path(file.path).stat() for file in files if file.kind != "python-docs"]
-    return [(stat.st_size, stat.st_mtime_ns) for stat in stats]
+def file_state(file: InputFile) -> FileState:
+    """Size and time of change in ns, to notice what changes while it is read."""
+    if file.kind == "python-docs":
+        return 0, 0
+    stat = Path(file.path).stat()
+    return stat.st_size, stat.st_mtime_ns
 
 
 def plan_units(file: InputFile, reading: Reading, unit_bytes: int | None = None) -> list[Unit]:
@@ -392,7 +396,7 @@ def _open_parquet(file: InputFile, reading: Reading) -> Any:
     try:
         opened = pq.ParquetFile(file.path)
     except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{file.path}: not a readable parquet file ({_first_line(error)}) ({file.flag})") from error
+        raise InputError(f"{file.path}: not a readable parquet file ({first_line(error)}) ({file.flag})") from error
     schema = opened.schema_arrow
     if reading.text_column not in schema.names:
         names = ", ".join(map(repr, schema.names)) or "none"
@@ -409,6 +413,8 @@ def _rows(unit: Unit, reading: Reading) -> Iterator[tuple[int, str]]:
     opened = _open_parquet(unit.file, reading)
     row = sum(opened.metadata.row_group(group).num_rows for group in range(unit.start))
     groups = opened.metadata.num_row_groups
+    if unit.stop > groups:
+        raise InputError(f"{unit.file.path}: became shorter while it was read")
     for group in range(unit.start, unit.stop):
         stream = _stream(unit.file.path, reading.text_column, Path(unit.file.path).stat().st_mtime_ns)
         tables = stream.shard(groups, group).iter(BATCH_ROWS)
@@ -418,7 +424,7 @@ def _rows(unit: Unit, reading: Reading) -> Iterator[tuple[int, str]]:
                     yield row, text
                     row += 1
         except (pa.ArrowException, OSError) as error:
-            raise InputError(f"{unit.file.path}: row group {group} is damaged ({_first_line(error)})") from error
+            raise InputError(f"{unit.file.path}: row group {group} is damaged ({first_line(error)})") from error
 
 
 @functools.lru_cache(maxsize=1)
@@ -433,10 +439,14 @@ def _stream(path: str, column: str, _changed_ns: int) -> Any:
         raise InputError(f"{path}: parquet files need datasets: pip install -e '.[data]'") from error
     import pyarrow as pa
 
+    if "::" in path:  # which fsspec, and so datasets, takes for a file in an archive
+        raise InputError(f"{path}: '::' in the path of a parquet file; rename it")
     datasets.config.TORCH_AVAILABLE = False  # or it imports torch, 2.4 s and 200 MB in each worker, for nothing
     pa.set_cpu_count(1)  # the workers are what runs at the same time
     with tempfile.TemporaryDirectory() as folder:  # it takes a lock there while it looks at the file
-        stream = datasets.IterableDataset.from_parquet(path, columns=[column], cache_dir=folder, batch_size=BATCH_ROWS)
+        stream = datasets.IterableDataset.from_parquet(
+            glob.escape(path), columns=[column], cache_dir=folder, batch_size=BATCH_ROWS
+        )
     return stream.reshard().with_format("arrow")
 
 
@@ -462,7 +472,3 @@ def _decode_value(value: bytes, unit: Unit, reading: Reading, row: int) -> str:
         return value.decode("utf-8", "surrogateescape" if reading.tolerant else "strict")
     except UnicodeDecodeError as error:
         raise InputError(f"{place_of(unit, reading, row)}: not UTF-8 ({error.reason}); convert it first") from error
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -53,10 +53,11 @@ from data_prep.errors import InputError, one_line_errors
 from data_prep.manifest import Manifest
 from data_prep.pack import pack_split, parts_in_turn
 from data_prep.sources import (
+    FileState,
     InputFile,
     Reading,
     Unit,
-    file_states,
+    file_state,
     find_files,
     is_one_document,
     plan_units,
@@ -237,12 +238,19 @@ def describe_source(described: list[dict[str, Any]], found: list[Survey], source
 
 
 def encode(
-    units: list[Unit], hashes: dict[InputFile, str], partial: Path, codec: Codec, source: Source, workers: Workers
+    units: list[Unit],
+    hashes: dict[InputFile, tuple[str, FileState]],
+    partial: Path,
+    codec: Codec,
+    source: Source,
+    workers: Workers,
 ) -> list[Part]:
     """Every unit's part, in order. Equal units (a file given twice) share one."""
     codec.save(partial)
     tokenizer = hash_of(codec.describe())
-    tasks = [EncodeTask(unit, source.reading, hashes[unit.file], partial, tokenizer, partial / PARTS) for unit in units]
+    tasks = [
+        EncodeTask(unit, source.reading, *hashes[unit.file], partial, tokenizer, partial / PARTS) for unit in units
+    ]
     free_other_parts(partial, {task.stem for task in tasks})
     return make_parts(tasks, workers, "textfiles")
 
@@ -267,7 +275,7 @@ def prepare(options: Options, preset: str | None = None) -> Manifest:
         options = dataclasses.replace(options, out=options.out.resolve())
     started = time.perf_counter()
     source = find_source(options, preset)
-    before = file_states(source.files)
+    states = {file: file_state(file) for file in source.files}
     train, val = (
         [unit for file in files for unit in plan_units(file, source.reading)] for files in (source.train, source.val)
     )
@@ -290,13 +298,20 @@ def prepare(options: Options, preset: str | None = None) -> Manifest:
         print(f"{options.out}: already complete, nothing to do")
         return existing
     with unfinished_directory(options.out) as partial:
-        hashes = {file: result["sha256"] for file, result in zip(source.files, described, strict=True)}
+        if existing_data(options.out, about.__eq__, byte_options(options), codec, overwrite=options.overwrite):
+            raise InputError(f"--out {options.out}: another process has made it meanwhile")
+        hashes = {file: (result["sha256"], states[file]) for file, result in zip(source.files, described, strict=True)}
         with Workers(processes) as workers:  # others: these are gone before a failure clears up after them
             parts = encode(train + val, hashes, partial, codec, source, workers)
-        if file_states(source.files) != before:
-            raise InputError("a file of --input changed while it was read; run the same command again")
         splits = {
-            name: pack_split(partial, name, parts_in_turn(some), codec=codec, shard_tokens=options.shard_tokens)
+            name: pack_split(
+                partial,
+                name,
+                parts_in_turn(some),
+                num_tokens=sum(part.tokens for part in some),
+                codec=codec,
+                shard_tokens=options.shard_tokens,
+            )
             for name, some in (("train", parts[: len(train)]), ("val", parts[len(train) :]))
         }
         manifest = Manifest(about, byte_options(options), codec.describe(), splits)

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,23 +14,20 @@ from data_prep.errors import InputError
 from data_prep.manifest import FILE_NAME, Manifest, open_split, read_manifest
 
 PARTS = "parts"
-LOCK = "lock"
-PLAN = "plan.json"
+KEPT = ("plan.json", "listing.json")
 
 
 @contextlib.contextmanager
 def unfinished_directory(out: Path, *, shared: bool = False) -> Iterator[Path]:
     """`.NAME.partial`, with its folder of parts, for one process at a time, or for all who make nothing but parts.
 
-    After a failure the finished parts stay, which the error says; where there is none, nothing stays.
+    After a failure the finished parts stay, which the error says; where there is none, and nobody shares it, nothing.
     """
     partial = out.with_name(f".{out.name}.partial")
-    (partial / PARTS).mkdir(parents=True, exist_ok=True)
-    with (partial / PARTS / LOCK).open("a+") as lock:  # NFS locks what is open for reading and for writing
-        try:
-            fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise InputError(f"--out {out}: another process is making it right now") from error
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(out, shared=shared):
+        _finish_swap(out)
+        (partial / PARTS).mkdir(parents=True, exist_ok=True)
         if not shared:
             _free_all_but_parts(partial)  # of an earlier attempt
         try:
@@ -38,6 +36,28 @@ def unfinished_directory(out: Path, *, shared: bool = False) -> Iterator[Path]:
             raise InputError(f"{error}{_leave(partial, shared=shared)}") from error
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"interrupted{_leave(partial, shared=shared)}") from None
+
+
+@contextlib.contextmanager
+def _locked(out: Path, *, shared: bool) -> Iterator[None]:
+    """Hold `.NAME.lock`. It is removed by who holds it alone: others may share it."""
+    path = out.with_name(f".{out.name}.lock")
+    while True:
+        with path.open("a+") as lock:  # NFS locks what is open for reading and for writing
+            try:
+                fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(f"--out {out}: another process is making it right now") from error
+            except OSError as error:
+                raise InputError(f"{path}: this file system has no locks ({error}); choose another --out") from error
+            if not path.exists() or path.stat().st_ino != os.fstat(lock.fileno()).st_ino:
+                continue  # removed by who had it before: another may have a new one
+            try:
+                yield
+            finally:
+                if not shared:
+                    path.unlink()
+            return
 
 
 def _free_all_but_parts(partial: Path) -> None:
@@ -51,7 +71,7 @@ def _free_all_but_parts(partial: Path) -> None:
 def free_other_parts(partial: Path, stems: set[Path]) -> None:
     """Remove parts of another input or of other options."""
     for path in (partial / PARTS).iterdir():
-        if path.suffix in (".part", ".json", ".tmp") and path.name != PLAN and path.with_suffix("") not in stems:
+        if path.suffix in (".part", ".json", ".tmp") and path.name not in KEPT and path.with_suffix("") not in stems:
             path.unlink()
 
 
@@ -82,6 +102,9 @@ def existing_data(
     overwrite: bool,
 ) -> Manifest | None:
     """The manifest in --out if it already holds exactly this; None if --out is free or to be replaced."""
+    if (out / PARTS).exists() or _replaced(out).exists():  # left by a kill in put_in_place
+        with _locked(out, shared=False):
+            _finish_swap(out)
     if not out.exists():
         return None
     if not (out / FILE_NAME).is_file():
@@ -114,13 +137,25 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def put_in_place(partial: Path, out: Path) -> None:
-    """Give the finished directory its name; what stood there, and the parts, go only once the new one is complete."""
-    replaced = out.with_name(f".{out.name}.replaced")
-    shutil.rmtree(replaced, ignore_errors=True)
-    replaced.mkdir()
-    (partial / PARTS).rename(replaced / PARTS)
+    """Give the finished directory its name. Killed at any moment, `_finish_swap` of the next start makes it good."""
     if out.exists():
-        out.rename(replaced / out.name)
+        out.rename(_replaced(out))
     partial.rename(out)
     fsync_directory(out.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _finish_swap(out)
+
+
+def _finish_swap(out: Path) -> None:
+    """What was replaced gets its name back if nothing has it; where the new one has, that and the parts go."""
+    if not out.exists():
+        if _replaced(out).exists():
+            _replaced(out).rename(out)
+        return
+    if (out / PARTS).exists():
+        shutil.rmtree(out / PARTS)
+    if _replaced(out).exists():
+        shutil.rmtree(_replaced(out))
+
+
+def _replaced(out: Path) -> Path:
+    return out.with_name(f".{out.name}.replaced")

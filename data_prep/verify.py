@@ -29,6 +29,7 @@ from data_prep.errors import InputError, one_line_errors
 from data_prep.foreign import add_tokens, adopt
 from data_prep.manifest import Manifest, SplitInfo, read_manifest
 from data_prep.shards import ShardInfo
+from data_prep.workers import Progress
 
 
 @dataclass(frozen=True)
@@ -59,11 +60,13 @@ def faults_of_split(directory: Path, split: SplitInfo, manifest: Manifest) -> li
     """Faults of every shard, then of the split's totals and of its tokens as one stream."""
     faults = []
     stream = hashlib.sha256()
+    progress = Progress("verify", sum(info.bytes for info in split.shards))
     for info in split.shards:
         try:
             faults += faults_of_shard(directory, info, manifest, stream)
         except (InputError, FileNotFoundError) as error:
             faults.append(str(error))
+        progress.add(info.bytes, info.documents)
     if faults:
         return faults
     if stream.hexdigest() != split.stream_sha256:

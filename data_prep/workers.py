@@ -94,6 +94,7 @@ class Progress:
         self._total_bytes = total_bytes
         self._started = self._reported = time.perf_counter()
         self._bytes = self._documents = self._tokens = 0
+        self._is_over = total_bytes == 0
 
     def add(self, num_bytes: int, documents: int = 0, tokens: int = 0) -> None:
         self._bytes += num_bytes
@@ -102,26 +103,27 @@ class Progress:
         now = time.perf_counter()
         is_terminal = sys.stderr.isatty()
         is_last = self._bytes >= self._total_bytes
-        if now - self._reported < (TERMINAL_SECONDS if is_terminal else REPORT_SECONDS) and not (
-            is_terminal and is_last
-        ):
+        is_time = now - self._reported >= (TERMINAL_SECONDS if is_terminal else REPORT_SECONDS)
+        if self._is_over or not (is_time or (is_terminal and is_last)):
             return
         self._reported = now
+        self._is_over = is_last
         begin, end = ("\r\x1b[K", "\n" if is_last else "") if is_terminal else ("", "\n")
         print(f"{begin}{self._line(now - self._started)}", end=end, file=sys.stderr, flush=True)
 
     def _line(self, seconds: float) -> str:
         rate = self._bytes / seconds
-        left = (self._total_bytes - self._bytes) / rate if rate else float("inf")
+        left = max(0, self._total_bytes - self._bytes) / rate if rate else float("inf")
         documents = f"  {self._documents:,} documents" if self._documents else ""
         tokens = f"  {self._tokens:,} tokens  {self._tokens / seconds:,.0f} tokens/s" if self._tokens else ""
         return (
             f"{self._stage}  {self._bytes / 1e6:,.1f} of {self._total_bytes / 1e6:,.1f} MB  {rate / 1e6:.1f} MB/s"
-            f"{documents}{tokens}  {_clock(left)} left"
+            f"{documents}{tokens}  {clock(left)} left"
         )
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """Seconds, minutes or hours, to be read by a person."""
     if seconds < 120:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

@@ -93,7 +93,7 @@ def finished(stories: Path) -> Path:
 def test_a_part_reads_back_as_written(tmp_path: Path) -> None:
     documents = [np.arange(n, dtype=np.uint16) for n in (3, 1, BLOCK_TOKENS + 5, 2)]
     hashes = [hashlib.sha256(bytes([n])).digest()[:16] for n in range(4)]
-    tally = Tally(empty=3, repaired=1, dropped=["somewhere, row 5: why"])
+    tally = Tally(empty=3, repaired=1, dropped=[5])
     part = write_part(tmp_path / "one", {"key": 1}, zip(documents, hashes, strict=True), tally)
     assert (part.documents, part.tokens) == (4, BLOCK_TOKENS + 11)
     read = read_part(tmp_path / "one", {"key": 1})
@@ -170,7 +170,7 @@ def test_pack_split_keeps_order_and_places(tmp_path: Path, finished: Path) -> No
         write_part(tmp_path / name, {}, [(np.full(n, n, dtype=np.uint16), bytes(16)) for n in sizes], Tally())
         for name, sizes in (("b", (5, 1)), ("a", ()), ("c", (9,)))
     ]
-    info = pack_split(tmp_path, "train", parts_in_turn(parts), codec=codec, shard_tokens=4)
+    info = pack_split(tmp_path, "train", parts_in_turn(parts), num_tokens=15, codec=codec, shard_tokens=4)
     assert tokens(tmp_path, "train") == [5] * 5 + [1] + [9] * 9
     starts = [np.fromfile(path, dtype="<u8").tolist() for path in sorted(tmp_path.glob("*.idx"))]
     assert starts == [[0], [1, 2], [], []]

@@ -1,7 +1,9 @@
 """FineWeb-Edu's preparation: the same bytes whatever made them, build-nanogpt's stream, every fault as documented."""
 
+import io
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -11,13 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import tiktoken
 
-from data_prep import fineweb, fineweb_plan, workers
+from data_prep import encode, fineweb, fineweb_plan, workers
 from data_prep.codec import load_codec
 from data_prep.fineweb_plan import Options, local_files, units_of
 from data_prep.manifest import read_manifest
+from data_prep.unfinished import put_in_place
 from data_prep.verify import faults_of
 from tests.pages import COPIES, TROUBLE, Text, as_texts, make_pages, write_pages
 from tests.runs import called
@@ -196,9 +201,10 @@ def test_tasks_share_the_work_and_one_packs(
     out = tmp_path / "out"
     for index in reversed(range(num_tasks)):
         early = prepare(pages[0], out, ranks, "--stage", "pack")
-        assert re_count(refusal(early)) > 0
+        assert num_missing(refusal(early)) > 0
         env = {"SLURM_ARRAY_TASK_ID": str(10 + 2 * index), "SLURM_ARRAY_TASK_COUNT": str(num_tasks)}
         env |= {"SLURM_ARRAY_TASK_MIN": "10", "SLURM_ARRAY_TASK_STEP": "2"}
+        env |= {"SLURM_ARRAY_TASK_MAX": str(10 + 2 * (num_tasks - 1))}
         done = prepare(pages[0], out, ranks, "--stage", "tokenize", "--workers", "1", **env)
         assert done.returncode == 0, done.stderr
         assert not out.exists()
@@ -209,7 +215,7 @@ def test_tasks_share_the_work_and_one_packs(
     assert "already complete" in prepare(pages[0], out, ranks, "--stage", "tokenize").stdout
 
 
-def re_count(line: str) -> int:
+def num_missing(line: str) -> int:
     """How many parts are missing, as the refusal has it."""
     assert "parts are not there or not sound; --stage tokenize makes them" in line
     return int(line.removeprefix("fineweb: ").split(" of ")[0])
@@ -243,22 +249,27 @@ def start(folder: Path, out: Path, ranks: str, *more: str) -> "subprocess.Popen[
 def many(tmp_path_factory: pytest.TempPathFactory, ranks: str) -> tuple[Path, Path]:
     """Input of files enough to be killed in the midst of, and its data set."""
     folder = tmp_path_factory.mktemp("many")
-    for number in range(16):
+    for number in range(12):
         long: list[Text] = ["word " * 9_000 + f"{number} {place}" for place in range(10)]
         write_pages(folder / "input" / f"{number}.parquet", make_pages(50, number) + long)
     assert prepare(folder / "input", folder / "out", ranks, "--workers", "1").returncode == 0
     return folder / "input", folder / "out"
 
 
-def kill_at_random(many: tuple[Path, Path], ranks: str, out: Path, rng: random.Random) -> int:
+def kill_at_random(command: tuple[str, ...], many: tuple[Path, Path], ranks: str, out: Path, rng: random.Random) -> int:
     """Start again and again, killing the parent, a worker or all of them at some moment, until it is done."""
     kills = 0
+    parts = out.with_name(f".{out.name}.partial") / "parts"
     while True:
-        process = start(many[0], out, ranks, "--workers", str(rng.choice([1, 2, 3])))
-        until = time.monotonic() + rng.uniform(0.2, 4.0)
-        while process.poll() is None and time.monotonic() < until:
+        process = start(many[0], out, ranks, *command, "--workers", str(rng.choice([1, 2, 3])))
+        # Half of the time while parts are made, or packed; half at any time.
+        num_parts = rng.choice([0, rng.randrange(1, 9)])
+        until = time.monotonic() + rng.uniform(0.2, 3.0)
+        if kills < 2 and num_parts:
+            wait_for_parts(parts, len(list(parts.glob("*.json"))) + num_parts, process)
+        while process.poll() is None and time.monotonic() < until and not num_parts:
             time.sleep(0.01)
-        if process.poll() is None and kills < 3:
+        if process.poll() is None and kills < 2:
             victims = rng.choice(["parent", "worker", "all"])
             started = [pid for pid in children(process.pid) if "spawn_main" in command_of(pid)]
             if victims == "worker" and started:
@@ -285,15 +296,87 @@ def command_of(pid: int) -> str:
         return ""
 
 
-@pytest.mark.parametrize("number", [*range(3), *(pytest.param(n, marks=pytest.mark.slow) for n in range(3, 20))])
+WAYS: dict[str, list[tuple[str, ...]]] = {
+    "one machine": [()],
+    "gigatoken": [("--backend", "gigatoken")],
+    "tasks": [
+        ("--stage", "tokenize", "--task-index", "0", "--num-tasks", "2"),
+        ("--stage", "tokenize", "--task-index", "1", "--num-tasks", "2"),
+        ("--stage", "pack"),
+    ],
+}
+
+
+@pytest.mark.parametrize("number", [*range(3), *(pytest.param(n, marks=pytest.mark.slow) for n in range(3, 23))])
 def test_killed_at_random_the_same_command_ends_with_the_same_bytes(
     many: tuple[Path, Path], ranks: str, tmp_path: Path, number: int
 ) -> None:
     out = tmp_path / "out"
-    kill_at_random(many, ranks, out, random.Random(number))
+    rng = random.Random(number)
+    way = list(WAYS)[number % len(WAYS)]
+    kills = sum(kill_at_random(command, many, ranks, out, rng) for command in WAYS[way])
+    assert kills > 0
     assert contents(out) == contents(many[1])
     assert_sound(out)
     assert names(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("rename", range(4))
+@pytest.mark.parametrize("is_replaced", [False, True])
+def test_a_kill_while_the_directory_gets_its_name_loses_nothing(
+    pages: tuple[Path, list[Text]],
+    finished: Path,
+    ranks: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    rename: int,
+    is_replaced: bool,
+) -> None:
+    """Renaming and removing fail one after the other; what was there before, or what is new, is always whole."""
+    out = tmp_path / "out"
+    if is_replaced:
+        shutil.copytree(finished, out)
+        (out / "of before").touch()
+    calls = 0
+
+    class Killed(BaseException):
+        pass
+
+    def killed(function: Any) -> Any:
+        def call(*args: Any, **options: Any) -> Any:
+            nonlocal calls
+            calls += 1
+            if calls > rename:
+                raise Killed
+            return function(*args, **options)
+
+        return call
+
+    def put_and_be_killed(partial: Path, out: Path) -> None:
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, "rename", killed(Path.rename))
+            patch.setattr(shutil, "rmtree", killed(shutil.rmtree))
+            put_in_place(partial, out)
+
+    command = ("--workers", "1", "--overwrite")
+    with monkeypatch.context() as patch:
+        patch.setattr(fineweb, "put_in_place", put_and_be_killed)
+        try:
+            prepare(pages[0], out, ranks, *command)
+        except Killed:
+            assert (out / "manifest.json").exists() or is_old_kept(tmp_path) == is_replaced
+    done = prepare(
+        pages[0], out, ranks, *(command[:2] if out.exists() and not (out / "of before").exists() else command)
+    )
+    assert done.returncode == 0, done.stderr
+    if "already complete" not in done.stdout:
+        assert "parts were there from an earlier run" in done.stderr
+    assert contents(out) == contents(finished)
+    assert names(tmp_path) == ["out"]
+
+
+def is_old_kept(folder: Path) -> bool:
+    return (folder / ".out.replaced" / "of before").exists()
 
 
 def test_a_killed_worker_ends_the_run_with_one_line(many: tuple[Path, Path], ranks: str, tmp_path: Path) -> None:
@@ -341,7 +424,6 @@ def test_a_page_that_the_tokenizer_gives_up_on_is_dropped_and_named(ranks: str, 
         ("flipped", "1.parquet: row group 1 is damaged"),
         ("column", "1.parquet: no column 'text', only 'content'"),
         ("empty", "1.parquet: not a readable parquet file (Parquet file size is 0 bytes)"),
-        ("no parquet", "is no .parquet file; data_prep/textfiles.py reads other kinds"),
     ],
 )
 def test_bad_input_is_one_line_and_nothing_is_lost(ranks: str, tmp_path: Path, damage: str, complaint: str) -> None:
@@ -359,8 +441,6 @@ def test_bad_input_is_one_line_and_nothing_is_lost(ranks: str, tmp_path: Path, d
             write_pages(path, make_pages(60, 1), column="content")
         case "empty":
             path.write_bytes(b"")
-        case "no parquet":
-            path.rename(tmp_path / "in" / "1.txt")
     done = prepare(tmp_path / "in", tmp_path / "out", ranks, "--workers", "1")
     assert complaint in refusal(done)
     assert not (tmp_path / "out").exists()
@@ -369,8 +449,58 @@ def test_bad_input_is_one_line_and_nothing_is_lost(ranks: str, tmp_path: Path, d
     else:
         assert names(tmp_path) == ["in"]
     path.write_bytes(content)
-    (tmp_path / "in" / "1.txt").unlink(missing_ok=True)
     assert prepare(tmp_path / "in", tmp_path / "out", ranks, "--workers", "1").returncode == 0
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused_and_no_part_of_it_stays(
+    pages: tuple[Path, list[Text]], finished: Path, ranks: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copytree(pages[0], tmp_path / "in")
+    path = tmp_path / "in" / "002_00000.parquet"
+    content = path.read_bytes()
+    really = encode.write_part
+    written = 0
+
+    def change_meanwhile(*args: Any) -> encode.Part:
+        nonlocal written
+        written += 1
+        if written == 3:
+            write_pages(path, make_pages(60, 77))
+        return really(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "write_part", change_meanwhile)
+        line = refusal(prepare(tmp_path / "in", tmp_path / "out", ranks, "--workers", "1"))
+    assert "002_00000.parquet: changed while it was read; run the same command again" in line
+    path.write_bytes(content)
+    assert prepare(tmp_path / "in", tmp_path / "out", ranks, "--workers", "1").returncode == 0
+    assert contents(tmp_path / "out") == contents(finished)
+
+
+@pytest.mark.parametrize("name", ["glob[1]", "a b*"])
+def test_folders_of_any_name(
+    finished: Path, pages: tuple[Path, list[Text]], ranks: str, tmp_path: Path, name: str
+) -> None:
+    shutil.copytree(pages[0], tmp_path / name)
+    assert prepare(tmp_path / name, tmp_path / "out", ranks, "--workers", "1").returncode == 0
+    assert contents(tmp_path / "out") == contents(finished)
+
+
+def test_files_without_rows(ranks: str, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "none.parquet")
+    line = refusal(prepare(tmp_path / "none.parquet", tmp_path / "out", ranks, "--workers", "1"))
+    assert "none.parquet: no rows in it" in line or "a split is empty" in line
+    write_pages(tmp_path / "null.parquet", [None, ""])
+    line = refusal(prepare(tmp_path / "null.parquet", tmp_path / "out2", ranks, "--workers", "1"))
+    assert "0 training and 0 validation tokens: a split is empty" in line
+
+
+def test_max_tokens_that_duplicates_leave_too_few_of_is_told(ranks: str, tmp_path: Path) -> None:
+    write_pages(tmp_path / "in" / "0.parquet", ["the same page " * 500] * 400)
+    write_pages(tmp_path / "in" / "1.parquet", make_pages(400, 1))
+    done = prepare(tmp_path / "in", tmp_path / "out", ranks, "--max-tokens", "100000", "--workers", "1")
+    assert done.returncode == 0, done.stderr
+    assert "tokens in the pages that --max-tokens 100000 reads, without their duplicates; set it higher" in done.stderr
 
 
 def test_a_full_disk_keeps_the_parts(pages: tuple[Path, list[Text]], tmp_path: Path) -> None:
@@ -381,6 +511,13 @@ def test_a_full_disk_keeps_the_parts(pages: tuple[Path, list[Text]], tmp_path: P
     assert "File too large" in done.stderr.splitlines()[-1]
     assert "finished parts" in done.stderr
     assert names(tmp_path / ".out.partial") == ["parts"]
+    command[command.index("60000")] = "9000"
+    shutil.rmtree(tmp_path / ".out.partial")
+    early = subprocess.run(command, capture_output=True, text=True)  # while parts are written
+    assert (early.returncode, early.stderr) == (2, "fineweb: [Errno 27] File too large\n")
+    assert names(tmp_path) == []
+    command[command.index("9000")] = "60000"
+    assert subprocess.run(command, capture_output=True, text=True).returncode == 2
     again = subprocess.run([sys.executable, SCRIPT, *given], capture_output=True, text=True)
     assert again.returncode == 0
     assert f"{FILES} of {FILES} parts were there from an earlier run" in again.stderr
@@ -392,16 +529,27 @@ def test_tasks_of_different_options_do_not_mix(pages: tuple[Path, list[Text]], r
     task = ("--stage", "tokenize", "--workers", "1", "--num-tasks", "2", "--task-index")
     assert prepare(pages[0], out, ranks, *task, "0").returncode == 0
     before = contents(tmp_path / ".out.partial")
-    for more in (("--seed", "1"), ("--dedup", "none"), ("--max-tokens", "5000")):
+    for more in (("--backend", "gigatoken"), ("--max-tokens", "5000")):
         line = refusal(prepare(pages[0], out, ranks, *task, "1", *more))
-        assert "other tasks prepare something else there" in line
+        assert "other tasks make other parts there" in line
         assert f"{more[0]} {more[1]} (was " in line
-        assert "(was " in refusal(prepare(pages[0], out, ranks, "--stage", "pack", *more))
-    assert "--tokenizer" in refusal(prepare(pages[0], out, "byte", *task, "1"))
+        assert f"{more[0]} {more[1]} (was " in refusal(prepare(pages[0], out, ranks, "--stage", "pack", *more))
+    assert "--tokenizer byte (" in refusal(prepare(pages[0], out, "byte", *task, "1"))
     (tmp_path / "other").mkdir()
     shutil.copy(pages[0] / "000_00000.parquet", tmp_path / "other")
     assert "--data-files" in refusal(prepare(tmp_path / "other", out, ranks, *task, "1"))
     assert contents(tmp_path / ".out.partial") == before
+
+
+def test_what_parts_do_not_depend_on_is_decided_when_they_are_packed(
+    pages: tuple[Path, list[Text]], ranks: str, tmp_path: Path
+) -> None:
+    out, fresh = tmp_path / "out", tmp_path / "fresh"
+    options = ("--seed", "1", "--dedup", "none", "--val-tokens", "700", "--workers", "1")
+    assert prepare(pages[0], out, ranks, "--stage", "tokenize", "--workers", "1").returncode == 0
+    assert prepare(pages[0], out, ranks, "--stage", "pack", *options).returncode == 0
+    assert prepare(pages[0], fresh, ranks, *options).returncode == 0
+    assert contents(out) == contents(fresh)
 
 
 def test_one_machine_may_change_its_mind(
@@ -420,10 +568,12 @@ def test_one_machine_may_change_its_mind(
 def test_two_at_once_into_the_same_place(many: tuple[Path, Path], ranks: str, tmp_path: Path) -> None:
     first = start(many[0], tmp_path / "out", ranks, "--workers", "2")
     wait_for_parts(tmp_path / ".out.partial" / "parts", 1, first)
-    if first.poll() is None:
-        for stage in ("all", "tokenize", "pack"):
-            line = refusal(prepare(many[0], tmp_path / "out", ranks, "--stage", stage))
-            assert "another process is making it right now" in line
+    os.killpg(first.pid, signal.SIGSTOP)
+    assert first.poll() is None
+    for stage in ("all", "tokenize", "pack"):
+        line = refusal(prepare(many[0], tmp_path / "out", ranks, "--stage", stage))
+        assert "another process is making it right now" in line
+    os.killpg(first.pid, signal.SIGCONT)
     first.communicate(timeout=120)
     assert first.returncode == 0
 
@@ -437,7 +587,9 @@ def test_two_at_once_into_the_same_place(many: tuple[Path, Path], ranks: str, tm
         (("--seed", "-1"), "--seed -1 must be between"),
         (("--tokenizer", "char"), "--tokenizer char would need"),
         (("--tokenizer", "nothing"), "--tokenizer nothing: neither"),
-        (("--data-files", "nowhere/*.parquet"), "--data-files nowhere/*.parquet: no such file"),
+        (("--data-files", SCRIPT), "fineweb.py is no .parquet file; data_prep/textfiles.py reads other kinds"),
+        (("--data-files", "nowhere/*.parquet"), "--data-files nowhere/*.parquet: no .parquet file there"),
+        (("--max-tokens", "2000"), "--val-tokens 2000 leaves nothing to train on of --max-tokens 2000"),
         (("--num-tasks", "2"), "--task-index and --num-tasks need each other"),
         (("--num-tasks", "2", "--task-index", "2", "--stage", "tokenize"), "--task-index 2 must be at least 0"),
         (("--num-tasks", "2", "--task-index", "1"), "--num-tasks 2: --stage all is the work of one task"),
@@ -454,12 +606,16 @@ def test_bad_options_are_one_line(
 def test_source_local_needs_files_and_arrays_one_stage(
     pages: tuple[Path, list[Text]], ranks: str, tmp_path: Path
 ) -> None:
-    done = called(fineweb.main, "--source", "local", "--out", str(tmp_path / "out"))
-    assert refusal(done) == "fineweb: --source local needs --data-files"
-    slurm: dict[str, Any] = {"SLURM_ARRAY_TASK_ID": "7", "SLURM_ARRAY_TASK_COUNT": "2", "SLURM_ARRAY_TASK_MIN": "3"}
-    line = refusal(prepare(pages[0], tmp_path / "out", ranks, "--stage", "tokenize", **slurm))
-    assert "the 2 ids of this Slurm array have gaps (7 is one)" in line
-    slurm["SLURM_ARRAY_TASK_ID"] = "4"
+    for given in (["--out", str(tmp_path / "out")], ["--data-files", str(pages[0])]):
+        done = called(fineweb.main, "--source", "local", *given)
+        assert refusal(done) == "fineweb: --source local needs --data-files and --out"
+    slurm: dict[str, Any] = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "2"}
+    task = ("--stage", "tokenize")
+    assert "SLURM_ARRAY_TASK_MIN is not" in refusal(prepare(pages[0], tmp_path / "out", ranks, *task, **slurm))
+    slurm |= {"SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_MAX": "7"}
+    line = refusal(prepare(pages[0], tmp_path / "out", ranks, *task, **slurm))
+    assert "the 2 ids of this Slurm array have gaps" in line
+    slurm["SLURM_ARRAY_TASK_MAX"] = "4"
     assert "SLURM_ARRAY_TASK_COUNT 2: --stage all" in refusal(prepare(pages[0], tmp_path / "out", ranks, **slurm))
     assert names(tmp_path) == []
 
@@ -492,14 +648,25 @@ def test_a_dry_run_says_what_it_takes_and_writes_nothing(
     done = prepare(pages[0], tmp_path / "out", ranks, "--dry-run", "--workers", "3")
     assert done.returncode == 0
     assert f"{FILES} files" in done.stdout
-    for word in ("text ", "shards ", "disk ", "time ", "GB free", "MB/s each as measured now"):
+    for word in ("shards ", "disk ", "time ", "GB free", "MB/s each as measured now"):
         assert word in done.stdout
+    encoding = tiktoken.get_encoding("gpt2")
+    really = sum(len(encoding.encode_ordinary(text)) for text in as_texts(pages[1]))
+    [said] = re.findall(r"text .* about ([\d,]+) tokens", done.stdout)
+    assert 0.7 < int(said.replace(",", "")) / really < 1.3
     assert names(tmp_path) == []
 
 
 def test_a_damaged_shard_is_found_by_stage_verify(pages: tuple[Path, list[Text]], ranks: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert prepare(pages[0], out, ranks, "--workers", "1").returncode == 0
+    by_bytes = [*arguments(pages[0], out, "byte"), "--stage", "verify"]
+    assert "sound" in called(fineweb.main, *by_bytes).stdout  # its own tokenizer counts
+    path = out / "tokenizer" / "ranks.tiktoken"
+    kept = path.read_bytes()
+    path.write_bytes(kept.replace(b" 300\n", b" 301\n"))
+    assert "its ranks are not 0 to 50255" in refusal(prepare(pages[0], out, ranks, "--stage", "verify"))
+    path.write_bytes(kept)
     path = out / "train_000001.bin"
     content = bytearray(path.read_bytes())
     content[2000] ^= 1
@@ -518,8 +685,28 @@ def test_progress_tells_rates_and_a_terminal_gets_one_line(
         assert word in lines[-1]
 
 
+def test_progress_at_a_terminal_is_one_line_that_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    shown = Terminal()
+    monkeypatch.setattr(workers, "TERMINAL_SECONDS", 0.0)
+    monkeypatch.setattr(sys, "stderr", shown)
+    progress = workers.Progress("encode", 100)
+    for _ in range(4):
+        progress.add(25, 1)
+    progress.add(1)
+    workers.Progress("encode", 0).add(0)
+    lines = shown.getvalue().split("\r\x1b[K")
+    assert len(lines) == 5
+    assert shown.getvalue().count("\n") == 1
+    assert lines[-1].endswith("0 s left\n")
+
+
 def test_names_of_data_directories() -> None:
     assert Options().directory == Path("data/fineweb_edu_10B")
+    assert Options(max_tokens=10_000_000).directory == Path("data/fineweb_edu_10B_first_10000000")
     assert Options(name="sample-350BT").directory == Path("data/fineweb_edu_350B")
     assert Options(name="CC-MAIN-2024-10").directory == Path("data/fineweb_edu_CC-MAIN-2024-10")
     assert Options(dataset="HuggingFaceFW/fineweb", name="default").directory == Path("data/fineweb_default")

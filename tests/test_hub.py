@@ -513,12 +513,19 @@ def test_a_killed_process_leaves_nothing_behind_and_its_whole_files_count(server
     assert {kind for kind, _ in server.asked} == {"info", "tree", "head", "place", "get"}
 
 
-def test_one_process_downloads_to_a_folder(tmp_path: Path) -> None:
+def test_one_process_at_a_time_downloads_to_a_folder(
+    server: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     listing = sample()
     with (tmp_path / hub.LOCK).open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        with pytest.raises(InputError, match="another process is downloading to it"):
-            download(listing, listing.files, tmp_path)
+        other = threading.Thread(target=download, args=(listing, listing.files, tmp_path))
+        other.start()
+        while "waiting for another process that downloads to" not in capsys.readouterr().err:
+            assert server.of("get") == []
+            time.sleep(0.01)
+        fcntl.flock(lock, fcntl.LOCK_UN)
+    other.join()
     assert_whole(download(listing, listing.files, tmp_path), tmp_path)
 
 

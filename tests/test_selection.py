@@ -60,7 +60,7 @@ def oracle(documents: list[tuple[bytes, list[int]]], rules: Rules) -> tuple[list
         kept.append((text_hash, ids))
     val: set[bytes] = set()
     for text_hash in sorted({text_hash for text_hash, _ in kept}):
-        if sum(len(ids) for other, ids in kept if other in val) < rules.val_tokens:
+        if sum(len(ids) for other, ids in kept if other in val) < (rules.val_tokens or 0):
             val.add(text_hash)
     if rules.shuffle_seed is not None:
         keys = np.array([int.from_bytes(text_hash[:8], "big") for text_hash, _ in kept], dtype=np.uint64)
@@ -96,13 +96,13 @@ def test_split_by_hash_is_what_plain_python_says(
             assert ids == joined(expected)
             assert starts == [place for place, index in enumerate(ids) if index == 0]
             assert (order.documents, order.tokens) == (len(expected), len(ids))
-        if drop_duplicates:
-            assert chosen.duplicates == len(documents) - len(set(documents_hashes(documents)))
+        looked_at = documents[: len(documents) - chosen.documents_beyond]
+        assert chosen.duplicates == (len(looked_at) - len(set(hashes_of(looked_at))) if drop_duplicates else 0)
         total = chosen.train.documents + chosen.val.documents + chosen.duplicates + chosen.documents_beyond
         assert total == len(documents)
 
 
-def documents_hashes(documents: list[tuple[bytes, list[int]]]) -> list[bytes]:
+def hashes_of(documents: list[tuple[bytes, list[int]]]) -> list[bytes]:
     return [text_hash for text_hash, _ in documents]
 
 
@@ -112,13 +112,13 @@ def test_the_first_shard_is_cut_at_its_very_token(tmp_path: Path) -> None:
     parts = make_parts(tmp_path / "parts", documents, rng)
     whole = joined([ids for _, ids in documents])
     ends = set(np.cumsum([len(ids) for _, ids in documents]).tolist())
-    for count in range(1, len(whole)):
+    for count in sorted({*range(1, len(whole), 11), *ends, *(end + 1 for end in ends)} - {len(whole), len(whole) + 1}):
         rules = Rules(False, None, "first-shard", count, None)
         chosen = select(parts, rules, tmp_path)
         val, val_starts = stream(chosen.val, parts)
         train, train_starts = stream(chosen.train, parts)
         assert (val, train) == (whole[:count], whole[count:])
-        assert chosen.train.begins_inside == (count not in ends)
+        assert (chosen.train.skip > 0) == (count not in ends)
         assert val_starts == [place for place, index in enumerate(val) if index == 0]
         assert train_starts == [place for place, index in enumerate(train) if index == 0]
 
