@@ -33,7 +33,7 @@ def write_atomically(path: Path, content: str) -> None:
     fsync_directory(path.parent)
 
 
-def write_blocks_atomically(path: Path, blocks: Iterable[bytes]) -> str:
+def write_blocks_atomically(path: Path, blocks: Iterable[bytes | memoryview]) -> str:
     """`write_atomically` of bytes as they come, without holding them; their hex sha256."""
     digest = hashlib.sha256()
     temporary = _beside(path)

@@ -8,16 +8,15 @@
 Many machines with one folder, no coordinator: `--stage download` once, `--stage tokenize` in every task of a Slurm
 array (or with --task-index I --num-tasks N), then `--stage pack` once.
 
-sample-10BT is 28.5 GB of parquet, 9.67 million pages and about 10 billion tokens: 20 GB of shards, and 20 GB more while
-they are made. tiktoken encodes 8 to 13 MB/s per core (LOG.md), so its 47 GB of text take about 80 minutes on 8 cores;
---backend gigatoken is bound by reading instead. Each worker takes about 0.3 GB, the choice of documents 5 bytes for
-each and up to 2.7 GB.
+sample-10BT is 28.5 GB of parquet, 9.67 million pages, 47 GB of text and about 10 billion tokens: 20 GB of shards, and
+20 GB of parts while they are made. @TIME@ Memory: @MEMORY@
 
 Defaults, and why: GPT-2's tokens, since runs are compared by them. Exact duplicates go (4.18 % of sample-10BT are
 copies), since the split would leak through them and they are trained on twice. Validation is by text hash, so that it
 is a sample of everything. Documents are shuffled, since the files are sorted by crawl and a reader that takes shards in
 turn would see a periodic loss. `--split-mode first-shard --dedup none --shuffle none` gives the stream of
-build-nanogpt's fineweb.py, byte for byte.
+build-nanogpt's fineweb.py, byte for byte (of a page without any text, which sample-10BT should not have, that script
+would keep an EOT).
 
 The output is the same for any number of --workers, tasks and kills, and for both backends. It appears whole, under its
 name, when everything is written; stopped or killed, the same command goes on from the parts in .NAME.partial.

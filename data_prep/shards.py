@@ -84,9 +84,9 @@ class ShardWriter:
         if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._vocab_size:
             outside = tokens[(tokens < 0) | (tokens >= self._vocab_size)]
             raise InputError(f"token id {int(outside[0])} is outside the vocabulary of {self._vocab_size}")
-        ids = tokens.astype("<u2")
+        ids = np.ascontiguousarray(tokens, dtype="<u2")
         starts = np.asarray(document_starts, dtype=np.int64)
-        self._stream_hash.update(ids.tobytes())
+        self._stream_hash.update(ids.data)
         taken = 0
         while taken < len(ids):
             room = self._shard_tokens - self._buffered
@@ -118,10 +118,10 @@ class ShardWriter:
         if kind is None:
             self.close()
 
-    def _bytes_of(self, header: npt.NDArray[np.int32]) -> Iterator[bytes]:
+    def _bytes_of(self, header: npt.NDArray[np.int32]) -> Iterator[bytes | memoryview]:
         yield header.tobytes()
         for block in self._blocks:
-            yield block.tobytes()
+            yield block.data
 
     def _write_shard(self) -> None:
         name = f"{self.split}_{len(self.shards):06d}"
