@@ -26,6 +26,7 @@ import json
 import multiprocessing
 import os
 import platform
+import resource
 import statistics
 import subprocess
 import sys
@@ -153,10 +154,11 @@ class Seen:
     """A command's time and tokens; the moments at which its first part was begun, its last finished, its data whole.
 
     Moments are seconds after its start, None where they were not seen. Memory in bytes: its own process, and the
-    largest of its workers.
+    largest of its workers. cpu_seconds: of all its processes, which others on the machine change little.
     """
 
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     tokens: int = 0
     fingerprint: str = ""
     first_part: float | None = None
@@ -197,10 +199,17 @@ def children_of(process: int) -> list[int]:
     return found
 
 
+def cpu_seconds_of_children() -> float:
+    """User and system time of all children that have ended, and of theirs."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def run_watched(command: Sequence[str], out: Path) -> tuple[Seen, str]:
     """(what was seen, standard output). InputError with its last line where the command fails."""
     environment = os.environ | {"HF_HOME": str(out.parent / "huggingface"), "HF_HUB_OFFLINE": "1"}
     seen, is_over = Seen(), threading.Event()
+    cpu_before = cpu_seconds_of_children()
     started = time.perf_counter()
     with subprocess.Popen(
         [sys.executable, *command], cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -216,6 +225,7 @@ def run_watched(command: Sequence[str], out: Path) -> tuple[Seen, str]:
         seen.seconds = time.perf_counter() - started
         is_over.set()
         watcher.join()
+    seen.cpu_seconds = cpu_seconds_of_children() - cpu_before
     if process.returncode:
         raise InputError(f"{command[0]} failed: {(complaint.strip().splitlines() or ['without a word'])[-1]}")
     return seen, told
@@ -352,8 +362,10 @@ def limits(bare: list[float], rates: dict[str, list[float]]) -> list[dict[str, A
     found = []
     for backend, peer, rates_of_peer, needed in asked:
         if backend in rates:
-            ratio = spread([ours / other for ours, other in zip(rates[backend], rates_of_peer, strict=True)], 3)
-            found.append({"ours": backend, "over": peer, "needed": needed, **ratio, "holds": ratio["median"] >= needed})
+            ratios = [ours / other for ours, other in zip(rates[backend], rates_of_peer, strict=True)]
+            limit: dict[str, Any] = {"ours": backend, "over": peer, "needed": needed, **spread(ratios, 3)}
+            limit |= {"holds": limit["median"] >= needed, "rounds": [round(ratio, 3) for ratio in ratios]}
+            found.append(limit)
     return found
 
 
@@ -376,7 +388,9 @@ def summary(rounds: Sequence[Round], text_bytes: int, options: Options) -> dict[
         commands[case] = {
             "megabytes_per_second": spread(rates[case]),
             "seconds": spread([one.commands[case].seconds for one in rounds]),
+            "seconds_of_rounds": [round(one.commands[case].seconds, 2) for one in rounds],
             "startup_seconds": spread([one.startups[case].seconds for one in rounds]),
+            "cpu_seconds": spread([one.commands[case].cpu_seconds for one in rounds]),
             "parent_peak_mb": round(max(one.commands[case].parent_bytes for one in rounds) / MB),
             "worker_peak_mb": round(max(one.commands[case].worker_bytes for one in rounds) / MB),
         }
@@ -397,6 +411,7 @@ def summary(rounds: Sequence[Round], text_bytes: int, options: Options) -> dict[
         "workers": options.workers,
         "rounds": len(rounds),
         "bare_megabytes_per_second": spread([rate for one in rounds for rate in one.bare]),
+        "bare_of_rounds": [[round(rate, 2) for rate in one.bare] for one in rounds],
         "bare_gigatoken_megabytes_per_second": spread(giga) if giga else None,
         "together_over_w_bare": spread([one.together / w_bare for one, w_bare in zip(rounds, bare, strict=True)], 3),
         "commands": commands,
