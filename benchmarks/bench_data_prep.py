@@ -233,7 +233,8 @@ def run_watched(command: Sequence[str], out: Path) -> tuple[Seen, str]:
 
 
 def run_usual(paths: Sequence[Path], workers: int, out: Path) -> Seen:
-    seen, told = run_watched(["benchmarks/usual_pattern.py", str(out), str(workers), *map(str, paths)], out)
+    flags = ["--out", str(out), "--workers", str(workers), "--files", *map(str, paths)]
+    seen, told = run_watched(["benchmarks/usual_pattern.py", *flags], out)
     seen.tokens = json.loads(told.splitlines()[-1])["tokens"]
     return seen
 
