@@ -23,10 +23,11 @@ lint: .venv/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: .venv/.base
+bench: .venv/.dev
 	$(BIN)/python benchmarks/bench_step.py
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 benchmarks/bench_step.py
 	$(BIN)/python benchmarks/bench_batches.py
+	$(BIN)/python benchmarks/bench_data_prep.py
 
 .venv/.base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
