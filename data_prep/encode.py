@@ -46,6 +46,7 @@ HASH_BYTES = 16
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 Backend = Literal["tiktoken", "gigatoken"]
+Encoded = tuple[Tokens, list[int], list[bytes]]  # some documents' ids, one after the other; their lengths; their hashes
 Hashes = npt.NDArray[np.uint64]
 
 
@@ -188,21 +189,27 @@ def encode_unit(task: EncodeTask) -> Part:
     return write_part(task.stem, task.key, _encoded(task, codec, tally), tally)
 
 
-def _encoded(task: EncodeTask, codec: Codec, tally: Tally) -> Iterator[tuple[Tokens, bytes]]:
-    """(ids, hash of the text) of every document that is not empty, begun by EOT where the codec has one."""
+def _encoded(task: EncodeTask, codec: Codec, tally: Tally) -> Iterator[Encoded]:
+    """Every document that is not empty, begun by EOT where the codec has one, a batch at a time."""
     begin = np.array([] if codec.eot_id is None else [codec.eot_id], dtype="<u2")
     giga = _giga(task.codec_directory, task.tokenizer) if task.backend == "gigatoken" else None
     encode = encoder(codec, giga)
     check_unchanged(task)
     for batch in _batches(task, tally):
+        pieces: list[Ids] = []
+        lengths: list[int] = []
+        hashes: list[bytes] = []
         for document, ids in zip(batch, encode(batch), strict=True):
             if isinstance(ids, InputError):
                 if not task.reading.tolerant:
                     raise InputError(f"{place_of(task.unit, task.reading, document.position)}: {ids}") from ids
                 tally.dropped.append(document.position)
                 continue
-            text_hash = hashlib.blake2b(document.utf8, digest_size=HASH_BYTES).digest()
-            yield np.concatenate([begin, ids], dtype="<u2", casting="unsafe"), text_hash
+            pieces += (begin, ids)
+            lengths.append(len(begin) + len(ids))
+            hashes.append(hashlib.blake2b(document.utf8, digest_size=HASH_BYTES).digest())
+        if pieces:
+            yield np.concatenate(pieces, dtype="<u2", casting="unsafe"), lengths, hashes
     check_unchanged(task)
 
 
@@ -270,37 +277,33 @@ def _giga(directory: Path, tokenizer: str) -> GigaEncoder:
     return GigaEncoder(_codec(directory, tokenizer), directory / FOLDER / RANKS_FILE)
 
 
-def write_part(stem: Path, key: dict[str, Any], documents: Iterable[tuple[Tokens, bytes]], tally: Tally) -> Part:
-    """Write (tokens, hash) of documents as they come, then their places and hashes; the .json last.
+def write_part(stem: Path, key: dict[str, Any], batches: Iterable[Encoded], tally: Tally) -> Part:
+    """Write documents' tokens as they come, then their places and hashes; the .json last, so that half a part has none.
 
-    So half a part has none. `tally` is read when all documents have come.
+    `tally` is read when all have come.
     """
-    starts: list[int] = []
+    lengths: list[int] = []
     hashes: list[bytes] = []
-    num_tokens = 0
 
-    def blocks() -> Iterator[bytes]:
-        nonlocal num_tokens
-        for ids, text_hash in documents:
-            starts.append(num_tokens)
-            hashes.append(text_hash)
-            num_tokens += len(ids)
-            for begin in range(0, len(ids), BLOCK_TOKENS):
-                yield ids[begin : begin + BLOCK_TOKENS].tobytes()
-        yield np.array(starts, dtype="<u8").tobytes()
+    def blocks() -> Iterator[bytes | memoryview]:
+        for tokens, more_lengths, more_hashes in batches:
+            lengths.extend(more_lengths)
+            hashes.extend(more_hashes)
+            yield np.ascontiguousarray(tokens, dtype="<u2").data
+        yield np.cumsum([0, *lengths], dtype="<u8")[:-1].tobytes()
         yield b"".join(hashes)
 
     path = stem.with_suffix(".part")
     sha256 = write_blocks_atomically(path, blocks())
     record = {
         "key": key,
-        "tokens": num_tokens,
-        "documents": len(starts),
+        "tokens": sum(lengths),
+        "documents": len(lengths),
         "sha256": sha256,
         "tally": dataclasses.asdict(tally),
     }
     write_json_atomically(stem.with_suffix(".json"), record)
-    return Part(path, num_tokens, len(starts), tally)
+    return Part(path, sum(lengths), len(lengths), tally)
 
 
 def read_part(stem: Path, key: dict[str, Any]) -> Part | None:

@@ -90,14 +90,13 @@ class Job:
     def workers(self, num_tasks: int) -> Workers:
         return Workers(max(1, min(self.options.workers or available_cores(), num_tasks)))
 
-    def describe(self, files: list[InputFile]) -> None:
+    def describe(self, files: list[InputFile], workers: Workers) -> None:
         """Have `files` in `known`; those of the Hub were hashed when they came."""
-        new = [file for file in files if file not in self.known]
-        states = {file: file_state(file) for file in new}
+        states = {file: file_state(file) for file in files}
         if self.listing is not None:
             named = {file.path: file for file in self.listing.files}
-            hub.download(self.listing, [named[file.name] for file in new], downloads_of(self.options, self.listing))
-            for file in new:
+            hub.download(self.listing, [named[file.name] for file in files], downloads_of(self.options, self.listing))
+            for file in files:
                 described: dict[str, Any] = {
                     "name": file.name,
                     "bytes": states[file][0],
@@ -106,10 +105,9 @@ class Job:
                 self.known[file] = described, states[file]
             return
         progress = Progress("hash", sum(size for size, _ in states.values()))
-        with self.workers(len(new)) as workers:
-            for index, described in workers.run(describe_file, new):
-                self.known[new[index]] = described, states[new[index]]
-                progress.add(described["bytes"])
+        for index, described in workers.run(describe_file, files):
+            self.known[files[index]] = described, states[files[index]]
+            progress.add(described["bytes"])
 
     def tasks(self, units: list[Unit]) -> list[EncodeTask]:
         """One for each unit, whose files are known."""
@@ -134,9 +132,9 @@ def tokenize(job: Job) -> tuple[list[EncodeTask], list[Part]]:
     units = units[len(units) * index // count : len(units) * (index + 1) // count]
     job.codec.save(job.partial / PARTS)
     warn_of_disk(job, units)
-    job.describe(list(dict.fromkeys(unit.file for unit in units)))
-    tasks = job.tasks(units)
-    with job.workers(len(tasks)) as workers:
+    with job.workers(len(units)) as workers:
+        job.describe(list(dict.fromkeys(unit.file for unit in units)), workers)
+        tasks = job.tasks(units)
         parts = make_parts(tasks, workers, "fineweb")
     if options.stage == "tokenize":
         tokens = sum(part.tokens for part in parts)
@@ -158,11 +156,12 @@ def finished_parts(job: Job) -> tuple[list[EncodeTask], list[Part]]:
     """Every part, made by whichever task."""
     files = job.files()
     keep_plan(job.partial, part_options(job.options, files, job.codec), replace=False)
-    job.describe(files)
-    tasks = job.tasks(units_of(files, job.options))
-    progress = Progress("check parts", sum(task.unit.num_bytes for task in tasks))
+    units = units_of(files, job.options)
+    progress = Progress("check parts", sum(unit.num_bytes for unit in units))
     found: dict[int, Part] = {}
-    with job.workers(len(tasks)) as workers:
+    with job.workers(len(units)) as workers:
+        job.describe(files, workers)
+        tasks = job.tasks(units)
         for index, part in workers.run(read_finished, tasks):
             progress.add(tasks[index].unit.num_bytes)
             if part is not None:

@@ -239,5 +239,5 @@ def test_a_folder_without_parquet_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_command_that_fails_is_told(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"data_prep/fineweb\.py failed: .*no such file"):
+    with pytest.raises(InputError, match=r"data_prep/fineweb\.py failed: .*no .parquet file there"):
         bench_data_prep.run_ours([tmp_path / "none.parquet"], 1, tmp_path / "out", "tiktoken")

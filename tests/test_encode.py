@@ -94,7 +94,11 @@ def test_a_part_reads_back_as_written(tmp_path: Path) -> None:
     documents = [np.arange(n, dtype=np.uint16) for n in (3, 1, BLOCK_TOKENS + 5, 2)]
     hashes = [hashlib.sha256(bytes([n])).digest()[:16] for n in range(4)]
     tally = Tally(empty=3, repaired=1, dropped=[5])
-    part = write_part(tmp_path / "one", {"key": 1}, zip(documents, hashes, strict=True), tally)
+    batches = [
+        (np.concatenate(documents[begin:end]), [len(ids) for ids in documents[begin:end]], hashes[begin:end])
+        for begin, end in ((0, 1), (1, 4))
+    ]
+    part = write_part(tmp_path / "one", {"key": 1}, iter(batches), tally)
     assert (part.documents, part.tokens) == (4, BLOCK_TOKENS + 11)
     read = read_part(tmp_path / "one", {"key": 1})
     assert read == Part(part.path, part.tokens, 4, tally, is_old=True)
@@ -107,7 +111,7 @@ def test_a_part_reads_back_as_written(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("damage", ["key", "record", "torn record", "flipped bit", "shorter", "gone"])
 def test_a_part_that_is_not_sound_or_not_of_this_input_is_not_used(tmp_path: Path, damage: str) -> None:
-    part = write_part(tmp_path / "one", {"key": 1}, [(np.arange(50, dtype=np.uint16), bytes(16))], Tally())
+    part = write_part(tmp_path / "one", {"key": 1}, [(np.arange(50, dtype=np.uint16), [50], [bytes(16)])], Tally())
     record, content = tmp_path / "one.json", part.path.read_bytes()
     match damage:
         case "record":
@@ -167,7 +171,7 @@ def test_units_of_any_size_pack_into_the_same_shards(tmp_path: Path, monkeypatch
 def test_pack_split_keeps_order_and_places(tmp_path: Path, finished: Path) -> None:
     codec = textfiles.make_codec("byte", "")
     parts = [
-        write_part(tmp_path / name, {}, [(np.full(n, n, dtype=np.uint16), bytes(16)) for n in sizes], Tally())
+        write_part(tmp_path / name, {}, [(np.full(n, n, dtype=np.uint16), [n], [bytes(16)]) for n in sizes], Tally())
         for name, sizes in (("b", (5, 1)), ("a", ()), ("c", (9,)))
     ]
     info = pack_split(tmp_path, "train", parts_in_turn(parts), num_tokens=15, codec=codec, shard_tokens=4)

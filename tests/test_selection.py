@@ -32,7 +32,7 @@ def make_parts(folder: Path, documents: list[tuple[bytes, list[int]]], rng: rand
         write_part(
             folder / str(number),
             {},
-            [(np.array(ids, dtype=np.uint16), text_hash) for text_hash, ids in documents[begin:end]],
+            [(np.array(ids, dtype=np.uint16), [len(ids)], [text_hash]) for text_hash, ids in documents[begin:end]],
             Tally(),
         )
         for number, (begin, end) in enumerate(bounds)
