@@ -12,8 +12,9 @@ quickstart: .venv/.base
 	$(BIN)/python train/curves.py runs/quickstart
 	$(BIN)/python model/generate.py runs/quickstart --prompt "The " --max-tokens 300
 
+# Interpreters are started by the hundred: our modules are compiled once, whatever the environment says.
 test: .venv/.dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: .venv/.dev
 	$(BIN)/python -m pytest -m slow

@@ -9,7 +9,9 @@ Many machines with one folder, no coordinator: `--stage download` once, `--stage
 array (or with --task-index I --num-tasks N), then `--stage pack` once.
 
 sample-10BT is 28.5 GB of parquet, 9.67 million pages, 47 GB of text and about 10 billion tokens: 20 GB of shards, and
-20 GB of parts while they are made. @TIME@ Memory: @MEMORY@
+20 GB of parts while they are made. Two workers on two cores made shards of 1 GB of text in 75 s, with --backend
+gigatoken in 18 s (LOG.md): about 60 and 14 minutes for all of it, less with more cores, of which packing uses one.
+Memory: 0.5 GB, and 0.25 GB (gigatoken 0.35) for each worker; above 8 million documents 0.7 GB and 5 bytes for each.
 
 Defaults, and why: GPT-2's tokens, since runs are compared by them. Exact duplicates go (4.18 % of sample-10BT are
 copies), since the split would leak through them and they are trained on twice. Validation is by text hash, so that it

@@ -147,14 +147,14 @@ def put_in_place(partial: Path, out: Path) -> None:
 
 def _finish_swap(out: Path) -> None:
     """What was replaced gets its name back if nothing has it; where the new one has, that and the parts go."""
-    if not out.exists():
-        if _replaced(out).exists():
-            _replaced(out).rename(out)
-        return
-    if (out / PARTS).exists():
-        shutil.rmtree(out / PARTS)
-    if _replaced(out).exists():
-        shutil.rmtree(_replaced(out))
+    old, doomed = _replaced(out), out.with_name(f".{out.name}.removing")
+    shutil.rmtree(doomed, ignore_errors=True)
+    if not out.exists() and any(old.glob("*.json")):  # which every finished directory has
+        old.rename(out)
+    for leftover in (out / PARTS, old):
+        if leftover.exists():
+            leftover.rename(doomed)  # so that what is half removed is never taken for something
+            shutil.rmtree(doomed)
 
 
 def _replaced(out: Path) -> Path:

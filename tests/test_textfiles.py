@@ -258,7 +258,7 @@ def test_overwrite_replaces_the_data_whole(finished: Path, tmp_path: Path, token
 
 
 def test_what_an_interrupted_preparation_left_does_not_disturb(finished: Path, tmp_path: Path) -> None:
-    for leftover in (".again.partial", ".again.replaced"):
+    for leftover in (".again.partial", ".again.replaced", ".again.removing"):
         (tmp_path / leftover).mkdir()
         (tmp_path / leftover / "train_000000.bin").write_bytes(b"half a sha")
         (tmp_path / leftover / "train_000007.bin").write_bytes(bytes(3000))
