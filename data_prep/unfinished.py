@@ -102,7 +102,7 @@ def existing_data(
     overwrite: bool,
 ) -> Manifest | None:
     """The manifest in --out if it already holds exactly this; None if --out is free or to be replaced."""
-    if (out / PARTS).exists() or _replaced(out).exists():  # left by a kill in put_in_place
+    if any(path.exists() for path in (out / PARTS, _replaced(out), _removing(out))):  # left by a kill in put_in_place
         with _locked(out, shared=False):
             _finish_swap(out)
     if not out.exists():
@@ -147,7 +147,7 @@ def put_in_place(partial: Path, out: Path) -> None:
 
 def _finish_swap(out: Path) -> None:
     """What was replaced gets its name back if nothing has it; where the new one has, that and the parts go."""
-    old, doomed = _replaced(out), out.with_name(f".{out.name}.removing")
+    old, doomed = _replaced(out), _removing(out)
     shutil.rmtree(doomed, ignore_errors=True)
     if not out.exists() and any(old.glob("*.json")):  # which every finished directory has
         old.rename(out)
@@ -159,3 +159,7 @@ def _finish_swap(out: Path) -> None:
 
 def _replaced(out: Path) -> Path:
     return out.with_name(f".{out.name}.replaced")
+
+
+def _removing(out: Path) -> Path:
+    return out.with_name(f".{out.name}.removing")
