@@ -33,8 +33,17 @@ def pytest_runtest_makereport(
     return report
 
 
-# Longest first, so that two workers end together (with --no-loadscope-reorder; files stay whole).
-LONGEST = ("test_survival", "test_exact", "test_mesh", "test_loop", "test_gpt", "test_saves", "test_tracking")
+# Longest first, so that workers end together (with --no-loadscope-reorder; files stay whole).
+LONGEST = (
+    "test_survival",
+    "test_exact",
+    "test_fineweb",
+    "test_loop",
+    "test_gpt",
+    "test_tracking",
+    "test_bpe",
+    "test_layout",
+)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
