@@ -12,10 +12,10 @@ quickstart: .venv/.base
 	$(BIN)/python train/curves.py runs/quickstart
 	$(BIN)/python model/generate.py runs/quickstart --prompt "The " --max-tokens 300
 
-# Interpreters are started by the hundred: our modules are compiled once, whatever the environment says. Three workers:
+# Interpreters are started by the hundred: our modules are compiled once, whatever the environment says. Four workers:
 # what waits for processes would leave one of two cores idle.
 test: .venv/.dev
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder -m "not slow"
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -m "not slow"
 
 test-slow: .venv/.dev
 	$(BIN)/python -m pytest -m slow

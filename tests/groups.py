@@ -23,7 +23,7 @@ def run_on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[A
     """
     if world == 1:
         return [function(Mesh(0, 1, torch.device("cpu")), *args)]
-    multiprocessing.set_forkserver_preload(["train.main"])
+    multiprocessing.set_forkserver_preload(["train.main", "torch._dynamo"])  # which making an optimizer imports
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(_enter, args=(world, folder, function, args), nprocs=world, start_method="forkserver")
         return [pickle.loads((Path(folder) / f"result_{rank}").read_bytes()) for rank in range(world)]
