@@ -342,12 +342,8 @@ def warn(warning: str) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    try:
-        with one_line_errors("bpe"):
-            prepare(tyro.cli(Options, args=args, description=__doc__))
-    except KeyboardInterrupt as interruption:
-        print(f"bpe: {str(interruption) or 'interrupted'}", file=sys.stderr, flush=True)
-        sys.exit(130)
+    with one_line_errors("bpe"):
+        prepare(tyro.cli(Options, args=args, description=__doc__))
 
 
 if __name__ == "__main__":

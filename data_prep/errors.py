@@ -18,7 +18,7 @@ def first_line(error: BaseException) -> str:
 
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """Turn an InputError, and what the file system refuses, into one line on stderr and exit status 2.
+    """Turn an InputError, and what the file system refuses, into one line on stderr and exit status 2; Ctrl-C into 130.
 
     Under torchrun every rank meets the same error; only rank 0 prints it. A character that the console cannot show
     is printed as its escape.
@@ -27,7 +27,7 @@ def one_line_errors(program: str) -> Iterator[None]:
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
-    except (InputError, OSError) as error:
+    except (InputError, OSError, KeyboardInterrupt) as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"{program}: {error}", file=sys.stderr, flush=True)
-        sys.exit(2)
+            print(f"{program}: {str(error) or 'interrupted'}", file=sys.stderr, flush=True)
+        sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)

@@ -212,11 +212,11 @@ def pack(job: Job, tasks: list[EncodeTask], parts: list[Part]) -> Manifest:
     manifest.write(partial)
     put_in_place(partial, options.directory)
     kept = selection.train.tokens + selection.val.tokens
-    if options.max_tokens is not None and not selection.documents_beyond and kept < options.max_tokens * 0.999:
+    if options.max_tokens is not None and not selection.documents_beyond and kept < options.max_tokens:
         line = (
             f"only {kept:,} tokens in the pages that --max-tokens {options.max_tokens} reads, without their duplicates"
         )
-        print(f"fineweb: warning: {line}; set it higher", file=sys.stderr, flush=True)
+        print(f"fineweb: warning: {line}; set it higher if there are more", file=sys.stderr, flush=True)
     return manifest
 
 
@@ -357,12 +357,8 @@ def prepare(options: Options) -> None:
 def main(args: list[str] | None = None) -> None:
     import tyro  # not in the workers, which import this module too
 
-    try:
-        with one_line_errors("fineweb"):
-            prepare(tyro.cli(Options, args=args, description=__doc__))
-    except KeyboardInterrupt as interruption:
-        print(f"fineweb: {str(interruption) or 'interrupted'}", file=sys.stderr, flush=True)
-        sys.exit(130)
+    with one_line_errors("fineweb"):
+        prepare(tyro.cli(Options, args=args, description=__doc__))
 
 
 if __name__ == "__main__":

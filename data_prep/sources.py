@@ -11,26 +11,22 @@ A .gz file is one unit: it cannot be entered in the middle. Text is kept to the 
 stay. Units depend on the files alone, and what is made of them does not depend on where they are cut.
 """
 
-import functools
-import glob
 import gzip
 import itertools
 import json
 import mmap
-import tempfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Literal
 
-from data_prep import python_docs
-from data_prep.errors import InputError, first_line
+from data_prep import parquet_rows, python_docs
+from data_prep.errors import InputError
 
 UNIT_BYTES = 8 * 2**20
 BLOCK_BYTES = 2**20
-BATCH_ROWS = 1000
 
 FileState = tuple[int, int]
 Kind = Literal["text", "jsonl", "parquet", "python-docs"]
@@ -204,17 +200,12 @@ def _cut_after(data: mmap.mmap, separator: bytes, position: int) -> int | None:
 
 
 def _row_group_units(file: InputFile, reading: Reading, unit_bytes: int) -> list[Unit]:
-    opened = _open_parquet(file, reading)
-    leaf = next(
-        index
-        for index in range(opened.metadata.num_columns)
-        if opened.metadata.schema.column(index).path == reading.text_column
-    )
     units = []
     start = num_bytes = 0
-    for group in range(opened.metadata.num_row_groups):
-        num_bytes += opened.metadata.row_group(group).column(leaf).total_uncompressed_size
-        if num_bytes >= unit_bytes or group == opened.metadata.num_row_groups - 1:
+    sizes = parquet_rows.row_group_bytes(file.path, reading.text_column, file.flag)
+    for group, size in enumerate(sizes):
+        num_bytes += size
+        if num_bytes >= unit_bytes or group == len(sizes) - 1:
             units.append(Unit(file, start, group + 1, num_bytes))
             start, num_bytes = group + 1, 0
     return units
@@ -227,7 +218,13 @@ def read_documents(unit: Unit, reading: Reading) -> Iterator[tuple[int, str]]:
         return
     match unit.file.kind:
         case "parquet":
-            documents = _rows(unit, reading)
+            documents = parquet_rows.read_rows(
+                unit.file.path,
+                reading.text_column,
+                range(unit.start, unit.stop),
+                flag=unit.file.flag,
+                tolerant=reading.tolerant,
+            )
         case "jsonl":
             documents = _json_lines(unit, reading)
         case _:
@@ -283,7 +280,7 @@ def place_of(unit: Unit, reading: Reading, position: int) -> str:
     if is_one_document(unit.file, reading):
         return unit.file.path
     if unit.file.kind == "parquet":
-        return f"{unit.file.path}, row {position:,}"
+        return parquet_rows.place_of_row(unit.file.path, position)
     return f"{unit.file.path}:{_line_at(unit.file, position)}"
 
 
@@ -384,91 +381,3 @@ def _decode(data: bytes, file: InputFile, offset: int) -> str:
             f"{file.path}:{_line_at(file, place)}: not UTF-8 (byte 0x{data[error.start]:02x} at {place}); "
             "convert it first"
         ) from error
-
-
-def _open_parquet(file: InputFile, reading: Reading) -> Any:
-    """A pyarrow.parquet.ParquetFile whose text column is there and holds strings."""
-    try:
-        import pyarrow as pa  # type: ignore[import-untyped]
-        import pyarrow.parquet as pq  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise InputError(f"{file.path}: parquet files need pyarrow: pip install -e '.[data]'") from error
-    try:
-        opened = pq.ParquetFile(file.path)
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"{file.path}: not a readable parquet file ({first_line(error)}) ({file.flag})") from error
-    schema = opened.schema_arrow
-    if reading.text_column not in schema.names:
-        names = ", ".join(map(repr, schema.names)) or "none"
-        raise InputError(f"{file.path}: no column {reading.text_column!r}, only {names}; name it with --text-column")
-    kind = schema.field(reading.text_column).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise InputError(f"{file.path}: column {reading.text_column!r} is {kind}, not string (--text-column)")
-    return opened
-
-
-def _rows(unit: Unit, reading: Reading) -> Iterator[tuple[int, str]]:
-    import pyarrow as pa
-
-    opened = _open_parquet(unit.file, reading)
-    row = sum(opened.metadata.row_group(group).num_rows for group in range(unit.start))
-    groups = opened.metadata.num_row_groups
-    if unit.stop > groups:
-        raise InputError(f"{unit.file.path}: became shorter while it was read")
-    for group in range(unit.start, unit.stop):
-        stream = _stream(unit.file.path, reading.text_column, Path(unit.file.path).stat().st_mtime_ns)
-        tables = stream.shard(groups, group).iter(BATCH_ROWS)
-        try:
-            for table in tables:
-                for text in _strings(table.column(0), unit, reading, row):
-                    yield row, text
-                    row += 1
-        except (pa.ArrowException, OSError) as error:
-            raise InputError(f"{unit.file.path}: row group {group} is damaged ({first_line(error)})") from error
-
-
-@functools.lru_cache(maxsize=1)
-def _stream(path: str, column: str, _changed_ns: int) -> Any:
-    """A `datasets` stream over one column of a parquet file, in as many shards as it has row groups."""
-    try:
-        from tqdm.std import TqdmDefaultWriteLock
-
-        TqdmDefaultWriteLock.mp_lock = None  # else a killed worker leaves a semaphore, of which Python warns
-        import datasets
-    except ImportError as error:
-        raise InputError(f"{path}: parquet files need datasets: pip install -e '.[data]'") from error
-    import pyarrow as pa
-
-    if "::" in path:  # which fsspec, and so datasets, takes for a file in an archive
-        raise InputError(f"{path}: '::' in the path of a parquet file; rename it")
-    datasets.config.TORCH_AVAILABLE = False  # or it imports torch, 2.4 s and 200 MB in each worker, for nothing
-    pa.set_cpu_count(1)  # the workers are what runs at the same time
-    with tempfile.TemporaryDirectory() as folder:  # it takes a lock there while it looks at the file
-        stream = datasets.IterableDataset.from_parquet(
-            glob.escape(path), columns=[column], cache_dir=folder, batch_size=BATCH_ROWS
-        )
-    return stream.reshard().with_format("arrow")
-
-
-def _strings(column: Any, unit: Unit, reading: Reading, row: int) -> Iterator[str]:
-    """The column's values, the first of them in `row`."""
-    import pyarrow as pa
-
-    try:
-        values = column.to_pylist()
-    except UnicodeDecodeError:
-        values = column.cast(pa.large_binary()).to_pylist()
-    for place, value in enumerate(values, start=row):
-        if isinstance(value, bytes):
-            value = _decode_value(value, unit, reading, place)
-        if value is None and not reading.tolerant:
-            fault = f"null in column {reading.text_column!r} (--text-column)"
-            raise InputError(f"{place_of(unit, reading, place)}: {fault}")
-        yield value or ""
-
-
-def _decode_value(value: bytes, unit: Unit, reading: Reading, row: int) -> str:
-    try:
-        return value.decode("utf-8", "surrogateescape" if reading.tolerant else "strict")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{place_of(unit, reading, row)}: not UTF-8 ({error.reason}); convert it first") from error

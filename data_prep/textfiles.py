@@ -360,12 +360,8 @@ def parse(args: list[str]) -> tuple[Options, str | None]:
 
 
 def main(args: list[str] | None = None) -> None:
-    try:
-        with one_line_errors("textfiles"):
-            prepare(*parse(sys.argv[1:] if args is None else args))
-    except KeyboardInterrupt as interruption:
-        print(f"textfiles: {str(interruption) or 'interrupted'}", file=sys.stderr, flush=True)
-        sys.exit(130)
+    with one_line_errors("textfiles"):
+        prepare(*parse(sys.argv[1:] if args is None else args))
 
 
 if __name__ == "__main__":

@@ -488,9 +488,12 @@ def test_folders_of_any_name(
 
 
 def test_files_without_rows(ranks: str, tmp_path: Path) -> None:
-    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "none.parquet")
+    pq.ParquetWriter(tmp_path / "none.parquet", pa.schema([("text", pa.string())])).close()
     line = refusal(prepare(tmp_path / "none.parquet", tmp_path / "out", ranks))
-    assert "none.parquet: no rows in it" in line or "a split is empty" in line
+    assert "none.parquet: no rows in it, nor in any other of 1 files" in line
+    pq.write_table(pa.table({"text": pa.array([], pa.string())}), tmp_path / "empty.parquet")  # one group, of no rows
+    line = refusal(prepare(tmp_path / "empty.parquet", tmp_path / "out1", ranks))
+    assert "0 training and 0 validation tokens: a split is empty" in line
     write_pages(tmp_path / "null.parquet", [None, ""])
     line = refusal(prepare(tmp_path / "null.parquet", tmp_path / "out2", ranks))
     assert "0 training and 0 validation tokens: a split is empty" in line
@@ -501,7 +504,10 @@ def test_max_tokens_that_duplicates_leave_too_few_of_is_told(ranks: str, tmp_pat
     write_pages(tmp_path / "in" / "1.parquet", make_pages(400, 1))
     done = prepare(tmp_path / "in", tmp_path / "out", ranks, "--max-tokens", "100000")
     assert done.returncode == 0, done.stderr
-    assert "tokens in the pages that --max-tokens 100000 reads, without their duplicates; set it higher" in done.stderr
+    assert (
+        "tokens in the pages that --max-tokens 100000 reads, without their duplicates; set it higher if there are more"
+        in done.stderr
+    )
 
 
 def test_a_full_disk_keeps_the_parts(pages: tuple[Path, list[Text]], tmp_path: Path) -> None:
