@@ -168,6 +168,7 @@ def measure(options: Options, config: Config, mesh: Mesh) -> dict[str, object]:
                 [seconds_of(step, options.block, mesh) for step in (bare, ours, bare)] for _ in range(options.rounds)
             ]
         run.batches.close()
+        run.saver.close()
     milliseconds = [statistics.median(column) / options.block * 1e3 for column in zip(*rounds, strict=True)]
     if mesh.is_main:
         print(f"bare {milliseconds[0]:.2f} ms, ours {milliseconds[1]:.2f} ms, again {milliseconds[2]:.2f} ms per step")

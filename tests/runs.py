@@ -125,11 +125,16 @@ def validations(run_dir: Path) -> list[tuple[int, float, float]]:
 
 def final_tensors(run_dir: Path) -> dict[str, Tensor]:
     """Weights and optimizer state of the newest checkpoint, by name."""
-    saved = json.loads((run_dir / "config.json").read_text())["config"]
+    return tensors_of(list_checkpoints(run_dir)[-1])
+
+
+def tensors_of(checkpoint: Path) -> dict[str, Tensor]:
+    """Weights and optimizer state of a checkpoint, by name."""
+    saved = json.loads((checkpoint.parents[1] / "config.json").read_text())["config"]
     model = build_model(ModelConfig(**saved["model"]), seed=0)
     optimizer = build_optimizer(model, OptimConfig(**saved["optim"]))
     tensors = checkpoint_tensors(model, optimizer)
-    read_tensors(list_checkpoints(run_dir)[-1], tensors)
+    read_tensors(checkpoint, tensors)
     return tensors
 
 

@@ -10,12 +10,12 @@ from model.config import ModelConfig
 from model.gpt import build_model
 from tests.groups import run_on_ranks
 from tests.runs import status, tiny_config
-from train import run_dir, saves
+from train import run_dir
 from train.config import OptimConfig, SaveConfig
 from train.main import run
 from train.mesh import Mesh
 from train.optim import build_optimizer
-from train.saves import Progress
+from train.saves import Progress, Saver
 
 
 def outcome_of(function: Any, *args: Any) -> str:
@@ -63,17 +63,23 @@ def save_on_local_disks(mesh: Mesh, folder: Path) -> str:
     (here / "checkpoints" / ".step_00000000.writing").mkdir(parents=True)
     model = build_model(ModelConfig(2, 2, 32, vocab_size=50, context_len=8), seed=1)
     return outcome_of(
-        lambda: saves.save(
-            here,
-            model=model,
-            optimizer=build_optimizer(model, OptimConfig()),
-            progress=Progress(),
-            state={},
-            config=SaveConfig(),
-            loaded=None,
-            mesh=mesh,
+        lambda: save(
+            Saver(
+                here,
+                model=model,
+                optimizer=build_optimizer(model, OptimConfig()),
+                config=SaveConfig(),
+                state={},
+                loaded=None,
+                mesh=mesh,
+            )
         )
     )
+
+
+def save(saver: Saver) -> None:
+    saver.begin(Progress())
+    saver.finish()
 
 
 def test_a_checkpoint_without_the_other_ranks_files_is_never_committed(tmp_path: Path) -> None:

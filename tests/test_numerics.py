@@ -14,7 +14,7 @@ def after(good: str) -> tuple[float, float]:
     """Scale and good steps after steps that were finite (+) or not (-)."""
     loss_scale = LossScale(CPU)
     for sign in good:
-        loss_scale.update(torch.tensor(sign == "+"))
+        loss_scale.update(torch.tensor(sign == "+"), frozen=torch.tensor(False))
     return loss_scale.scale.item(), loss_scale.good_steps.item()
 
 
@@ -46,7 +46,7 @@ def test_it_follows_torchs_own_scaler() -> None:
     scale, growth = torch.full((), 65536.0), torch.zeros((), dtype=torch.int32)
     found = set()
     for finite in is_finite:
-        ours.update(finite)
+        ours.update(finite, frozen=torch.tensor(False))
         torch._amp_update_scale_(scale, growth, (~finite).float(), 2.0, 0.5, 2000)
         found.add(scale.item())
         assert ours.scale == scale and ours.good_steps == growth

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 import torch
 
-from tests.runs import assert_same_tensors, curve, final_tensors, losses, rows, status, tiny_config, validations
+from tests.runs import assert_same_tensors, curve, final_tensors, losses, rows, tiny_config, validations
 from tests.test_exact import cut_back
 from train import losses as train_losses
 from train import numerics
-from train.loop import NonFiniteError
 from train.main import run
 from train.mesh import Mesh
+from train.nonfinite import NonFiniteError
 
 ALONE = Mesh(0, 1, torch.device("cpu"))
 STEPS = 20
@@ -107,18 +107,6 @@ def poison(monkeypatch: pytest.MonkeyPatch, *, call: int, by: float, gradient_on
         return found * factors
 
     monkeypatch.setattr(train_losses, "plain_loss", poisoned)
-
-
-def test_a_loss_that_is_not_finite_fails_by_name_and_keeps_the_weights(
-    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Poison the loss of one step: its update is not made, and the step and its windows are named."""
-    poison(monkeypatch, call=2 + 2 * 12, by=math.inf)
-    with pytest.raises(NonFiniteError, match=r"step 13: .* positions 144 to 155"):
-        run(tiny_config(tiny_data, tmp_path / "run"), ALONE)
-    assert status(tmp_path / "run")["state"] == "failed"
-    assert "step 13" in status(tmp_path / "run")["reason"]
-    assert [step for step, *_ in curve(tmp_path / "run")] == list(range(1, 13))
 
 
 def test_fp16_skips_what_overflows_and_halves_its_scale(

@@ -9,18 +9,19 @@ import torch
 from data_prep.codec import Codec, load_codec
 from data_prep.manifest import Manifest, open_split
 from model.gpt import build_model
-from train import parallel, saves
+from train import parallel, resume
 from train.batches import BatchPlan, Prefetcher, Windows, plan_batches
 from train.config import Config, settings_without_effect
 from train.fit import settle_micro_batch
 from train.loop import Run
 from train.mesh import Mesh
 from train.meters import Meters, Startup, device_peak_flops
+from train.nonfinite import Halt
 from train.numerics import LossScale, compute_dtype
 from train.optim import build_optimizer
 from train.run_dir import RunDirectory
 from train.samples import Sampler
-from train.saves import Progress
+from train.saves import Progress, Saver
 from train.sinks import Sinks
 from train.stops import Stops
 from train.traces import open_trace, parse_steps
@@ -43,13 +44,13 @@ def assemble(
     module = parallel.wrap(objective, mesh)
     loss_scale = LossScale(mesh.device) if config.train.dtype == "fp16" else None
 
-    loaded, faults = saves.find_start(directory.path, mesh=mesh)
+    loaded, faults = resume.find_start(directory.path, mesh=mesh)
     progress, tracked_as, origin = Progress(), None, None
     if loaded is not None:
-        state = saves.load(loaded, model=model, optimizer=optimizer, loss_scale=loss_scale, mesh=mesh)
+        state = resume.load(loaded, model=model, optimizer=optimizer, loss_scale=loss_scale, mesh=mesh)
         progress, tracked_as = Progress(**state["progress"]), state["wandb_id"]
     elif config.from_checkpoint is not None:
-        origin = saves.load_weights(config.from_checkpoint, model, codec, mesh)
+        origin = resume.load_weights(config.from_checkpoint, model, codec, mesh)
 
     sinks = Sinks(directory.path, step=progress.step if loaded else None, mesh=mesh)
     warnings = [f"passed over {fault}" for fault in faults]
@@ -96,14 +97,23 @@ def assemble(
             device=mesh.device,
             say=sinks.say,
         ),
-        state={
-            "config": config.to_json(),
-            "data": manifest.fingerprint,
-            "versions": versions(),
-            "wandb_id": wandb_id,
-        },
+        saver=Saver(
+            directory.path,
+            model=model,
+            optimizer=optimizer,
+            loss_scale=loss_scale,
+            config=config.save,
+            state={
+                "config": config.to_json(),
+                "data": manifest.fingerprint,
+                "versions": versions(),
+                "wandb_id": wandb_id,
+            },
+            loaded=loaded,
+            mesh=mesh,
+        ),
+        halt=Halt(config.train.on_nonfinite, mesh.device),
         loaded=loaded,
-        saved_step=progress.step if loaded else None,
     )
 
 

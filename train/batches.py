@@ -156,6 +156,10 @@ class Prefetcher:
             for inputs_BT, targets_BT in batches
         ]
 
+    def window_ids(self, position: int) -> list[int]:
+        """Every rank's windows of the step at `position`, in order."""
+        return self._windows.ids_at(position, self._plan.windows)
+
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
 

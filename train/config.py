@@ -13,6 +13,7 @@ import tyro
 from data_prep.errors import InputError
 from model.config import ModelConfig
 from train.peaks import DType
+from train.stops import parse_duration
 from train.traces import parse_steps
 
 
@@ -48,6 +49,9 @@ class TrainConfig:
     forward pass."""
     deterministic: bool = False
     """Deterministic kernels only: bitwise repeatable on a GPU too, somewhat slower."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """When a step's loss or gradient is not finite, its update is never made. stop: save the state before it, name its
+    windows, fail. skip: note its windows and go on."""
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,11 @@ class SampleConfig:
 class SaveConfig:
     every: int = 1000
     """Steps between checkpoints, beside the last."""
+    every_seconds: float | None = None
+    """Also save when this long has passed since the last save began."""
+    mode: Literal["auto", "sync", "async"] = "auto"
+    """async: copy the state, which takes its size in host memory, and write it while training goes on. auto: async on
+    GPUs, sync on CPUs."""
     keep: int = 2
     """Newest checkpoints to keep, beside the one that this attempt continued from."""
     keep_every: int | None = None
@@ -139,6 +148,8 @@ class Config:
     """Continue from the newest sound checkpoint; --no-resume refuses a run directory that has one."""
     from_checkpoint: str | None = None
     """RUN or RUN@STEP: begin a new run with the weights of another's newest checkpoint, or of one step."""
+    stop_after: str | None = None
+    """Stop with a checkpoint when this start is so old: 3h50m, 90m, 1d12h."""
     dry_run: bool = False
     """Print the run card and stop."""
     trace: str | None = None
@@ -257,6 +268,7 @@ def faults_of(config: Config) -> list[str]:
         "--optim.epsilon": optim.epsilon,
         "--optim.clip-norm": optim.clip_norm,
         "--track.peak-tflops": config.track.peak_tflops,
+        "--save.every-seconds": config.save.every_seconds,
     }
     faults += [
         f"{flag} {value} must be more than 0"
@@ -278,6 +290,11 @@ def faults_of(config: Config) -> list[str]:
             parse_steps(config.trace)
         except InputError as error:
             faults.append(str(error))
+    if config.stop_after is not None:
+        try:
+            parse_duration(config.stop_after)
+        except InputError as error:
+            faults.append(f"--stop-after {error}")
     if config.sample.every is not None and not config.sample.prompts:
         faults.append("--sample.prompts names no prompt; give one, or --sample.every None")
     return faults

@@ -6,19 +6,17 @@ step later, all in one copy and alike on every rank, so that no step waits for t
 
 import contextlib
 import gc
-import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from model.gpt import GPT
-from train import optim, parallel, saves, validate
+from train import nonfinite, optim, parallel, validate
 from train.batches import BatchPlan, Prefetcher
 from train.config import Config
 from train.losses import Objective
@@ -27,16 +25,19 @@ from train.meters import Meters, Startup
 from train.numerics import LossScale
 from train.run_dir import RunDirectory
 from train.samples import Sampler
-from train.saves import Progress
+from train.saves import Progress, Saver
 from train.sinks import Sinks
 from train.stops import Stops
 from train.traces import Trace
 
-LEAST_LOSS_SCALE = 1.0  # below it fp16's small numbers are lost: what still overflows then is no matter of scale
 
+@dataclass
+class Asked:
+    """What the last results said that some rank asks for; so all ranks know it at the same step."""
 
-class NonFiniteError(RuntimeError):
-    """A step's loss or gradient was not finite. Its update was not made."""
+    stop: bool = False
+    save: bool = False
+    finish_save: bool = False  # every rank's part of the checkpoint under way is written
 
 
 @dataclass
@@ -62,18 +63,21 @@ class Run:
     meters: Meters
     startup: Startup
     trace: Trace | None
-    state: dict[str, Any]  # what a checkpoint records beside tensors and progress
+    saver: Saver
+    halt: nonfinite.Halt
     loaded: Path | None  # the checkpoint this run continued from
-    saved_step: int | None  # of the newest checkpoint
+    asked: Asked = field(default_factory=Asked)
 
 
 @dataclass(frozen=True)
 class Report:
-    """A step whose results may still be on their way: fp64 [loss, norm, finite, stops, loss scale], on the host.
+    """A step whose results may still be on their way to the host: fp64 [loss, norm, finite, bad, stops, saves wanted,
+    parts of a save written, loss scale].
 
     `ready` marks them on a GPU; without one they are there, and were at `seconds` of training.
     """
 
+    before: Progress
     progress: Progress
     lr: float
     results: Tensor
@@ -87,24 +91,26 @@ def train(run: Run) -> tuple[str, str | None]:
     config, num_steps = run.config, run.config.train.steps
     reports: deque[Report] = deque()
     if run.progress.step < num_steps:
-        warm_up(run)
+        run.asked.stop = warm_up(run)
         run.startup.done("warm-up and compilation")
     run.mesh.expect_steps()
-    stop = look(run)
+    run.asked.stop = run.asked.stop or look(run)
     run.startup.done("validation")
     with garbage_collected_by_hand() as collect:
         run.meters.start()
-        while run.progress.step < num_steps and not stop:
+        while run.progress.step < num_steps and not run.asked.stop:
             reports.append(take_step(run))
             run.progress = reports[-1].progress
             is_boundary = is_due_to_validate(run) or is_due_to_sample(run) or is_due_to_save(run)
             while len(reports) > (0 if is_boundary else 1):
-                stop |= record(run, reports.popleft())
+                record(run, reports.popleft())
             if run.progress.step % config.track.every == 0:
                 collect(1)  # what a few steps left, if anything: activation checkpointing in eager mode does
+            if run.asked.finish_save:
+                finish_save(run)
             if is_boundary:
                 run.meters.pause()
-                stop |= look(run)
+                run.asked.stop |= look(run)
                 if is_due_to_save(run):
                     save_now(run)
                 collect(2)
@@ -114,8 +120,7 @@ def train(run: Run) -> tuple[str, str | None]:
         run.meters.pause()
     if run.trace is not None:
         run.trace.close()
-    if run.progress.step not in (0, run.saved_step):
-        save_now(run)
+    save_at_the_end(run)
     if run.progress.step == num_steps and not is_due_to_validate(run) and not is_due_to_sample(run):
         return "done", None
     reasons = [reason for reason in run.mesh.gather(run.stops.reason) if reason]
@@ -125,7 +130,7 @@ def train(run: Run) -> tuple[str, str | None]:
 
 def take_step(run: Run) -> Report:
     """Enqueue one optimizer step at run.progress: batches, gradients, agreement, update."""
-    config, mesh, scale = run.config, run.mesh, run.loss_scale
+    config, mesh, scale, saver = run.config, run.mesh, run.loss_scale, run.saver
     if run.trace is not None:
         run.trace.before_step(run.progress.step)
     before = time.perf_counter()
@@ -133,21 +138,23 @@ def take_step(run: Run) -> Report:
     run.meters.waited_for_data(time.perf_counter() - before)
 
     loss_sum = accumulate_gradients(run, batches)
-    totals = torch.stack([loss_sum, torch.full_like(loss_sum, run.stops.wanted())])  # a fill: no copy, no wait
+    flags = (run.stops.wanted(), saver.is_overdue(), saver.has_written())
+    totals = torch.stack([loss_sum, *(torch.full_like(loss_sum, flag) for flag in flags)])  # fills: no copy, no wait
     mesh.sum_(totals)
     loss = totals[0] / config.train.batch_tokens
     norm = optim.global_norm(p.grad for p in run.model.parameters() if p.grad is not None)
     if scale is not None:
         norm = norm / scale.scale
-    is_finite = torch.isfinite(norm) & torch.isfinite(loss)
+    is_finite, is_bad = run.halt.judge(loss, norm, scale)
     lr = optim.learning_rate(run.progress.step, config.optim, config.train.steps)
+    saver.wait_until_staged()
     optim.update(run.optimizer, lr, norm, is_finite, config.optim.clip_norm, scale.scale if scale else None)
     parallel.zero_gradients(run.module)
     used_scale = torch.ones_like(loss) if scale is None else scale.scale.double()
     if scale is not None:
-        scale.update(is_finite)
+        scale.update(is_finite, frozen=run.halt.is_halted)
 
-    results = torch.stack([loss, norm.double(), is_finite.double(), totals[1], used_scale])
+    results = torch.stack([loss, norm.double(), is_finite.double(), is_bad.double(), *totals[1:], used_scale])
     ready = None
     if mesh.device.type == "cuda":
         results = results.to("cpu", non_blocking=True)
@@ -156,7 +163,7 @@ def take_step(run: Run) -> Report:
     if run.trace is not None:
         run.trace.after_step(run.progress.step)
     progress = run.progress.advanced(windows=run.plan.windows, tokens=config.train.batch_tokens)
-    return Report(progress, lr, results, ready, run.meters.seconds, run.meters.data_wait_seconds)
+    return Report(run.progress, progress, lr, results, ready, run.meters.seconds, run.meters.data_wait_seconds)
 
 
 def accumulate_gradients(run: Run, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
@@ -171,35 +178,44 @@ def accumulate_gradients(run: Run, batches: list[tuple[Tensor, Tensor]]) -> Tens
     return loss_sum
 
 
-def warm_up(run: Run) -> None:
+def warm_up(run: Run) -> bool:
     """Two forward and backward passes that train nothing: they compile, and let DDP settle its buckets.
 
     DDP lays its buckets out anew at its second forward pass, and with three or more ranks the layout decides
     the order of addition. Without this, the first step after a resume would round differently. What validation
-    and sampling call is compiled here too, under the long time-out.
+    and sampling call is compiled here too, under the long time-out. True if a stop was asked for meanwhile.
     """
     shape = (run.plan.micro_batch, run.config.train.seq_len)
     zeros_BT = torch.zeros(shape, dtype=torch.int64, device=run.mesh.device)
     for _ in range(2):
+        if is_stopped(run):
+            return True
         accumulate_gradients(run, [(zeros_BT, zeros_BT)])
         parallel.zero_gradients(run.module)
     if run.config.train.compile and (run.validation is not None or run.sampler is not None):
         run.objective.token_losses(zeros_BT, zeros_BT)
+    return is_stopped(run)
 
 
-def record(run: Run, report: Report) -> bool:
-    """Read a step's results, log them if it is their turn; True if any rank was asked to stop."""
+def is_stopped(run: Run) -> bool:
+    """Was any rank asked to stop? For where no step carries the answer: the host waits for every rank."""
+    return run.mesh.any(run.stops.wanted())
+
+
+def record(run: Run, report: Report) -> None:
+    """Read a step's results: note what they ask for, log them if it is their turn."""
     seconds = report.seconds
     if report.ready is not None:
         report.ready.synchronize()
         seconds = run.meters.seconds
-    loss, norm, finite, stop, scale = report.results.tolist()
+    loss, norm, finite, bad, stops, saves, written, scale = report.results.tolist()
     progress, config = report.progress, run.config
-    if not finite and (scale <= LEAST_LOSS_SCALE or not math.isfinite(loss)):
-        raise NonFiniteError(
-            f"step {progress.step}: loss {loss}, gradient norm {norm}; its update was not made. It read the windows "
-            f"at positions {progress.position - run.plan.windows} to {progress.position - 1}"
-        )
+    run.asked.stop |= stops > 0
+    run.asked.save |= saves > 0
+    run.asked.finish_save |= written == run.mesh.world
+    run.halt.num_in_a_row = run.halt.num_in_a_row + 1 if bad else 0
+    if bad:
+        skip_or_stop(run, report, loss, norm)
     if progress.step == 1 or progress.step % config.track.every == 0 or progress.step == config.train.steps:
         row = run.meters.row(
             step=progress.step,
@@ -213,16 +229,50 @@ def record(run: Run, report: Report) -> bool:
         run.sinks.row(row if run.loss_scale is None else row | {"loss_scale": scale})
     if (account := run.startup.first_step()) is not None:
         run.sinks.say(account)
-    return bool(stop)
+
+
+def skip_or_stop(run: Run, report: Report, loss: float, norm: float) -> None:
+    """A step whose update was not made: name its windows; then go on, or save what was before it and raise."""
+    config, step = run.config, report.progress.step
+    windows = run.batches.window_ids(report.before.position)
+    is_halted, suspects = run.halt.mode == "stop", list[int]()
+    if is_halted:
+        run.progress = report.before
+        suspects = find_suspects(run)
+    if run.mesh.is_main:
+        nonfinite.note(run.directory.path, step=step, loss=loss, norm=norm, windows=windows, suspects=suspects)
+    what = f"step {step}: loss {loss}, gradient norm {norm}; its update was not made"
+    if not is_halted and run.halt.num_in_a_row < nonfinite.MOST_IN_A_ROW:
+        run.sinks.say(f"warning: {what} (--train.on-nonfinite skip); its windows are in {nonfinite.FILE_NAME}")
+        return
+    if not is_halted:
+        raise nonfinite.NonFiniteError(f"{what}, nor were those of the {run.halt.num_in_a_row - 1} steps before it")
+    save_at_the_end(run)
+    to_do = nonfinite.advice(data=config.data.dir, seq_len=config.train.seq_len, windows=windows, suspects=suspects)
+    raise nonfinite.NonFiniteError(f"{what}, and step {step - 1} is saved. {to_do}")
+
+
+def find_suspects(run: Run) -> list[int]:
+    """The windows of those micro-batches at run.progress, of any rank, whose own loss or gradient is not finite."""
+    own = run.batches.window_ids(run.progress.position)[run.mesh.rank * run.plan.windows_per_rank :]
+    found: list[int] = []
+    for index, (inputs_BT, targets_BT) in enumerate(run.batches.take(run.progress.position)):
+        parallel.zero_gradients(run.module)
+        parallel.set_gradient_sync(run.module, is_last=False)
+        scaled, unscaled = run.module(inputs_BT, targets_BT, run.mean)
+        scaled.backward()
+        norm = optim.global_norm(p.grad for p in run.model.parameters() if p.grad is not None)
+        if not (torch.isfinite(norm) & torch.isfinite(unscaled)).item():
+            found += own[index * run.plan.micro_batch : (index + 1) * run.plan.micro_batch]
+    parallel.zero_gradients(run.module)
+    return sorted(number for numbers in run.mesh.gather(found) for number in numbers)
 
 
 def look(run: Run) -> bool:
     """Validate and sample where it is their turn; True if a stop was asked for meanwhile, and the rest left undone."""
     if is_due_to_validate(run) and validate_now(run):
         return True
-    if is_due_to_sample(run):
-        sample_now(run)
-    return False
+    return is_due_to_sample(run) and sample_now(run)
 
 
 def is_due_to_validate(run: Run) -> bool:
@@ -242,8 +292,9 @@ def is_due_to_sample(run: Run) -> bool:
 
 
 def is_due_to_save(run: Run) -> bool:
+    """At every interval, when --save.every-seconds have passed, and at the end."""
     step = run.progress.step
-    return step % run.config.save.every == 0 or step == run.config.train.steps
+    return step % run.config.save.every == 0 or run.asked.save or step == run.config.train.steps
 
 
 def validate_now(run: Run) -> bool:
@@ -261,30 +312,44 @@ def validate_now(run: Run) -> bool:
     return False
 
 
-def sample_now(run: Run) -> None:
-    """Draw the fixed prompts' continuations, alike on every rank, and log them."""
+def sample_now(run: Run) -> bool:
+    """Draw the fixed prompts' continuations, alike on every rank, and log them; True, and nothing logged, if a stop
+    was asked for meanwhile."""
     assert run.sampler is not None
+    samples = run.sampler.draw(run.model, is_stopped=lambda: is_stopped(run))
+    if samples is None:
+        return True
     run.sinks.sampled_steps.add(run.progress.step)
-    run.sinks.samples(run.progress.step, run.sampler.draw(run.model))
+    run.sinks.samples(run.progress.step, samples)
+    return False
 
 
 def save_now(run: Run) -> None:
-    """Make a checkpoint of where the run stands; rows up to here are on disk before it is."""
+    """Begin a checkpoint of where the run stands, and finish it unless saves are asynchronous. Rows up to here are on
+    disk before it is."""
+    finish_save(run)  # the one before, if it takes longer than the steps between them
     run.progress = replace(run.progress, seconds=run.meters.seconds)
     run.sinks.make_durable()
-    saves.save(
-        run.directory.path,
-        model=run.model,
-        optimizer=run.optimizer,
-        loss_scale=run.loss_scale,
-        progress=run.progress,
-        state=run.state,
-        config=run.config.save,
-        loaded=run.loaded,
-        mesh=run.mesh,
-    )
-    run.saved_step = run.progress.step
-    run.directory.report(run.progress.step)
+    run.saver.begin(run.progress)
+    run.asked.save = False
+    if not run.saver.is_async:
+        finish_save(run)
+
+
+def save_at_the_end(run: Run) -> None:
+    """Leave a checkpoint of where the run stands, if there is not one already."""
+    finish_save(run)
+    if run.progress.step not in (0, run.saver.saved_step):
+        save_now(run)
+        finish_save(run)
+
+
+def finish_save(run: Run) -> None:
+    """Give the checkpoint under way, if there is one, its name as soon as every rank has written its part."""
+    step = run.saver.finish()
+    run.asked.finish_save = False
+    if step is not None:
+        run.directory.report(step)
 
 
 @contextlib.contextmanager

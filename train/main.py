@@ -36,9 +36,9 @@ from train.mesh import Mesh, open_mesh
 from train.meters import Startup
 from train.numerics import set_numerics
 from train.presets import PRESETS
+from train.resume import settle_origin
 from train.run_card import run_card
 from train.run_dir import RunDirectory, refuse_disagreement
-from train.saves import settle_origin
 from train.stops import Stops
 
 
@@ -87,7 +87,7 @@ def run(config: Config, mesh: Mesh, startup: Startup | None = None) -> None:
     mesh.on_all(lambda: set_numerics(config.train, mesh.device))
     config = mesh.on_main(lambda: settle_origin(config))
     with (
-        Stops(config.directory, is_main=mesh.is_main) as stops,
+        Stops(config.directory, is_main=mesh.is_main, after=config.stop_after, started=startup.started) as stops,
         RunDirectory(config, manifest.fingerprint, mesh) as directory,
     ):
         this = assemble(config, mesh, manifest, directory, stops, startup)
@@ -106,6 +106,7 @@ def run(config: Config, mesh: Mesh, startup: Startup | None = None) -> None:
             raise
         finally:
             this.batches.close()
+        this.saver.close()
         mesh.barrier()  # launchers kill the rest when the first process exits
 
 
@@ -119,7 +120,7 @@ def what_to_set_for_memory(run: Run, asked: Config) -> str:
     flags += [] if train.activation_checkpointing else ["--train.activation-checkpointing"]
     advice = " or ".join(flags) or "a smaller --train.seq-len or a smaller model"
     tried = f"out of memory with --train.micro-batch {plan.micro_batch} and --train.seq-len {train.seq_len}"
-    start = "from its last checkpoint" if run.saved_step else "from the beginning"
+    start = "from its last checkpoint" if run.saver.saved_step else "from the beginning"
     return f"{tried}: set {advice}; the same command then goes on {start}"
 
 

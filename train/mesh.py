@@ -60,6 +60,14 @@ class Mesh:
             dist.all_reduce(tensor)
         return tensor
 
+    def any(self, flag: bool) -> bool:
+        """Does any rank say so? Waits on the host until every rank is here."""
+        if self.world == 1:
+            return flag
+        total = torch.full((1,), float(flag))
+        dist.all_reduce(total)
+        return bool(total.item())
+
     def barrier(self) -> None:
         """Wait on the host until every rank is here."""
         if self.world > 1:

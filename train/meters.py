@@ -39,7 +39,7 @@ class Startup:
 
     def __init__(self, started: float) -> None:
         """started: time.perf_counter() before anything slow was imported."""
-        self._last = self._started = started
+        self._last = self.started = started
         self._phases: list[tuple[str, float]] = []
         self._is_over = False
 
@@ -55,7 +55,7 @@ class Startup:
         self.done("first step")
         self._is_over = True
         phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in self._phases)
-        return f"first step done after {self._last - self._started:.1f} s: {phases}"
+        return f"first step done after {self._last - self.started:.1f} s: {phases}"
 
 
 class Meters:

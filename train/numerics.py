@@ -48,12 +48,13 @@ class LossScale:
         self.scale = torch.full((), FIRST_LOSS_SCALE, device=device)
         self.good_steps = torch.zeros((), device=device)
 
-    def update(self, is_finite: Tensor) -> None:
-        """After a step: was its gradient finite?"""
-        self.good_steps.add_(1).mul_(is_finite)
-        doubles = self.good_steps >= STEPS_TO_DOUBLE
-        self.scale.mul_(torch.where(is_finite, torch.where(doubles, 2.0, 1.0), 0.5))
-        self.good_steps.mul_(~doubles)
+    def update(self, is_finite: Tensor, frozen: Tensor) -> None:
+        """After a step: was its gradient finite? `frozen`, a bool scalar: leave everything as it is."""
+        good_steps = (self.good_steps + 1) * is_finite
+        doubles = good_steps >= STEPS_TO_DOUBLE
+        factor = torch.where(is_finite, torch.where(doubles, 2.0, 1.0), 0.5)
+        self.scale.mul_(torch.where(frozen, 1.0, factor))
+        self.good_steps.copy_(torch.where(frozen, self.good_steps, good_steps * ~doubles))
 
     def tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps of it, by name."""

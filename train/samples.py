@@ -1,6 +1,7 @@
 """What the model says to fixed prompts as it learns, with the same random numbers every time."""
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from data_prep.codec import Codec
@@ -38,8 +39,9 @@ class Sampler:
         except InputError as error:
             raise InputError(f"--sample.prompts {prompt!r}: {error}") from error
 
-    def draw(self, model: GPT) -> list[Sample]:
-        """A sample for each prompt. The model must not be sharded, or every rank must draw."""
+    def draw(self, model: GPT, is_stopped: Callable[[], bool]) -> list[Sample] | None:
+        """A sample for each prompt; None if `is_stopped`, asked at each token, says so. The model must not be sharded,
+        or every rank must draw."""
         model.eval()
         ends: list[list[int]] = []
         size = self._num_rows or len(self._prompts)
@@ -53,9 +55,14 @@ class Sampler:
                 stop_id=self._codec.eot_id,
                 num_rows=self._num_rows,
             )
-            columns = zip(*itertools.islice(rows, self._config.tokens), strict=True)
-            drawn = [[token for token in column if token is not None] for column in columns]
-            ends += drawn or [[] for _ in prompts]
+            drawn: list[list[int]] = [[] for _ in prompts]
+            for row in itertools.islice(rows, self._config.tokens):
+                if is_stopped():
+                    model.train()
+                    return None
+                for end, token in zip(drawn, row, strict=True):
+                    end += [] if token is None else [token]
+            ends += drawn
         model.train()
         return [
             Sample(prompt, self._codec.decode_bytes(end).decode("utf-8", errors="replace"))

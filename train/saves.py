@@ -1,39 +1,33 @@
-"""The write side of checkpoints, and continuing from one. The format is described in model/trained.py."""
+"""The write side of checkpoints. The format is described in model/trained.py, the way back in train/resume.py.
+
+A checkpoint is staged, written and sealed (hashes, all of it on disk) under a temporary name by a thread of each rank,
+which talk to each other over a gloo group of their own. Only when every rank's part is written does rank 0 give it its
+name, at a step boundary that all ranks agree on: a kill at any moment leaves the one before.
+"""
 
 import base64
-import json
 import shutil
 import sys
+import time
 import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from data_prep.atomic import fsync_directory, sha256_of_file, write_atomically, write_json_atomically
-from data_prep.codec import Codec, load_codec
 from data_prep.errors import InputError
-from model.dcp_files import data_files_of, last_line_of, read_tensors
+from model.dcp_files import data_files_of, last_line_of
 from model.gpt import GPT
-from model.trained import (
-    CHECKPOINTS,
-    STATE_FILE,
-    STEP_NAME,
-    SUMS_FILE,
-    find_checkpoint,
-    list_checkpoints,
-    model_config,
-    model_tensors,
-    newest_sound,
-    read_state,
-    step_of,
-)
-from train.config import Config, SaveConfig
+from model.trained import CHECKPOINTS, STATE_FILE, SUMS_FILE, list_checkpoints, model_tensors, step_of
+from train.config import SaveConfig
 from train.mesh import Mesh
 from train.numerics import LossScale
 
@@ -53,6 +47,137 @@ class Progress:
         return replace(self, step=self.step + 1, position=self.position + windows, tokens=self.tokens + tokens)
 
 
+@dataclass(frozen=True)
+class Save:
+    """A checkpoint under way. `staged`: its tensors, or on their way out of the GPU; `fault`: this rank's, or None."""
+
+    step: int
+    temporary: Path
+    final: Path
+    staged: dict[str, Tensor] | Future[dict[str, Tensor]]
+    fault: Future[str | None]
+
+
+class Saver:
+    """Writes a run's checkpoints: `begin`, then `finish` at once (--save.mode sync) or some steps later (async).
+
+    Synchronously the tensors are written where they lie, and nothing may change them until `finish` returns.
+    Asynchronously they are copied first: on a CPU in `begin`, on a GPU beside the next step's forward and backward
+    passes, so that its update must wait for `wait_until_staged`. `state`: what state.json holds beside progress and
+    random state; `loaded`: the checkpoint that this run continued from, which is kept.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        model: GPT,
+        optimizer: torch.optim.Optimizer,
+        loss_scale: LossScale | None = None,
+        config: SaveConfig,
+        state: dict[str, Any],
+        loaded: Path | None,
+        mesh: Mesh,
+    ) -> None:
+        self.is_async = config.mode == "async" or (config.mode == "auto" and mesh.device.type == "cuda")
+        self.saved_step = None if loaded is None else step_of(loaded)  # of the newest checkpoint
+        self._run_dir = run_dir
+        self._parts = model, optimizer, loss_scale
+        self._config = config
+        self._state = state
+        self._loaded = loaded
+        self._mesh = mesh
+        self._save: Save | None = None
+        self._last_begin = time.monotonic()
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="saves")
+        self._group = dist.new_group(backend="gloo") if mesh.world > 1 else None
+        has_gpu = mesh.device.type == "cuda"
+        self._stager = DefaultStager(
+            StagingOptions(
+                use_pinned_memory=has_gpu,
+                use_shared_memory=False,
+                use_async_staging=has_gpu,
+                use_non_blocking_copy=has_gpu,
+            )
+        )
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+
+    def begin(self, progress: Progress) -> None:
+        """Start writing step_N. Collective; all that the device was given must be done.
+
+        Raises InputError when there is no room, leaving every earlier checkpoint as it was.
+        """
+        assert self._save is None, "one at a time"
+        self._last_begin = time.monotonic()
+        folder = self._run_dir / CHECKPOINTS
+        final = folder / f"step_{progress.step:08d}"
+        temporary = folder / f".{final.name}.writing"
+        tensors = checkpoint_tensors(*self._parts)
+        self._mesh.on_main(lambda: _make_room(folder, temporary, tensors))
+        content = self._state | {"progress": asdict(progress), "random": _random_state(self._mesh.device)}
+        staged = self._stager.stage(tensors) if self.is_async else tensors
+        fault = self._thread.submit(self._write, staged, temporary, content)
+        self._save = Save(progress.step, temporary, final, staged, fault)
+
+    def wait_until_staged(self) -> None:
+        """Before tensors change: wait until those of a save under way are copied."""
+        if self._save is not None and isinstance(self._save.staged, Future):
+            self._save.staged.result()
+
+    def has_written(self) -> bool:
+        """Is there a save under way, and this rank's part of it done, well or not?"""
+        return self._save is not None and self._save.fault.done()
+
+    def is_overdue(self) -> bool:
+        """Have --save.every-seconds passed since the last save began? By rank 0's clock."""
+        seconds = self._config.every_seconds
+        if seconds is None or self._save is not None or not self._mesh.is_main:
+            return False
+        return time.monotonic() - self._last_begin >= seconds
+
+    def finish(self) -> int | None:
+        """Give the save under way its name once all of it is written, then delete what is no longer kept. Collective.
+
+        Returns its step; None if there was none. Raises what any rank met as InputError: then it is not there.
+        """
+        if self._save is None:
+            return None
+        save, self._save = self._save, None
+        errors: dict[str, int] = {}  # every distinct one, by the first rank that met it
+        for rank, text in enumerate(self._mesh.gather(save.fault.result())):
+            if text is not None:
+                errors.setdefault(text, rank)
+        if errors:
+            self._mesh.on_main(lambda: shutil.rmtree(save.temporary, ignore_errors=True))
+            said = "; ".join(f"rank {rank}: {text}" for text, rank in errors.items())
+            raise InputError(f"{save.final}: not saved; {said}")
+        self._mesh.on_main(lambda: _rename(save.temporary, save.final))
+        self.saved_step = save.step
+        if self._mesh.is_main:
+            held = {save.final} | ({self._loaded} if self._loaded else set())
+            self._thread.submit(_purge, self._run_dir, self._config, held)
+        return save.step
+
+    def close(self) -> None:
+        """Wait for what the thread still does. A save that was not finished is left without its name."""
+        self._thread.shutdown()
+        self._stager.close()
+
+    def _write(
+        self, staged: dict[str, Tensor] | Future[dict[str, Tensor]], temporary: Path, state: dict[str, Any]
+    ) -> str | None:
+        """This rank's part, in the thread; rank 0's is done when everything is. What went wrong, in one line."""
+        try:
+            tensors = staged.result() if isinstance(staged, Future) else staged
+            writer = dcp.FileSystemWriter(temporary)
+            dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+            if self._mesh.is_main:
+                _seal(temporary, state)
+        except (CheckpointException, OSError, RuntimeError, InputError) as error:
+            return last_line_of(error)
+        return None
+
+
 def checkpoint_tensors(
     model: GPT, optimizer: torch.optim.Optimizer, loss_scale: LossScale | None = None
 ) -> dict[str, Tensor]:
@@ -62,41 +187,6 @@ def checkpoint_tensors(
         for key, value in optimizer.state[parameter].items():
             tensors[f"optimizer.{name}.{key}"] = value
     return tensors if loss_scale is None else tensors | loss_scale.tensors()
-
-
-def save(
-    run_dir: Path,
-    *,
-    model: GPT,
-    optimizer: torch.optim.Optimizer,
-    loss_scale: LossScale | None = None,
-    progress: Progress,
-    state: dict[str, Any],
-    config: SaveConfig,
-    loaded: Path | None,
-    mesh: Mesh,
-) -> Path:
-    """Write step_N atomically, then delete what `config` no longer keeps. Collective; returns the checkpoint.
-
-    Raises InputError when there is no room, leaving every earlier checkpoint as it was.
-    """
-    folder = run_dir / CHECKPOINTS
-    final = folder / f"step_{progress.step:08d}"
-    temporary = folder / f".{final.name}.writing"
-    tensors = checkpoint_tensors(model, optimizer, loss_scale)
-    mesh.on_main(lambda: _make_room(folder, temporary, tensors))
-    error = _write_tensors(tensors, temporary, mesh)
-    errors: dict[str, int] = {}  # every distinct one, by the first rank that met it
-    for rank, text in enumerate(mesh.gather(error)):
-        if text is not None:
-            errors.setdefault(text, rank)
-    if errors:
-        mesh.on_main(lambda: shutil.rmtree(temporary, ignore_errors=True))
-        raise InputError(f"{final}: not saved; {'; '.join(f'rank {rank}: {text}' for text, rank in errors.items())}")
-    content = state | {"progress": asdict(progress), "random": _random_state(mesh.device)}
-    mesh.on_main(lambda: _commit(temporary, final, content))
-    mesh.on_main(lambda: _purge(run_dir, config, {final} | ({loaded} if loaded else set())))
-    return final
 
 
 def _make_room(folder: Path, temporary: Path, tensors: dict[str, Tensor]) -> None:
@@ -112,27 +202,20 @@ def _make_room(folder: Path, temporary: Path, tensors: dict[str, Tensor]) -> Non
     temporary.mkdir()
 
 
-def _write_tensors(tensors: dict[str, Tensor], directory: Path, mesh: Mesh) -> str | None:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        try:
-            dcp.save(dict(tensors), storage_writer=dcp.FileSystemWriter(directory), no_dist=mesh.world == 1)
-        except (CheckpointException, OSError, RuntimeError) as error:
-            return last_line_of(error)
-    return None
-
-
-def _commit(temporary: Path, final: Path, state: dict[str, Any]) -> None:
+def _seal(temporary: Path, state: dict[str, Any]) -> None:
+    """Add state.json and the hashes of all files. InputError if another rank's cannot be seen from here."""
     missing = data_files_of(temporary) - {path.name for path in temporary.iterdir()}
     if missing:
-        shutil.rmtree(temporary, ignore_errors=True)
         raise InputError(
-            f"{final}: not saved; {', '.join(sorted(missing))} of other ranks cannot be seen from rank 0: "
+            f"{', '.join(sorted(missing))} of other ranks cannot be seen from rank 0: "
             "--run-dir must lie on storage that all hosts share"
         )
     write_json_atomically(temporary / STATE_FILE, state)
     sums = "".join(f"{sha256_of_file(path)}  {path.name}\n" for path in sorted(temporary.iterdir()))
     write_atomically(temporary / SUMS_FILE, sums)
+
+
+def _rename(temporary: Path, final: Path) -> None:
     if final.exists():  # an unsound one of the same step, passed over when this run started
         shutil.rmtree(final)
     temporary.rename(final)
@@ -154,95 +237,9 @@ def _purge(run_dir: Path, config: SaveConfig, held: set[Path]) -> None:
             print(f"warning: {checkpoint} could not be deleted: {error}", file=sys.stderr)
 
 
-def find_start(run_dir: Path, *, mesh: Mesh) -> tuple[Path | None, list[str]]:
-    """The checkpoint to continue from, if any, with a line for each broken one passed over. Collective."""
-
-    def look() -> tuple[Path | None, list[str]]:
-        for leftover in (run_dir / CHECKPOINTS).glob(".step_*"):  # of saves and deletions cut short by a kill
-            shutil.rmtree(leftover, ignore_errors=True)
-        checkpoint, faults = newest_sound(run_dir)
-        if checkpoint is None and faults:
-            raise InputError(f"{run_dir}: has no sound checkpoint ({'; '.join(faults)}); move it away to start afresh")
-        return checkpoint, faults
-
-    return mesh.on_main(look)
-
-
-def load(
-    checkpoint: Path,
-    *,
-    model: GPT,
-    optimizer: torch.optim.Optimizer,
-    loss_scale: LossScale | None = None,
-    mesh: Mesh,
-) -> dict[str, Any]:
-    """Put a checkpoint's tensors into the live ones and its random state back; its state.json. Collective."""
-    state = mesh.on_all(lambda: read_state(checkpoint))
-    read_tensors(checkpoint, checkpoint_tensors(model, optimizer, loss_scale))
-    _restore_random_state(state["random"], mesh.device)
-    return state
-
-
-def settle_origin(config: Config) -> Config:
-    """--from-checkpoint as PATH@STEP, with the path absolute: what RUN's newest is changes, what a run began with not.
-
-    What this run's config.json says stays, as long as the command line names the same run.
-    """
-    if config.from_checkpoint is None:
-        return config
-    run, at, step = config.from_checkpoint.rpartition("@")
-    named = Path(run if at and step.isdigit() else config.from_checkpoint).resolve()
-    if STEP_NAME.fullmatch(named.name):
-        named, step = named.parents[1], str(step_of(named))
-    elif not (at and step.isdigit()):
-        step = kept_step(config.directory, named) or str(step_of(find_checkpoint(named)))
-    return replace(config, from_checkpoint=f"{named}@{int(step)}")
-
-
-def kept_step(run_dir: Path, named: Path) -> str | None:
-    """The step of run `named` that config.json says `run_dir` began with."""
-    try:
-        kept = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))["config"]["from_checkpoint"]
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        return None  # a damaged file is reported where the run is compared with it
-    path, _, step = (kept or "").rpartition("@")
-    return step if path == str(named) else None
-
-
-def load_weights(name: str, model: GPT, codec: Codec, mesh: Mesh) -> Path:
-    """Put the weights of RUN's newest sound checkpoint, or of RUN@STEP, into a model of the same shape. Collective.
-
-    InputError, naming what differs, for another shape or another tokenizer: its ids would mean other text.
-    """
-
-    def find() -> Path:
-        checkpoint = find_checkpoint(name)
-        theirs, ours = asdict(model_config(read_state(checkpoint), checkpoint)), asdict(model.config)
-        found = [f"{key} {theirs[key]} (this run: {ours[key]})" for key in ours if theirs[key] != ours[key]]
-        if load_codec(checkpoint.resolve().parents[1]).describe() != codec.describe():
-            found.append("another tokenizer")
-        if found:
-            raise InputError(f"--from-checkpoint {name}: its model does not fit this run: {', '.join(found)}")
-        return checkpoint
-
-    checkpoint = mesh.on_main(find)
-    read_tensors(checkpoint, model_tensors(model))
-    return checkpoint
-
-
 def _random_state(device: torch.device) -> dict[str, str]:
     """Rank 0's generators. Nothing in training draws from them today; what will must find them as they were."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)
     return {name: base64.b64encode(value.numpy().tobytes()).decode("ascii") for name, value in states.items()}
-
-
-def _restore_random_state(states: dict[str, str], device: torch.device) -> None:
-    tensors = {
-        name: torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype=np.uint8).copy())
-        for name, text in states.items()
-    }
-    torch.set_rng_state(tensors["cpu"])
-    if device.type == "cuda" and "cuda" in tensors:
-        torch.cuda.set_rng_state(tensors["cuda"], device)

@@ -1,25 +1,46 @@
-"""Requests to stop: SIGTERM, SIGINT, SIGUSR1, SIGHUP (unless nohup has it ignored), the STOP file, a dead launcher.
+"""Requests to stop: SIGTERM, SIGINT, SIGUSR1, SIGHUP (unless nohup has it ignored), the STOP file, a dead launcher, and
+the end of the time that --stop-after gives.
 
 A request is noticed by one rank and acted on by all: the loop adds `wanted()` up in each step's one
 all-reduce, so that every rank stops after the same step.
 """
 
 import os
+import re
 import signal
 import time
 from pathlib import Path
 from types import FrameType, TracebackType
+
+from data_prep.errors import InputError
 
 FILE_NAME = "STOP"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SECONDS_BETWEEN_LOOKS = 1.0  # at the file system, which may be shared and slow
 
 
-class Stops:
-    """Install with `with`; the previous handlers come back at the end. `reason` is None until there is one."""
+SECONDS_PER = {"d": 86_400, "h": 3600, "m": 60, "s": 1}
 
-    def __init__(self, run_dir: Path, *, is_main: bool) -> None:
+
+def parse_duration(text: str) -> int:
+    """Seconds of 3h50m, 90m, 1d12h or 45s; InputError for anything else."""
+    match = re.fullmatch(r"(\d+d)?(\d+h)?(\d+m)?(\d+s)?", text)
+    seconds = sum(int(part[:-1]) * SECONDS_PER[part[-1]] for part in match.groups() if part) if match else 0
+    if seconds == 0:
+        raise InputError(f"{text} is no time; write it like 3h50m, 90m, 1d12h or 45s")
+    return seconds
+
+
+class Stops:
+    """Install with `with`; the previous handlers come back at the end. `reason` is None until there is one.
+
+    `after`: a duration as --stop-after has it, from the moment `started` of time.perf_counter().
+    """
+
+    def __init__(self, run_dir: Path, *, is_main: bool, after: str | None = None, started: float = 0.0) -> None:
         self.reason: str | None = None
+        self._after = after
+        self._deadline = None if after is None else started + parse_duration(after)
         self._file = run_dir / FILE_NAME
         self._is_main = is_main
         self._next_look = 0.0
@@ -42,6 +63,8 @@ class Stops:
             self._next_look = time.monotonic() + SECONDS_BETWEEN_LOOKS
             if self._is_main and self._file.exists():
                 self.reason = f"{FILE_NAME} file"
+            elif self._is_main and self._deadline is not None and time.perf_counter() >= self._deadline:
+                self.reason = f"--stop-after {self._after}"
             elif self._parent is not None and os.getppid() != self._parent:
                 self.reason = "launcher died"
         return self.reason is not None

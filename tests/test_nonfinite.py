@@ -1,0 +1,132 @@
+"""Steps that are not finite: agreed on, named, skipped or stopped at, and nothing before them lost."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from data_prep.manifest import open_split
+from model.trained import list_checkpoints, step_of
+from tests.groups import run_on_ranks
+from tests.runs import assert_same_tensors, curve, final_tensors, rows, status, tiny_config, with_save
+from train import nonfinite
+from train.batches import Windows
+from train.config import Config
+from train.losses import Objective
+from train.main import run
+from train.mesh import Mesh
+from train.nonfinite import NonFiniteError
+
+STEPS = 20
+BAD_STEP = 13  # reads positions 144 to 155
+
+
+def windows_of(data: Path) -> Windows:
+    return Windows(open_split(data, "train"), 32, seed=1337)
+
+
+def bad_window(data: Path) -> int:
+    """The eighth window of the bad step: in the second micro-batch of one process, on the second of two."""
+    return windows_of(data).ids_at((BAD_STEP - 1) * 12, 12)[7]
+
+
+def poisoned(bad_T: Tensor, by: tuple[float, float]) -> Callable[..., Tensor]:
+    """The objective, whose (scaled loss, loss) are multiplied by `by` wherever the window is among the inputs."""
+    sound = Objective.forward
+
+    def forward(self: Objective, inputs_BT: Tensor, targets_BT: Tensor, scale: Tensor) -> Tensor:
+        found = sound(self, inputs_BT, targets_BT, scale)
+        return found * torch.tensor(by) if (inputs_BT == bad_T).all(dim=1).any() else found
+
+    return forward
+
+
+def train_poisoned(mesh: Mesh, config: Config, by: tuple[float, float] = (math.inf, math.inf)) -> str:
+    """How the run ended where one window is bad."""
+    inputs_BT, _ = windows_of(config.data.dir).read([bad_window(config.data.dir)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Objective, "forward", poisoned(inputs_BT[0], by))
+        try:
+            run(config, mesh)
+        except NonFiniteError as error:
+            return str(error)
+    return "no error"
+
+
+def train(mesh: Mesh, config: Config) -> None:
+    run(config, mesh)
+
+
+def tiny(data: Path, run_dir: Path, **changes: Any) -> Config:
+    return tiny_config(data, run_dir, steps=STEPS, **changes)
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_bad_step_is_stopped_at_with_everything_before_it_saved(tiny_data: Path, tmp_path: Path, world: int) -> None:
+    config = with_save(tiny(tiny_data, tmp_path / "run"), mode="async")
+    outcomes = run_on_ranks(world, train_poisoned, config)
+    assert len(set(outcomes)) == 1 and "\n" not in outcomes[0]
+    suspects = sorted(windows_of(tiny_data).ids_at((BAD_STEP - 1) * 12, 12)[6:])
+    numbers = " ".join(map(str, suspects))
+    assert bad_window(tiny_data) in suspects
+    assert outcomes[0].startswith(
+        "step 13: loss inf, gradient norm nan; its update was not made, and step 12 is saved."
+    )
+    assert f"not finite by themselves: windows {numbers}; to read them: python data_prep/verify.py" in outcomes[0]
+    assert f"--seq-len 32 --window {numbers}; to leave them out: --data.leave-out {numbers};" in outcomes[0]
+    found = status(tmp_path / "run")
+    assert found["state"] == "failed" and found["step"] == 12 and "step 13: loss inf" in found["reason"]
+    assert [step_of(path) for path in list_checkpoints(tmp_path / "run")] == [10, 12]
+    assert [step for step, *_ in curve(tmp_path / "run")] == list(range(1, 13))
+    (noted,) = [json.loads(line) for line in (tmp_path / "run" / nonfinite.FILE_NAME).read_text().splitlines()]
+    assert noted["step"] == 13 and noted["suspects"] == suspects and len(noted["windows"]) == 12
+    # What was saved is the state before it: continued soundly, it is the run in which nothing was bad.
+    run_on_ranks(world, train, config)
+    whole = tiny(tiny_data, tmp_path / "whole")
+    run_on_ranks(world, train, whole)
+    assert curve(tmp_path / "run") == curve(whole.directory)
+    assert_same_tensors(final_tensors(tmp_path / "run"), final_tensors(whole.directory))
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_gradient_that_is_not_finite_is_skipped_where_asked_and_the_run_goes_on(
+    tiny_data: Path, tmp_path: Path, world: int
+) -> None:
+    config = tiny(tiny_data, tmp_path / "run", on_nonfinite="skip")
+    assert set(run_on_ranks(world, train_poisoned, config, (math.inf, 1.0))) == {"no error"}
+    found = {row["step"]: row for row in rows(tmp_path / "run") if "loss" in row}
+    assert [step for step, row in found.items() if row["grad_norm"] is None] == [BAD_STEP]
+    assert all(math.isfinite(row["loss"]) for row in found.values()) and len(found) == STEPS
+    assert found[STEPS]["loss"] < found[1]["loss"] and status(tmp_path / "run")["state"] == "done"
+    (noted,) = [json.loads(line) for line in (tmp_path / "run" / nonfinite.FILE_NAME).read_text().splitlines()]
+    assert noted["windows"] == windows_of(tiny_data).ids_at((BAD_STEP - 1) * 12, 12)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert log.count("(--train.on-nonfinite skip); its windows are in nonfinite.jsonl") == 1
+
+
+def test_skipping_ends_where_every_step_is_bad(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nonfinite, "MOST_IN_A_ROW", 4)
+    sound = Objective.forward
+    monkeypatch.setattr(Objective, "forward", lambda *args: sound(*args) * math.nan)
+    with pytest.raises(NonFiniteError, match=r"step 4: loss nan.* nor were those of the 3 steps before it"):
+        run(tiny(tiny_data, tmp_path / "run", on_nonfinite="skip"), Mesh(0, 1, torch.device("cpu")))
+    assert status(tmp_path / "run")["state"] == "failed"
+
+
+def test_fp16_keeps_its_scale_where_it_stops(tiny_data: Path, tmp_path: Path) -> None:
+    """The loss itself is not finite: no scale helps, and the state that is saved has the one before."""
+    alone = Mesh(0, 1, torch.device("cpu"))
+    config = tiny(tiny_data, tmp_path / "run", dtype="fp16")
+    assert train_poisoned(alone, config).startswith("step 13: loss inf")
+    run(config, alone)
+    run(tiny(tiny_data, tmp_path / "whole", dtype="fp16"), alone)
+    kept, whole = ([row["loss_scale"] for row in rows(tmp_path / name) if "loss" in row] for name in ("run", "whole"))
+    assert kept == whole
+    assert_same_tensors(final_tensors(tmp_path / "run"), final_tensors(tmp_path / "whole"))

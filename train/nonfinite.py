@@ -1,0 +1,71 @@
+"""Steps whose loss or gradient is not finite: judged on the device, before the update."""
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from data_prep.errors import InputError
+from train.numerics import LossScale
+
+FILE_NAME = "nonfinite.jsonl"
+LEAST_LOSS_SCALE = 1.0  # below it fp16's small numbers are lost: what still overflows then is no matter of scale
+MOST_IN_A_ROW = 20  # skipped steps after which it is no matter of a few windows
+MOST_SHOWN = 16
+
+
+class NonFiniteError(InputError):
+    """A step's loss or gradient was not finite. Its update was not made."""
+
+
+class Halt:
+    """Decides alike on all ranks whether a step's update is made: their loss and norm are the same numbers.
+
+    A step that is not finite is never an update. It is `bad` unless fp16's loss scale was merely too high, which lowers
+    itself. The host reads that one step late; with "stop" the steps enqueued meanwhile are no updates either, so that
+    the state is still the one before the bad step.
+    """
+
+    def __init__(self, mode: Literal["stop", "skip"], device: torch.device) -> None:
+        self.mode = mode
+        self.is_halted = torch.zeros((), dtype=torch.bool, device=device)
+        self.num_in_a_row = 0
+
+    def judge(self, loss: Tensor, norm: Tensor, scale: LossScale | None) -> tuple[Tensor, Tensor]:
+        """(is the update to be made, is the step bad), both bool scalars on the device; nothing waits."""
+        is_finite = torch.isfinite(norm) & torch.isfinite(loss)
+        is_bad = ~is_finite
+        if scale is not None:
+            is_bad = is_bad & (~torch.isfinite(loss) | (scale.scale <= LEAST_LOSS_SCALE))
+        if self.mode == "stop":
+            self.is_halted.logical_or_(is_bad)
+            is_finite = is_finite & ~self.is_halted
+        return is_finite, is_bad
+
+
+def note(
+    run_dir: Path, *, step: int, loss: float, norm: float, windows: Sequence[int], suspects: Sequence[int]
+) -> None:
+    """Append a bad step to RUN/nonfinite.jsonl: all its windows, and those that are not finite by themselves."""
+    row = {"step": step, "loss": str(loss), "grad_norm": str(norm), "windows": windows, "suspects": suspects}
+    with (run_dir / FILE_NAME).open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def advice(*, data: Path, seq_len: int, windows: Sequence[int], suspects: Sequence[int]) -> str:
+    """What to look at and what to set, in one line."""
+    shown = list(suspects or windows)
+    which = "not finite by themselves: windows" if suspects else "none of its micro-batches is it by itself; windows"
+    numbers = " ".join(str(number) for number in shown[:MOST_SHOWN])
+    more = f" and {len(shown) - MOST_SHOWN} more in {FILE_NAME}" if len(shown) > MOST_SHOWN else ""
+    return (
+        f"{which} {numbers}{more}; to read them: "
+        f"python data_prep/verify.py {data} --seq-len {seq_len} --window {numbers}; "
+        f"to leave them out: --data.leave-out {numbers}; to go on without such steps: --train.on-nonfinite skip"
+    )
