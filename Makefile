@@ -28,6 +28,7 @@ lint: .venv/.dev
 bench: .venv/.dev
 	$(BIN)/python benchmarks/bench_step.py
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 benchmarks/bench_step.py
+	$(BIN)/python benchmarks/bench_saves.py
 	$(BIN)/python benchmarks/bench_batches.py
 	$(BIN)/python benchmarks/bench_data_prep.py
 
