@@ -249,7 +249,8 @@ def skip_or_stop(run: Run, report: Report, loss: float, norm: float) -> None:
         raise nonfinite.NonFiniteError(f"{what}, nor were those of the {run.halt.num_in_a_row - 1} steps before it")
     save_at_the_end(run)
     to_do = nonfinite.advice(data=config.data.dir, seq_len=config.train.seq_len, windows=windows, suspects=suspects)
-    raise nonfinite.NonFiniteError(f"{what}, and step {step - 1} is saved. {to_do}")
+    saved = f"step {step - 1} is saved" if step > 1 else "there was no step before it"
+    raise nonfinite.NonFiniteError(f"{what}, and {saved}. {to_do}")
 
 
 def find_suspects(run: Run) -> list[int]:
