@@ -109,7 +109,8 @@ def assemble(
 
 def open_data(config: Config, plan: BatchPlan, codec: Codec) -> tuple[Windows, ValidationSet | None, Sampler | None]:
     """The training windows, what is validated on and what is sampled; None for what the config switches off."""
-    windows = Windows(open_split(config.data.dir, "train"), config.train.seq_len, config.seed)
+    stream = open_split(config.data.dir, "train")
+    windows = Windows(stream, config.train.seq_len, config.seed, config.data.leave_out)
     validation = sampler = None
     if config.validate.every is not None:
         validation = ValidationSet(
