@@ -51,7 +51,7 @@ def assemble(
     elif config.from_checkpoint is not None:
         origin = saves.load_weights(config.from_checkpoint, model, codec, mesh)
 
-    sinks = Sinks(directory.path, step=progress.step if loaded else None, mesh=mesh)
+    sinks = Sinks(directory.path, step=progress.step if loaded else None, mesh=mesh, stops=stops)
     warnings = [f"passed over {fault}" for fault in faults]
     warnings += settings_without_effect(config, mesh.device.type, mesh.world)
     if validation is not None and config.validate.tokens is not None and validation.num_tokens < config.validate.tokens:
