@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,23 @@ def _beside(path: Path) -> Path:
 
 
 def write_atomically(path: Path, content: str) -> None:
-    """Replace `path` by `content` so that no reader, and no crash, ever sees half of it."""
+    """Replace `path` by `content` so that no reader, and no crash, ever sees half of it.
+
+    Where that fails, as on a full disk, nothing is left beside it, and the OSError names `path` (a failed write's own
+    names no file).
+    """
     temporary = _beside(path)
-    with temporary.open("w", encoding="utf-8", newline="") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    fsync_directory(path.parent)
+    try:
+        with temporary.open("w", encoding="utf-8", newline="") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        fsync_directory(path.parent)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_blocks_atomically(path: Path, blocks: Iterable[bytes | memoryview]) -> str:

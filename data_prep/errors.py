@@ -1,10 +1,12 @@
 """Bad input from a person: one clear line and exit status 2, never a traceback."""
 
+import errno
 import io
 import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 
 class InputError(ValueError):
@@ -14,6 +16,19 @@ class InputError(ValueError):
 def first_line(error: BaseException) -> str:
     """Of what another library says, which may be long."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+@contextmanager
+def writing_to(directory: Path) -> Iterator[None]:
+    """An OSError inside becomes an InputError that names the directory and says what to do about it."""
+    try:
+        yield
+    except OSError as error:
+        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        advice = "make room there" if is_full else "mend that"
+        raise InputError(
+            f"{directory}: cannot be written ({error}); {advice}, then give the same command again"
+        ) from error
 
 
 @contextmanager

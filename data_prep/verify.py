@@ -1,6 +1,7 @@
 """Is a data directory what its manifest says? Re-hash, recount, decode a sample.
 
     python data_prep/verify.py data/NAME [--samples 3]
+    python data_prep/verify.py data/NAME --window 7 1200 --seq-len 1024
     python data_prep/verify.py --adopt DIRECTORY --tokenizer gpt2
 
 Reads every byte once (about 3 s per gigabyte, from memory). Ends with `sound` and exit status 0, or with
@@ -9,6 +10,8 @@ one line per fault and exit status 1 (2 when the manifest or the tokenizer canno
 `--adopt` gives ready-made token files a manifest and a tokenizer first, in place, without touching them: the shards of
 llm.c and modded-nanogpt (*_train_*.bin), nanoGPT's train.bin and val.bin, build-nanogpt's *.npy. Then they can be
 trained on and verified like any other data. That reads every byte three times.
+
+`--window` prints the text of these training windows and does nothing else.
 """
 
 import hashlib
@@ -29,6 +32,7 @@ from data_prep.errors import InputError, one_line_errors
 from data_prep.foreign import add_tokens, adopt
 from data_prep.manifest import Manifest, SplitInfo, read_manifest
 from data_prep.shards import ShardInfo
+from data_prep.window_text import show_windows
 from data_prep.workers import Progress
 
 
@@ -44,6 +48,12 @@ class Options:
     """First give the token files of another project, which lie there, a manifest and a tokenizer."""
     tokenizer: str | None = None
     """With --adopt, what made the ids: gpt2, a .tiktoken rank file, or a folder with a saved tokenizer."""
+    window: tuple[int, ...] = ()
+    """Print the text of these training windows, numbered from 0, and do nothing else."""
+    seq_len: int = 1024
+    """With --window, the run's --train.seq-len."""
+    split: str = "train"
+    """With --window, the split."""
 
 
 def faults_of(directory: Path, manifest: Manifest, codec: Codec) -> list[str]:
@@ -121,13 +131,43 @@ def adopt_directory(options: Options) -> None:
     print(f"{options.directory}: {'adopted' if is_new else 'already adopted, nothing to do'}")
 
 
+def settings_without_effect(options: Options) -> list[str]:
+    """The flags that were given and do nothing, beside others of them."""
+    said = []
+    if options.tokenizer is not None and not options.adopt:
+        said.append("--tokenizer has no effect without --adopt")
+    if options.samples != Options.samples and options.window:
+        said.append("--samples has no effect with --window")
+    for flag, is_set in (
+        ("--seq-len", options.seq_len != Options.seq_len),
+        ("--split", options.split != Options.split),
+    ):
+        if is_set and not options.window:
+            said.append(f"{flag} has no effect without --window")
+    return said
+
+
 def main(args: list[str] | None = None) -> None:
     with one_line_errors("verify"):
         options = tyro.cli(Options, args=args, description=__doc__)
+        for line in settings_without_effect(options):
+            print(f"verify: warning: {line}", file=sys.stderr, flush=True)
+        if options.adopt and options.window:
+            raise InputError("--adopt and --window are two things: adopt first, then look at windows")
         if options.adopt:
             adopt_directory(options)
         manifest = read_manifest(options.directory)
         codec = load_codec(options.directory)
+        if options.window:
+            show_windows(
+                options.directory,
+                manifest,
+                codec,
+                split=options.split,
+                windows=options.window,
+                seq_len=options.seq_len,
+            )
+            return
         faults = faults_of(options.directory, manifest, codec)
         if faults:
             print("\n".join(faults), file=sys.stderr)

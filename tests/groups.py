@@ -1,8 +1,10 @@
 """Run a function on n gloo processes of this machine and bring every rank's result back."""
 
+import ctypes
 import multiprocessing
 import os
 import pickle
+import subprocess
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +16,9 @@ import torch.multiprocessing as mp
 
 from train.mesh import LONG_TIMEOUT, Mesh
 
+PRELOADED = ["train.main", "torch._dynamo"]  # the latter is what making an optimizer imports
+CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000  # linux/sched.h
+
 
 def run_on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
     """function(mesh, *args) on `world` processes -> its results in rank order; an error anywhere is raised.
@@ -23,7 +28,7 @@ def run_on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[A
     """
     if world == 1:
         return [function(Mesh(0, 1, torch.device("cpu")), *args)]
-    multiprocessing.set_forkserver_preload(["train.main", "torch._dynamo"])  # which making an optimizer imports
+    multiprocessing.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(_enter, args=(world, folder, function, args), nprocs=world, start_method="forkserver")
         return [pickle.loads((Path(folder) / f"result_{rank}").read_bytes()) for rank in range(world)]
@@ -38,3 +43,33 @@ def _enter(rank: int, world: int, folder: str, function: Callable[..., Any], arg
     result = function(Mesh(rank, world, torch.device("cpu")), *args)
     (Path(folder) / f"result_{rank}").write_bytes(pickle.dumps(result))
     dist.destroy_process_group()
+
+
+def run_with_own_mounts(function: Callable[..., Any], *args: Any) -> Any:
+    """function(can_mount, *args) in one forked process that may mount file systems which nobody else sees.
+
+    By a user namespace, so without privileges (user_namespaces(7)); where the system refuses it, can_mount is False.
+    """
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    with tempfile.TemporaryDirectory() as folder:
+        mp.start_processes(_enter_namespace, args=(folder, function, args), nprocs=1, start_method="forkserver")
+        return pickle.loads((Path(folder) / "result").read_bytes())
+
+
+def _enter_namespace(rank: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    torch.set_num_threads(1)
+    result = function(_have_own_mounts(), *args)
+    (Path(folder) / "result").write_bytes(pickle.dumps(result))
+
+
+def _have_own_mounts() -> bool:
+    user, group = os.getuid(), os.getgid()
+    if ctypes.CDLL(None).unshare(CLONE_NEWUSER | CLONE_NEWNS) != 0:
+        return False
+    try:
+        Path("/proc/self/setgroups").write_text("deny")
+        Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+        Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    except PermissionError:  # some systems grant the name space without its rights
+        return False
+    return subprocess.run(["mount", "--make-rprivate", "/"], check=False).returncode == 0

@@ -1,5 +1,6 @@
 """Order of the windows: every one once an epoch, whatever the processes; seeking is free."""
 
+import dataclasses
 import threading
 from pathlib import Path
 
@@ -9,10 +10,15 @@ import torch
 
 from data_prep.errors import InputError
 from data_prep.manifest import open_split
-from tests.runs import tiny_config
+from tests.runs import curve, tiny_config
+from tests.test_exact import cut_back
 from train.batches import BatchPlan, Prefetcher, Windows, permute, plan_batches
+from train.config import Config
+from train.main import run
+from train.mesh import Mesh
 
 CPU = torch.device("cpu")
+ALONE = Mesh(0, 1, CPU)
 
 
 def permuted(count: int, key: int) -> list[int]:
@@ -81,6 +87,61 @@ def test_an_epoch_holds_each_window_once_over_all_ranks(tiny_data: Path, world: 
     first, second = seen[: windows.count], seen[windows.count : 2 * windows.count]
     assert sorted(first) == sorted(second) == list(range(windows.count))
     assert first != second
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_left_out_windows_are_replaced_where_they_stood(tiny_data: Path, world: int) -> None:
+    """Two neighbours, one alone, and one at the end whose follower, the first, is left out too."""
+    stream, per_rank = open_split(tiny_data, "train"), 4 // world
+    whole = Windows(stream, 32, seed=1)
+    last = whole.count - 1
+    stand_ins = {5: 7, 6: 7, 100: 101, last: 1, 0: 1}
+    windows = Windows(stream, 32, seed=1, leave_out=(100, 6, 0, 5, last, 5))
+    seen: list[int] = []
+    for position in range(0, whole.count, 4):
+        for rank in range(world):
+            seen += windows.ids_at(position + rank * per_rank, per_rank)
+    before = whole.ids_at(0, len(seen))
+    assert seen == [stand_ins.get(window, window) for window in before]
+    assert set(seen[: whole.count]) == {*range(whole.count)} - {*stand_ins}
+
+
+def test_the_text_that_is_left_out_is_not_read(tiny_data: Path) -> None:
+    stream, plan = open_split(tiny_data, "train"), BatchPlan(12, 12, 12, 1)
+    window = Windows(stream, 32, seed=1).ids_at(5, 1)[0]
+    windows = Windows(stream, 32, seed=1, leave_out=(window,))
+    ((inputs_BT, _),) = windows.micro_batches(0, plan, rank=0)
+    after = stream.read((window + 1) * 32, (window + 2) * 32).astype(np.int64)
+    assert torch.equal(inputs_BT[5], torch.from_numpy(after)) and inputs_BT.shape == (12, 32)
+
+
+def test_windows_to_leave_out_must_be_there_and_not_be_all(tiny_data: Path) -> None:
+    stream = open_split(tiny_data, "train")
+    with pytest.raises(InputError, match=r"--data.leave-out -1 562: the training split has 562 windows, numbered from"):
+        Windows(stream, 32, seed=1, leave_out=(562, 3, -1))
+    with pytest.raises(InputError, match=r"--data.leave-out names all 2 windows"):
+        Windows(stream, 8000, seed=1, leave_out=(1, 0))
+    assert set(Windows(stream, 8000, seed=1, leave_out=(1,)).ids_at(0, 10)) == {0}
+
+
+def test_a_run_continued_with_a_longer_list_differs_only_from_the_window_on(tiny_data: Path, tmp_path: Path) -> None:
+    """One window of step 3 is left out from the start, one of step 15 only after the resume at step 10."""
+    config = tiny_config(tiny_data, tmp_path / "whole", steps=20)
+    order = Windows(open_split(tiny_data, "train"), 32, config.seed)
+    early, late = order.ids_at(2 * 12 + 1, 1)[0], order.ids_at(14 * 12 + 5, 1)[0]
+    run(leaving_out(config, early), ALONE)
+    cut_back(tmp_path / "whole", tmp_path / "resumed", step=10)
+    longer = leaving_out(dataclasses.replace(config, run_dir=tmp_path / "resumed"), early, late)
+    run(longer, ALONE)
+    assert "continuing from" in (tmp_path / "resumed" / "log.txt").read_text()
+    assert "training tokens, 2 windows left out, vocabulary" in (tmp_path / "resumed" / "log.txt").read_text()
+    before, after = curve(tmp_path / "whole"), curve(tmp_path / "resumed")
+    assert before[:14] == after[:14]
+    assert all(ours[1] != theirs[1] for ours, theirs in zip(before[14:], after[14:], strict=True))
+
+
+def leaving_out(config: Config, *windows: int) -> Config:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, leave_out=windows))
 
 
 def test_a_world_that_does_not_divide_the_batch_is_refused_with_what_does(tiny_data: Path) -> None:

@@ -158,6 +158,7 @@ def test_dry_run_refuses_what_the_run_would(tmp_path: Path, tiny_data: Path) -> 
         (["--seed", "3"], "is another run: --seed 3 (was 1337)"),
         (["--no-resume"], "holds checkpoints; drop --no-resume"),
         (["--from-checkpoint", "runs/nope"], "no such run directory or checkpoint"),
+        (["--data.leave-out", "3", "1000"], "--data.leave-out 1000: the training split has 562 windows"),
         (["--train.seq-len", "20480", "--train.batch-tokens", "245760"], "less than one window"),
     ):
         elsewhere = [] if flags[0] in ("--seed", "--no-resume") else ["--run-dir", str(tmp_path / "new")]

@@ -2,17 +2,21 @@
 
 import hashlib
 import math
+import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
-from data_prep.manifest import read_manifest
+from data_prep.manifest import open_split, read_manifest
 from model.gpt import build_model
 from model.trained import list_checkpoints
 from tests.groups import run_on_ranks
-from tests.runs import assert_same_tensors, curve, final_tensors, losses, tiny_config, validations
+from tests.runs import assert_same_tensors, curve, final_tensors, losses, status, tiny_config, validations
+from train.batches import Prefetcher, Windows
 from train.config import Config, with_vocabulary
 from train.main import run
 from train.mesh import Mesh
@@ -115,20 +119,64 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(trained: tuple[Path, set
     assert_same_tensors(final_tensors(resumed), final_tensors(whole))
 
 
-def test_a_checkpoint_of_any_world_continues_in_any_other(
+def train_until_stopped(mesh: Mesh, config: Config, num_steps: int) -> list[tuple[int, list[bytes]]]:
+    """The run until the last rank, which takes its `num_steps`-th batch, is sent SIGTERM.
+
+    Returns the position of every step this rank trained, and the windows that it was given for it.
+    """
+    served: list[tuple[int, list[bytes]]] = []
+    take = Prefetcher.take
+
+    def noticed(batches: Prefetcher, position: int) -> list[tuple[Tensor, Tensor]]:
+        taken = take(batches, position)
+        served.append(
+            (position, [content for inputs_BT, targets_BT in taken for content in contents(inputs_BT, targets_BT)])
+        )
+        if len(served) == num_steps and mesh.rank == mesh.world - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return taken
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Prefetcher, "take", noticed)
+        run(config, mesh)
+    return served
+
+
+def contents(inputs_BT: Tensor, targets_BT: Tensor) -> list[bytes]:
+    """Each row's window of characters, its T + 1 ids as bytes."""
+    return [
+        bytes([*inputs_T, targets_T[-1]])
+        for inputs_T, targets_T in zip(inputs_BT.tolist(), targets_BT.tolist(), strict=True)
+    ]
+
+
+def test_one_run_in_every_world_in_turn_reads_each_window_once(
     trained: tuple[Path, set[str]], tiny_data: Path, tmp_path: Path
 ) -> None:
-    folder, _ = trained
-    for then in (1, 2, 3):
-        configs = []
-        for first in (1, 2, 3, 4):
-            if first != then:
-                cut_back(folder / f"w{first}", tmp_path / f"{first}_to_{then}", step=20)
-                configs.append(tiny_config(tiny_data, tmp_path / f"{first}_to_{then}"))
-        run_on_ranks(then, continue_elsewhere, configs)
-        for config in configs:
-            assert "continuing from" in (config.directory / "log.txt").read_text()
-            assert (losses(config.directory) - losses(folder / "w1")).abs().max() <= 1e-5
+    """The same configuration at each start, stopped by a signal to one rank, with more processes or fewer."""
+    config, whole = tiny_config(tiny_data, tmp_path / "run"), trained[0] / "w1"
+    worlds = (1, 2, 3, 4, 1, 3, 2)
+    read: dict[int, list[bytes]] = {}
+    for attempt, world in enumerate(worlds, start=1):
+        ranks = run_on_ranks(world, train_until_stopped, config, 6 if attempt < len(worlds) else 50)
+        for steps in zip(*ranks, strict=True):  # the ranks' parts of one step
+            (position,) = {position for position, _ in steps}
+            assert position not in read, f"trained again, now by {world} processes"
+            read[position] = [content for _, windows in steps for content in windows]
+    assert status(config.directory) == {"state": "done", "step": 50, "reason": None, "attempt": len(worlds)}
+    assert list(read) == list(range(0, 600, 12))
+
+    windows = Windows(open_split(tiny_data, "train"), 32, config.seed)
+    number = {content: window for window, content in enumerate(contents(*windows.read(list(range(windows.count)))))}
+    assert len(number) == windows.count == 562, "windows must be told apart by their text"
+    order = [number[content] for position in read for content in read[position]]
+    assert sorted(order[:562]) == list(range(562))
+    assert order == windows.ids_at(0, 600)
+
+    difference = (losses(config.directory) - losses(whole)).abs()
+    assert difference[0] <= 2e-6 and difference[:6].max() <= 4e-6 and difference.max() <= 1e-5
+    found, wanted = validations(config.directory), validations(whole)
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=0, atol=1e-5)
 
 
 def test_the_loss_falls(trained: tuple[Path, set[str]]) -> None:

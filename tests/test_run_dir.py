@@ -120,12 +120,12 @@ def test_rows_after_the_restored_step_are_dropped_and_half_a_line_with_them(tmp_
     full = [{"step": n, "loss": float(n)} for n in range(1, 6)] + [{"step": 5, "val_loss": 2.0}]
     lines = "".join(json.dumps(row) + "\n" for row in full)
     (tmp_path / "metrics.jsonl").write_text(lines + '{"step": 6, "lo')
-    with Sinks(tmp_path, step=5, mesh=ALONE) as sinks:
+    with Sinks(tmp_path, step=5, mesh=ALONE, stops=Stops(tmp_path, is_main=True)) as sinks:
         assert sinks.validated_steps == {5}
     assert rows(tmp_path) == full
-    with Sinks(tmp_path, step=3, mesh=ALONE):
+    with Sinks(tmp_path, step=3, mesh=ALONE, stops=Stops(tmp_path, is_main=True)):
         assert rows(tmp_path) == full[:3]
-    with Sinks(tmp_path, step=None, mesh=ALONE):
+    with Sinks(tmp_path, step=None, mesh=ALONE, stops=Stops(tmp_path, is_main=True)):
         assert rows(tmp_path) == []
 
 
@@ -205,7 +205,7 @@ def test_a_damaged_row_in_the_middle_is_refused_not_cut_off(tmp_path: Path) -> N
     content = '{"step": 1, "loss": 1.0}\n{"step": 2, "lo\n{"step": 3, "loss": 1.0}\n'
     (tmp_path / "metrics.jsonl").write_text(content)
     with pytest.raises(InputError, match=r"metrics.jsonl:2: damaged"):
-        Sinks(tmp_path, step=3, mesh=ALONE)
+        Sinks(tmp_path, step=3, mesh=ALONE, stops=Stops(tmp_path, is_main=True))
     assert (tmp_path / "metrics.jsonl").read_text() == content
 
 

@@ -52,7 +52,7 @@ def assemble(
     elif config.from_checkpoint is not None:
         origin = resume.load_weights(config.from_checkpoint, model, codec, mesh)
 
-    sinks = Sinks(directory.path, step=progress.step if loaded else None, mesh=mesh)
+    sinks = Sinks(directory.path, step=progress.step if loaded else None, mesh=mesh, stops=stops)
     warnings = [f"passed over {fault}" for fault in faults]
     warnings += settings_without_effect(config, mesh.device.type, mesh.world)
     if validation is not None and config.validate.tokens is not None and validation.num_tokens < config.validate.tokens:
@@ -119,7 +119,8 @@ def assemble(
 
 def open_data(config: Config, plan: BatchPlan, codec: Codec) -> tuple[Windows, ValidationSet | None, Sampler | None]:
     """The training windows, what is validated on and what is sampled; None for what the config switches off."""
-    windows = Windows(open_split(config.data.dir, "train"), config.train.seq_len, config.seed)
+    stream = open_split(config.data.dir, "train")
+    windows = Windows(stream, config.train.seq_len, config.seed, config.data.leave_out)
     validation = sampler = None
     if config.validate.every is not None:
         validation = ValidationSet(

@@ -2,9 +2,13 @@
 
 One split is one stream. Window i is its tokens [iT, iT+T]: neighbours share one token and none is lost. Each
 epoch is a permutation of the windows that is computed, not stored: O(1) to seek, no table on any rank.
+
+A window that is left out is replaced where it stands by the one after it in the data, not removed: removing it would
+move every later window, so that no list could be changed in the middle of a run.
 """
 
 import functools
+from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -90,10 +94,32 @@ def divisors(count: int) -> list[int]:
     return [n for n in range(1, count + 1) if count % n == 0]
 
 
-class Windows:
-    """A split cut into windows of seq_len + 1 tokens, served in the order of (seed, epoch)."""
+def substitutes(leave_out: Collection[int], count: int) -> dict[int, int]:
+    """For each window that is left out of `count`, the next one that is not, cyclically; InputError if none is."""
+    outside = sorted(window for window in leave_out if not 0 <= window < count)
+    if outside:
+        raise InputError(
+            f"--data.leave-out {' '.join(map(str, outside))}: the training split has {count} windows, numbered from 0"
+        )
+    left_out = set(leave_out)
+    if len(left_out) == count:
+        raise InputError(f"--data.leave-out names all {count} windows of the training split; leave some to train on")
+    found: dict[int, int] = {}
+    for window in sorted(left_out, reverse=True):  # from the end, so that most need to look at the next one only
+        after = (window + 1) % count
+        while after in left_out:
+            after = found.get(after, (after + 1) % count)
+        found[window] = after
+    return found
 
-    def __init__(self, stream: TokenStream, seq_len: int, seed: int) -> None:
+
+class Windows:
+    """A split cut into windows of seq_len + 1 tokens, served in the order of (seed, epoch).
+
+    In the places of the windows `leave_out` stand those after them in the data (after the last, the first).
+    """
+
+    def __init__(self, stream: TokenStream, seq_len: int, seed: int, leave_out: Collection[int] = ()) -> None:
         self._stream = stream
         self._seq_len = seq_len
         self._seed = seed
@@ -102,6 +128,7 @@ class Windows:
             raise InputError(
                 f"the training split has {len(stream)} tokens, less than one window of --train.seq-len {seq_len} + 1"
             )
+        self._stands_in = substitutes(leave_out, self.count)
 
     def ids_at(self, position: int, num_windows: int) -> list[int]:
         """Which windows stand at positions [position, position + num_windows), epochs following one another."""
@@ -110,7 +137,8 @@ class Windows:
             epoch, offset = divmod(position, self.count)
             taken = min(num_windows, self.count - offset)
             places = np.arange(offset, offset + taken, dtype=np.uint64)
-            ids.extend(permute(places, self.count, key=(self._seed << 32) + epoch).tolist())
+            permuted = permute(places, self.count, key=(self._seed << 32) + epoch).tolist()
+            ids.extend(self._stands_in.get(window, window) for window in permuted)
             position += taken
             num_windows -= taken
         return ids

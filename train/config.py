@@ -21,6 +21,9 @@ from train.traces import parse_steps
 class DataConfig:
     dir: Path = Path("data/fineweb_edu_10B")
     """Data directory, as data_prep/ makes it."""
+    leave_out: tuple[int, ...] = ()
+    """Training windows never to read, such as made a step non-finite: the one after each in the data stands in its
+    place. May be added to when a run is continued."""
 
 
 @dataclass(frozen=True)

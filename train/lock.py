@@ -66,14 +66,14 @@ class RunLock:
 
     def _create(self) -> bool:
         mine = self._path.with_name(f".{FILE_NAME}.{self._me['host']}.{self._me['pid']}")
-        mine.write_text(self.text, encoding="utf-8")
-        self._now = mine.stat().st_mtime  # by the clock of the file server, which also dates the other's heartbeat
         try:
+            mine.write_text(self.text, encoding="utf-8")
+            self._now = mine.stat().st_mtime  # by the clock of the file server, which also dates the other's heartbeat
             os.link(mine, self._path)  # atomic, with its content, also on NFS
         except FileExistsError:
             return False
         finally:
-            mine.unlink()
+            mine.unlink(missing_ok=True)
         return True
 
     def _remove_dead(self, text: str) -> None:

@@ -98,6 +98,7 @@ def run(config: Config, mesh: Mesh, startup: Startup | None = None) -> None:
                     sinks.say(f"continuing from {this.loaded}")
                 directory.report(this.progress.step)
                 state, reason = train(this)
+                sinks.make_durable()
                 directory.end(state, this.progress.step, reason)
                 sinks.say(f"{state} at step {this.progress.step}" + (f" ({reason})" if reason else ""))
         except torch.OutOfMemoryError as error:

@@ -60,4 +60,6 @@ def _data_line(config: Config, manifest: Manifest | None, total_tokens: int) -> 
     epochs = total_tokens / tokens
     warning = "  WARNING: more than one epoch" if epochs > 1 else ""
     vocabulary = f"vocabulary {manifest.vocab_size:,}"
-    return f"{config.data.dir}: {tokens:,} training tokens, {vocabulary}, {epochs:.2f} epochs{warning}"
+    left_out = len(set(config.data.leave_out))
+    without = f", {left_out} windows left out" if left_out else ""
+    return f"{config.data.dir}: {tokens:,} training tokens{without}, {vocabulary}, {epochs:.2f} epochs{warning}"

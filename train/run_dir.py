@@ -18,7 +18,7 @@ import torch
 
 from data_prep.atomic import write_json_atomically
 from data_prep.codec import load_codec
-from data_prep.errors import InputError
+from data_prep.errors import InputError, writing_to
 from model.trained import list_checkpoints
 from train.config import Config
 from train.lock import RunLock
@@ -36,14 +36,14 @@ IDENTITY = (
     "optim",
 )
 
-
+STATUS_FILE = "status.json"
 SECONDS_TO_SEE = 30.0  # a network file system may show a new file late
 
 
 class RunDirectory:
     """Claimed with `with`: locked, then `running` in status.json; at the end `failed` unless told otherwise.
 
-    Only rank 0 writes; the methods are called by every rank.
+    Only rank 0 writes; the methods are called by every rank, and raise InputError on every rank when it cannot.
     """
 
     def __init__(self, config: Config, fingerprint: str, mesh: Mesh) -> None:
@@ -53,6 +53,7 @@ class RunDirectory:
         self._mesh = mesh
         self._attempt = 1
         self._step = 0
+        self._state = "running"  # what status.json says
         self._ended = False
         self._lock = RunLock(self.path)
         self.found: dict[str, Any] = {}  # known to rank 0, as is the next
@@ -82,25 +83,36 @@ class RunDirectory:
     ) -> None:
         if not self._mesh.is_main:
             return
-        if kind is not None and not self._ended:
-            reason = str(error).strip().splitlines()
-            self._write_status("failed", f"{kind.__name__}: {reason[0] if reason else ''}")
-        self._lock.release()
+        if kind is None:
+            self._lock.release()
+            return
+        try:
+            if not self._ended:
+                reason = str(error).strip().splitlines()
+                self._write_status("failed", f"{kind.__name__}: {reason[0] if reason else ''}")
+        except InputError:  # what ended the run is to be reported, most often the same full disk
+            print(f"warning: {self.path / STATUS_FILE} still says {self._state}", file=sys.stderr)
+        finally:
+            with contextlib.suppress(OSError):
+                self._lock.release()
 
     def _claim(self) -> str:
         """Lock the directory and put its files in place; the lock's text."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._lock.acquire()
+        with writing_to(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._lock.acquire()
         with contextlib.ExitStack() as undo:
             undo.callback(self._lock.release)
             self.check_start()
             status = read_status(self.path)
             if status is not None:
                 self._attempt, self._step = status["attempt"] + 1, status["step"]
-            self._write_config()
+            codec = load_codec(self._config.data.dir)
             self.provenance = provenance(self._config)
-            write_json_atomically(self.path / "provenance.json", self.provenance)
-            load_codec(self._config.data.dir).save(self.path)
+            self._write_config()
+            with writing_to(self.path):
+                write_json_atomically(self.path / "provenance.json", self.provenance)
+                codec.save(self.path)
             self._write_status("running", None)
             undo.pop_all()
         return self._lock.text
@@ -134,7 +146,8 @@ class RunDirectory:
 
     def _write_config(self) -> None:
         content = {"config": self._config.to_json(), "data": self._fingerprint, "found": self.found}
-        write_json_atomically(self.path / "config.json", content)
+        with writing_to(self.path):
+            write_json_atomically(self.path / "config.json", content)
 
     def record(self, found: dict[str, Any]) -> None:
         """Keep in config.json what set-up found out (train/fit.py), for this run's later attempts."""
@@ -144,23 +157,24 @@ class RunDirectory:
     def report(self, step: int) -> None:
         """Note in status.json that the run lives and where it stands."""
         self._step = step
-        if self._mesh.is_main:
-            self._write_status("running", None)
+        self._mesh.on_main(lambda: self._write_status("running", None))
 
     def end(self, state: str, step: int, reason: str | None) -> None:
         """The run ended well: `done`, or `stopped` for a reason."""
-        self._step, self._ended = step, True
-        if self._mesh.is_main:
-            self._write_status(state, reason)
+        self._step = step
+        self._mesh.on_main(lambda: self._write_status(state, reason))
+        self._ended = True
 
     def _write_status(self, state: str, reason: str | None) -> None:
         status = {"state": state, "step": self._step, "reason": reason, "attempt": self._attempt}
-        write_json_atomically(self.path / "status.json", status)
+        with writing_to(self.path):
+            write_json_atomically(self.path / STATUS_FILE, status)
+        self._state = state
 
 
 def read_status(run_dir: Path) -> dict[str, Any] | None:
     """status.json: {state: running|stopped|done|failed, step, reason, attempt}; None before the first start."""
-    path = run_dir / "status.json"
+    path = run_dir / STATUS_FILE
     try:
         status: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,17 +1,23 @@
-"""Where reports go: the same record to metrics.jsonl, to W&B and, as one line, to the console and log.txt."""
+"""Where reports go: the same record to metrics.jsonl, to W&B and, as one line, to the console and log.txt.
+
+A file that cannot be written, as on a full disk, ends the run: rank 0, which alone can see it, asks for a stop and
+writes no more, so that no row follows a gap; `make_durable`, before the stop's checkpoint, raises it on every rank.
+"""
 
 import json
 import os
 import sys
 from dataclasses import asdict
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 from data_prep.atomic import write_atomically
-from data_prep.errors import InputError
+from data_prep.errors import InputError, writing_to
 from train.mesh import Mesh
 from train.samples import Sample
+from train.stops import Stops
 from train.tracking import Tracking
 
 METRICS_FILE = "metrics.jsonl"
@@ -27,16 +33,19 @@ class Sinks:
     `tracking` is W&B's run, set by whoever opened it; None for none.
     """
 
-    def __init__(self, run_dir: Path, *, step: int | None, mesh: Mesh) -> None:
-        self._metrics: TextIO | None = None
-        self._log: TextIO | None = None
-        self._samples = run_dir / SAMPLES_FILE
+    def __init__(self, run_dir: Path, *, step: int | None, mesh: Mesh, stops: Stops) -> None:
+        self._run_dir = run_dir
+        self._mesh = mesh
+        self._stops = stops
+        self._files: dict[str, FileIO] = {}
+        self._fault: OSError | None = None
         self.tracking: Tracking | None = None
 
         def open_files() -> list[list[dict[str, Any]]]:
-            kept = [drop_rows_after(run_dir / name, step) for name in KEPT_FILES]
-            self._metrics = (run_dir / METRICS_FILE).open("a", encoding="utf-8")
-            self._log = (run_dir / LOG_FILE).open("a", encoding="utf-8")
+            with writing_to(run_dir):
+                kept = [drop_rows_after(run_dir / name, step) for name in KEPT_FILES]
+                self._open(METRICS_FILE)
+                self._open(LOG_FILE)
             return kept
 
         rows, samples = mesh.on_main(open_files)
@@ -45,46 +54,65 @@ class Sinks:
 
     def say(self, text: str) -> None:
         """Text for people."""
-        if self._log is not None:
+        if self._mesh.is_main:
             self._print(text)
-            self._log.write(text + "\n")
-            self._log.flush()
+            self._write(LOG_FILE, text)
 
     def _print(self, text: str) -> None:
         try:
             print(text, flush=True)
         except OSError as error:  # a closed pipe or terminal is no reason to lose a run
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-            assert self._log is not None
-            self._log.write(f"warning: the console is gone ({error}); this file goes on\n")
+            self._write(LOG_FILE, f"warning: the console is gone ({error}); this file goes on")
+
+    def _open(self, name: str) -> FileIO:
+        """Without a buffer, or closing it would write again what could not be written."""
+        if name not in self._files:
+            self._files[name] = (self._run_dir / name).open("ab", buffering=0)
+        return self._files[name]
+
+    def _write(self, name: str, line: str) -> None:
+        """A line to a file, at once; nothing after what could not be written."""
+        rest = memoryview(f"{line}\n".encode())
+        try:
+            while rest and self._fault is None:
+                rest = rest[self._open(name).write(rest) :]
+        except OSError as error:
+            self._fault = error
+            self._stops.reason = self._stops.reason or f"{name} could not be written"
 
     def row(self, row: dict[str, Any]) -> None:
         """A record for programs, and its line for people."""
-        if self._metrics is not None:
-            self._metrics.write(json.dumps(row) + "\n")
-            self._metrics.flush()
+        if self._mesh.is_main:
+            self._write(METRICS_FILE, json.dumps(row))
             self.say(line_of(row))
             if self.tracking is not None:
                 self.tracking.row(row)
 
     def samples(self, step: int, samples: list[Sample]) -> None:
         """What the model said at `step`, to samples.jsonl and to people."""
-        row = {"step": step, "samples": [asdict(sample) for sample in samples]}
-        if self._metrics is None:
+        if not self._mesh.is_main:
             return
-        with self._samples.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        row = {"step": step, "samples": [asdict(sample) for sample in samples]}
+        self._write(SAMPLES_FILE, json.dumps(row))
         for sample in samples:
             self.say(f"step {step:>7}  sample {json.dumps(sample.prompt + sample.text)}")
         if self.tracking is not None:
             self.tracking.row(row)
 
     def make_durable(self) -> None:
-        """Rows up to here survive a crash of the machine; called before each checkpoint."""
-        if self._metrics is not None:
-            os.fsync(self._metrics.fileno())
+        """Rows up to here survive a crash of the machine; called before each checkpoint and at the end. Collective.
+
+        InputError on every rank if any of them could not be written.
+        """
+        self._mesh.on_main(self._synchronize)
+
+    def _synchronize(self) -> None:
+        with writing_to(self._run_dir):
+            if self._fault is not None:
+                raise self._fault
+            for file in self._files.values():
+                os.fsync(file.fileno())
 
     def __enter__(self) -> "Sinks":
         return self
@@ -96,9 +124,8 @@ class Sinks:
             self.tracking.close(exit_code=0)
         elif self.tracking is not None:
             self.tracking.leave()
-        for file in (self._metrics, self._log):
-            if file is not None:
-                file.close()
+        for file in self._files.values():
+            file.close()
 
 
 def drop_rows_after(path: Path, step: int | None) -> list[dict[str, Any]]:
