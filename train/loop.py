@@ -30,7 +30,9 @@ from train.samples import Sampler
 from train.saves import Progress
 from train.sinks import Sinks
 from train.stops import Stops
+from train.stragglers import Stragglers
 from train.traces import Trace
+from train.watchdog import Watchdog
 
 LEAST_LOSS_SCALE = 1.0  # below it fp16's small numbers are lost: what still overflows then is no matter of scale
 
@@ -58,6 +60,8 @@ class Run:
     loss_scale: LossScale | None  # with fp16
     sinks: Sinks
     stops: Stops
+    watchdog: Watchdog
+    stragglers: Stragglers
     progress: Progress
     meters: Meters
     startup: Startup
@@ -89,7 +93,6 @@ def train(run: Run) -> tuple[str, str | None]:
     if run.progress.step < num_steps:
         warm_up(run)
         run.startup.done("warm-up and compilation")
-    run.mesh.expect_steps()
     stop = look(run)
     run.startup.done("validation")
     with garbage_collected_by_hand() as collect:
@@ -128,9 +131,12 @@ def take_step(run: Run) -> Report:
     config, mesh, scale = run.config, run.mesh, run.loss_scale
     if run.trace is not None:
         run.trace.before_step(run.progress.step)
+    run.watchdog.beat(f"step {run.progress.step + 1}, waiting for its data")
+    run.stragglers.begin()
     before = time.perf_counter()
     batches = run.batches.take(run.progress.position)
     run.meters.waited_for_data(time.perf_counter() - before)
+    run.watchdog.beat(f"step {run.progress.step + 1}")
 
     loss_sum = accumulate_gradients(run, batches)
     totals = torch.stack([loss_sum, torch.full_like(loss_sum, run.stops.wanted())])  # a fill: no copy, no wait
@@ -164,8 +170,12 @@ def accumulate_gradients(run: Run, batches: list[tuple[Tensor, Tensor]]) -> Tens
     scale = run.mean if run.loss_scale is None else run.mean * run.loss_scale.scale
     loss_sum = torch.zeros((), dtype=torch.float64, device=run.mesh.device)
     for index, (inputs_BT, targets_BT) in enumerate(batches):
-        parallel.set_gradient_sync(run.module, is_last=index == len(batches) - 1)
+        run.watchdog.beat()
+        is_last = index == len(batches) - 1
+        parallel.set_gradient_sync(run.module, is_last)
         scaled, unscaled = run.module(inputs_BT, targets_BT, scale)
+        if is_last:
+            run.stragglers.end()  # the backward pass waits for the other ranks
         scaled.backward()
         loss_sum += unscaled.detach()
     return loss_sum
@@ -178,6 +188,7 @@ def warm_up(run: Run) -> None:
     the order of addition. Without this, the first step after a resume would round differently. What validation
     and sampling call is compiled here too, under the long time-out.
     """
+    run.watchdog.beat("warm-up and compilation")
     shape = (run.plan.micro_batch, run.config.train.seq_len)
     zeros_BT = torch.zeros(shape, dtype=torch.int64, device=run.mesh.device)
     for _ in range(2):
@@ -189,12 +200,15 @@ def warm_up(run: Run) -> None:
 
 def record(run: Run, report: Report) -> bool:
     """Read a step's results, log them if it is their turn; True if any rank was asked to stop."""
+    run.watchdog.beat(f"step {report.progress.step}, waiting for its results")
     seconds = report.seconds
     if report.ready is not None:
         report.ready.synchronize()
         seconds = run.meters.seconds
     loss, norm, finite, stop, scale = report.results.tolist()
     progress, config = report.progress, run.config
+    run.watchdog.beat(f"step {progress.step}, reporting")
+    run.stragglers.record(progress.step)
     if not finite and (scale <= LEAST_LOSS_SCALE or not math.isfinite(loss)):
         raise NonFiniteError(
             f"step {progress.step}: loss {loss}, gradient norm {norm}; its update was not made. It read the windows "
@@ -213,6 +227,7 @@ def record(run: Run, report: Report) -> bool:
         run.sinks.row(row if run.loss_scale is None else row | {"loss_scale": scale})
     if (account := run.startup.first_step()) is not None:
         run.sinks.say(account)
+        run.watchdog.expect_steps()
     return bool(stop)
 
 
@@ -249,7 +264,7 @@ def is_due_to_save(run: Run) -> bool:
 def validate_now(run: Run) -> bool:
     """Validate and log; True, and nothing logged, if a stop was asked for meanwhile."""
     assert run.validation is not None
-    found = validate.validate(run.objective, run.validation, mesh=run.mesh, stops=run.stops)
+    found = validate.validate(run.objective, run.validation, mesh=run.mesh, stops=run.stops, beat=run.watchdog.beat)
     if found is None:
         return True
     progress = run.progress
@@ -264,12 +279,14 @@ def validate_now(run: Run) -> bool:
 def sample_now(run: Run) -> None:
     """Draw the fixed prompts' continuations, alike on every rank, and log them."""
     assert run.sampler is not None
+    run.watchdog.beat(f"sampling after step {run.progress.step}")
     run.sinks.sampled_steps.add(run.progress.step)
     run.sinks.samples(run.progress.step, run.sampler.draw(run.model))
 
 
 def save_now(run: Run) -> None:
     """Make a checkpoint of where the run stands; rows up to here are on disk before it is."""
+    run.watchdog.beat(f"saving after step {run.progress.step}")
     run.progress = replace(run.progress, seconds=run.meters.seconds)
     run.sinks.make_durable()
     saves.save(
