@@ -106,6 +106,9 @@ def hung(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         suspend_all(first, folder)
         output = finish_without_rank_1(agent, stopped)
         codes = exit_codes(first, range(1, WORLD)), exit_codes(second, range(WORLD))
+        assert (silent / "lock.json").exists(), "rank 0's, which lives"
+        first.processes[0].kill()
+        first.processes[0].join()
         yield Hung(stopped, silent, blocked, output, *codes)
     finally:
         kill_everything(agent)
@@ -184,7 +187,6 @@ def test_rank_0_itself_silent_is_named_by_the_next_and_sleep_longer_than_the_lim
     )
     report, stacks = report_of(hung.silent, 1)
     assert "step 16" in report["where"] and "in accumulate_gradients" in stacks
-    assert (hung.silent / "lock.json").exists(), "rank 0's, until somebody finds it dead"
 
 
 def test_a_rank_that_waits_for_its_data_is_furthest_behind(hung: Hung) -> None:
