@@ -23,7 +23,7 @@ def train_with_a_slow_disk_on_rank_2(mesh: Mesh, config: Config) -> None:
     read = Windows.read
 
     def slowly_read(self: Windows, ids: list[int]) -> Any:
-        time.sleep(0.2 if mesh.rank == 2 else 0.0)
+        time.sleep(0.1 if mesh.rank == 2 else 0.0)
         return read(self, ids)
 
     Windows.read = slowly_read  # type: ignore[method-assign]
@@ -31,7 +31,7 @@ def train_with_a_slow_disk_on_rank_2(mesh: Mesh, config: Config) -> None:
 
 
 def test_the_slow_rank_is_named_in_the_log_and_no_other(tiny_data: Path, tmp_path: Path) -> None:
-    config = tiny_config(tiny_data, tmp_path / "run", steps=16)
+    config = tiny_config(tiny_data, tmp_path / "run", steps=11)
     config = dataclasses.replace(config, validate=dataclasses.replace(config.validate, every=None))
     run_on_ranks(3, train_with_a_slow_disk_on_rank_2, config)
     warnings = [line for line in (tmp_path / "run" / "log.txt").read_text().splitlines() if "is slow" in line]

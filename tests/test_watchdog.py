@@ -32,7 +32,7 @@ from train.run_dir import RunDirectory
 from train.watchdog import Watchdog, verdict
 
 WORLD = 3
-STEPS = 80
+STEPS = 40
 LIMIT_SECONDS = 4.0
 HOST = socket.gethostname()
 ALONE = Mesh(0, 1, torch.device("cpu"))
@@ -192,8 +192,8 @@ def test_rank_0_itself_silent_is_named_by_the_next_and_sleep_longer_than_the_lim
 def test_a_rank_that_waits_for_its_data_is_furthest_behind(hung: Hung) -> None:
     assert hung.blocked_codes == [1, 1, 1]
     reason = status(hung.blocked)["reason"]
-    assert reason.startswith(f'hang: rank 2 on {HOST} furthest behind, at "step 13, waiting for its data"')
-    assert 'rank 0 at "step 13"' in reason
+    assert reason.startswith(f'hang: rank 2 on {HOST} is furthest behind, at "step 13, waiting for its data"')
+    assert 'rank 0 is at "step 13"' in reason
     _, stacks = report_of(hung.blocked, 2)
     assert "in a_read_that_blocks" in stacks and "in take" in stacks
 
@@ -247,7 +247,7 @@ def test_a_world_of_one_is_watched_too(directory: RunDirectory, monkeypatch: pyt
     def leave(code: int) -> None:
         faulthandler.cancel_dump_traceback_later()
         left.append(code)
-        raise SystemExit
+        watched._stop.set()
 
     monkeypatch.setattr(os, "_exit", leave)
     with Watchdog(ParallelConfig(init_timeout_seconds=4.0, timeout_seconds=0.1), ALONE, directory) as watched:
@@ -306,13 +306,13 @@ def report(rank: int, beats: int, where: str, collectives: int) -> dict[str, Any
                 report(2, 8, "data", 19),
                 report(3, 8, "data", 19),
             ],
-            'rank 2 on b, rank 3 on c furthest behind, at "data" for 600 s (19 collectives called); '
-            'rank 0 at "step 4" for 600 s (20 collectives called)',
+            'rank 2 on b, rank 3 on c are furthest behind, at "data" for 600 s (19 collectives called); '
+            'rank 0 is at "step 4" for 600 s (20 collectives called)',
         ),
         (
             [report(r, 9, "step 4", 20 - (r == 1)) for r in range(4)],
-            'rank 1 on b furthest behind, at "step 4" for 600 s (19 collectives called); '
-            'rank 0 at "step 4" for 600 s (20 collectives called)',
+            'rank 1 on b is furthest behind, at "step 4" for 600 s (19 collectives called); '
+            'rank 0 is at "step 4" for 600 s (20 collectives called)',
         ),
         (
             [report(r, 9, "step 4", 20) for r in range(4)],

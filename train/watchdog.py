@@ -29,6 +29,7 @@ from train.sinks import LOG_FILE
 FOLDER = "hang"
 VERDICT_FILE = "verdict.txt"
 STDERR = 2
+MOST_NAMED = 16  # ranks, in one line
 GRACE_SECONDS = 30.0  # for the other ranks' reports: a network file system may show a new file late
 LONGEST_TICK_SECONDS = 10.0  # between looks, which are one file's status on a file system that may be shared
 
@@ -63,7 +64,7 @@ class Watchdog:
     ) -> None:
         self._stop.set()
         self._thread.join()  # for ever if it strikes: the process ends with it
-        if kind is not None and (self._folder / VERDICT_FILE).exists():
+        if kind is not None and is_there(self._folder / VERDICT_FILE):
             os._exit(1)  # the others struck while this rank was stopped: what they found stands
 
     def beat(self, where: str | None = None) -> None:
@@ -88,7 +89,7 @@ class Watchdog:
             before = now
             if self._beats != seen:
                 seen, silent_seconds = self._beats, 0.0
-            if silent_seconds > self._limit_seconds or (self._mesh.world > 1 and self._folder.exists()):
+            if silent_seconds > self._limit_seconds or (self._mesh.world > 1 and is_there(self._folder)):
                 self._leave(silent_seconds)
 
     def _leave(self, silent_seconds: float) -> None:
@@ -171,18 +172,28 @@ def verdict(reports: dict[int, dict[str, Any]], hosts: list[str]) -> str:
     if last == first:
         return f"rank 0 on {hosts[0]} is at {place}" if len(hosts) == 1 else f"all ranks are at the same place, {place}"
     ahead = next(rank for rank in sorted(reached) if reached[rank] == first)
-    return f"{named_ranks(behind, hosts)} furthest behind, at {place}; rank {ahead} at {named_place(reports[ahead])}"
+    verb = "is" if len(behind) == 1 else "are"
+    ahead_place = named_place(reports[ahead])
+    return f"{named_ranks(behind, hosts)} {verb} furthest behind, at {place}; rank {ahead} is at {ahead_place}"
 
 
 def named_ranks(ranks: list[int], hosts: list[str]) -> str:
-    return ", ".join(f"rank {rank} on {hosts[rank]}" for rank in ranks)
+    names = [f"rank {rank} on {hosts[rank]}" for rank in ranks[:MOST_NAMED]]
+    return ", ".join(names) + (f" and {len(ranks) - MOST_NAMED} more" if len(ranks) > MOST_NAMED else "")
 
 
 def named_place(report: dict[str, Any]) -> str:
     return f'"{report["where"]}" for {report["silent_seconds"]:.0f} s ({report["collectives"]} collectives called)'
 
 
+def is_there(path: Path) -> bool:
+    try:
+        return path.exists()
+    except OSError:  # a file server that stumbles; the next look may come through
+        return False
+
+
 def wait_for(path: Path, seconds: float) -> None:
     end = time.monotonic() + seconds
-    while not path.exists() and time.monotonic() < end:
+    while not is_there(path) and time.monotonic() < end:
         time.sleep(seconds / 100)
