@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ NAMES = (
 @pytest.fixture
 def env(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     found: dict[str, str] = {}
-    monkeypatch.setattr(flight_recorder.os, "environ", found)
+    monkeypatch.setattr(flight_recorder, "os", SimpleNamespace(environ=found))
     return found
 
 

@@ -287,7 +287,7 @@ def test_a_rank_that_wakes_up_after_the_verdict_leaves_it_as_it_is(
     assert left == [1]
 
 
-def report(rank: int, beats: int, where: str, collectives: int) -> dict[str, Any]:
+def report(rank: int, beats: int, where: str, collectives: int | None) -> dict[str, Any]:
     return {"rank": rank, "beats": beats, "where": where, "silent_seconds": 600.0, "collectives": collectives}
 
 
@@ -297,7 +297,7 @@ def report(rank: int, beats: int, where: str, collectives: int) -> dict[str, Any
         (
             [report(0, 9, "step 4", 20), report(3, 9, "step 4", 20)],
             'rank 1 on b, rank 2 on b gave no sign, stopped or gone, while rank 0 waited at "step 4" for 600 s '
-            "(20 collectives called)",
+            "(collectives called: 20)",
         ),
         (
             [
@@ -306,17 +306,22 @@ def report(rank: int, beats: int, where: str, collectives: int) -> dict[str, Any
                 report(2, 8, "data", 19),
                 report(3, 8, "data", 19),
             ],
-            'rank 2 on b, rank 3 on c are furthest behind, at "data" for 600 s (19 collectives called); '
-            'rank 0 is at "step 4" for 600 s (20 collectives called)',
+            'rank 2 on b, rank 3 on c are furthest behind, at "data" for 600 s (collectives called: 19); '
+            'rank 0 is at "step 4" for 600 s (collectives called: 20)',
         ),
         (
             [report(r, 9, "step 4", 20 - (r == 1)) for r in range(4)],
-            'rank 1 on b is furthest behind, at "step 4" for 600 s (19 collectives called); '
-            'rank 0 is at "step 4" for 600 s (20 collectives called)',
+            'rank 1 on b is furthest behind, at "step 4" for 600 s (collectives called: 19); '
+            'rank 0 is at "step 4" for 600 s (collectives called: 20)',
         ),
         (
             [report(r, 9, "step 4", 20) for r in range(4)],
-            'all ranks are at the same place, "step 4" for 600 s (20 collectives called)',
+            'all ranks are at the same place, "step 4" for 600 s (collectives called: 20)',
+        ),
+        (
+            [report(r, 9 - (r == 3), "step 4", None if r else 20) for r in range(4)],
+            'rank 3 on c is furthest behind, at "step 4" for 600 s (collectives called: unknown); '
+            'rank 0 is at "step 4" for 600 s (collectives called: 20)',
         ),
     ],
 )

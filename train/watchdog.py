@@ -109,7 +109,7 @@ class Watchdog:
             os._exit(1)
 
     def _report(self, silent_seconds: float) -> None:
-        """rank_00003.txt: a line of JSON, then every thread's stack. Then what the collectives were."""
+        """rank_00003.txt: a line of JSON, then every thread's stack; beside it what the collectives were."""
         self._folder.mkdir(parents=True, exist_ok=True)
         path = self._folder / f"rank_{self._mesh.rank:05}.txt"
         with tempfile.TemporaryFile("w+") as file:
@@ -123,18 +123,21 @@ class Watchdog:
             "beats": self._beats,
             "where": self._where,
             "silent_seconds": round(silent_seconds, 1),
-            "collectives": flight_recorder.num_collectives(path),
+            "collectives": None,
         }
+        write_atomically(path, f"{json.dumps(report)}\n{stacks}")  # first: the recorder asks a GPU that may not answer
+        report["collectives"] = flight_recorder.num_collectives(path)
         write_atomically(path, f"{json.dumps(report)}\n{stacks}")
         flight_recorder.write_for_torchfrtrace(self._folder, self._mesh.rank)
 
     def _gather(self, seconds: float) -> dict[int, dict[str, Any]]:
-        """The reports, by rank, that are there when all are or when `seconds` are over."""
+        """The reports, by rank, that are there when all are complete or when `seconds` are over."""
         end = time.monotonic() + seconds
         while True:
             is_over = time.monotonic() > end
             reports = read_reports(self._folder)
-            if len(reports) == self._mesh.world or is_over:
+            num_complete = sum(report["collectives"] is not None for report in reports.values())
+            if num_complete == self._mesh.world or is_over:
                 return reports
             time.sleep(seconds / 100)
 
@@ -165,7 +168,8 @@ def verdict(reports: dict[int, dict[str, Any]], hosts: list[str]) -> str:
     if gone:
         place = named_place(reports[min(reports)])
         return f"{named_ranks(gone, hosts)} gave no sign, stopped or gone, while rank {min(reports)} waited at {place}"
-    reached = {rank: (report["beats"], report["collectives"]) for rank, report in reports.items()}
+    is_counted = all(report["collectives"] is not None for report in reports.values())
+    reached = {rank: (report["beats"], report["collectives"] if is_counted else 0) for rank, report in reports.items()}
     last, first = min(reached.values()), max(reached.values())
     behind = [rank for rank in sorted(reached) if reached[rank] == last]
     place = named_place(reports[behind[0]])
@@ -183,7 +187,8 @@ def named_ranks(ranks: list[int], hosts: list[str]) -> str:
 
 
 def named_place(report: dict[str, Any]) -> str:
-    return f'"{report["where"]}" for {report["silent_seconds"]:.0f} s ({report["collectives"]} collectives called)'
+    count = "unknown" if report["collectives"] is None else report["collectives"]
+    return f'"{report["where"]}" for {report["silent_seconds"]:.0f} s (collectives called: {count})'
 
 
 def is_there(path: Path) -> bool:
