@@ -37,13 +37,14 @@ from data_prep.errors import InputError, one_line_errors
 from data_prep.manifest import read_manifest
 from model.trained import list_checkpoints
 from train.assemble import assemble
-from train.config import Config, SaveConfig
+from train.config import Config, ParallelConfig, SaveConfig
 from train.loop import Run, finish_save, garbage_collected_by_hand, save_now
 from train.mesh import Mesh, open_mesh
 from train.meters import Startup
 from train.numerics import set_numerics
 from train.run_dir import RunDirectory, read_status
 from train.stops import Stops
+from train.watchdog import Watchdog
 
 MOST_STEPS = 500  # that a save may last
 STOPS = ("in a step", "in validation", "at the start")
@@ -87,8 +88,9 @@ def measure(options: Options, config: Config, mesh: Mesh) -> dict[str, object]:
     with (
         Stops(config.directory, is_main=mesh.is_main) as stops,
         RunDirectory(config, manifest.fingerprint, mesh) as directory,
+        Watchdog(config.parallel, mesh, directory) as watchdog,
     ):
-        run = assemble(config, mesh, manifest, directory, stops, Startup(time.perf_counter()))
+        run = assemble(config, mesh, manifest, directory, stops, watchdog, Startup(time.perf_counter()))
         ratios, controls, whole = list[float](), list[float](), list[float]()
         counts = list[int]()
         with run.sinks, garbage_collected_by_hand():
@@ -144,7 +146,10 @@ def seconds_to_stop(options: Options, config: Config, folder: Path, where: str) 
 def main(args: list[str] | None = None) -> None:
     with one_line_errors("bench_saves"):
         options = tyro.cli(Options, args=args, description=__doc__)
-        with open_mesh() as mesh, tempfile.TemporaryDirectory() as own:
+        with (
+            tempfile.TemporaryDirectory() as own,
+            open_mesh(ParallelConfig.init_timeout_seconds, Path(own)) as mesh,
+        ):
             config = mesh.on_main(lambda: config_of(options, Path(own)))
             found = measure(options, config, mesh)
             if mesh.world == 1:

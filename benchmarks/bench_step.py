@@ -36,7 +36,16 @@ from data_prep.textfiles import prepare
 from model.gpt import build_model
 from train.assemble import assemble
 from train.batches import plan_batches
-from train.config import Config, DataConfig, SampleConfig, TrackConfig, TrainConfig, resolve, with_vocabulary
+from train.config import (
+    Config,
+    DataConfig,
+    ParallelConfig,
+    SampleConfig,
+    TrackConfig,
+    TrainConfig,
+    resolve,
+    with_vocabulary,
+)
 from train.loop import Run, garbage_collected_by_hand, record, take_step, warm_up
 from train.mesh import Mesh, open_mesh
 from train.meters import Startup
@@ -44,6 +53,7 @@ from train.numerics import compute_dtype, set_numerics
 from train.presets import PRESETS
 from train.run_dir import RunDirectory
 from train.stops import Stops
+from train.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -159,8 +169,9 @@ def measure(options: Options, config: Config, mesh: Mesh) -> dict[str, object]:
     with (
         Stops(config.directory, is_main=mesh.is_main) as stops,
         RunDirectory(config, manifest.fingerprint, mesh) as directory,
+        Watchdog(config.parallel, mesh, directory) as watchdog,
     ):
-        run = assemble(config, mesh, manifest, directory, stops, Startup(time.perf_counter()))
+        run = assemble(config, mesh, manifest, directory, stops, watchdog, Startup(time.perf_counter()))
         with run.sinks, garbage_collected_by_hand():
             ours, bare = our_step(run), bare_step(run.config, mesh)
             seconds_of(ours, options.block, mesh), seconds_of(bare, options.block, mesh)
@@ -191,7 +202,10 @@ def measure(options: Options, config: Config, mesh: Mesh) -> dict[str, object]:
 def main(args: list[str] | None = None) -> None:
     with one_line_errors("bench_step"):
         options = tyro.cli(Options, args=args, description=__doc__)
-        with open_mesh() as mesh, tempfile.TemporaryDirectory() as own:
+        with (
+            tempfile.TemporaryDirectory() as own,
+            open_mesh(ParallelConfig.init_timeout_seconds, Path(own)) as mesh,
+        ):
             config = mesh.on_main(lambda: configured(options, Path(own)))
             found = measure(options, config, mesh)
             if mesh.is_main:

@@ -37,6 +37,7 @@ def pytest_runtest_makereport(
 LONGEST = (
     "test_survival",
     "test_exact",
+    "test_watchdog",
     "test_fineweb",
     "test_loop",
     "test_gpt",

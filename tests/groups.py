@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from train.mesh import LONG_TIMEOUT, Mesh
+from train.mesh import Mesh
 
 PRELOADED = ["train.main", "torch._dynamo"]  # the latter is what making an optimizer imports
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000  # linux/sched.h
@@ -28,18 +28,25 @@ def run_on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[A
     """
     if world == 1:
         return [function(Mesh(0, 1, torch.device("cpu")), *args)]
-    multiprocessing.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(_enter, args=(world, folder, function, args), nprocs=world, start_method="forkserver")
+        processes = start_on_ranks(world, folder, function, *args)
+        while not processes.join():
+            pass
         return [pickle.loads((Path(folder) / f"result_{rank}").read_bytes()) for rank in range(world)]
+
+
+def start_on_ranks(world: int, folder: str, function: Callable[..., Any], *args: Any) -> mp.ProcessContext:
+    """The same without waiting for them; `folder`: an empty one that outlives them."""
+    multiprocessing.set_forkserver_preload(PRELOADED)
+    return mp.start_processes(
+        _enter, args=(world, folder, function, args), nprocs=world, join=False, start_method="forkserver"
+    )
 
 
 def _enter(rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=LONG_TIMEOUT
-    )
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
     result = function(Mesh(rank, world, torch.device("cpu")), *args)
     (Path(folder) / f"result_{rank}").write_bytes(pickle.dumps(result))
     dist.destroy_process_group()

@@ -74,10 +74,10 @@ def tiny_flags(data: Path, run_dir: Path) -> list[str]:
     ]
 
 
-def torchrun(world: int, *args: str, **options: Any) -> "subprocess.Popen[str]":
-    """A real torchrun of train/main.py, in a process group of its own, output in pipes."""
+def torchrun(world: int, *args: str, script: str = "train/main.py", **options: Any) -> "subprocess.Popen[str]":
+    """A real torchrun of train/main.py or what stands for it, in a process group of its own, output in pipes."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}", "--master_port=0"]
-    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", "train/main.py", *args]
+    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", script, *args]
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         command,

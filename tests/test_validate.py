@@ -56,8 +56,10 @@ def test_equals_a_plain_loop(tiny_data: Path, model: GPT, micro_batch: int, num_
 
     data = validation_set(tiny_data, micro_batch, num_tokens)
     objective = Objective(model, chunked=micro_batch == 7)
-    found = validate(objective, data, mesh=ALONE, stops=Stops(Path("none"), is_main=True))
+    heard: list[str] = []
+    found = validate(objective, data, mesh=ALONE, stops=Stops(Path("none"), is_main=True), beat=heard.append)
     assert found is not None and found.tokens == scored
+    assert len(heard) == data.num_batches
     assert found.loss == pytest.approx(loss_sum / scored, abs=1e-6)
     assert found.bits_per_byte == pytest.approx(loss_sum / math.log(2) / len(text), abs=1e-6)
     assert model.training
@@ -87,7 +89,7 @@ def test_a_stop_ends_it(tiny_data: Path, model: GPT) -> None:
     stops = Stops(Path("none"), is_main=True)
     stops.reason = "test"
     data = validation_set(tiny_data, 1, None)
-    assert validate(Objective(model, chunked=False), data, mesh=ALONE, stops=stops) is None
+    assert validate(Objective(model, chunked=False), data, mesh=ALONE, stops=stops, beat=print) is None
 
 
 def test_an_empty_split_is_refused(tiny_data: Path) -> None:

@@ -24,13 +24,21 @@ from train.samples import Sampler
 from train.saves import Progress, Saver
 from train.sinks import Sinks
 from train.stops import Stops
+from train.stragglers import Stragglers
 from train.traces import open_trace, parse_steps
 from train.tracking import Tracking, open_tracking
 from train.validate import ValidationSet
+from train.watchdog import Watchdog
 
 
 def assemble(
-    config: Config, mesh: Mesh, manifest: Manifest, directory: RunDirectory, stops: Stops, startup: Startup
+    config: Config,
+    mesh: Mesh,
+    manifest: Manifest,
+    directory: RunDirectory,
+    stops: Stops,
+    watchdog: Watchdog,
+    startup: Startup,
 ) -> Run:
     """Model, optimizer, data and progress: new from the seed, or as the newest sound checkpoint left them."""
     codec = mesh.on_all(lambda: load_codec(config.data.dir))
@@ -86,6 +94,8 @@ def assemble(
         loss_scale=loss_scale,
         sinks=sinks,
         stops=stops,
+        watchdog=watchdog,
+        stragglers=Stragglers(mesh, watchdog.hosts, sinks.say),
         progress=progress,
         meters=Meters(config, device=mesh.device, world=mesh.world, step=progress.step, seconds=progress.seconds),
         startup=startup,

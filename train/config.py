@@ -120,6 +120,10 @@ class SaveConfig:
 class ParallelConfig:
     mode: Literal["auto", "none", "ddp"] = "auto"
     """auto: DDP when there are several processes, else none."""
+    init_timeout_seconds: float = 1800
+    """The run hangs, and is ended, after so long without progress before its first step is done: reads, compilation."""
+    timeout_seconds: float = 600
+    """The same after it. The longest single piece of work is a checkpoint's."""
 
 
 @dataclass(frozen=True)
@@ -272,6 +276,8 @@ def faults_of(config: Config) -> list[str]:
         "--optim.clip-norm": optim.clip_norm,
         "--track.peak-tflops": config.track.peak_tflops,
         "--save.every-seconds": config.save.every_seconds,
+        "--parallel.init-timeout-seconds": config.parallel.init_timeout_seconds,
+        "--parallel.timeout-seconds": config.parallel.timeout_seconds,
     }
     faults += [
         f"{flag} {value} must be more than 0"

@@ -28,7 +28,9 @@ from train.samples import Sampler
 from train.saves import Progress, Saver
 from train.sinks import Sinks
 from train.stops import Stops
+from train.stragglers import Stragglers
 from train.traces import Trace
+from train.watchdog import Watchdog
 
 
 @dataclass
@@ -59,6 +61,8 @@ class Run:
     loss_scale: LossScale | None  # with fp16
     sinks: Sinks
     stops: Stops
+    watchdog: Watchdog
+    stragglers: Stragglers
     progress: Progress
     meters: Meters
     startup: Startup
@@ -93,7 +97,6 @@ def train(run: Run) -> tuple[str, str | None]:
     if run.progress.step < num_steps:
         run.asked.stop = warm_up(run)
         run.startup.done("warm-up and compilation")
-    run.mesh.expect_steps()
     run.asked.stop = run.asked.stop or look(run)
     run.startup.done("validation")
     with garbage_collected_by_hand() as collect:
@@ -133,9 +136,12 @@ def take_step(run: Run) -> Report:
     config, mesh, scale, saver = run.config, run.mesh, run.loss_scale, run.saver
     if run.trace is not None:
         run.trace.before_step(run.progress.step)
+    run.watchdog.beat(f"step {run.progress.step + 1}, waiting for its data")
+    run.stragglers.begin()
     before = time.perf_counter()
     batches = run.batches.take(run.progress.position)
     run.meters.waited_for_data(time.perf_counter() - before)
+    run.watchdog.beat(f"step {run.progress.step + 1}")
 
     loss_sum = accumulate_gradients(run, batches)
     flags = (run.stops.wanted(), saver.is_overdue(), saver.has_written())
@@ -171,8 +177,12 @@ def accumulate_gradients(run: Run, batches: list[tuple[Tensor, Tensor]]) -> Tens
     scale = run.mean if run.loss_scale is None else run.mean * run.loss_scale.scale
     loss_sum = torch.zeros((), dtype=torch.float64, device=run.mesh.device)
     for index, (inputs_BT, targets_BT) in enumerate(batches):
-        parallel.set_gradient_sync(run.module, is_last=index == len(batches) - 1)
+        run.watchdog.beat()
+        is_last = index == len(batches) - 1
+        parallel.set_gradient_sync(run.module, is_last)
         scaled, unscaled = run.module(inputs_BT, targets_BT, scale)
+        if is_last:
+            run.stragglers.end()  # the backward pass waits for the other ranks
         scaled.backward()
         loss_sum += unscaled.detach()
     return loss_sum
@@ -185,6 +195,7 @@ def warm_up(run: Run) -> bool:
     the order of addition. Without this, the first step after a resume would round differently. What validation
     and sampling call is compiled here too, under the long time-out. True if a stop was asked for meanwhile.
     """
+    run.watchdog.beat("warm-up and compilation")
     shape = (run.plan.micro_batch, run.config.train.seq_len)
     zeros_BT = torch.zeros(shape, dtype=torch.int64, device=run.mesh.device)
     for _ in range(2):
@@ -204,12 +215,15 @@ def is_stopped(run: Run) -> bool:
 
 def record(run: Run, report: Report) -> None:
     """Read a step's results: note what they ask for, log them if it is their turn."""
+    run.watchdog.beat(f"step {report.progress.step}, waiting for its results")
     seconds = report.seconds
     if report.ready is not None:
         report.ready.synchronize()
         seconds = run.meters.seconds
     loss, norm, finite, bad, stops, saves, written, scale = report.results.tolist()
     progress, config = report.progress, run.config
+    run.watchdog.beat(f"step {progress.step}, reporting")
+    run.stragglers.record(progress.step)
     run.asked.stop |= stops > 0
     run.asked.save |= saves > 0
     run.asked.finish_save |= written == run.mesh.world
@@ -229,6 +243,7 @@ def record(run: Run, report: Report) -> None:
         run.sinks.row(row if run.loss_scale is None else row | {"loss_scale": scale})
     if (account := run.startup.first_step()) is not None:
         run.sinks.say(account)
+        run.watchdog.expect_steps()
 
 
 def skip_or_stop(run: Run, report: Report, loss: float, norm: float) -> None:
@@ -258,6 +273,7 @@ def find_suspects(run: Run) -> list[int]:
     own = run.batches.window_ids(run.progress.position)[run.mesh.rank * run.plan.windows_per_rank :]
     found: list[int] = []
     for index, (inputs_BT, targets_BT) in enumerate(run.batches.take(run.progress.position)):
+        run.watchdog.beat(f"step {run.progress.step + 1}, looking for what is not finite")
         parallel.zero_gradients(run.module)
         parallel.set_gradient_sync(run.module, is_last=False)
         scaled, unscaled = run.module(inputs_BT, targets_BT, run.mean)
@@ -301,7 +317,7 @@ def is_due_to_save(run: Run) -> bool:
 def validate_now(run: Run) -> bool:
     """Validate and log; True, and nothing logged, if a stop was asked for meanwhile."""
     assert run.validation is not None
-    found = validate.validate(run.objective, run.validation, mesh=run.mesh, stops=run.stops)
+    found = validate.validate(run.objective, run.validation, mesh=run.mesh, stops=run.stops, beat=run.watchdog.beat)
     if found is None:
         return True
     progress = run.progress
@@ -317,7 +333,12 @@ def sample_now(run: Run) -> bool:
     """Draw the fixed prompts' continuations, alike on every rank, and log them; True, and nothing logged, if a stop
     was asked for meanwhile."""
     assert run.sampler is not None
-    samples = run.sampler.draw(run.model, is_stopped=lambda: is_stopped(run))
+
+    def is_stopped_here() -> bool:
+        run.watchdog.beat(f"sampling after step {run.progress.step}")
+        return is_stopped(run)
+
+    samples = run.sampler.draw(run.model, is_stopped_here)
     if samples is None:
         return True
     run.sinks.sampled_steps.add(run.progress.step)
@@ -329,6 +350,7 @@ def save_now(run: Run) -> None:
     """Begin a checkpoint of where the run stands, and finish it unless saves are asynchronous. Rows up to here are on
     disk before it is."""
     finish_save(run)  # the one before, if it takes longer than the steps between them
+    run.watchdog.beat(f"saving after step {run.progress.step}")
     run.progress = replace(run.progress, seconds=run.meters.seconds)
     run.sinks.make_durable()
     run.saver.begin(run.progress)

@@ -40,6 +40,7 @@ from train.resume import settle_origin
 from train.run_card import run_card
 from train.run_dir import RunDirectory, refuse_disagreement
 from train.stops import Stops
+from train.watchdog import Watchdog
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -50,7 +51,7 @@ def main(args: Sequence[str] | None = None) -> None:
             return
         startup = Startup(STARTED)
         startup.done("imports")
-        with open_mesh() as mesh:
+        with open_mesh(config.parallel.init_timeout_seconds, config.directory) as mesh:
             startup.done("process group")
             run(config, mesh, startup)
 
@@ -89,8 +90,9 @@ def run(config: Config, mesh: Mesh, startup: Startup | None = None) -> None:
     with (
         Stops(config.directory, is_main=mesh.is_main, after=config.stop_after, started=startup.started) as stops,
         RunDirectory(config, manifest.fingerprint, mesh) as directory,
+        Watchdog(config.parallel, mesh, directory) as watchdog,
     ):
-        this = assemble(config, mesh, manifest, directory, stops, startup)
+        this = assemble(config, mesh, manifest, directory, stops, watchdog, startup)
         try:
             with this.sinks as sinks:
                 sinks.say(card(this.config, manifest, this.plan, mesh.world))

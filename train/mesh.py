@@ -6,6 +6,7 @@ import sys
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -14,9 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_prep.errors import InputError
+from train import flight_recorder
 
-LONG_TIMEOUT = datetime.timedelta(minutes=30)  # until the first step is done: imports, reads, compilation
-SHORT_TIMEOUT = datetime.timedelta(minutes=10)  # after it: a rank silent this long is gone
+LATER_SECONDS = 60.0  # than the watchdog (train/watchdog.py), which strikes first, since it names the culprit
 
 Result = TypeVar("Result")
 
@@ -117,16 +118,21 @@ class Mesh:
         result: Result = outcome[0]
         return result
 
-    def expect_steps(self) -> None:
-        """Shorten the time-out once the first step is done."""
-        if self.world > 1:
-            dist.distributed_c10d._set_pg_timeout(SHORT_TIMEOUT)
+    def set_timeout(self, seconds: float) -> None:
+        """From now on a collective of any group may last so long, and a little longer."""
+        for group in dist.distributed_c10d._world.pg_map:
+            dist.distributed_c10d._set_pg_timeout(group_timeout(seconds), group)
 
 
-def open_mesh() -> Mesh:
+def group_timeout(seconds: float) -> datetime.timedelta:
+    return datetime.timedelta(seconds=seconds + LATER_SECONDS)
+
+
+def open_mesh(timeout_seconds: float, run_dir: Path) -> Mesh:
     """This process's place from torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK), or a world of one.
 
-    CUDA and NCCL where there are GPUs, else the CPU and gloo.
+    CUDA and NCCL where there are GPUs, else the CPU and gloo. A collective may last `timeout_seconds`, until
+    `set_timeout` says otherwise; the flight recorder's files of one that lasted longer go to `run_dir`.
     """
     refuse_broken_restarts()
     rank, world, local_rank = (
@@ -143,7 +149,12 @@ def open_mesh() -> Mesh:
         torch.cuda.set_device(device)
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=LONG_TIMEOUT, device_id=device if device.type == "cuda" else None)
+        flight_recorder.turn_on(run_dir)
+        dist.init_process_group(
+            backend,
+            timeout=group_timeout(timeout_seconds),
+            device_id=device if device.type == "cuda" else None,
+        )
     return Mesh(rank, world, device)
 
 

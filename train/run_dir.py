@@ -43,7 +43,8 @@ SECONDS_TO_SEE = 30.0  # a network file system may show a new file late
 class RunDirectory:
     """Claimed with `with`: locked, then `running` in status.json; at the end `failed` unless told otherwise.
 
-    Only rank 0 writes; the methods are called by every rank, and raise InputError on every rank when it cannot.
+    Only rank 0 writes, but for `fail`; the other methods are called by every rank, and raise InputError on every rank
+    when it cannot.
     """
 
     def __init__(self, config: Config, fingerprint: str, mesh: Mesh) -> None:
@@ -51,27 +52,28 @@ class RunDirectory:
         self._config = config
         self._fingerprint = fingerprint
         self._mesh = mesh
-        self._attempt = 1
+        self.attempt = 1
         self._step = 0
         self._state = "running"  # what status.json says
         self._ended = False
         self._lock = RunLock(self.path)
+        self._claimed = self._lock.text  # rank 0's, on every rank once entered
         self.found: dict[str, Any] = {}  # known to rank 0, as is the next
         self.provenance: dict[str, Any] = {}
 
     def __enter__(self) -> "RunDirectory":
-        claimed = self._mesh.on_main(self._claim)
+        self._claimed, self.attempt, self._step = self._mesh.on_main(self._claim)
         try:
-            self._mesh.on_all(lambda: self._check_shared(claimed))
+            self._mesh.on_all(self._check_shared)
         except InputError as error:
             self.__exit__(InputError, error, None)
             raise
         return self
 
-    def _check_shared(self, claimed: str) -> None:
+    def _check_shared(self) -> None:
         """Every rank must see rank 0's lock: a checkpoint is written by all of them into one directory."""
         end = time.monotonic() + SECONDS_TO_SEE
-        while not self._lock.reads(claimed):
+        while not self._lock.reads(self._claimed):
             if time.monotonic() > end:
                 raise InputError(
                     f"{self.path}: {socket.gethostname()} does not see what rank 0 writes; share --run-dir"
@@ -96,8 +98,8 @@ class RunDirectory:
             with contextlib.suppress(OSError):
                 self._lock.release()
 
-    def _claim(self) -> str:
-        """Lock the directory and put its files in place; the lock's text."""
+    def _claim(self) -> tuple[str, int, int]:
+        """Lock the directory and put its files in place; the lock's text, the attempt and the step it begins with."""
         with writing_to(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
@@ -106,16 +108,16 @@ class RunDirectory:
             self.check_start()
             status = read_status(self.path)
             if status is not None:
-                self._attempt, self._step = status["attempt"] + 1, status["step"]
+                self.attempt, self._step = status["attempt"] + 1, status["step"]
             codec = load_codec(self._config.data.dir)
             self.provenance = provenance(self._config)
             self._write_config()
+            self._write("provenance.json", self.provenance)
             with writing_to(self.path):
-                write_json_atomically(self.path / "provenance.json", self.provenance)
                 codec.save(self.path)
             self._write_status("running", None)
             undo.pop_all()
-        return self._lock.text
+        return self._lock.text, self.attempt, self._step
 
     def check_start(self) -> None:
         """InputError if what is there is another run, or one that --no-resume does not want. Nothing is written."""
@@ -146,8 +148,7 @@ class RunDirectory:
 
     def _write_config(self) -> None:
         content = {"config": self._config.to_json(), "data": self._fingerprint, "found": self.found}
-        with writing_to(self.path):
-            write_json_atomically(self.path / "config.json", content)
+        self._write("config.json", content)
 
     def record(self, found: dict[str, Any]) -> None:
         """Keep in config.json what set-up found out (train/fit.py), for this run's later attempts."""
@@ -165,11 +166,21 @@ class RunDirectory:
         self._mesh.on_main(lambda: self._write_status(state, reason))
         self._ended = True
 
+    def fail(self, reason: str) -> None:
+        """Any rank, alone: the run ends here and now. The lock is given up if it is this rank's."""
+        self._write_status("failed", reason)
+        self._lock.release()
+
     def _write_status(self, state: str, reason: str | None) -> None:
-        status = {"state": state, "step": self._step, "reason": reason, "attempt": self._attempt}
-        with writing_to(self.path):
-            write_json_atomically(self.path / STATUS_FILE, status)
+        status = {"state": state, "step": self._step, "reason": reason, "attempt": self.attempt}
+        self._write(STATUS_FILE, status)
         self._state = state
+
+    def _write(self, name: str, content: dict[str, Any]) -> None:
+        """Only under our own lock: whoever was stopped, and taken for dead, must not spoil the run of who took over."""
+        if self._lock.reads(self._claimed):
+            with writing_to(self.path):
+                write_json_atomically(self.path / name, content)
 
 
 def read_status(run_dir: Path) -> dict[str, Any] | None:

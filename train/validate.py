@@ -1,6 +1,7 @@
 """Validation loss and bits per byte on fixed tokens, shared among all ranks, the same at every world size."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -72,16 +73,20 @@ class ValidationSet:
         return torch.from_numpy(inputs).view(B, T), torch.from_numpy(targets).view(B, T), num_bytes
 
 
-def validate(objective: Objective, data: ValidationSet, *, mesh: Mesh, stops: Stops) -> Validation | None:
+def validate(
+    objective: Objective, data: ValidationSet, *, mesh: Mesh, stops: Stops, beat: Callable[[str], None]
+) -> Validation | None:
     """Score the set on all ranks, batch i on rank i mod W; None if a stop was asked for meanwhile. Collective.
 
     Each window is summed in fp32, the windows in fp64: how they are shared out changes the loss by its rounding only.
+    `beat` hears before each batch which it is.
     """
     objective.eval()
     totals = torch.zeros(6, dtype=torch.float64, device=mesh.device)
     num_bytes = 0
     asked: Tensor | None = None  # to stop, by any rank; read a batch late, so that no batch waits for it
     for first in range(0, data.num_batches, mesh.world):
+        beat(f"validation, batches from {first} of {data.num_batches}")
         inputs_BT, targets_BT, batch_bytes = data.batch(first + mesh.rank)
         inputs_BT = pinned(inputs_BT, mesh.device).to(mesh.device, non_blocking=True)
         targets_BT = pinned(targets_BT, mesh.device).to(mesh.device, non_blocking=True)

@@ -1,0 +1,74 @@
+"""A rank whose own part of a step takes long is named, once, after two looks."""
+
+import dataclasses
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.groups import run_on_ranks
+from tests.runs import tiny_config
+from train import stragglers
+from train.batches import Windows
+from train.config import Config
+from train.main import run
+from train.mesh import Mesh
+from train.stragglers import Stragglers, slow_ranks
+
+
+def train_with_a_slow_disk_on_rank_2(mesh: Mesh, config: Config) -> None:
+    stragglers.STEPS_BETWEEN_LOOKS = 5
+    read = Windows.read
+
+    def slowly_read(self: Windows, ids: list[int]) -> Any:
+        time.sleep(0.1 if mesh.rank == 2 else 0.0)
+        return read(self, ids)
+
+    Windows.read = slowly_read  # type: ignore[method-assign]
+    run(config, mesh)
+
+
+def test_the_slow_rank_is_named_in_the_log_and_no_other(tiny_data: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_data, tmp_path / "run", steps=11)
+    config = dataclasses.replace(config, validate=dataclasses.replace(config.validate, every=None))
+    run_on_ranks(3, train_with_a_slow_disk_on_rank_2, config)
+    warnings = [line for line in (tmp_path / "run" / "log.txt").read_text().splitlines() if "is slow" in line]
+    assert len(warnings) == 1
+    assert warnings[0].startswith(f"warning: rank 2 on {socket.gethostname()} is slow: its own part of a step takes 0.")
+
+
+def test_a_rank_is_said_to_be_slow_at_the_second_look_and_again_only_after_it_was_fine() -> None:
+    said: list[str] = []
+    looking = Stragglers(Mesh(0, 4, torch.device("cpu")), ["a", "a", "b", "b"], said.append)
+    fine, slow = [0.150, 0.140, 0.160, 0.150], [0.150, 0.140, 0.160, 0.300]
+    lines = []
+    for seconds in (fine, slow, fine, slow, slow, slow, slow, fine, slow, slow):
+        before = len(said)
+        looking._look(seconds)
+        lines.append(len(said) - before)
+    assert lines == [0, 0, 0, 0, 1, 0, 0, 0, 0, 1]
+    assert set(said) == {
+        "warning: rank 3 on b is slow: its own part of a step takes 0.300 s, the others' median 0.150 s"
+    }
+
+
+def test_slow_is_more_than_half_again_the_median_of_the_others() -> None:
+    assert slow_ranks([1.0, 1.4, 1.4, 1.4]) == set()
+    assert slow_ranks([1.0, 1.0, 1.6, 1.0]) == {2}
+    assert slow_ranks([1.0, 1.6]) == {1}
+    assert slow_ranks([5.0, 5.0, 1.0, 1.0]) == {0, 1}, "of two nodes the slow one"
+
+
+def test_a_warm_up_is_no_step_and_a_world_of_one_measures_nothing() -> None:
+    alone = Stragglers(Mesh(0, 1, torch.device("cpu")), ["a"], print)
+    alone.begin()
+    alone.end()
+    alone.record(100)
+    many = Stragglers(Mesh(0, 2, torch.device("cpu")), ["a", "b"], print)
+    many.end()
+    many.begin()
+    many.end()
+    many.record(1)
+    assert not many._parts and many._num_steps == 1
