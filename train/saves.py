@@ -88,6 +88,7 @@ class Saver:
         self._loaded = loaded
         self._mesh = mesh
         self._save: Save | None = None
+        self._undeletable: set[Path] = set()
         self._last_begin = time.monotonic()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saves")
         self._group = dist.new_group(backend="gloo") if mesh.world > 1 else None
@@ -150,12 +151,11 @@ class Saver:
         if errors:
             self._mesh.on_main(lambda: shutil.rmtree(save.temporary, ignore_errors=True))
             said = "; ".join(f"rank {rank}: {text}" for text, rank in errors.items())
-            raise InputError(f"{save.final}: not saved; {said}")
+                raise InputError(f"{save.final}: not saved; {said}; mend that, then give the same command again")
         self._mesh.on_main(lambda: _rename(save.temporary, save.final))
         self.saved_step = save.step
         if self._mesh.is_main:
-            held = {save.final} | ({self._loaded} if self._loaded else set())
-            self._thread.submit(_purge, self._run_dir, self._config, held)
+            self._thread.submit(self._purge, {save.final} | ({self._loaded} if self._loaded else set()))
         return save.step
 
     def close(self) -> None:
@@ -176,6 +176,23 @@ class Saver:
         except (CheckpointException, OSError, RuntimeError, InputError) as error:
             return last_line_of(error)
         return None
+
+
+    def _purge(self, held: set[Path]) -> None:
+        """Delete what is no longer kept, in the thread; what cannot be deleted is said once."""
+        for checkpoint in list_checkpoints(self._run_dir)[: -self._config.keep]:
+            is_nth = self._config.keep_every is not None and step_of(checkpoint) % self._config.keep_every == 0
+            if checkpoint in held or is_nth:
+                continue
+            doomed = checkpoint.with_name(f".{checkpoint.name}.deleting")
+            try:
+                shutil.rmtree(doomed, ignore_errors=True)
+                checkpoint.rename(doomed)
+                shutil.rmtree(doomed)
+            except OSError as error:
+                if checkpoint not in self._undeletable:
+                    print(f"warning: {checkpoint} could not be deleted: {error}", file=sys.stderr)
+                self._undeletable.add(checkpoint)
 
 
 def checkpoint_tensors(
@@ -220,21 +237,6 @@ def _rename(temporary: Path, final: Path) -> None:
         shutil.rmtree(final)
     temporary.rename(final)
     fsync_directory(final.parent)
-
-
-def _purge(run_dir: Path, config: SaveConfig, held: set[Path]) -> None:
-    checkpoints = list_checkpoints(run_dir)
-    for checkpoint in checkpoints[: -config.keep]:
-        is_nth = config.keep_every is not None and step_of(checkpoint) % config.keep_every == 0
-        if checkpoint in held or is_nth:
-            continue
-        doomed = checkpoint.with_name(f".{checkpoint.name}.deleting")
-        try:
-            shutil.rmtree(doomed, ignore_errors=True)
-            checkpoint.rename(doomed)
-            shutil.rmtree(doomed)
-        except OSError as error:
-            print(f"warning: {checkpoint} could not be deleted: {error}", file=sys.stderr)
 
 
 def _random_state(device: torch.device) -> dict[str, str]:
