@@ -151,7 +151,7 @@ class Saver:
         if errors:
             self._mesh.on_main(lambda: shutil.rmtree(save.temporary, ignore_errors=True))
             said = "; ".join(f"rank {rank}: {text}" for text, rank in errors.items())
-                raise InputError(f"{save.final}: not saved; {said}; mend that, then give the same command again")
+            raise InputError(f"{save.final}: not saved; {said}; mend that, then give the same command again")
         self._mesh.on_main(lambda: _rename(save.temporary, save.final))
         self.saved_step = save.step
         if self._mesh.is_main:
@@ -176,7 +176,6 @@ class Saver:
         except (CheckpointException, OSError, RuntimeError, InputError) as error:
             return last_line_of(error)
         return None
-
 
     def _purge(self, held: set[Path]) -> None:
         """Delete what is no longer kept, in the thread; what cannot be deleted is said once."""
