@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_prep.errors import InputError
+from train import launcher
 
 LONG_TIMEOUT = datetime.timedelta(minutes=30)  # until the first step is done: imports, reads, compilation
 SHORT_TIMEOUT = datetime.timedelta(minutes=10)  # after it: a rank silent this long is gone
@@ -135,7 +136,8 @@ def open_mesh() -> Mesh:
         torch.cuda.set_device(device)
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=LONG_TIMEOUT, device_id=device if device.type == "cuda" else None)
+        with launcher.needed():
+            dist.init_process_group(backend, timeout=LONG_TIMEOUT, device_id=device if device.type == "cuda" else None)
     return Mesh(rank, world, device)
 
 
