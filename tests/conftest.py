@@ -34,7 +34,7 @@ def pytest_runtest_makereport(
 
 # Longest first, so that workers end together (with --no-loadscope-reorder; files stay whole).
 LONGEST = (
-    "test_survival",
+    "test_soak",
     "test_exact",
     "test_fineweb",
     "test_loop",

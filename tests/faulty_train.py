@@ -24,6 +24,8 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from train import launcher
+
 LONGEST_STAY_SECONDS = 120.0  # the soak is gone then
 CONTROL = Path(os.environ["SOAK_CONTROL"])
 RANK, START = int(os.environ["RANK"]), int(os.environ["TORCHELASTIC_RESTART_COUNT"])
@@ -112,6 +114,7 @@ def wrap_engine() -> None:
 
 def main() -> None:
     faulthandler.register(signal.SIGUSR2)  # the soak asks so where processes hang
+    launcher.remember()  # as train.main begins: in the next place the launcher may be struck
     mark(f"pid_{START}_{RANK}", str(os.getpid()))
     visit("start")
     wrap_engine()
