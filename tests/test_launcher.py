@@ -4,10 +4,11 @@ import os
 import subprocess
 import sys
 
+from tests.runs import ROOT
 from train import launcher
 
 WORKER = """
-import sys, time
+import time
 from train import launcher
 launcher.remember()
 print("started", flush=True)
@@ -25,7 +26,7 @@ worker.stdout.readline()
 def test_a_worker_leaves_with_a_launcher_that_dies_before_there_is_a_process_group() -> None:
     env = os.environ | {"TORCHELASTIC_RUN_ID": "some"}
     command = [sys.executable, "-c", LAUNCHER, WORKER]
-    done = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, check=True, timeout=90)
+    done = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, check=True, timeout=90, cwd=ROOT)
     assert done.stderr == "train: the launcher died; leaving\n"  # read to its end: the worker held it too, and is gone
 
 
