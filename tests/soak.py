@@ -49,7 +49,7 @@ STEPS = 150
 KEEP = 3
 WORLD = 2
 SECONDS_TO_REACH = 240.0  # a place, or the end, on a machine with much else to do
-SECONDS_TO_END = 120.0  # after the last strike, for every process
+SECONDS_TO_END = 240.0  # after the last strike, for every process; the watchdog and torchrun take a minute
 SECONDS_BETWEEN_LOOKS = 1.2  # of the engine at the STOP file and at its launcher, and a little more
 
 # How the visit that is struck is drawn: at most so many; and which rank may stand still there.
@@ -169,7 +169,7 @@ def draw(rng: random.Random, *, freeze: bool, async_saves: bool) -> Episode:
     if freeze and rng.random() < 0.08:
         fault = draw_fault(rng, (FREEZE,), places=("step", "update", "validation", "save"))
         return Episode(
-            (fault,), flags=(*flags, "--parallel.timeout-seconds", "20"), launcher_flags=("--shutdown-timeout=5",)
+            (fault,), flags=(*flags, "--parallel.timeout-seconds", "10"), launcher_flags=("--shutdown-timeout=5",)
         )
     return Episode((draw_fault(rng, (*KILLS, *STOPS, PAUSE)),), flags=flags)
 
