@@ -17,8 +17,7 @@ if (SHARED_DATA / "tiktoken_cache").is_dir():
 
 import torch
 
-from data_prep.textfiles import Options, prepare
-from tests.corpus import make_text
+from tests.runs import make_tiny_data
 
 torch.set_num_threads(1)
 
@@ -35,7 +34,7 @@ def pytest_runtest_makereport(
 
 # Longest first, so that workers end together (with --no-loadscope-reorder; files stay whole).
 LONGEST = (
-    "test_survival",
+    "test_soak",
     "test_exact",
     "test_watchdog",
     "test_fineweb",
@@ -63,8 +62,4 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A character data set of 20,000 generated characters, several shards."""
-    folder = tmp_path_factory.mktemp("tiny")
-    (folder / "text.txt").write_text(make_text(20_000), encoding="utf-8")
-    out = folder / "data"
-    prepare(Options(input=(str(folder / "text.txt"),), out=out, tokenizer="char", shard_tokens=7_000))
-    return out
+    return make_tiny_data(tmp_path_factory.mktemp("tiny"))

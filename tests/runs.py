@@ -7,18 +7,20 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from data_prep.textfiles import Options, prepare
 from model.config import ModelConfig
 from model.dcp_files import read_tensors
 from model.gpt import build_model
 from model.trained import list_checkpoints
+from tests.corpus import make_text
 from train.config import (
     Config,
     DataConfig,
@@ -34,6 +36,14 @@ from train.optim import build_optimizer
 from train.saves import checkpoint_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
+
+
+def make_tiny_data(folder: Path) -> Path:
+    """A character data set of 20,000 generated characters, several shards."""
+    (folder / "text.txt").write_text(make_text(20_000), encoding="utf-8")
+    out = folder / "data"
+    prepare(Options(input=(str(folder / "text.txt"),), out=out, tokenizer="char", shard_tokens=7_000))
+    return out
 
 
 def tiny_config(data: Path, run_dir: Path, **train: Any) -> Config:
@@ -74,20 +84,25 @@ def tiny_flags(data: Path, run_dir: Path) -> list[str]:
     ]
 
 
-def torchrun(world: int, *args: str, script: str = "train/main.py", **options: Any) -> "subprocess.Popen[str]":
-    """A real torchrun of train/main.py or what stands for it, in a process group of its own, output in pipes."""
+def torchrun(
+    world: int,
+    *args: str,
+    script: str = "train/main.py",
+    launcher_flags: Sequence[str] = (),
+    env: dict[str, str] | None = None,
+    stdout: IO[str] | int = subprocess.PIPE,
+) -> "subprocess.Popen[str]":
+    """A real torchrun of train/main.py or what stands for it, in a process group of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}", "--master_port=0"]
-    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", script, *args]
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", *launcher_flags, script, *args]
     return subprocess.Popen(
         command,
         cwd=ROOT,
-        env=env,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | (env or {}),
         text=True,
-        stdout=subprocess.PIPE,
+        stdout=stdout,
         stderr=subprocess.STDOUT,
         start_new_session=True,
-        **options,
     )
 
 

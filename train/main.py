@@ -20,6 +20,10 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
+from train import launcher
+
+launcher.remember()
+
 import torch
 
 from data_prep.codec import load_codec

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_prep.errors import InputError
-from train import flight_recorder
+from train import flight_recorder, launcher
 
 LATER_SECONDS = 60.0  # than the watchdog (train/watchdog.py), which strikes first, since it names the culprit
 
@@ -150,11 +150,12 @@ def open_mesh(timeout_seconds: float, run_dir: Path) -> Mesh:
     if world > 1:
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         flight_recorder.turn_on(run_dir)
-        dist.init_process_group(
-            backend,
-            timeout=group_timeout(timeout_seconds),
-            device_id=device if device.type == "cuda" else None,
-        )
+        with launcher.needed():
+            dist.init_process_group(
+                backend,
+                timeout=group_timeout(timeout_seconds),
+                device_id=device if device.type == "cuda" else None,
+            )
     return Mesh(rank, world, device)
 
 

@@ -5,7 +5,6 @@ A request is noticed by one rank and acted on by all: the loop adds `wanted()` u
 all-reduce, so that every rank stops after the same step.
 """
 
-import os
 import re
 import signal
 import time
@@ -13,6 +12,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from data_prep.errors import InputError
+from train import launcher
 
 FILE_NAME = "STOP"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
@@ -44,7 +44,6 @@ class Stops:
         self._file = run_dir / FILE_NAME
         self._is_main = is_main
         self._next_look = 0.0
-        self._parent = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else None
 
     def __enter__(self) -> "Stops":
         heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
@@ -65,7 +64,7 @@ class Stops:
                 self.reason = f"{FILE_NAME} file"
             elif self._is_main and self._deadline is not None and time.perf_counter() >= self._deadline:
                 self.reason = f"--stop-after {self._after}"
-            elif self._parent is not None and os.getppid() != self._parent:
+            elif launcher.is_gone():
                 self.reason = "launcher died"
         return self.reason is not None
 

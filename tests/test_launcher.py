@@ -1,0 +1,35 @@
+"""A worker whose launcher dies while the process group is still being made ends, instead of asking for half an hour."""
+
+import os
+import subprocess
+import sys
+
+from tests.runs import ROOT
+from train import launcher
+
+WORKER = """
+import time
+from train import launcher
+launcher.remember()
+print("started", flush=True)
+with launcher.needed():
+    time.sleep(100)
+"""
+# Dies as soon as its worker has started.
+LAUNCHER = """
+import subprocess, sys
+worker = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE)
+worker.stdout.readline()
+"""
+
+
+def test_a_worker_leaves_with_a_launcher_that_dies_before_there_is_a_process_group() -> None:
+    env = os.environ | {"TORCHELASTIC_RUN_ID": "some"}
+    command = [sys.executable, "-c", LAUNCHER, WORKER]
+    done = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, check=True, timeout=90, cwd=ROOT)
+    assert done.stderr == "train: the launcher died; leaving\n"  # read to its end: the worker held it too, and is gone
+
+
+def test_without_torchrun_there_is_no_launcher_to_miss() -> None:
+    launcher.remember()
+    assert not launcher.is_gone()
