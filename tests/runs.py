@@ -92,7 +92,7 @@ def torchrun(
     env: dict[str, str] | None = None,
     stdout: IO[str] | int = subprocess.PIPE,
 ) -> "subprocess.Popen[str]":
-    """A real torchrun of train/main.py or what stands for it, in a process group of its own, output in pipes or a file."""
+    """A real torchrun of train/main.py or its stand-in, in a process group of its own, output in pipes or a file."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}", "--master_port=0"]
     command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", *launcher_flags, script, *args]
     return subprocess.Popen(
