@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.soak import STEPS, Episode, Fault, Soak, Strike
+from tests.aftermath import STEPS
+from tests.faults import Episode, Fault, Strike
+from tests.soak import Soak
 
 # One start of torchrun each: what strikes where, and status.json's state and reason afterwards.
 SAMPLE = (

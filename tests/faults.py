@@ -1,0 +1,157 @@
+"""What the soak does to a run: kinds of faults, the places they strike in, and how they are drawn."""
+
+import random
+import signal
+from dataclasses import dataclass, field
+
+WORLD = 2
+
+# How the visit that is struck is drawn: at most so many; and which rank may stand still there.
+PLACES: dict[str, tuple[int, str]] = {
+    "start": (1, "any"),
+    "process group": (1, "any"),
+    "claim": (1, "main"),
+    "find start": (1, "any"),
+    "load": (1, "any"),
+    "warm-up": (1, "any"),
+    "step": (40, "any"),
+    "update": (40, "any"),
+    "validation": (6, "any"),
+    "save": (4, "any"),
+    "writing": (4, "any"),
+    "commit": (4, "main"),
+    "committed": (4, "main"),
+    "purge": (4, "main"),
+    "deleting": (2, "main"),
+    "leaving": (1, "any"),
+}
+# Where a thread stands still: the loop does not wait for it, or not if saves are asynchronous.
+BESIDE_THE_LOOP = ("purge", "deleting")
+BESIDE_THE_LOOP_IF_ASYNC = ("save", "writing", "commit")
+ASYNC_SAVES = ("--save.mode", "async")
+RESTART_PLACES = ("start", "process group", "claim", "find start", "load", "warm-up")
+
+KILLS = ("kill rank", "kill ranks", "kill everything")
+SIGNALS = {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT, "SIGHUP": signal.SIGHUP, "SIGUSR1": signal.SIGUSR1}
+STOPS = {  # kind -> the reason that status.json gives
+    "SIGTERM launcher": "SIGTERM",
+    "SIGINT launcher": "SIGINT",
+    "SIGHUP launcher": "SIGHUP",
+    "SIGTERM rank": "SIGTERM",
+    "SIGUSR1 rank": "SIGUSR1",
+    "STOP file": "STOP file",
+    "kill launcher": "launcher died",
+}
+PAUSE = "pause rank"  # SIGSTOP, then SIGCONT: nothing may come of it
+FREEZE = "freeze rank"  # SIGSTOP for good: the others must leave, and torchrun must end the stopped one
+
+
+@dataclass(frozen=True)
+class Strike:
+    kind: str
+    rank: int = 0  # for kinds that hit one
+
+
+@dataclass(frozen=True)
+class Fault:
+    """One strike, or two shortly after each other, at a visit to a place.
+
+    stays: the process stands still at the place until struck; else it goes on, and is struck at some moment after.
+    """
+
+    place: str
+    strikes: tuple[Strike, ...]
+    visit: int = 1
+    holder: int = 0
+    stays: bool = True
+    delay_seconds: float = 0.0
+    pause_seconds: float = 0.0  # between two strikes
+
+    def __str__(self) -> str:
+        where = f"{self.place} {self.visit} of rank {self.holder}" + (
+            "" if self.stays else f" +{self.delay_seconds:.2f} s"
+        )
+        one_rank = (*KILLS[:1], "SIGTERM rank", "SIGUSR1 rank", PAUSE, FREEZE)
+        kinds = [f"{strike.kind} {strike.rank}" if strike.kind in one_rank else strike.kind for strike in self.strikes]
+        return f"{f' +{self.pause_seconds:.2f} s '.join(kinds)} at {where}"
+
+
+@dataclass(frozen=True)
+class Episode:
+    """One start of torchrun: one fault, or with in-place restarts one for each of its attempts."""
+
+    faults: tuple[Fault, ...]
+    in_place: bool = False
+    flags: tuple[str, ...] = ()
+    launcher_flags: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        text = "; then ".join(map(str, self.faults))
+        extra = " ".join((*self.launcher_flags, *self.flags))
+        return text + (" (in-place restarts)" if self.in_place else "") + (f" ({extra})" if extra else "")
+
+
+@dataclass
+class Struck:
+    """What was done in an episode, as far as what must come of it depends on it."""
+
+    strikes: list[Strike] = field(default_factory=list)
+    faults: list[Fault] = field(default_factory=list)  # those that were reached
+    all_heard: bool = True
+    rows: int = 0  # in metrics.jsonl at the strike
+
+
+def killed_rank_0(strike: Strike) -> bool:
+    return strike.kind in ("kill ranks", "kill everything") or (
+        strike.kind in ("kill rank", FREEZE) and strike.rank == 0
+    )
+
+
+def at(struck: Struck, *places: str) -> bool:
+    return any(fault.place in places for fault in struck.faults)
+
+
+def stood_beside_the_loop(episode: Episode, struck: Struck) -> bool:
+    """Was it a thread that stood still, so that the loop went on and heard of a stop some steps later?"""
+    places = (*BESIDE_THE_LOOP, *(BESIDE_THE_LOOP_IF_ASYNC if episode.flags[:2] == ASYNC_SAVES else ()))
+    return at(struck, *places)
+
+
+def draw(rng: random.Random) -> Episode:
+    """One in two saves asynchronously, one in eight restarts in place, one in twelve freezes a rank."""
+    flags = ASYNC_SAVES if rng.random() < 0.5 else ()
+    if rng.random() < 0.12:
+        faults = tuple(draw_fault(rng, KILLS[:2]) for _ in range(rng.randint(1, 3)))
+        return Episode(faults, in_place=True, flags=flags)
+    if rng.random() < 0.08:
+        fault = draw_fault(rng, (FREEZE,), places=("step", "update", "validation", "save"))
+        return Episode(
+            (fault,), flags=(*flags, "--parallel.timeout-seconds", "10"), launcher_flags=("--shutdown-timeout=5",)
+        )
+    return Episode((draw_fault(rng, (*KILLS, *STOPS, PAUSE)),), flags=flags)
+
+
+def draw_fault(rng: random.Random, kinds: tuple[str, ...], places: tuple[str, ...] | None = None) -> Fault:
+    """In one of four cases at some moment, else in a place, of those named; one in four stops is struck again."""
+    stays, delay_seconds = places is not None or rng.random() < 0.75, 0.0
+    if not stays:
+        place, delay_seconds = rng.choice([("start", rng.uniform(0, 8)), ("step", rng.uniform(0, 0.5))])
+    elif places is not None:
+        place = rng.choice(places)
+    elif rng.random() < 0.2:
+        place = rng.choice(RESTART_PLACES)
+    else:
+        place = rng.choice([name for name in PLACES if name not in RESTART_PLACES])
+    most_visits, holders = PLACES[place]
+    strikes = [Strike(rng.choice(kinds), rng.randrange(WORLD))]
+    if strikes[0].kind == PAUSE or (strikes[0].kind in STOPS and rng.random() < 0.25):
+        strikes.append(Strike(rng.choice((*KILLS, *STOPS)), rng.randrange(WORLD)))
+    return Fault(
+        place,
+        tuple(strikes),
+        visit=rng.randint(1, most_visits),
+        holder=rng.randrange(WORLD) if holders == "any" else 0,
+        stays=stays,
+        delay_seconds=delay_seconds,
+        pause_seconds=rng.uniform(0, 0.5),
+    )
