@@ -83,7 +83,7 @@ def test_a_bad_step_is_stopped_at_with_everything_before_it_saved(tiny_data: Pat
     assert found["state"] == "failed" and found["step"] == 12 and "step 13: loss inf" in found["reason"]
     assert [step_of(path) for path in list_checkpoints(tmp_path / "run")] == [10, 12]
     assert [step for step, *_ in curve(tmp_path / "run")] == list(range(1, 13))
-    (noted,) = [json.loads(line) for line in (tmp_path / "run" / nonfinite.FILE_NAME).read_text().splitlines()]
+    (noted,) = [json.loads(line) for line in (tmp_path / "run" / "nonfinite.jsonl").read_text().splitlines()]
     assert noted["step"] == 13 and noted["suspects"] == suspects and len(noted["windows"]) == 12
     # What was saved is the state before it: continued soundly, it is the run in which nothing was bad.
     run_on_ranks(world, train, config)
@@ -103,7 +103,7 @@ def test_a_gradient_that_is_not_finite_is_skipped_where_asked_and_the_run_goes_o
     assert [step for step, row in found.items() if row["grad_norm"] is None] == [BAD_STEP]
     assert all(math.isfinite(row["loss"]) for row in found.values()) and len(found) == STEPS
     assert found[STEPS]["loss"] < found[1]["loss"] and status(tmp_path / "run")["state"] == "done"
-    (noted,) = [json.loads(line) for line in (tmp_path / "run" / nonfinite.FILE_NAME).read_text().splitlines()]
+    (noted,) = [json.loads(line) for line in (tmp_path / "run" / "nonfinite.jsonl").read_text().splitlines()]
     assert noted["windows"] == windows_of(tiny_data).ids_at((BAD_STEP - 1) * 12, 12)
     log = (tmp_path / "run" / "log.txt").read_text()
     assert log.count("(--train.on-nonfinite skip); its windows are in nonfinite.jsonl") == 1

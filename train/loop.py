@@ -26,7 +26,7 @@ from train.numerics import LossScale
 from train.run_dir import RunDirectory
 from train.samples import Sampler
 from train.saves import Progress, Saver
-from train.sinks import Sinks
+from train.sinks import NONFINITE_FILE, Sinks
 from train.stops import Stops
 from train.stragglers import Stragglers
 from train.traces import Trace
@@ -254,11 +254,12 @@ def skip_or_stop(run: Run, report: Report, loss: float, norm: float) -> None:
     if is_halted:
         run.progress = report.before
         suspects = find_suspects(run)
-    if run.mesh.is_main:
-        nonfinite.note(run.directory.path, step=step, loss=loss, norm=norm, windows=windows, suspects=suspects)
+    run.sinks.note_nonfinite(
+        {"step": step, "loss": str(loss), "grad_norm": str(norm), "windows": windows, "suspects": suspects}
+    )
     what = f"step {step}: loss {loss}, gradient norm {norm}; its update was not made"
     if not is_halted and run.halt.num_in_a_row < nonfinite.MOST_IN_A_ROW:
-        run.sinks.say(f"warning: {what} (--train.on-nonfinite skip); its windows are in {nonfinite.FILE_NAME}")
+        run.sinks.say(f"warning: {what} (--train.on-nonfinite skip); its windows are in {NONFINITE_FILE}")
         return
     if not is_halted:
         raise nonfinite.NonFiniteError(f"{what}, nor were those of the {run.halt.num_in_a_row - 1} steps before it")

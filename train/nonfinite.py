@@ -1,7 +1,5 @@
 """Steps whose loss or gradient is not finite: judged on the device, before the update."""
 
-import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
@@ -11,8 +9,8 @@ from torch import Tensor
 
 from data_prep.errors import InputError
 from train.numerics import LossScale
+from train.sinks import NONFINITE_FILE
 
-FILE_NAME = "nonfinite.jsonl"
 LEAST_LOSS_SCALE = 1.0  # below it fp16's small numbers are lost: what still overflows then is no matter of scale
 MOST_IN_A_ROW = 20  # skipped steps after which it is no matter of a few windows
 MOST_SHOWN = 16
@@ -47,23 +45,12 @@ class Halt:
         return is_finite, is_bad
 
 
-def note(
-    run_dir: Path, *, step: int, loss: float, norm: float, windows: Sequence[int], suspects: Sequence[int]
-) -> None:
-    """Append a bad step to RUN/nonfinite.jsonl: all its windows, and those that are not finite by themselves."""
-    row = {"step": step, "loss": str(loss), "grad_norm": str(norm), "windows": windows, "suspects": suspects}
-    with (run_dir / FILE_NAME).open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
 def advice(*, data: Path, seq_len: int, windows: Sequence[int], suspects: Sequence[int]) -> str:
     """What to look at and what to set, in one line."""
     shown = list(suspects or windows)
     which = "not finite by themselves: windows" if suspects else "none of its micro-batches is it by itself; windows"
     numbers = " ".join(str(number) for number in shown[:MOST_SHOWN])
-    more = f" and {len(shown) - MOST_SHOWN} more in {FILE_NAME}" if len(shown) > MOST_SHOWN else ""
+    more = f" and {len(shown) - MOST_SHOWN} more in {NONFINITE_FILE}" if len(shown) > MOST_SHOWN else ""
     return (
         f"{which} {numbers}{more}; to read them: "
         f"python data_prep/verify.py {data} --seq-len {seq_len} --window {numbers}; "

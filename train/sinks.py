@@ -22,6 +22,7 @@ from train.tracking import Tracking
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+NONFINITE_FILE = "nonfinite.jsonl"
 KEPT_FILES = (METRICS_FILE, SAMPLES_FILE)
 LOG_FILE = "log.txt"
 
@@ -99,6 +100,11 @@ class Sinks:
             self.say(f"step {step:>7}  sample {json.dumps(sample.prompt + sample.text)}")
         if self.tracking is not None:
             self.tracking.row(row)
+
+    def note_nonfinite(self, row: dict[str, Any]) -> None:
+        """A step that was not finite: all its windows, and those that are not finite by themselves. Never dropped."""
+        if self._mesh.is_main:
+            self._write(NONFINITE_FILE, json.dumps(row))
 
     def make_durable(self) -> None:
         """Rows up to here survive a crash of the machine; called before each checkpoint and at the end. Collective.
