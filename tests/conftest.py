@@ -34,15 +34,22 @@ def pytest_runtest_makereport(
 
 # Longest first, so that workers end together (with --no-loadscope-reorder; files stay whole).
 LONGEST = (
+    "test_fineweb",
     "test_soak",
     "test_exact",
-    "test_watchdog",
-    "test_fineweb",
     "test_loop",
     "test_gpt",
-    "test_tracking",
     "test_bpe",
+    "test_tracking",
+    "test_watchdog",
+    "test_survival",
+    "test_run_dir",
     "test_layout",
+    "test_config",
+    "test_async_saves",
+    "test_precision",
+    "test_encode",
+    "test_textfiles",
 )
 
 
