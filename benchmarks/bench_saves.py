@@ -93,7 +93,7 @@ def measure(options: Options, config: Config, mesh: Mesh) -> dict[str, object]:
         run = assemble(config, mesh, manifest, directory, stops, watchdog, Startup(time.perf_counter()))
         ratios, controls, whole = list[float](), list[float](), list[float]()
         counts = list[int]()
-        with run.sinks, garbage_collected_by_hand():
+        with run.saver, run.sinks, garbage_collected_by_hand():
             step = our_step(run)
             steps_beside_a_save(run, step)  # allocates what it stages into, once
             for _ in range(options.rounds):
@@ -103,7 +103,6 @@ def measure(options: Options, config: Config, mesh: Mesh) -> dict[str, object]:
                 controls.append(second / first)
                 whole.append(seconds_of(lambda: wait_for_a_save(run), 1, mesh))
         run.batches.close()
-        run.saver.close()
         size = sum(path.stat().st_size for path in list_checkpoints(directory.path)[-1].iterdir())
     return {
         "preset": options.preset,

@@ -172,14 +172,13 @@ def measure(options: Options, config: Config, mesh: Mesh) -> dict[str, object]:
         Watchdog(config.parallel, mesh, directory) as watchdog,
     ):
         run = assemble(config, mesh, manifest, directory, stops, watchdog, Startup(time.perf_counter()))
-        with run.sinks, garbage_collected_by_hand():
+        with run.saver, run.sinks, garbage_collected_by_hand():
             ours, bare = our_step(run), bare_step(run.config, mesh)
             seconds_of(ours, options.block, mesh), seconds_of(bare, options.block, mesh)
             rounds = [
                 [seconds_of(step, options.block, mesh) for step in (bare, ours, bare)] for _ in range(options.rounds)
             ]
         run.batches.close()
-        run.saver.close()
     milliseconds = [statistics.median(column) / options.block * 1e3 for column in zip(*rounds, strict=True)]
     if mesh.is_main:
         print(f"bare {milliseconds[0]:.2f} ms, ours {milliseconds[1]:.2f} ms, again {milliseconds[2]:.2f} ms per step")

@@ -60,12 +60,12 @@ def test_training_goes_on_meanwhile_and_what_is_written_is_the_step_it_began_at(
         assert_same_tensors(tensors_of(left), tensors_of(right))
 
 
-def train_with_a_full_disk_on_one_rank(mesh: Mesh, config: Config) -> str:
+def train_with_a_save_that_fails_on_one_rank(mesh: Mesh, config: Config, fault: Exception) -> str:
     sound, calls = saves.dcp.FileSystemWriter.write_data, iter(range(100))
 
     def write_data(self: Any, *args: Any) -> Any:
         if next(calls) == 1 and mesh.rank == mesh.world - 1:
-            raise OSError(28, "No space left on device")
+            raise fault
         return sound(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -77,12 +77,16 @@ def train_with_a_full_disk_on_one_rank(mesh: Mesh, config: Config) -> str:
     return "no error"
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_what_one_rank_cannot_write_ends_all_and_is_no_checkpoint(tiny_data: Path, tmp_path: Path, world: int) -> None:
+@pytest.mark.parametrize(
+    ("world", "fault"), [(1, KeyError("odd")), (2, OSError(28, "No space left on device"))], ids=["one", "two"]
+)
+def test_what_one_rank_cannot_write_ends_all_and_is_no_checkpoint(
+    tiny_data: Path, tmp_path: Path, world: int, fault: Exception
+) -> None:
     config = with_save(tiny_config(tiny_data, tmp_path / "run", steps=STEPS), every=10, mode="async")
-    outcomes = run_on_ranks(world, train_with_a_full_disk_on_one_rank, config)
+    outcomes = run_on_ranks(world, train_with_a_save_that_fails_on_one_rank, config, fault)
     assert len(set(outcomes)) == 1
-    assert "step_00000020: not saved; rank 0: " in outcomes[0] and "No space left on device" in outcomes[0]
+    assert "step_00000020: not saved; rank 0: " in outcomes[0] and str(fault) in outcomes[0]
     assert "\n" not in outcomes[0]
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000010"]
     assert status(tmp_path / "run")["state"] == "failed"
@@ -158,3 +162,28 @@ def test_a_stage_left_unwritten_by_a_kill_is_cleared_away(tiny_data: Path, tmp_p
     run(config, Mesh(0, 1, torch.device("cpu")))
     assert fault_of(list_checkpoints(tmp_path / "run")[-1]) is None
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
+
+
+def test_a_run_that_fails_gives_its_directory_up_only_when_its_thread_is_done(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever starts the same run next must meet no writer."""
+    take_step, seal, done = loop.take_step, saves._seal, []
+
+    def failing(this: loop.Run) -> loop.Report:
+        if this.progress.step == 7:
+            raise RuntimeError("out of luck")
+        return take_step(this)
+
+    def seal_slowly(*args: Any) -> None:
+        time.sleep(0.3)
+        seal(*args)
+        done.append((tmp_path / "run" / "lock.json").exists())
+
+    monkeypatch.setattr(loop, "take_step", failing)
+    monkeypatch.setattr(saves, "_seal", seal_slowly)
+    config = with_save(tiny_config(tiny_data, tmp_path / "run", steps=10), every=5, mode="async")
+    with pytest.raises(RuntimeError, match="out of luck"):
+        run(config, Mesh(0, 1, torch.device("cpu")))
+    assert done == [True]
+    assert not (tmp_path / "run" / "lock.json").exists()

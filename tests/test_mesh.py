@@ -2,16 +2,21 @@
 
 import dataclasses
 import os
+import socket
 from pathlib import Path
 from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
 
 from data_prep.errors import InputError
 from model.config import ModelConfig
 from model.gpt import build_model
 from tests.groups import run_on_ranks
 from tests.runs import status, tiny_config
-from train import run_dir
-from train.config import OptimConfig, SaveConfig
+from train import loop, run_dir
+from train.config import Config, OptimConfig, SaveConfig
 from train.main import run
 from train.mesh import Mesh
 from train.optim import build_optimizer
@@ -62,13 +67,15 @@ def test_a_run_directory_that_is_not_shared_is_refused_at_the_start(tiny_data: P
 
 
 def save_on_local_disks(mesh: Mesh, folder: Path) -> str:
+    run_dir.SECONDS_TO_SEE = 0.5
     here = folder / f"disk_{mesh.rank}"
-    (here / "checkpoints" / ".step_00000000.writing").mkdir(parents=True)
+    (here / "checkpoints" / ".step_00000000.writing_1").mkdir(parents=True)
     model = build_model(ModelConfig(2, 2, 32, vocab_size=50, context_len=8), seed=1)
     return outcome_of(
         lambda: save(
             Saver(
                 here,
+                attempt=1,
                 model=model,
                 optimizer=build_optimizer(model, OptimConfig()),
                 config=SaveConfig(),
@@ -100,3 +107,24 @@ def test_faults_of_one_rank_are_shared(tiny_data: Path, tmp_path: Path) -> None:
     assert "File exists" in blocked and "\n" not in blocked
     assert (ranks, main) == ("[0, 1, 2]", "0")
     assert not (tmp_path / "run").exists()
+
+
+def run_out_of_memory_on_rank_1(mesh: Mesh, config: Config) -> None:
+    take_step = loop.take_step
+
+    def failing(this: loop.Run) -> loop.Report:
+        if mesh.rank == 1 and this.progress.step == 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return take_step(this)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "take_step", failing)
+        run(config, mesh)
+
+
+def test_the_rank_that_fails_says_so_not_the_one_that_misses_it(tiny_data: Path, tmp_path: Path) -> None:
+    with pytest.raises(mp.ProcessRaisedException, match=r"set --train.micro-batch 3 or "):
+        run_on_ranks(2, run_out_of_memory_on_rank_1, tiny_config(tiny_data, tmp_path / "run"))
+    found = status(tmp_path / "run")
+    assert found["state"] == "failed"
+    assert found["reason"] == f"rank 1 on {socket.gethostname()}: OutOfMemoryError: CUDA out of memory"

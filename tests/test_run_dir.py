@@ -58,15 +58,20 @@ def test_a_pid_used_again_is_not_the_holder(tmp_path: Path) -> None:
     holder.release()
 
 
-def test_on_another_host_the_heartbeat_decides(tmp_path: Path) -> None:
+def test_on_another_host_the_heartbeat_decides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = tmp_path / "lock.json"
     path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": "5", "job": "77"}))
+    monkeypatch.setattr(lock, "SECONDS_BETWEEN_LOOKS", 0.01)
+    beating = threading.Timer(0.3, lambda: os.utime(path))
+    beating.start()
     with pytest.raises(InputError, match="pid 1 on elsewhere, job 77"):
         RunLock(tmp_path).acquire()
-    old = time.time() - lock.DEAD_AFTER_SECONDS - 1
-    os.utime(path, (old, old))
+    assert "waiting to see whether pid 1 on elsewhere, job 77 lives" in capsys.readouterr().err
+    monkeypatch.setattr(lock, "DEAD_AFTER_SECONDS", 0.5)
     mine = RunLock(tmp_path)
-    mine.acquire()
+    mine.acquire()  # when nothing has beaten for so long
     mine.release()
 
 

@@ -193,7 +193,7 @@ def test_old_checkpoints_go_and_the_kept_stay(tiny_data: Path, tmp_path: Path) -
 
 def test_leftovers_of_a_killed_save_do_not_disturb(run_dir: Path, finished: Path, tiny_data: Path) -> None:
     shutil.rmtree(list_checkpoints(run_dir)[-1])
-    for name in (".step_00000030.writing", ".step_00000017.writing", ".step_00000005.deleting"):
+    for name in (".step_00000030.writing_1", ".step_00000017.writing_2", ".step_00000005.deleting"):
         (run_dir / "checkpoints" / name).mkdir()
         (run_dir / "checkpoints" / name / "__0_0.distcp").write_bytes(b"half")
     run(tiny_config(tiny_data, run_dir, steps=30), ALONE)
@@ -202,9 +202,9 @@ def test_leftovers_of_a_killed_save_do_not_disturb(run_dir: Path, finished: Path
 
 
 def limit_file_size() -> None:
-    """As a full disk: no file may grow beyond 60 KB, and the write fails with EFBIG."""
+    """As a full disk: no file may grow beyond 120 KB, and the write fails with EFBIG."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (120_000, resource.RLIM_INFINITY))
 
 
 @pytest.mark.parametrize("world", [1, 2])

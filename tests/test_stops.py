@@ -16,11 +16,10 @@ from model.trained import list_checkpoints, step_of
 from tests.groups import run_on_ranks
 from tests.runs import assert_same_tensors, curve, final_tensors, rows, status, tiny_config
 from train import loop, samples, stops
-from train.config import Config, SampleConfig, faults_of
+from train.config import Config, SampleConfig, faults_of, parse_duration
 from train.main import run
 from train.mesh import Mesh
 from train.meters import Startup
-from train.stops import parse_duration
 
 ALONE = Mesh(0, 1, torch.device("cpu"))
 
@@ -122,3 +121,26 @@ def test_a_stop_in_sampling_leaves_the_sample_to_the_next_start(tiny_data: Path,
     assert_same_tensors(final_tensors(tmp_path / "interrupted"), final_tensors(tmp_path / "whole"))
     both = [(tmp_path / name / "samples.jsonl").read_text() for name in ("interrupted", "whole")]
     assert both[0] == both[1] and both[0].count("\n") == 1
+
+
+def sample_unequally(mesh: Mesh, config: Config) -> None:
+    """Rank 1's rows end early, as another rounding of its logits may have it."""
+    generate = samples.generate_rows
+
+    def ending(*args: Any, **kwargs: Any) -> Any:
+        for number, row in enumerate(generate(*args, **kwargs)):
+            if mesh.rank == 1 and number == 3:
+                return
+            yield row
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(samples, "generate_rows", ending)
+        run(config, mesh)
+
+
+def test_ranks_that_draw_different_samples_do_not_wait_for_each_other(tiny_data: Path, tmp_path: Path) -> None:
+    sample = SampleConfig(every=5, prompts=("The ",), tokens=10)
+    config = dataclasses.replace(tiny_config(tiny_data, tmp_path / "run", steps=10), sample=sample)
+    run_on_ranks(2, sample_unequally, config)
+    assert status(tmp_path / "run")["state"] == "done"
+    assert (tmp_path / "run" / "samples.jsonl").read_text().count("\n") == 2

@@ -109,6 +109,7 @@ def assemble(
         ),
         saver=Saver(
             directory.path,
+            attempt=directory.attempt,
             model=model,
             optimizer=optimizer,
             loss_scale=loss_scale,

@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +14,6 @@ import tyro
 from data_prep.errors import InputError
 from model.config import ModelConfig
 from train.peaks import DType
-from train.stops import parse_duration
 from train.traces import parse_steps
 
 
@@ -108,8 +108,8 @@ class SaveConfig:
     every_seconds: float | None = None
     """Also save when this long has passed since the last save began."""
     mode: Literal["auto", "sync", "async"] = "auto"
-    """async: copy the state, which takes its size in host memory, and write it while training goes on. auto: async on
-    GPUs, sync on CPUs."""
+    """async: copy the state, which takes its size in host memory over all processes, and write it while training goes
+    on. auto: async on GPUs, sync on CPUs."""
     keep: int = 2
     """Newest checkpoints to keep, beside the one that this attempt continued from."""
     keep_every: int | None = None
@@ -156,7 +156,7 @@ class Config:
     from_checkpoint: str | None = None
     """RUN or RUN@STEP: begin a new run with the weights of another's newest checkpoint, or of one step."""
     stop_after: str | None = None
-    """Stop with a checkpoint when this start is so old: 3h50m, 90m, 1d12h."""
+    """Stop with a checkpoint when this process is so old: 3h50m, 90m, 1d12h. A restart counts anew."""
     dry_run: bool = False
     """Print the run card and stop."""
     trace: str | None = None
@@ -215,6 +215,18 @@ def parse(args: Sequence[str], presets: dict[str, Config]) -> Config:
     if faults:
         raise InputError("\n  ".join([f"{len(faults)} faults:", *faults]) if len(faults) > 1 else faults[0])
     return resolve(config)
+
+
+SECONDS_PER = {"d": 86_400, "h": 3600, "m": 60, "s": 1}
+
+
+def parse_duration(text: str) -> int:
+    """Seconds of 3h50m, 90m, 1d12h or 45s; InputError for anything else."""
+    match = re.fullmatch(r"(\d+d)?(\d+h)?(\d+m)?(\d+s)?", text)
+    seconds = sum(int(part[:-1]) * SECONDS_PER[part[-1]] for part in match.groups() if part) if match else 0
+    if seconds == 0:
+        raise InputError(f"{text} is no time; write it like 3h50m, 90m, 1d12h or 45s")
+    return seconds
 
 
 def resolve(config: Config) -> Config:

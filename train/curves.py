@@ -145,7 +145,7 @@ def points(run: RunMetrics, rows: Sequence[Row], x: Axis, loss: str) -> list[tup
                 f"{run.directory / METRICS_FILE}: the {kind} row of step {row['step']} has no {x!r}; "
                 "an older version wrote it: use --x step or --x tokens"
             )
-    return [(row[x], row[loss]) for row in rows]
+    return [(row[x], math.nan if row[loss] is None else row[loss]) for row in rows]
 
 
 def results(run: RunMetrics) -> tuple[str, ...]:

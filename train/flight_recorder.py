@@ -34,12 +34,12 @@ def turn_on(run_dir: Path) -> None:
 def num_collectives(rank_file: Path) -> int:
     """How many collectives this rank has called so far; what is known of the last ones goes beside `rank_file`."""
     c10d: Any = torch._C._distributed_c10d
-    recorders = {"gloo": c10d._dump_fr_trace_json}
-    if hasattr(c10d, "_dump_nccl_trace_json"):
-        recorders["nccl"] = c10d._dump_nccl_trace_json
+    recorders = {"gloo": "_dump_fr_trace_json", "nccl": "_dump_nccl_trace_json"}  # what this build of torch has of them
     count = 0
     for name, dump in recorders.items():
-        text = dump()
+        if not hasattr(c10d, dump):
+            continue
+        text = getattr(c10d, dump)()
         entries: list[dict[str, Any]] = json.loads(text).get("entries", [])
         if entries:
             rank_file.with_suffix(f".{name}.json").write_bytes(text)

@@ -5,6 +5,7 @@ import os
 import socket
 import sys
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from data_prep.errors import InputError
 
 FILE_NAME = "lock.json"
 HEARTBEAT_SECONDS = 10.0
+SECONDS_BETWEEN_LOOKS = 1.0
 DEAD_AFTER_SECONDS = 60.0  # without a heartbeat, for a holder on another host
 
 
@@ -19,7 +21,7 @@ class RunLock:
     """Held by rank 0 from `acquire` to `release`. A dead holder's lock is taken over, a living one's never.
 
     On the same host a holder lives while its pid runs (and was started when the lock says, since pids are used
-    again); on another host while its last heartbeat is less than a minute old by the file server's clock.
+    again); on another host while its heart beats: for up to a minute, by the file server's clock, one waits to see.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -37,13 +39,22 @@ class RunLock:
 
     def acquire(self) -> None:
         """Take the lock, or raise InputError that names the holder."""
+        first: tuple[str, float] | None = None  # what the lock of another host said, and its heartbeat, at first sight
         while not self._create():
             try:
-                text = self._path.read_text(encoding="utf-8")
-                age = self._now - self._path.stat().st_mtime
+                text, beat = self._path.read_text(encoding="utf-8"), self._path.stat().st_mtime
             except FileNotFoundError:
                 continue  # released meanwhile
-            if _is_alive(text, age):
+            is_alive = _is_alive_here(text)
+            if is_alive is None and self._now - beat < DEAD_AFTER_SECONDS:
+                if first is None or first[0] != text:
+                    first = text, beat
+                    print(f"{self._path}: waiting to see whether {_describe(text)} lives", file=sys.stderr, flush=True)
+                if first[1] == beat:
+                    time.sleep(SECONDS_BETWEEN_LOOKS)
+                    continue
+                is_alive = True
+            if is_alive:
                 raise InputError(
                     f"{self._path.parent}: another process is training here ({_describe(text)}); {self._path}"
                 )
@@ -109,14 +120,15 @@ class RunLock:
         return not self._path.exists() and self._create()
 
 
-def _is_alive(text: str, age_seconds: float) -> bool:
+def _is_alive_here(text: str) -> bool | None:
+    """None for a holder on another host, and for what is no lock of ours: its heartbeat decides."""
     try:
         holder = json.loads(text)
         if holder["host"] == socket.gethostname():
             return holder["started"] is not None and _start_time(int(holder["pid"])) == holder["started"]
     except (json.JSONDecodeError, KeyError, TypeError, ValueError):
-        pass  # not a lock of ours: its age decides
-    return age_seconds < DEAD_AFTER_SECONDS
+        pass
+    return None
 
 
 def _start_time(pid: int) -> str | None:

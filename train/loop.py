@@ -6,6 +6,7 @@ step later, all in one copy and alike on every rank, so that no step waits for t
 
 import contextlib
 import gc
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
@@ -71,6 +72,7 @@ class Run:
     halt: nonfinite.Halt
     loaded: Path | None  # the checkpoint this run continued from
     asked: Asked = field(default_factory=Asked)
+    failure: Exception | None = None  # to raise once what was done is saved
 
 
 @dataclass(frozen=True)
@@ -124,10 +126,12 @@ def train(run: Run) -> tuple[str, str | None]:
     if run.trace is not None:
         run.trace.close()
     save_at_the_end(run)
+    if run.failure is not None:
+        raise run.failure
+    run.mesh.on_main(run.stops.remove_file)
     if run.progress.step == num_steps and not is_due_to_validate(run) and not is_due_to_sample(run):
         return "done", None
     reasons = [reason for reason in run.mesh.gather(run.stops.reason) if reason]
-    run.stops.honoured()
     return "stopped", reasons[0]
 
 
@@ -158,7 +162,7 @@ def take_step(run: Run) -> Report:
     parallel.zero_gradients(run.module)
     used_scale = torch.ones_like(loss) if scale is None else scale.scale.double()
     if scale is not None:
-        scale.update(is_finite, frozen=run.halt.is_halted)
+        scale.update(is_finite, frozen=run.halt.is_halted | is_bad)
 
     results = torch.stack([loss, norm.double(), is_finite.double(), is_bad.double(), *totals[1:], used_scale])
     ready = None
@@ -236,7 +240,7 @@ def record(run: Run, report: Report) -> None:
             tokens=progress.tokens,
             seconds=seconds,
             data_wait_seconds=report.data_wait_seconds,
-            loss=loss,
+            loss=loss if math.isfinite(loss) else None,
             lr=report.lr,
             norm=norm if finite else None,
         )
@@ -247,43 +251,55 @@ def record(run: Run, report: Report) -> None:
 
 
 def skip_or_stop(run: Run, report: Report, loss: float, norm: float) -> None:
-    """A step whose update was not made: name its windows; then go on, or save what was before it and raise."""
+    """A step whose update was not made: note its windows; then go on, or stop with all that was done saved."""
     config, step = run.config, report.progress.step
-    windows = run.batches.window_ids(report.before.position)
-    is_halted, suspects = run.halt.mode == "stop", list[int]()
-    if is_halted:
+    windows, suspects = run.batches.window_ids(report.before.position), list[int]()
+    if run.halt.mode == "stop":
         run.progress = report.before
         suspects = find_suspects(run)
     run.sinks.note_nonfinite(
-        {"step": step, "loss": str(loss), "grad_norm": str(norm), "windows": windows, "suspects": suspects}
+        {"step": step, "attempt": run.directory.attempt, "loss": str(loss), "grad_norm": str(norm)}
+        | {"windows": windows, "suspects": suspects}
     )
     what = f"step {step}: loss {loss}, gradient norm {norm}; its update was not made"
-    if not is_halted and run.halt.num_in_a_row < nonfinite.MOST_IN_A_ROW:
-        run.sinks.say(f"warning: {what} (--train.on-nonfinite skip); its windows are in {NONFINITE_FILE}")
-        return
-    if not is_halted:
-        raise nonfinite.NonFiniteError(f"{what}, nor were those of the {run.halt.num_in_a_row - 1} steps before it")
-    save_at_the_end(run)
-    to_do = nonfinite.advice(data=config.data.dir, seq_len=config.train.seq_len, windows=windows, suspects=suspects)
-    saved = f"step {step - 1} is saved" if step > 1 else "there was no step before it"
-    raise nonfinite.NonFiniteError(f"{what}, and {saved}. {to_do}")
+    if run.halt.mode == "stop":
+        save_at_the_end(run)
+        to_do = nonfinite.advice(data=config.data.dir, seq_len=config.train.seq_len, suspects=suspects)
+        saved = f"step {step - 1} is saved" if step > 1 else "there was no step before it"
+        raise nonfinite.NonFiniteError(f"{what}, and {saved}. {to_do}")
+    run.sinks.say(f"warning: {what} (--train.on-nonfinite skip); its windows are in {NONFINITE_FILE}")
+    if run.halt.num_in_a_row == nonfinite.MOST_IN_A_ROW:
+        run.asked.stop = True
+        run.failure = nonfinite.NonFiniteError(f"{what}, nor were those of the {run.halt.num_in_a_row - 1} before it")
 
 
 def find_suspects(run: Run) -> list[int]:
-    """The windows of those micro-batches at run.progress, of any rank, whose own loss or gradient is not finite."""
-    own = run.batches.window_ids(run.progress.position)[run.mesh.rank * run.plan.windows_per_rank :]
-    found: list[int] = []
+    """The windows of the step at run.progress, of any rank, whose own loss or gradient is not finite.
+
+    Micro-batch by micro-batch, all ranks together; where one is bad, each of its windows in its place.
+    """
+    plan, found = run.plan, list[int]()
+    own = run.batches.window_ids(run.progress.position)[run.mesh.rank * plan.windows_per_rank :]
     for index, (inputs_BT, targets_BT) in enumerate(run.batches.take(run.progress.position)):
-        run.watchdog.beat(f"step {run.progress.step + 1}, looking for what is not finite")
-        parallel.zero_gradients(run.module)
-        parallel.set_gradient_sync(run.module, is_last=False)
-        scaled, unscaled = run.module(inputs_BT, targets_BT, run.mean)
-        scaled.backward()
-        norm = optim.global_norm(p.grad for p in run.model.parameters() if p.grad is not None)
-        if not (torch.isfinite(norm) & torch.isfinite(unscaled)).item():
-            found += own[index * run.plan.micro_batch : (index + 1) * run.plan.micro_batch]
+        if not run.mesh.any(not is_finite_alone(run, inputs_BT, targets_BT)):
+            continue
+        for row in range(plan.micro_batch):  # repeated to a micro-batch: the shape that is compiled
+            repeated = [tensor_BT[row].expand_as(tensor_BT).contiguous() for tensor_BT in (inputs_BT, targets_BT)]
+            if not is_finite_alone(run, *repeated):
+                found.append(own[index * plan.micro_batch + row])
     parallel.zero_gradients(run.module)
     return sorted(number for numbers in run.mesh.gather(found) for number in numbers)
+
+
+def is_finite_alone(run: Run, inputs_BT: Tensor, targets_BT: Tensor) -> bool:
+    """Are the loss and the gradient of this rank's micro-batch finite, with the weights as they are?"""
+    run.watchdog.beat(f"step {run.progress.step + 1}, looking for what is not finite")
+    parallel.zero_gradients(run.module)
+    parallel.set_gradient_sync(run.module, is_last=False)
+    scaled, unscaled = run.module(inputs_BT, targets_BT, run.mean)
+    scaled.backward()
+    norm = optim.global_norm(p.grad for p in run.model.parameters() if p.grad is not None)
+    return bool((torch.isfinite(norm) & torch.isfinite(unscaled)).item())
 
 
 def look(run: Run) -> bool:
@@ -350,7 +366,9 @@ def sample_now(run: Run) -> bool:
 def save_now(run: Run) -> None:
     """Begin a checkpoint of where the run stands, and finish it unless saves are asynchronous. Rows up to here are on
     disk before it is."""
-    finish_save(run)  # the one before, if it takes longer than the steps between them
+    if run.saver.is_under_way:
+        run.sinks.say("warning: the checkpoint before this one is still being written; waiting for it")
+    finish_save(run)
     run.watchdog.beat(f"saving after step {run.progress.step}")
     run.progress = replace(run.progress, seconds=run.meters.seconds)
     run.sinks.make_durable()
@@ -370,6 +388,7 @@ def save_at_the_end(run: Run) -> None:
 
 def finish_save(run: Run) -> None:
     """Give the checkpoint under way, if there is one, its name as soon as every rank has written its part."""
+    run.watchdog.beat(f"finishing a save before step {run.progress.step + 1}")
     step = run.saver.finish()
     run.asked.finish_save = False
     if step is not None:

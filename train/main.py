@@ -98,22 +98,22 @@ def run(config: Config, mesh: Mesh, startup: Startup | None = None) -> None:
     ):
         this = assemble(config, mesh, manifest, directory, stops, watchdog, startup)
         try:
-            with this.sinks as sinks:
+            with this.saver, this.sinks as sinks:
                 sinks.say(card(this.config, manifest, this.plan, mesh.world))
                 if this.loaded is not None:
                     sinks.say(f"continuing from {this.loaded}")
                 directory.report(this.progress.step)
                 state, reason = train(this)
+                watchdog.beat("the end")
                 sinks.make_durable()
                 directory.end(state, this.progress.step, reason)
                 sinks.say(f"{state} at step {this.progress.step}" + (f" ({reason})" if reason else ""))
         except torch.OutOfMemoryError as error:
             error.add_note(what_to_set_for_memory(this, config))
-            directory.record({})  # a micro-batch that was found to fit does not
+            directory.forget()  # a micro-batch that was found to fit does not
             raise
         finally:
             this.batches.close()
-        this.saver.close()
         mesh.barrier()  # launchers kill the rest when the first process exits
 
 

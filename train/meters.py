@@ -105,7 +105,7 @@ class Meters:
         tokens: int,
         seconds: float,
         data_wait_seconds: float,
-        loss: float,
+        loss: float | None,
         lr: float,
         norm: float | None,
     ) -> dict[str, Any]:

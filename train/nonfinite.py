@@ -13,7 +13,6 @@ from train.sinks import NONFINITE_FILE
 
 LEAST_LOSS_SCALE = 1.0  # below it fp16's small numbers are lost: what still overflows then is no matter of scale
 MOST_IN_A_ROW = 20  # skipped steps after which it is no matter of a few windows
-MOST_SHOWN = 16
 
 
 class NonFiniteError(InputError):
@@ -45,14 +44,17 @@ class Halt:
         return is_finite, is_bad
 
 
-def advice(*, data: Path, seq_len: int, windows: Sequence[int], suspects: Sequence[int]) -> str:
+def advice(*, data: Path, seq_len: int, suspects: Sequence[int]) -> str:
     """What to look at and what to set, in one line."""
-    shown = list(suspects or windows)
-    which = "not finite by themselves: windows" if suspects else "none of its micro-batches is it by itself; windows"
-    numbers = " ".join(str(number) for number in shown[:MOST_SHOWN])
-    more = f" and {len(shown) - MOST_SHOWN} more in {NONFINITE_FILE}" if len(shown) > MOST_SHOWN else ""
+    skip = "to go on without such steps: --train.on-nonfinite skip"
+    if not suspects:
+        return (
+            "No window of it does that by itself, so look at the learning rate or the hardware before the text "
+            f"(all its windows are in {NONFINITE_FILE}); {skip}"
+        )
+    numbers = " ".join(str(number) for number in suspects)
     return (
-        f"{which} {numbers}{more}; to read them: "
+        f"Not finite by themselves: windows {numbers}; to read them: "
         f"python data_prep/verify.py {data} --seq-len {seq_len} --window {numbers}; "
-        f"to leave them out: --data.leave-out {numbers}; to go on without such steps: --train.on-nonfinite skip"
+        f"to leave them out: --data.leave-out {numbers}; {skip}"
     )

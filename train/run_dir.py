@@ -83,20 +83,32 @@ class RunDirectory:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if not self._mesh.is_main:
-            return
-        if kind is None:
-            self._lock.release()
-            return
         try:
-            if not self._ended:
-                reason = str(error).strip().splitlines()
-                self._write_status("failed", f"{kind.__name__}: {reason[0] if reason else ''}")
+            if kind is not None and not self._ended:
+                self._report_error(kind, error)
         except InputError:  # what ended the run is to be reported, most often the same full disk
             print(f"warning: {self.path / STATUS_FILE} still says {self._state}", file=sys.stderr)
         finally:
-            with contextlib.suppress(OSError):
-                self._lock.release()
+            if self._mesh.is_main:
+                try:
+                    self._lock.release()
+                except OSError:
+                    if kind is None:
+                        raise
+
+    def _report_error(self, kind: type[BaseException], error: BaseException | None) -> None:
+        """In status.json, by the rank that met it first: the others only meet that it has gone.
+
+        An InputError all ranks meet together, and rank 0 says it.
+        """
+        if not self._mesh.is_main and issubclass(kind, InputError):
+            return
+        status = read_status(self.path)
+        if status is not None and status["state"] == "failed" and status["attempt"] == self.attempt:
+            return
+        who = "" if self._mesh.is_main else f"rank {self._mesh.rank} on {socket.gethostname()}: "
+        reason = str(error).strip().splitlines()
+        self._write_status("failed", f"{who}{kind.__name__}: {reason[0] if reason else ''}")
 
     def _claim(self) -> tuple[str, int, int]:
         """Lock the directory and put its files in place; the lock's text, the attempt and the step it begins with."""
@@ -155,6 +167,13 @@ class RunDirectory:
         self.found = found
         self._mesh.on_main(self._write_config)
 
+    def forget(self) -> None:
+        """Drop that again, from an error that this rank may be alone with: not collective, and rank 0's only."""
+        self.found = {}
+        if self._mesh.is_main:
+            with contextlib.suppress(InputError):
+                self._write_config()
+
     def report(self, step: int) -> None:
         """Note in status.json that the run lives and where it stands."""
         self._step = step
@@ -178,8 +197,8 @@ class RunDirectory:
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
         """Only under our own lock: whoever was stopped, and taken for dead, must not spoil the run of who took over."""
-        if self._lock.reads(self._claimed):
-            with writing_to(self.path):
+        with writing_to(self.path):
+            if self._lock.reads(self._claimed):
                 write_json_atomically(self.path / name, content)
 
 

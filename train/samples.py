@@ -1,6 +1,5 @@
 """What the model says to fixed prompts as it learns, with the same random numbers every time."""
 
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -56,11 +55,12 @@ class Sampler:
                 num_rows=self._num_rows,
             )
             drawn: list[list[int]] = [[] for _ in prompts]
-            for row in itertools.islice(rows, self._config.tokens):
+            nothing: list[int | None] = [None] * len(prompts)  # when all have ended
+            for _ in range(self._config.tokens):  # asked as often on every rank, whatever each has drawn
                 if is_stopped():
                     model.train()
                     return None
-                for end, token in zip(drawn, row, strict=True):
+                for end, token in zip(drawn, next(rows, nothing), strict=True):
                     end += [] if token is None else [token]
             ends += drawn
         model.train()

@@ -6,6 +6,7 @@ name, at a step boundary that all ranks agree on: a kill at any moment leaves th
 """
 
 import base64
+import functools
 import shutil
 import sys
 import time
@@ -13,20 +14,20 @@ import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from data_prep.atomic import fsync_directory, sha256_of_file, write_atomically, write_json_atomically
 from data_prep.errors import InputError
 from model.dcp_files import data_files_of, last_line_of
 from model.gpt import GPT
 from model.trained import CHECKPOINTS, STATE_FILE, SUMS_FILE, list_checkpoints, model_tensors, step_of
+from train import run_dir as run_dirs
 from train.config import SaveConfig
 from train.mesh import Mesh
 from train.numerics import LossScale
@@ -49,28 +50,32 @@ class Progress:
 
 @dataclass(frozen=True)
 class Save:
-    """A checkpoint under way. `staged`: its tensors, or on their way out of the GPU; `fault`: this rank's, or None."""
+    """A checkpoint under way. `staged`: when its tensors are out of the GPU, None if they are; `fault`: this rank's."""
 
     step: int
     temporary: Path
     final: Path
-    staged: dict[str, Tensor] | Future[dict[str, Tensor]]
+    staged: torch.cuda.Event | None
     fault: Future[str | None]
 
 
 class Saver:
     """Writes a run's checkpoints: `begin`, then `finish` at once (--save.mode sync) or some steps later (async).
 
-    Synchronously the tensors are written where they lie, and nothing may change them until `finish` returns.
-    Asynchronously they are copied first: on a CPU in `begin`, on a GPU beside the next step's forward and backward
-    passes, so that its update must wait for `wait_until_staged`. `state`: what state.json holds beside progress and
-    random state; `loaded`: the checkpoint that this run continued from, which is kept.
+    What all ranks hold alike is shared out among them. Synchronously the tensors are written where they lie, and
+    nothing may change them until `finish` returns. Asynchronously they are copied first: on a CPU in `begin`, on a GPU
+    beside the next step's forward and backward passes, before whose update `wait_until_staged` must be called.
+
+    `attempt` makes the temporary name this start's own; `state`: what state.json holds beside progress and random
+    state; `loaded`: the checkpoint that this run continued from, which is kept. Leaving it as a context waits for the
+    thread, unless other ranks may be gone that it waits for.
     """
 
     def __init__(
         self,
         run_dir: Path,
         *,
+        attempt: int,
         model: GPT,
         optimizer: torch.optim.Optimizer,
         loss_scale: LossScale | None = None,
@@ -82,6 +87,7 @@ class Saver:
         self.is_async = config.mode == "async" or (config.mode == "auto" and mesh.device.type == "cuda")
         self.saved_step = None if loaded is None else step_of(loaded)  # of the newest checkpoint
         self._run_dir = run_dir
+        self._attempt = attempt
         self._parts = model, optimizer, loss_scale
         self._config = config
         self._state = state
@@ -90,17 +96,13 @@ class Saver:
         self._save: Save | None = None
         self._undeletable: set[Path] = set()
         self._last_begin = time.monotonic()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="saves")
+        # The current device is each thread's own, and DCP copies out of the current one.
+        on_gpu = functools.partial(torch.cuda.set_device, mesh.device) if mesh.device.type == "cuda" else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="saves", initializer=on_gpu)
+        self._purging: Future[None] | None = None
         self._group = dist.new_group(backend="gloo") if mesh.world > 1 else None
-        has_gpu = mesh.device.type == "cuda"
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=has_gpu,
-                use_shared_memory=False,
-                use_async_staging=has_gpu,
-                use_non_blocking_copy=has_gpu,
-            )
-        )
+        self._copies: dict[str, Tensor] = {}
+        self._stream = torch.cuda.Stream(mesh.device) if mesh.device.type == "cuda" and self.is_async else None
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
     def begin(self, progress: Progress) -> None:
@@ -112,18 +114,41 @@ class Saver:
         self._last_begin = time.monotonic()
         folder = self._run_dir / CHECKPOINTS
         final = folder / f"step_{progress.step:08d}"
-        temporary = folder / f".{final.name}.writing"
+        temporary = folder / f".{final.name}.writing_{self._attempt}"
         tensors = checkpoint_tensors(*self._parts)
-        self._mesh.on_main(lambda: _make_room(folder, temporary, tensors))
+        self._mesh.on_main(lambda: self._make_room(folder, temporary, tensors))
         content = self._state | {"progress": asdict(progress), "random": _random_state(self._mesh.device)}
-        staged = self._stager.stage(tensors) if self.is_async else tensors
-        fault = self._thread.submit(self._write, staged, temporary, content)
+        own, staged = share_of(tensors, self._mesh), None
+        if self.is_async:
+            own, staged = self._copy(own)
+        fault = self._thread.submit(self._write, own, staged, temporary, content)
         self._save = Save(progress.step, temporary, final, staged, fault)
 
+    def _copy(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
+        """The tensors in host memory, which is taken once; and when they will be there, None for now."""
+        for name, tensor in tensors.items():
+            if name not in self._copies:
+                self._copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=self._stream is not None)
+        if self._stream is None:
+            for name, tensor in tensors.items():
+                self._copies[name].copy_(tensor)
+            return self._copies, None
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for name, tensor in tensors.items():
+                self._copies[name].copy_(tensor, non_blocking=True)
+        staged = torch.cuda.Event()
+        staged.record(self._stream)
+        return self._copies, staged
+
     def wait_until_staged(self) -> None:
-        """Before tensors change: wait until those of a save under way are copied."""
-        if self._save is not None and isinstance(self._save.staged, Future):
-            self._save.staged.result()
+        """Before tensors change: let the GPU wait until those of a save under way are copied. The host does not."""
+        if self._save is not None and self._save.staged is not None:
+            torch.cuda.current_stream().wait_event(self._save.staged)
+
+    @property
+    def is_under_way(self) -> bool:
+        return self._save is not None
 
     def has_written(self) -> bool:
         """Is there a save under way, and this rank's part of it done, well or not?"""
@@ -155,25 +180,44 @@ class Saver:
         self._mesh.on_main(lambda: _rename(save.temporary, save.final))
         self.saved_step = save.step
         if self._mesh.is_main:
-            self._thread.submit(self._purge, {save.final} | ({self._loaded} if self._loaded else set()))
+            held = {save.final} | ({self._loaded} if self._loaded else set())
+            self._purging = self._thread.submit(self._purge, held)
         return save.step
 
-    def close(self) -> None:
-        """Wait for what the thread still does. A save that was not finished is left without its name."""
-        self._thread.shutdown()
-        self._stager.close()
+    def __enter__(self) -> "Saver":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown(wait=kind is None or self._mesh.world == 1)
+
+    def _make_room(self, folder: Path, temporary: Path, tensors: dict[str, Tensor]) -> None:
+        if self._purging is not None:
+            self._purging.result()
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + SPARE_BYTES
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise InputError(
+                f"{folder}: {free / 1e9:.2f} GB free, but a checkpoint needs {needed / 1e9:.2f} GB; "
+                "make room or set --run-dir elsewhere, then give the same command again"
+            )
+        temporary.mkdir()
 
     def _write(
-        self, staged: dict[str, Tensor] | Future[dict[str, Tensor]], temporary: Path, state: dict[str, Any]
+        self, own: dict[str, Tensor], staged: torch.cuda.Event | None, temporary: Path, state: dict[str, Any]
     ) -> str | None:
         """This rank's part, in the thread; rank 0's is done when everything is. What went wrong, in one line."""
         try:
-            tensors = staged.result() if isinstance(staged, Future) else staged
+            if staged is not None:
+                staged.synchronize()
             writer = dcp.FileSystemWriter(temporary)
-            dcp.save(tensors, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+            dcp.save(own, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
             if self._mesh.is_main:
                 _seal(temporary, state)
-        except (CheckpointException, OSError, RuntimeError, InputError) as error:
+        except BaseException as error:  # noqa: BLE001  # whatever it was, `finish` tells all ranks, which raise it together
             return last_line_of(error)
         return None
 
@@ -205,23 +249,26 @@ def checkpoint_tensors(
     return tensors if loss_scale is None else tensors | loss_scale.tensors()
 
 
-def _make_room(folder: Path, temporary: Path, tensors: dict[str, Tensor]) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(temporary, ignore_errors=True)
-    needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + SPARE_BYTES
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise InputError(
-            f"{folder}: {free / 1e9:.2f} GB free, but a checkpoint needs {needed / 1e9:.2f} GB; "
-            "make room or set --run-dir elsewhere, then give the same command again"
-        )
-    temporary.mkdir()
+def share_of(tensors: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
+    """What this rank writes of tensors that all ranks hold alike: the largest first, each to who has least so far."""
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
+    loads = [0] * mesh.world
+    own = {}
+    for name in sorted(tensors, key=lambda name: (-sizes[name], name)):
+        rank = loads.index(min(loads))
+        loads[rank] += sizes[name]
+        if rank == mesh.rank:
+            own[name] = tensors[name]
+    return own
 
 
 def _seal(temporary: Path, state: dict[str, Any]) -> None:
     """Add state.json and the hashes of all files. InputError if another rank's cannot be seen from here."""
-    missing = data_files_of(temporary) - {path.name for path in temporary.iterdir()}
-    if missing:
+    end = time.monotonic() + run_dirs.SECONDS_TO_SEE
+    while missing := data_files_of(temporary) - {path.name for path in temporary.iterdir()}:
+        if time.monotonic() < end:
+            time.sleep(0.1)
+            continue
         raise InputError(
             f"{', '.join(sorted(missing))} of other ranks cannot be seen from rank 0: "
             "--run-dir must lie on storage that all hosts share"

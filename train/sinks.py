@@ -169,9 +169,10 @@ def line_of(row: dict[str, Any]) -> str:
             f"step {row['step']:>7}  val loss {row['val_loss']:.4f}{stderr}  bits/byte {row['val_bits_per_byte']:.4f}"
         )
     mfu = "    -" if row["mfu"] is None else f"{row['mfu']:5.1%}"
+    loss = "     nan" if row["loss"] is None else f"{row['loss']:8.4f}"
     norm = "skipped" if row["grad_norm"] is None else f"{row['grad_norm']:7.3f}"
     return (
-        f"step {row['step']:>7}  loss {row['loss']:8.4f}  lr {row['lr']:.2e}  norm {norm}  "
+        f"step {row['step']:>7}  loss {loss}  lr {row['lr']:.2e}  norm {norm}  "
         f"{row['step_seconds'] * 1e3:8.1f} ms  {row['tokens_per_second']:>11,.0f} tok/s  mfu {mfu}  "
         f"left {duration(row['eta_seconds'])}"
     )

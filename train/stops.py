@@ -5,30 +5,25 @@ A request is noticed by one rank and acted on by all: the loop adds `wanted()` u
 all-reduce, so that every rank stops after the same step.
 """
 
-import re
 import signal
 import time
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from data_prep.errors import InputError
 from train import launcher
+from train.config import parse_duration
 
 FILE_NAME = "STOP"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
 SECONDS_BETWEEN_LOOKS = 1.0  # at the file system, which may be shared and slow
 
 
-SECONDS_PER = {"d": 86_400, "h": 3600, "m": 60, "s": 1}
-
-
-def parse_duration(text: str) -> int:
-    """Seconds of 3h50m, 90m, 1d12h or 45s; InputError for anything else."""
-    match = re.fullmatch(r"(\d+d)?(\d+h)?(\d+m)?(\d+s)?", text)
-    seconds = sum(int(part[:-1]) * SECONDS_PER[part[-1]] for part in match.groups() if part) if match else 0
-    if seconds == 0:
-        raise InputError(f"{text} is no time; write it like 3h50m, 90m, 1d12h or 45s")
-    return seconds
+def is_there(path: Path) -> bool:
+    """Does the file exist? Not for now, where a file server stumbles: the next look may come through."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 class Stops:
@@ -60,7 +55,7 @@ class Stops:
         """Has anything asked this rank to stop? Cheap enough for every step."""
         if self.reason is None and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + SECONDS_BETWEEN_LOOKS
-            if self._is_main and self._file.exists():
+            if self._is_main and is_there(self._file):
                 self.reason = f"{FILE_NAME} file"
             elif self._is_main and self._deadline is not None and time.perf_counter() >= self._deadline:
                 self.reason = f"--stop-after {self._after}"
@@ -68,10 +63,9 @@ class Stops:
                 self.reason = "launcher died"
         return self.reason is not None
 
-    def honoured(self) -> None:
-        """Remove the STOP file, so that the next start runs."""
-        if self._is_main:
-            self._file.unlink(missing_ok=True)
+    def remove_file(self) -> None:
+        """So that the next start runs. For rank 0."""
+        self._file.unlink(missing_ok=True)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.reason = self.reason or signal.Signals(number).name

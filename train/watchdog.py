@@ -5,6 +5,7 @@ report, which is also what calls the other ranks to write theirs; the lowest ran
 and all leave. The process groups' own time-outs are the back-up: they strike a minute later and name nobody.
 """
 
+import contextlib
 import faulthandler
 import json
 import os
@@ -20,11 +21,13 @@ from types import TracebackType
 from typing import Any
 
 from data_prep.atomic import write_atomically
+from data_prep.errors import InputError
 from train import flight_recorder
 from train.config import ParallelConfig
 from train.mesh import Mesh
 from train.run_dir import RunDirectory
 from train.sinks import LOG_FILE
+from train.stops import is_there
 
 FOLDER = "hang"
 VERDICT_FILE = "verdict.txt"
@@ -126,7 +129,11 @@ class Watchdog:
             "collectives": None,
         }
         write_atomically(path, f"{json.dumps(report)}\n{stacks}")  # first: the recorder asks a GPU that may not answer
-        report["collectives"] = flight_recorder.num_collectives(path)
+        try:
+            report["collectives"] = flight_recorder.num_collectives(path)
+        except (OSError, RuntimeError, ValueError) as error:
+            print(f"train: the flight recorder has nothing to say: {error}", file=sys.stderr, flush=True)
+            return
         write_atomically(path, f"{json.dumps(report)}\n{stacks}")
         flight_recorder.write_for_torchfrtrace(self._folder, self._mesh.rank)
 
@@ -143,9 +150,10 @@ class Watchdog:
 
     def _say(self, text: str) -> None:
         print(f"train: {text}", file=sys.stderr, flush=True)
-        with (self._directory.path / LOG_FILE).open("a", encoding="utf-8") as log:
+        with contextlib.suppress(InputError, OSError):  # a full disk for one, which may still take the others
+            self._directory.fail(text)
+        with contextlib.suppress(OSError), (self._directory.path / LOG_FILE).open("a", encoding="utf-8") as log:
             log.write(text + "\n")
-        self._directory.fail(text)
         write_atomically(self._folder / VERDICT_FILE, text + "\n")
 
 
@@ -189,13 +197,6 @@ def named_ranks(ranks: list[int], hosts: list[str]) -> str:
 def named_place(report: dict[str, Any]) -> str:
     count = "unknown" if report["collectives"] is None else report["collectives"]
     return f'"{report["where"]}" for {report["silent_seconds"]:.0f} s (collectives called: {count})'
-
-
-def is_there(path: Path) -> bool:
-    try:
-        return path.exists()
-    except OSError:  # a file server that stumbles; the next look may come through
-        return False
 
 
 def wait_for(path: Path, seconds: float) -> None:
