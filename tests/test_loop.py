@@ -191,7 +191,7 @@ def test_rates_are_of_training_alone_and_data_wait_is_part_of_them(
     read, validate = Windows.read, loop.validate.validate
 
     def slowly_read(self: Windows, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        time.sleep(0.1)
+        time.sleep(0.4)  # longer than a step's own work, also on a busy machine
         return read(self, ids)
 
     def slowly_validate(*args: Any, **options: Any) -> Any:
