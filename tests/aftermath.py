@@ -8,7 +8,8 @@ from typing import Any
 from model.trained import fault_of, list_checkpoints, step_of
 from tests.attempts import Attempt, is_running
 from tests.faults import FREEZE, KILLS, PAUSE, STOPS, Episode, Struck, at, killed_rank_0, stood_beside_the_loop
-from tests.runs import status
+from tests.runs import rows, status
+from train.sinks import KEPT_FILES, METRICS_FILE, SAMPLES_FILE
 
 STEPS = 150
 KEEP = 3
@@ -69,6 +70,12 @@ def check_attempts(attempt: Attempt, struck: Struck, before: Look, after: Look) 
     assert claimed <= counted <= claimed + num_struck_before_the_mark, f"{claimed} starts, {counted} counted"
 
 
+def is_something_left(run_dir: Path) -> bool:
+    """After the last step: its validation or its samples, out of which it was stopped."""
+    done = {name: [row for row in rows(run_dir, name) if row["step"] == STEPS] for name in KEPT_FILES}
+    return not done[SAMPLES_FILE] or not any("val_loss" in row for row in done[METRICS_FILE])
+
+
 def check_state(attempt: Attempt, episode: Episode, struck: Struck, before: Look, after: Look) -> None:
     """status.json tells the truth: what it says of the checkpoints, and that it ended so because of what was done."""
     assert after.status is not None
@@ -90,7 +97,8 @@ def check_state(attempt: Attempt, episode: Episode, struck: Struck, before: Look
         return
     assert struck.strikes, f"nothing was done to it: {told}"
     if state == "stopped":
-        assert after.newest == step < STEPS, told
+        assert after.newest == step, told
+        assert step < STEPS or is_something_left(attempt.run_dir), f"nothing was left to do: {told}"
         assert reason in {STOPS.get(kind) for kind in kinds} - {None}, told
         assert not (attempt.run_dir / "STOP").exists() or kinds - {"STOP file"}, "the STOP file is still there"
         if aimed:

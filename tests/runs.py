@@ -121,8 +121,9 @@ def called(main: Callable[[list[str]], None], *args: str, **env: str) -> "subpro
     return subprocess.CompletedProcess(args, status, out.getvalue(), err.getvalue())
 
 
-def rows(run_dir: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+def rows(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    path = run_dir / name
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def curve(run_dir: Path) -> list[tuple[int, float, float, float]]:

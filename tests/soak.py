@@ -34,6 +34,7 @@ from tests.runs import (
     curve,
     final_tensors,
     make_tiny_data,
+    rows,
     status,
     tiny_flags,
     validations,
@@ -42,6 +43,7 @@ from train.config import Config, parse
 from train.main import run
 from train.mesh import Mesh
 from train.presets import PRESETS
+from train.sinks import SAMPLES_FILE
 
 SECONDS_BETWEEN_LOOKS = 1.2  # of the engine at the STOP file and at its launcher, and a little more
 
@@ -173,6 +175,7 @@ def compare(run_dir: Path, whole: Path) -> None:
     """Bit for bit, but for timings."""
     assert curve(run_dir) == curve(whole), "the training rows differ from the uninterrupted run's"
     assert validations(run_dir) == validations(whole), "the validation rows differ from the uninterrupted run's"
+    assert rows(run_dir, SAMPLES_FILE) == rows(whole, SAMPLES_FILE), "the samples differ from the uninterrupted run's"
     assert_same_tensors(final_tensors(run_dir), final_tensors(whole))
 
 
