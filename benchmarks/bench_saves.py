@@ -124,7 +124,7 @@ def seconds_to_stop(options: Options, config: Config, folder: Path, where: str) 
     line = [sys.executable, "train/main.py", options.preset, "--data.dir", str(config.data.dir)]
     line += ["--run-dir", str(run_dir), "--train.batch-tokens", str(train.batch_tokens)]
     line += ["--train.dtype", train.dtype, "--train.compile" if train.compile else "--train.no-compile"]
-    line += ["--validate.every", "3", "--validate.tokens", "100000", "--sample.every", "None"]
+    line += ["--validate.every", "3", "--validate.tokens", str(30 * train.batch_tokens), "--sample.every", "None"]
     line += ["--track.every", "1", "--track.wandb", "disabled", "--train.steps", "1000000"]
     with subprocess.Popen(line, cwd=Path(__file__).resolve().parents[1], stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
@@ -132,7 +132,6 @@ def seconds_to_stop(options: Options, config: Config, folder: Path, where: str) 
         for text in process.stdout:
             if text.startswith(sign):
                 break
-        time.sleep(0.5)
         os.kill(process.pid, signal.SIGTERM)
         asked = time.perf_counter()
         process.communicate()
