@@ -50,13 +50,14 @@ class Progress:
 
 @dataclass(frozen=True)
 class Save:
-    """A checkpoint under way. `staged`: when its tensors are out of the GPU, None if they are; `fault`: this rank's."""
+    """A checkpoint under way. `staged`: when its tensors are out of the GPU, None if they are; `written`: this rank's
+    part of it, or what went wrong there."""
 
     step: int
     temporary: Path
     final: Path
     staged: torch.cuda.Event | None
-    fault: Future[str | None]
+    written: Future[None]
 
 
 class Saver:
@@ -121,8 +122,8 @@ class Saver:
         own, staged = share_of(tensors, self._mesh), None
         if self.is_async:
             own, staged = self._copy(own)
-        fault = self._thread.submit(self._write, own, staged, temporary, content)
-        self._save = Save(progress.step, temporary, final, staged, fault)
+        written = self._thread.submit(self._write, own, staged, temporary, content)
+        self._save = Save(progress.step, temporary, final, staged, written)
 
     def _copy(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
         """The tensors in host memory, which is taken once; and when they will be there, None for now."""
@@ -152,7 +153,7 @@ class Saver:
 
     def has_written(self) -> bool:
         """Is there a save under way, and this rank's part of it done, well or not?"""
-        return self._save is not None and self._save.fault.done()
+        return self._save is not None and self._save.written.done()
 
     def is_overdue(self) -> bool:
         """Have --save.every-seconds passed since the last save began? By rank 0's clock."""
@@ -169,14 +170,15 @@ class Saver:
         if self._save is None:
             return None
         save, self._save = self._save, None
+        error = save.written.exception()  # whatever it is, all ranks raise it together
         errors: dict[str, int] = {}  # every distinct one, by the first rank that met it
-        for rank, text in enumerate(self._mesh.gather(save.fault.result())):
+        for rank, text in enumerate(self._mesh.gather(None if error is None else last_line_of(error))):
             if text is not None:
                 errors.setdefault(text, rank)
         if errors:
             self._mesh.on_main(lambda: shutil.rmtree(save.temporary, ignore_errors=True))
             said = "; ".join(f"rank {rank}: {text}" for text, rank in errors.items())
-            raise InputError(f"{save.final}: not saved; {said}; mend that, then give the same command again")
+            raise InputError(f"{save.final}: not saved; {said}; mend that, then give the same command again") from error
         self._mesh.on_main(lambda: _rename(save.temporary, save.final))
         self.saved_step = save.step
         if self._mesh.is_main:
@@ -208,18 +210,14 @@ class Saver:
 
     def _write(
         self, own: dict[str, Tensor], staged: torch.cuda.Event | None, temporary: Path, state: dict[str, Any]
-    ) -> str | None:
-        """This rank's part, in the thread; rank 0's is done when everything is. What went wrong, in one line."""
-        try:
-            if staged is not None:
-                staged.synchronize()
-            writer = dcp.FileSystemWriter(temporary)
-            dcp.save(own, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
-            if self._mesh.is_main:
-                _seal(temporary, state)
-        except BaseException as error:  # noqa: BLE001  # whatever it was, `finish` tells all ranks, which raise it together
-            return last_line_of(error)
-        return None
+    ) -> None:
+        """This rank's part, in the thread; rank 0's is done when everything is."""
+        if staged is not None:
+            staged.synchronize()
+        writer = dcp.FileSystemWriter(temporary)
+        dcp.save(own, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
+        if self._mesh.is_main:
+            _seal(temporary, state)
 
     def _purge(self, held: set[Path]) -> None:
         """Delete what is no longer kept, in the thread; what cannot be deleted is said once."""
