@@ -54,7 +54,7 @@ class TrainConfig:
     """Deterministic kernels only: bitwise repeatable on a GPU too, somewhat slower."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """When a step's loss or gradient is not finite, its update is never made. stop: save the state before it, name its
-    windows, fail. skip: note its windows and go on."""
+    windows, fail. skip: note its windows and go on, but for 20 such steps in a row."""
 
 
 @dataclass(frozen=True)

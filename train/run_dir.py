@@ -43,8 +43,8 @@ SECONDS_TO_SEE = 30.0  # a network file system may show a new file late
 class RunDirectory:
     """Claimed with `with`: locked, then `running` in status.json; at the end `failed` unless told otherwise.
 
-    Only rank 0 writes, but for `fail`; the other methods are called by every rank, and raise InputError on every rank
-    when it cannot.
+    Only rank 0 writes, but for how a run failed: that says whichever rank met it. `forget` and `fail` are for one rank
+    alone; the other methods are called by every rank, and raise InputError on every rank when rank 0 cannot write.
     """
 
     def __init__(self, config: Config, fingerprint: str, mesh: Mesh) -> None:
