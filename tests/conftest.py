@@ -1,5 +1,6 @@
 """Shared data, a tiny data set, and the rule that CI skips nothing."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -56,6 +57,20 @@ LONGEST = (
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {name: index for index, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
+
+
+@pytest.fixture(autouse=True)
+def collections_are_short() -> None:
+    """Each run begins with a collection, which takes a quarter of a second for torch's modules alone; leave them out.
+
+    The run's end puts them back, so that a test's own garbage is found again.
+    """
+    if gc.get_freeze_count() == 0:
+        gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # so that pytest's last look finds what leaked
 
 
 @pytest.fixture(scope="session")
