@@ -6,7 +6,7 @@ so that no later stage needs the network and nothing is ever unpickled.
 (Not `codecs.py`: that name belongs to the standard library.)
 """
 
-import base64
+import binascii
 import functools
 import hashlib
 import json
@@ -238,8 +238,9 @@ class BpeCodec:
 
     @functools.cached_property
     def _rank_lines(self) -> str:
-        in_order = sorted(self._ranks, key=lambda token: self._ranks[token])
-        return "".join(f"{base64.b64encode(token).decode('ascii')} {rank}\n" for rank, token in enumerate(in_order))
+        in_order = sorted(self._ranks, key=self._ranks.__getitem__)
+        encoded = (binascii.b2a_base64(token, newline=False).decode("ascii") for token in in_order)
+        return "".join(f"{token} {rank}\n" for rank, token in enumerate(encoded))
 
 
 def _save_description(codec: Codec, directory: Path) -> None:
@@ -319,7 +320,7 @@ def _read_ranks(path: Path) -> dict[bytes, int]:
             continue
         try:
             token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
+            ranks[binascii.a2b_base64(token, strict_mode=True)] = int(rank)
         except ValueError as error:
             raise InputError(f"{path}:{number}: not a `base64-token rank` line of a tiktoken rank file") from error
     return ranks

@@ -8,6 +8,7 @@ Both depend on the Python installation alone; a distribution may leave parts of 
 import ast
 import functools
 import sysconfig
+from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,8 +38,17 @@ def _docstrings_of(path: Path) -> Iterator[str]:
         tree = ast.parse(path.read_bytes())
     except SyntaxError:  # a few templates in the standard library are not Python
         return
-    for node in ast.walk(tree):
+    for node in _walk(tree):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = ast.get_docstring(node)
             if text and text.isascii():
                 yield text
+
+
+def _walk(tree: ast.Module) -> Iterator[ast.AST]:
+    """ast.walk in its order without the expressions, which hold no definitions: half the time."""
+    todo: deque[ast.AST] = deque([tree])
+    while todo:
+        node = todo.popleft()
+        todo.extend(child for child in ast.iter_child_nodes(node) if not isinstance(child, ast.expr))
+        yield node

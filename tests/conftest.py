@@ -1,5 +1,6 @@
 """Shared data, a tiny data set, and the rule that CI skips nothing."""
 
+import gc
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -38,24 +39,40 @@ LONGEST = (
     "test_soak",
     "test_exact",
     "test_loop",
-    "test_gpt",
-    "test_bpe",
-    "test_tracking",
     "test_watchdog",
     "test_survival",
-    "test_run_dir",
     "test_layout",
-    "test_config",
+    "test_encode",
     "test_async_saves",
     "test_precision",
-    "test_encode",
+    "test_gpt",
+    "test_tracking",
+    "test_bpe",
+    "test_run_dir",
+    "test_config",
     "test_textfiles",
+    "test_saves",
+    "test_stops",
 )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     rank = {name: index for index, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
+
+
+@pytest.fixture(autouse=True)
+def collections_are_short() -> None:
+    """Each run begins with a collection, which takes a quarter of a second for torch's modules alone; leave them out.
+
+    The run's end puts them back, so that a test's own garbage is found again.
+    """
+    if gc.get_freeze_count() == 0:
+        gc.freeze()
+
+
+def pytest_sessionfinish() -> None:
+    gc.unfreeze()  # so that pytest's last look finds what leaked
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """Run a function on n gloo processes of this machine and bring every rank's result back."""
 
 import ctypes
+import gc
 import multiprocessing
 import os
 import pickle
@@ -44,6 +45,7 @@ def start_on_ranks(world: int, folder: str, function: Callable[..., Any], *args:
 
 
 def _enter(rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    gc.freeze()  # a collection would look at all that was imported, and copy it by writing its marks there
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
@@ -64,6 +66,7 @@ def run_with_own_mounts(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _enter_namespace(rank: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    gc.freeze()
     torch.set_num_threads(1)
     result = function(_have_own_mounts(), *args)
     (Path(folder) / "result").write_bytes(pickle.dumps(result))

@@ -221,7 +221,7 @@ def test_rates_are_of_training_alone_and_data_wait_is_part_of_them(
 def test_two_compiled_processes_train_the_same_run_and_hold_their_gradients_once(
     tiny_data: Path, tmp_path: Path
 ) -> None:
-    alone = tiny_config(tiny_data, tmp_path / "one", steps=10, micro_batch=3)
+    alone = tiny_config(tiny_data, tmp_path / "one", steps=10, batch_tokens=768)  # kernels of the shapes compiled above
     run(alone, ALONE)
     both = dataclasses.replace(alone, run_dir=tmp_path / "two", train=dataclasses.replace(alone.train, compile=True))
     storages = run_on_ranks(2, run_and_count_storages, both)

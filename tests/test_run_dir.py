@@ -14,8 +14,8 @@ import torch
 
 from data_prep.errors import InputError
 from model.trained import list_checkpoints
-from tests.runs import ROOT, rows, status, tiny_config, tiny_flags
-from train import lock, loop
+from tests.runs import ROOT, called, rows, status, tiny_config, tiny_flags
+from train import curves, lock, loop
 from train.lock import RunLock
 from train.main import run
 from train.mesh import Mesh
@@ -255,5 +255,5 @@ def test_curves_draws_a_picture(tiny_data: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     picture = (tmp_path / "run" / "curves.png").read_bytes()
     assert picture.startswith(b"\x89PNG") and len(picture) > 10_000
-    refused = subprocess.run([*line[:2], str(tmp_path)], cwd=ROOT, capture_output=True, text=True, check=False)
+    refused = called(curves.main, str(tmp_path))
     assert refused.returncode == 2 and "no metrics.jsonl" in refused.stderr

@@ -4,16 +4,16 @@ import contextlib
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from tests.groups import run_on_ranks
-from tests.runs import status, tiny_flags, torchrun
+from tests.runs import called, status, tiny_flags, torchrun
 from tests.soak import num_rows
 from tests.test_exact import continue_elsewhere
 from train.config import parse
+from train.main import main
 from train.presets import PRESETS
 
 STEPS = 20
@@ -89,9 +89,8 @@ def test_bad_input_under_torchrun_is_said_once_and_every_worker_ends_with_2(tiny
 
 
 def test_in_place_restarts_that_would_hang_are_refused_with_the_line_to_export(tiny_data: Path, tmp_path: Path) -> None:
-    env = os.environ | {"TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"}
-    command = [sys.executable, "train/main.py", *flags(tiny_data, tmp_path / "run")]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    env = {"TORCHELASTIC_MAX_RESTARTS": "3", "TORCHELASTIC_USE_AGENT_STORE": "True"}
+    done = called(main, *flags(tiny_data, tmp_path / "run"), **env)
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in done.stderr

@@ -1,5 +1,6 @@
 """The preparation against the input's own bytes and tiktoken's ids; faults through the real command line."""
 
+import contextlib
 import hashlib
 import inspect
 import json
@@ -17,7 +18,8 @@ import tiktoken
 from data_prep.codec import load_codec
 from data_prep.errors import InputError
 from data_prep.manifest import Manifest
-from data_prep.textfiles import Options, prepare
+from data_prep.textfiles import Options, main, prepare
+from tests.runs import called
 
 SCRIPT = str(Path(__file__).resolve().parents[1] / "data_prep" / "textfiles.py")
 # Starts a command under a limit on the size of any file it writes: to it, the disk is full.
@@ -32,9 +34,14 @@ ALICE = "Alice was beginning to get very tired\nof sitting by her sister on the 
 ODD = "\ufeffone\r\ntwo\rthree\n\r\n\0 \x85 \u2028 \u00e9\u20ac\U0001f600 e\u0301 <|endoftext|> \t\x0b\x0c no newline"
 
 
-def textfiles(*arguments: str | Path, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, SCRIPT, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
+def command_line(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, SCRIPT, *map(str, arguments)], capture_output=True, text=True)
+
+
+def textfiles(*arguments: str | Path, cwd: Path = Path()) -> subprocess.CompletedProcess[str]:
+    """The same in this process."""
+    with contextlib.chdir(cwd):
+        return called(main, *map(str, arguments))
 
 
 def write(path: Path, text: str) -> str:
@@ -85,7 +92,7 @@ def finished(tmp_path: Path) -> Path:
 
 def test_tiny_shakespeare_by_characters(shared_data: Path, tmp_path: Path) -> None:
     source = shared_data / "tinyshakespeare.txt"
-    done = textfiles("--input", source, "--out", tmp_path / "data", "--tokenizer", "char")
+    done = command_line("--input", source, "--out", tmp_path / "data", "--tokenizer", "char")
     assert (done.returncode, done.stderr) == (0, "")
     assert "1,003,854 tokens" in done.stdout
     assert "111,540 tokens" in done.stdout
@@ -179,7 +186,7 @@ def test_bad_input_gives_one_line_and_leaves_nothing(tmp_path: Path, content: by
 
 
 def test_a_folder_without_text_gives_one_line(tmp_path: Path) -> None:
-    done = textfiles("--input", tmp_path, "--out", tmp_path / "data", "--tokenizer", "char")
+    done = command_line("--input", tmp_path, "--out", tmp_path / "data", "--tokenizer", "char")
     assert_one_line(done, f"{tmp_path}: no .txt, ")
     assert names(tmp_path) == []
 
