@@ -70,7 +70,7 @@ class Job:
 
     def ranks(self, restart: int = 0) -> dict[int, int]:
         """{rank: pid, in the machine's numbers} of the trainers of one start of the job."""
-        found = {}
+        found: dict[int, int] = {}
         for pid in self.cluster.processes_with(f"TORCHELASTIC_RUN_ID={self.id}.{restart}"):
             environ = environment_of(pid)
             if "RANK" in environ:
@@ -86,21 +86,28 @@ class Cluster:
     nodes: list[str]
     proctrack: str
 
-    def run(self, *command: str, cwd: Path | None = None, **env: str) -> "subprocess.CompletedProcess[str]":
+    def run(
+        self, *command: str, cwd: Path | None = None, env: dict[str, str] | None = None
+    ) -> "subprocess.CompletedProcess[str]":
         return subprocess.run(
-            command, cwd=cwd or self.checkout, env=self.env | env, capture_output=True, text=True, check=False
+            command,
+            cwd=cwd or self.checkout,
+            env=self.env | (env or {}),
+            capture_output=True,
+            text=True,
+            check=False,
         )
 
-    def sbatch(self, log: Path, *args: str, **env: str) -> Job:
+    def sbatch(self, log: Path, *args: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> Job:
         """Submit `[sbatch flags] script [arguments]`; the job writes to `log`."""
-        done = self.run("sbatch", "--parsable", f"--output={log}", *args, **env)
+        done = self.run("sbatch", "--parsable", f"--output={log}", *args, cwd=cwd, env=env)
         assert done.returncode == 0, done.stderr
         return Job(self, int(done.stdout), log)
 
-    def train(self, log: Path, flags: Sequence[str], *sbatch_flags: str, **env: str) -> Job:
+    def train(self, log: Path, flags: Sequence[str], *sbatch_flags: str, env: dict[str, str] | None = None) -> Job:
         """gpt2_small.sh with one process on each of two nodes, unless `sbatch_flags` say otherwise."""
         shape = ("--nodes=2", "--gpus-per-node=1", "--cpus-per-task=2")
-        return self.sbatch(log, *shape, *sbatch_flags, "slurm/gpt2_small.sh", *flags, **env)
+        return self.sbatch(log, *shape, *sbatch_flags, "slurm/gpt2_small.sh", *flags, env=env)
 
     def processes_with(self, variable: str) -> list[int]:
         """Living processes of this cluster with NAME=VALUE in their environment."""

@@ -4,8 +4,9 @@ from pathlib import Path
 
 from tests.groups import run_on_ranks
 from tests.runs import curve, losses, rows, tiny_flags
-from train.config import parse
+from train.config import Config, parse
 from train.main import run
+from train.mesh import Mesh
 from train.presets import PRESETS
 
 STEPS = 50
@@ -31,7 +32,7 @@ def train_plainly(world: int, data: Path, run_dir: Path, *more: str) -> Path:
     return run_dir
 
 
-def _run(mesh, config) -> None:  # type: ignore[no-untyped-def]
+def _run(mesh: Mesh, config: Config) -> None:
     run(config, mesh)
 
 
