@@ -2,11 +2,14 @@
 
 import os
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
+import tyro
 
+from data_prep import fineweb_plan
 from tests.runs import ROOT
 from train.config import parse
 from train.presets import PRESETS
@@ -61,3 +64,28 @@ def test_the_shell_and_the_trainer_agree_on_the_run_directory(flags: list[str]) 
     assert function is not None
     done = bash("-c", f'{function[0]}\nrun_dir_of "$@"', "-", "gpt2-small", *flags)
     assert done.stdout == f"{parse(['gpt2-small', *flags], PRESETS).directory}\n"
+
+
+SHOWN = [
+    line.strip("# ").split("  ")[0]
+    for path in [*JOBS, ROOT / "docs" / "cluster.md"]
+    for line in path.read_text().splitlines()
+    if re.match(r"(#  |   ) *sbatch .*slurm/\w+\.sh", line)
+]
+
+
+@pytest.mark.parametrize("line", SHOWN)
+def test_the_command_lines_that_are_shown_have_flags_that_exist(line: str) -> None:
+    before, script, arguments = re.fullmatch(r"sbatch (.*?)slurm/(\w+)\.sh(.*)", line).groups()  # type: ignore[union-attr]
+    assert ROOT / "slurm" / f"{script}.sh" in JOBS
+    assert {flag.split("=")[0] for flag in shlex.split(before) if flag.startswith("--")} <= {
+        *("--account", "--partition", "--nodes", "--gpus-per-node", "--cpus-per-task", "--array"),
+    }
+    if script.startswith("gpt2_"):
+        parse([script.replace("_", "-"), *shlex.split(arguments)], PRESETS)
+    else:
+        tyro.cli(fineweb_plan.Options, args=shlex.split(arguments))
+
+
+def test_command_lines_are_shown() -> None:
+    assert len(SHOWN) >= 9

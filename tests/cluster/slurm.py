@@ -52,6 +52,11 @@ class Job:
     def state(self) -> str:
         return self.cluster.run("squeue", "-h", "-t", "all", "-j", str(self.id), "-o", "%T").stdout.strip()
 
+    def nodes(self) -> list[str]:
+        """Where it runs, the batch shell's node first."""
+        names = self.cluster.run("squeue", "-h", "-j", str(self.id), "-o", "%N").stdout.strip()
+        return self.cluster.run("scontrol", "show", "hostnames", names).stdout.split()
+
     def wait(self) -> str:
         """Its last state. Between a requeue and the next start a job is pending."""
         self.wait_for(lambda: self.state() in ENDED, "the end of the job")
