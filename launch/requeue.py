@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -198,7 +199,10 @@ def main(args: list[str] | None = None) -> None:
         )
         decision = decide(facts)
         verb = "back to the queue" if decision.is_requeued else "ends"
-        print(f"[job {job}.{restarts} {time.strftime('%FT%T')}] {verb}: {decision.why}", flush=True)
+        print(
+            f"[job {job}.{restarts} {datetime.now().isoformat(timespec='milliseconds')}] {verb}: {decision.why}",
+            flush=True,
+        )
         if decision.is_requeued:
             ask_slurm("scontrol", "requeue", job)
     sys.exit(decision.exit_status)

@@ -11,7 +11,7 @@ refuse() {
   exit 2
 }
 
-log() { echo "[job $SLURM_JOB_ID.$SLURM_RESTART_COUNT $(date +%FT%T)] $*"; }
+log() { echo "[job $SLURM_JOB_ID.$SLURM_RESTART_COUNT $(date +%FT%T.%3N)] $*"; }
 
 # sbatch hands on the whole environment of the shell it is called in, which may be part of another job or of a torchrun;
 # in this job's environment Slurm replaces only what it has to say itself.

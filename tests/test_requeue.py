@@ -178,7 +178,7 @@ def test_what_an_earlier_attempt_wrote_is_not_taken_for_this_ones(
     given = ("end", str(tmp_path), "--before", "2 30", "--exit-status", "3")
     done = called(requeue.main, *given, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1")
     assert done.returncode == 3
-    assert re.fullmatch(rf"\[job 7\.1 \d{{4}}-\d\d-\d\dT[\d:]+\] ends: {why}.*\n", done.stdout), done.stdout
+    assert re.fullmatch(rf"\[job 7\.1 \d{{4}}-\d\d-\d\dT[\d:.]+\] ends: {why}.*\n", done.stdout), done.stdout
 
 
 def test_bad_input_is_one_line(tmp_path: Path, squeue: Path, monkeypatch: pytest.MonkeyPatch) -> None:

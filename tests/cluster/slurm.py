@@ -6,6 +6,7 @@ import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 
 from tests.runs import ROOT
@@ -48,6 +49,11 @@ class Job:
     def lines(self, of: str) -> list[str]:
         """The lines of the log that hold `of`."""
         return [line for line in self.text().splitlines() if of in line]
+
+    def time_of(self, of: str) -> float:
+        """When the batch shell wrote the line that holds `of`, in seconds since the epoch."""
+        (line,) = self.lines(of)
+        return datetime.fromisoformat(line.split("]")[0].split()[-1]).timestamp()
 
     def state(self) -> str:
         return self.cluster.run("squeue", "-h", "-t", "all", "-j", str(self.id), "-o", "%T").stdout.strip()

@@ -52,6 +52,24 @@ def test_a_signal_before_there_is_a_handler_loses_nothing(
     assert_same_curve(run_dir, plain[2])
 
 
+def test_a_stop_file_that_nobody_can_see_is_followed_by_a_signal_through_torchrun(
+    cluster: Cluster, tiny_data: Path, tmp_path: Path
+) -> None:
+    """The signal goes to torchrun alone, which hands it on and waits for the checkpoint."""
+    run_dir = tmp_path / "run"
+    job = cluster.train(tmp_path / "log", flags(tiny_data, run_dir, "--train.steps", "100000"))
+    job.wait_for(lambda: steps_saved(run_dir) >= 10, "a checkpoint")
+    (run_dir / "STOP").symlink_to(tmp_path / "no folder" / "STOP")  # it can neither be written nor be seen
+    cluster.run("scancel", "--batch", "--signal=USR1", str(job.id))
+    job.wait_for(lambda: attempt(run_dir) == 2, "the second start")
+    (run_dir / "STOP").touch()
+    assert job.wait() == "COMPLETED", job.text()
+    back = job.lines("back to the queue: stopped by SIGUSR1 at step ")
+    assert len(back) == 1, job.text()
+    assert job.time_of("back to the queue") - job.time_of("SIGUSR1: asking") >= 20
+    assert f"step_{int(back[0].split()[-1]):08d}" in job.text().partition("continuing from ")[2].splitlines()[0]
+
+
 @pytest.fixture
 def booted_again(cluster: Cluster) -> Iterator[list[int]]:
     """Nodes that the test kills, by number."""

@@ -54,6 +54,9 @@ def test_a_preempted_job_comes_back_and_goes_on_as_if_nothing_had_been(
     assert preemptor.wait() == "COMPLETED"
     job.wait_for(lambda: attempt(run_dir) == 2, "the second start")
     first_end = status(run_dir)["step"]
+    saved = (run_dir / "checkpoints" / f"step_{first_end:08d}").stat().st_ctime  # when it got its name
+    job.wait_for(lambda: rows(run_dir)[-1]["step"] > first_end, "a step of the second start")
+    going_on = time.time()
     job.wait_for(lambda: steps_saved(run_dir) >= first_end + 10, "a checkpoint of the second start")
     (run_dir / "STOP").touch()
     assert job.wait() == "COMPLETED", job.text()
@@ -62,6 +65,8 @@ def test_a_preempted_job_comes_back_and_goes_on_as_if_nothing_had_been(
     last = status(run_dir)["step"]
     assert status(run_dir) == {"state": "stopped", "step": last, "reason": "STOP file", "attempt": 2}
     assert len(job.lines(f"ends: stopped at step {last} as a person asked (STOP file)")) == 1, job.text()
+    print(f"from the signal to the checkpoint {saved - job.time_of('SIGUSR1: asking'):.1f} s")
+    print(f"from the requeue to the next step {going_on - job.time_of('back to the queue'):.1f} s")
     tracked = [path.name.rpartition("-")[2] for path in (run_dir / "wandb").glob("offline-run-*")]
     assert len(tracked) == 2 and len(set(tracked)) == 1, "two attempts, one W&B run"
     assert f"wandb sync --id {tracked[0]}" in job.text()
