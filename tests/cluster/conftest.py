@@ -1,7 +1,6 @@
 """One cluster for all tests, which leave it as they found it: idle, and without a process of theirs."""
 
 import os
-import shutil
 import sys
 import tempfile
 import time
@@ -70,9 +69,3 @@ def cluster(session_cluster: Cluster) -> Iterator[Cluster]:
         assert time.monotonic() < end, session_cluster.run("squeue").stdout
         time.sleep(0.1)
     assert not left, f"jobs left: {left}"
-
-
-@pytest.fixture(autouse=True)
-def _free_the_disk(tmp_path: Path) -> Iterator[None]:
-    yield
-    shutil.rmtree(tmp_path / "run" / "checkpoints", ignore_errors=True)
