@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slow lint bench
+.PHONY: quickstart test test-cluster test-slow lint bench
 
 # The text inside CPython -> shards -> a GPT trained in two processes -> its loss curve and a sample.
 # On the CPU also where there is a GPU: two processes want two, and the numbers are then the same everywhere.
@@ -15,7 +15,11 @@ quickstart: .venv/.base
 # Interpreters are started by the hundred: our modules are compiled once, whatever the environment says. Four workers:
 # what waits for processes would leave one of two cores idle.
 test: .venv/.dev
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -m "not slow"
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -m "not slow and not cluster"
+
+# A Slurm of several nodes on this machine, as root, from Debian's packages: where that cannot be, it says why and skips.
+test-cluster: .venv/.dev
+	$(BIN)/python -m pytest -m "cluster and not slow"
 
 test-slow: .venv/.dev
 	$(BIN)/python -m pytest -m slow

@@ -1,0 +1,126 @@
+# shellcheck shell=bash
+# What the jobs of this folder have in common. Their headers source it, in the batch shell, on the job's first node.
+#
+# Everything a site or a person may want to change is a flag of sbatch, an argument after the script, a variable of the
+# submitting shell (MAX_REQUEUES), or a line in slurm/site.sh, which is sourced here if it is there (docs/cluster.md):
+# modules to load, interfaces for NCCL, srun_flags=(...) for srun, container=(...) to put before torchrun and python.
+set -uo pipefail
+
+refuse() {
+  echo "slurm: $*" >&2
+  exit 2
+}
+
+log() { echo "[job $SLURM_JOB_ID.$SLURM_RESTART_COUNT $(date +%FT%T.%3N)] $*"; }
+
+# sbatch hands on the whole environment of the shell it is called in, which may be part of another job or of a torchrun;
+# in this job's environment Slurm replaces only what it has to say itself.
+clear_leftovers() {
+  local name
+  for name in $(compgen -e); do
+    case $name in
+      SLURM_CONF | SLURM_JWT | SLURM_WORKING_CLUSTER) ;; # how to reach Slurm
+      SLURM_JOB_ID | SLURM_JOB_NODELIST | SLURM_JOB_ACCOUNT | SLURM_JOB_PARTITION | SLURM_SUBMIT_DIR) ;;
+      SLURM_GPUS_PER_NODE | SLURM_CPUS_PER_TASK | SLURM_ARRAY_*) ;; # ours: every header asks for them
+      SLURM_* | SLURMD_* | SRUN_* | SBATCH_* | SALLOC_*) unset "$name" ;;
+      RANK | LOCAL_RANK | GROUP_RANK | ROLE_RANK | WORLD_SIZE | LOCAL_WORLD_SIZE | GROUP_WORLD_SIZE | ROLE_WORLD_SIZE) unset "$name" ;;
+      MASTER_ADDR | MASTER_PORT | ROLE_NAME | TORCHELASTIC_* | PET_*) unset "$name" ;;
+    esac
+  done
+}
+
+[ -n "${SLURM_JOB_ID:-}" ] ||
+  refuse "this is no Slurm job: give the script to sbatch, or use torchrun --nproc_per_node=N train/main.py on one machine"
+asked=
+trap 'asked=USR1' USR1 # it may come before there is a run to stop
+trap 'asked=TERM' TERM
+cd "$SLURM_SUBMIT_DIR" || refuse "$SLURM_SUBMIT_DIR is not there on $(hostname): submit from a folder that the nodes share"
+clear_leftovers
+# Asked for, since Slurm sets it in restarted jobs only, and another job's may be there.
+SLURM_RESTART_COUNT=$(scontrol show job --oneliner "$SLURM_JOB_ID" |
+  sed -n "s/^JobId=$SLURM_JOB_ID .* Restarts=\([0-9]*\) .*/\1/p")
+export SLURM_RESTART_COUNT=${SLURM_RESTART_COUNT:-0}
+export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since Slurm 22.05 srun does not take it from the job
+export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1
+[ ! -d .venv/bin ] || PATH=$PWD/.venv/bin:$PATH
+srun_flags=() container=()
+# shellcheck source=/dev/null
+[ ! -r slurm/site.sh ] || . slurm/site.sh
+
+# run_dir_of PRESET FLAGS...: where train/main.py will put the run
+run_dir_of() {
+  local run_dir=runs/$1
+  shift
+  while [ $# -gt 0 ]; do
+    case $1 in
+      --run[-_]dir=*) run_dir=${1#*=} ;;
+      --run[-_]dir) run_dir=${2:-$run_dir} ;;
+    esac
+    shift
+  done
+  echo "$run_dir"
+}
+
+# The signal of --signal=B:USR1@300 near the time limit or at preemption, or SIGTERM. Under proctrack/cgroup no signal
+# reaches the trainer itself, so it is asked by the file that it looks for; torchrun is signalled later, in case the
+# file system is slow to show the file. torchrun hands the signal on and waits (--signals-to-handle, --shutdown-timeout).
+on_stop() {
+  [ -z "$asked" ] || return 0
+  asked=$1
+  log "SIG$1: asking the run to save and stop"
+  : >"$run_dir/STOP"
+  {
+    sleep 20
+    scancel --signal=USR1 "$SLURM_JOB_ID"
+  } 2>/dev/null &
+  backup=$!
+}
+
+# train PRESET FLAGS...: one torchrun on each node of the allocation; then requeue the job, or leave it at that.
+train() {
+  local hosts head gpus port before srun_pid status backup=
+  run_dir=$(run_dir_of "$@")
+  mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
+  head=${hosts[0]}
+  # Not SLURM_GPUS_ON_NODE, which is all that the node has in a job that is --exclusive. "h100:8" is 8, too.
+  gpus=${SLURM_GPUS_PER_NODE:-}
+  gpus=${gpus##*:}
+  [ -n "$gpus" ] || refuse "no GPUs were asked for: sbatch --gpus-per-node N"
+  # Below the kernel's own range (32768 and up); another one for each job and restart, and for whoever has it already.
+  port=$((12000 + (SLURM_JOB_ID * 13 + SLURM_RESTART_COUNT) % 18000))
+  while (: <"/dev/tcp/$head/$port") 2>/dev/null; do port=$((port + 1)); done
+
+  before=$(python3 launch/requeue.py begin "$run_dir") || exit
+  trap 'on_stop USR1' USR1
+  trap 'on_stop TERM' TERM
+  if [ -n "$asked" ]; then
+    finish 1
+  fi
+  log "${#hosts[@]} x $gpus processes on ${hosts[*]}; rendezvous at $head:$port; $run_dir is at step ${before#* }"
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+  # --max-restarts=0: Slurm restarts the job, torchrun nothing. Each node looks for the checkout itself.
+  # shellcheck disable=SC2016  # the inner shell expands them
+  srun --nodes="${#hosts[@]}" --ntasks="${#hosts[@]}" --ntasks-per-node=1 --export=ALL --kill-on-bad-exit=1 --label \
+    ${srun_flags[@]+"${srun_flags[@]}"} \
+    bash -c 'cd "$0" 2>/dev/null && [ -r train/main.py ] && exec "$@"
+      echo "slurm: $0/train/main.py is not there on $(hostname): submit from a folder that all nodes share" >&2
+      exit 2' "$PWD" \
+    ${container[@]+"${container[@]}"} torchrun \
+    --nnodes="${#hosts[@]}" --nproc-per-node="$gpus" --max-restarts=0 \
+    --rdzv-backend=c10d --rdzv-endpoint="$head:$port" --rdzv-id="$SLURM_JOB_ID.$SLURM_RESTART_COUNT" \
+    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout=120 \
+    train/main.py "$@" &
+  srun_pid=$!
+  while kill -0 "$srun_pid" 2>/dev/null; do wait "$srun_pid"; done # a signal ends a wait, too
+  wait "$srun_pid"
+  status=$?
+  [ -z "$backup" ] || kill "$backup" 2>/dev/null
+  finish "$status"
+}
+
+# finish STATUS: of srun. status.json tells how the run ended, not the status; a run that saved and stopped has 1.
+finish() {
+  python3 launch/requeue.py end "$run_dir" --before "$before" --asked "$asked" --exit-status "$1" \
+    --max-requeues "${MAX_REQUEUES:-50}"
+  exit
+}

@@ -1,0 +1,152 @@
+"""The Slurm that cluster.sh starts, its jobs, and what is still running of them."""
+
+import contextlib
+import os
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+
+from tests.runs import ROOT
+
+SCRIPT = Path(__file__).with_name("cluster.sh")
+SECONDS_TO_END = 240.0  # of a job, on a busy machine
+ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
+SITE = "container=(env CUDA_VISIBLE_DEVICES=)\n"  # the nodes' GPUs are fakes, the machine's are not to be used
+
+
+def script(folder: Path, *args: str) -> "subprocess.CompletedProcess[str]":
+    """cluster.sh with the cluster of that folder."""
+    env = os.environ | {"SLURM_CLUSTER_DIR": str(folder)}
+    return subprocess.run([str(SCRIPT), *args], env=env, capture_output=True, text=True, check=False)
+
+
+def make_checkout(folder: Path) -> Path:
+    """What a job needs of the checkout, with a site file of our own."""
+    folder.mkdir()
+    for name in ("data_prep", "model", "train", "launch", "tests"):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "slurm").mkdir()
+    for path in (ROOT / "slurm").glob("*.sh"):
+        (folder / "slurm" / path.name).symlink_to(path)
+    (folder / "slurm" / "site.sh").write_text(SITE)
+    return folder
+
+
+@dataclass
+class Job:
+    """A job and the file it writes to."""
+
+    cluster: "Cluster"
+    id: int
+    log: Path
+
+    def text(self) -> str:
+        return self.log.read_text(errors="replace") if self.log.exists() else ""
+
+    def lines(self, of: str) -> list[str]:
+        """The lines of the log that hold `of`."""
+        return [line for line in self.text().splitlines() if of in line]
+
+    def time_of(self, of: str) -> float:
+        """When the batch shell wrote the line that holds `of`, in seconds since the epoch."""
+        (line,) = self.lines(of)
+        return datetime.fromisoformat(line.split("]")[0].split()[-1]).timestamp()
+
+    def state(self) -> str:
+        return self.cluster.run("squeue", "-h", "-t", "all", "-j", str(self.id), "-o", "%T").stdout.strip()
+
+    def nodes(self) -> list[str]:
+        """Where it runs, the batch shell's node first."""
+        names = self.cluster.run("squeue", "-h", "-j", str(self.id), "-o", "%N").stdout.strip()
+        return self.cluster.run("scontrol", "show", "hostnames", names).stdout.split()
+
+    def wait(self) -> str:
+        """Its last state. Between a requeue and the next start a job is pending."""
+        self.wait_for(lambda: self.state() in ENDED, "the end of the job")
+        return self.state()
+
+    def wait_for(self, condition: Callable[[], bool], what: str) -> None:
+        end = time.monotonic() + SECONDS_TO_END
+        while not condition():
+            if time.monotonic() > end:
+                raise AssertionError(f"{what}: not after {SECONDS_TO_END:.0f} s; {self.state()}\n{self.text()}")
+            time.sleep(0.1)
+
+    def processes(self) -> list[int]:
+        """Every living process of the job, on whichever node."""
+        return self.cluster.processes_with(f"SLURM_JOB_ID={self.id}")
+
+    def ranks(self, restart: int = 0) -> dict[int, int]:
+        """{rank: pid, in the machine's numbers} of the trainers of one start of the job."""
+        found: dict[int, int] = {}
+        for pid in self.cluster.processes_with(f"TORCHELASTIC_RUN_ID={self.id}.{restart}"):
+            environ = environment_of(pid)
+            if "RANK" in environ:
+                found.setdefault(int(environ["RANK"]), pid)
+        return found
+
+
+@dataclass
+class Cluster:
+    folder: Path
+    checkout: Path
+    env: dict[str, str] = field(repr=False)
+    nodes: list[str]
+    proctrack: str
+
+    def run(
+        self, *command: str, cwd: Path | None = None, env: dict[str, str] | None = None
+    ) -> "subprocess.CompletedProcess[str]":
+        return subprocess.run(
+            command,
+            cwd=cwd or self.checkout,
+            env=self.env | (env or {}),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    def sbatch(self, log: Path, *args: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> Job:
+        """Submit `[sbatch flags] script [arguments]`; the job writes to `log`."""
+        done = self.run("sbatch", "--parsable", f"--output={log}", *args, cwd=cwd, env=env)
+        assert done.returncode == 0, done.stderr
+        return Job(self, int(done.stdout), log)
+
+    def train(self, log: Path, flags: Sequence[str], *sbatch_flags: str, env: dict[str, str] | None = None) -> Job:
+        """gpt2_small.sh with one process on each of two nodes, unless `sbatch_flags` say otherwise."""
+        shape = ("--nodes=2", "--gpus-per-node=1", "--cpus-per-task=2")
+        return self.sbatch(log, *shape, *sbatch_flags, "slurm/gpt2_small.sh", *flags, env=env)
+
+    def processes_with(self, variable: str) -> list[int]:
+        """Living processes of this cluster with NAME=VALUE in their environment."""
+        wanted = {variable, f"SLURM_CONF={self.env['SLURM_CONF']}"}
+        own = os.getpid()
+        return [pid for pid in all_processes() if pid != own and wanted <= environment_lines(pid)]
+
+    def everything_of_jobs(self) -> list[int]:
+        conf = f"SLURM_CONF={self.env['SLURM_CONF']}"
+        found = []
+        for pid in all_processes():
+            lines = environment_lines(pid)
+            if conf in lines and any(line.startswith("SLURM_JOB_ID=") for line in lines):
+                found.append(pid)
+        return found
+
+
+def all_processes() -> list[int]:
+    return [int(path.name) for path in Path("/proc").glob("[0-9]*")]
+
+
+def environment_lines(pid: int) -> set[str]:
+    """NAME=VALUE of a living process; nothing of a zombie or of one that has gone."""
+    with contextlib.suppress(OSError):
+        if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
+            return set(Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0"))
+    return set()
+
+
+def environment_of(pid: int) -> dict[str, str]:
+    return dict(line.split("=", 1) for line in environment_lines(pid) if "=" in line)

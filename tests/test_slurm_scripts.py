@@ -1,0 +1,91 @@
+"""The job scripts as far as they go without Slurm; tests/cluster has one."""
+
+import os
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+import tyro
+
+from data_prep import fineweb_plan
+from tests.runs import ROOT
+from train.config import parse
+from train.presets import PRESETS
+
+JOBS = sorted(path for path in (ROOT / "slurm").glob("*.sh") if path.name not in ("body.sh", "site.sh"))
+
+
+def bash(*args: str, cwd: Path = ROOT) -> "subprocess.CompletedProcess[str]":
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    return subprocess.run(["bash", *args], cwd=cwd, env=env, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.name)
+def test_without_slurm_each_says_what_to_do(path: Path, tmp_path: Path) -> None:
+    done = bash(str(path))
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("slurm: this is no Slurm job: give the script to sbatch, or use torchrun")
+    elsewhere = bash(str(path), cwd=tmp_path)
+    assert (elsewhere.returncode, elsewhere.stderr.count("\n")) == (2, 1)
+    assert elsewhere.stderr == "slurm: ./slurm/body.sh is not there: submit from the root of the checkout\n"
+
+
+@pytest.mark.parametrize("path", JOBS, ids=lambda path: path.name)
+def test_headers_ask_for_what_the_body_needs(path: Path) -> None:
+    text = path.read_text()
+    asked = " ".join(re.findall(r"^#SBATCH (.*)$", text, re.MULTILINE))
+    assert {"--requeue", "--open-mode=append", "--nodes=", "--cpus-per-task=", "--time="} <= set(
+        re.findall(r"--[a-z-]+=?(?:append)?", asked)
+    )
+    assert "--account" not in asked and "--partition" not in asked
+    for preset in re.findall(r"^train (\S+)", text, re.MULTILINE):
+        assert preset in PRESETS
+        assert {"--signal=B:USR1@300", "--ntasks-per-node=1", "--gpus-per-node=8"} <= set(asked.split())
+        assert f"--job-name={preset}" in asked.split()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["--run-dir", "runs/hot"],
+        ["--seed", "7", "--run-dir=/scratch/a b", "--optim.lr-peak", "1e-3"],
+        ["--run_dir", "elsewhere"],
+        ["--run_dir=elsewhere", "--run-dir", "last"],
+    ],
+    ids=" ".join,
+)
+def test_the_shell_and_the_trainer_agree_on_the_run_directory(flags: list[str]) -> None:
+    function = re.search(
+        r"^run_dir_of\(\) \{.*?^\}", (ROOT / "slurm" / "body.sh").read_text(), re.MULTILINE | re.DOTALL
+    )
+    assert function is not None
+    done = bash("-c", f'{function[0]}\nrun_dir_of "$@"', "-", "gpt2-small", *flags)
+    assert done.stdout == f"{parse(['gpt2-small', *flags], PRESETS).directory}\n"
+
+
+SHOWN = [
+    line.strip("# ").split("  ")[0]
+    for path in [*JOBS, ROOT / "docs" / "cluster.md"]
+    for line in path.read_text().splitlines()
+    if re.match(r"(#  |   ) *sbatch .*slurm/\w+\.sh", line)
+]
+
+
+@pytest.mark.parametrize("line", SHOWN)
+def test_the_command_lines_that_are_shown_have_flags_that_exist(line: str) -> None:
+    before, script, arguments = re.fullmatch(r"sbatch (.*?)slurm/(\w+)\.sh(.*)", line).groups()  # type: ignore[union-attr]
+    assert ROOT / "slurm" / f"{script}.sh" in JOBS
+    assert {flag.split("=")[0] for flag in shlex.split(before) if flag.startswith("--")} <= {
+        *("--account", "--partition", "--nodes", "--gpus-per-node", "--cpus-per-task", "--array"),
+    }
+    if script.startswith("gpt2_"):
+        parse([script.replace("_", "-"), *shlex.split(arguments)], PRESETS)
+    else:
+        tyro.cli(fineweb_plan.Options, args=shlex.split(arguments))
+
+
+def test_command_lines_are_shown() -> None:
+    assert len(SHOWN) >= 9
