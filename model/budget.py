@@ -17,6 +17,7 @@ class Budget:
     num_parameters: int
     num_padding_parameters: int
     flops_per_token: int
+    gradient_bytes: int
     state_bytes: int
     checkpoint_bytes: int
 
@@ -60,6 +61,7 @@ def budget(config: ModelConfig) -> Budget:
         num_parameters=parameters,
         num_padding_parameters=padding,
         flops_per_token=3 * forward // config.context_len,
+        gradient_bytes=FP32_BYTES * held,
         state_bytes=4 * FP32_BYTES * held,  # weights, gradients, AdamW's two moments
         checkpoint_bytes=3 * FP32_BYTES * held,  # all of these but the gradients
     )

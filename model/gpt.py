@@ -6,6 +6,7 @@ State-dict names are Hugging Face's, every matrix in nn.Linear's orientation.
 
 import hashlib
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -26,10 +27,15 @@ class Linear(nn.Linear):
 
 
 class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm computed in fp32 whatever the dtype of the residual stream, as autocast would."""
+    """nn.LayerNorm computed in fp32 whatever the dtype of the residual stream.
+
+    Gain and bias are rounded to that dtype first, as every other weight is: a model whose weights are gathered in bf16
+    is then the same model.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x.float(), self.normalized_shape, self.weight, self.bias, self.eps).to(x.dtype)
+        weight, bias = self.weight.to(x.dtype).float(), self.bias.to(x.dtype).float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 
 class Attention(nn.Module):
@@ -150,25 +156,24 @@ def build_model(
 
 
 @torch.no_grad()
-def init_weights(model: GPT, seed: int) -> None:
+def init_weights(model: GPT, seed: int, put: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
     """GPT-2's initialisation: normal(0, 0.02), residual projections / sqrt(2 L), biases 0, norms 1.
 
     Each parameter is drawn whole, on the CPU, by a generator of its own, seeded by (seed, name): neither the
-    device, the number of processes, nor another parameter's presence changes it. Padding rows are 0.
+    device, the number of processes, nor another parameter's presence changes it. Padding rows are 0. `put` writes a
+    whole value into its parameter, or into what a process holds of it.
     """
     vocab_size = model.config.vocab_size
     residual_std = INIT_STD / math.sqrt(2 * model.config.num_layers)  # Radford et al. 2019, section 2.3
     for name, parameter in model.named_parameters():
-        if name.endswith("bias"):
-            parameter.zero_()
-        elif ".ln_" in name:
-            parameter.fill_(1.0)
-        else:
+        value = torch.zeros(parameter.shape)
+        if ".ln_" in name and name.endswith("weight"):
+            value.fill_(1.0)
+        elif not name.endswith("bias"):
             std = residual_std if name.endswith("c_proj.weight") else INIT_STD
             rows = vocab_size if name == "transformer.wte.weight" else parameter.shape[0]
-            drawn = torch.zeros(parameter.shape)
-            drawn[:rows].normal_(0.0, std, generator=_generator(seed, name))
-            parameter.copy_(drawn)
+            value[:rows].normal_(0.0, std, generator=_generator(seed, name))
+        put(parameter, value)
 
 
 def _generator(seed: int, name: str) -> torch.Generator:

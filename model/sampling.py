@@ -2,12 +2,25 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 
 from data_prep.errors import InputError
-from model.gpt import GPT
+from model.config import ModelConfig
+
+
+class Predictor(Protocol):
+    """What sampling needs of a model: a GPT, or what stands around one that is spread over processes."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+
+    def logits_at(self, tokens_BT: Tensor, places_B: Tensor) -> Tensor: ...
+
+    def parameters(self) -> Iterator[Parameter]: ...
 
 
 @dataclass(frozen=True)
@@ -41,7 +54,7 @@ def next_token_probabilities(logits_V: Tensor, sampling: Sampling, vocab_size: i
 
 @torch.no_grad()
 def generate_rows(
-    model: GPT,
+    model: Predictor,
     prompts: Sequence[Sequence[int]],
     *,
     sampling: Sampling,
@@ -80,7 +93,7 @@ def generate_rows(
 
 
 def generate_tokens(
-    model: GPT,
+    model: Predictor,
     prompt: Sequence[int],
     *,
     sampling: Sampling,

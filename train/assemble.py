@@ -8,16 +8,16 @@ import torch
 
 from data_prep.codec import Codec, load_codec
 from data_prep.manifest import Manifest, open_split
-from model.gpt import build_model
 from train import parallel, resume
 from train.batches import BatchPlan, Prefetcher, Windows, plan_batches
 from train.config import Config, settings_without_effect
 from train.fit import settle_micro_batch
+from train.layout import Layout
 from train.loop import Run
 from train.mesh import Mesh
 from train.meters import Meters, Startup, device_peak_flops
 from train.nonfinite import Halt
-from train.numerics import LossScale, compute_dtype
+from train.numerics import LossScale
 from train.optim import build_optimizer
 from train.run_dir import RunDirectory
 from train.samples import Sampler
@@ -34,6 +34,7 @@ from train.watchdog import Watchdog
 def assemble(
     config: Config,
     mesh: Mesh,
+    layout: Layout,
     manifest: Manifest,
     directory: RunDirectory,
     stops: Stops,
@@ -42,14 +43,14 @@ def assemble(
 ) -> Run:
     """Model, optimizer, data and progress: new from the seed, or as the newest sound checkpoint left them."""
     codec = mesh.on_all(lambda: load_codec(config.data.dir))
-    model = build_model(config.model, seed=config.seed, device=mesh.device, compute_dtype=compute_dtype(config.train))
-    objective = parallel.build_objective(model, config)
+    objective = parallel.build_objective(config, layout, mesh)
+    model = objective.model
     optimizer = build_optimizer(model, config.optim)
     if config.train.micro_batch == "auto":
-        config = settle_micro_batch(config, objective, directory, mesh)
+        config = settle_micro_batch(config, objective, layout, directory, mesh)
     plan = plan_batches(config, mesh.world)
     windows, validation, sampler = mesh.on_all(lambda: open_data(config, plan, codec))
-    module = parallel.wrap(objective, mesh)
+    module = parallel.wrap(objective, layout)
     loss_scale = LossScale(mesh.device) if config.train.dtype == "fp16" else None
 
     loaded, faults = resume.find_start(directory.path, mesh=mesh)
@@ -62,7 +63,7 @@ def assemble(
 
     sinks = Sinks(directory.path, step=progress.step if loaded else None, mesh=mesh, stops=stops)
     warnings = [f"passed over {fault}" for fault in faults]
-    warnings += settings_without_effect(config, mesh.device.type, mesh.world)
+    warnings += settings_without_effect(config, mesh.device.type, mesh.world, layout.mode)
     if validation is not None and config.validate.tokens is not None and validation.num_tokens < config.validate.tokens:
         warnings.append(f"--validate.tokens {config.validate.tokens}: the split has only {validation.num_tokens}")
     if mesh.device.type == "cuda" and device_peak_flops(config, mesh.device) is None:
@@ -77,10 +78,14 @@ def assemble(
     wandb_id = mesh.on_main(lambda: tracked_as or secrets.token_hex(4))
     if mesh.is_main:
         sinks.tracking = start_tracking(config, wandb_id, directory, sinks)
+    stragglers = Stragglers(mesh, watchdog.hosts, sinks.say)
+    if layout.is_sharded:
+        stragglers.watch(model.blocks[0])
     startup.done("set-up")
     return Run(
         config=config,
         mesh=mesh,
+        layout=layout,
         directory=directory,
         plan=plan,
         batches=Prefetcher(windows, plan, rank=mesh.rank, device=mesh.device),
@@ -95,7 +100,7 @@ def assemble(
         sinks=sinks,
         stops=stops,
         watchdog=watchdog,
-        stragglers=Stragglers(mesh, watchdog.hosts, sinks.say),
+        stragglers=stragglers,
         progress=progress,
         meters=Meters(config, device=mesh.device, world=mesh.world, step=progress.step, seconds=progress.seconds),
         startup=startup,

@@ -118,8 +118,17 @@ class SaveConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    mode: Literal["auto", "none", "ddp"] = "auto"
-    """auto: DDP when there are several processes, else none."""
+    mode: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = "auto"
+    """ddp: every process holds all weights, gradients and optimizer state; fsdp: an equal part of them; hsdp: a part
+    within each group of --parallel.shard-size. auto: ddp while they fill at most half of a process's memory, else fsdp,
+    or over several hosts hsdp where a host can hold them."""
+    shard_size: int | None = None
+    """hsdp: processes that together hold one copy; None: those of one host."""
+    reshard_after_forward: bool = True
+    """fsdp, hsdp: free each block's gathered weights between its forward and backward passes, and gather them twice."""
+    accumulate: Literal["auto", "whole", "sharded"] = "auto"
+    """fsdp, hsdp: add up whole gradients over micro-batches and reduce them once a step, for 4 bytes per parameter, or
+    reduce them after each and keep the own shard. auto: whole while they fit comfortably."""
     init_timeout_seconds: float = 1800
     """The run hangs, and is ended, after so long without progress before its first step is done: reads, compilation."""
     timeout_seconds: float = 600
@@ -259,6 +268,7 @@ def faults_of(config: Config) -> list[str]:
         "--sample.every": config.sample.every,
         "--sample.tokens": config.sample.tokens,
         "--track.every": config.track.every,
+        "--parallel.shard-size": config.parallel.shard_size,
     }
     faults = [
         f"{flag} {value} must be at least 1" for flag, value in at_least_one.items() if value is not None and value < 1
@@ -321,9 +331,17 @@ def faults_of(config: Config) -> list[str]:
     return faults
 
 
-def settings_without_effect(config: Config, device_type: str, world: int) -> list[str]:
-    """What was set and does nothing in `world` processes on a "cpu" or "cuda" device, one line each, for a warning."""
+def settings_without_effect(config: Config, device_type: str, world: int, mode: str) -> list[str]:
+    """What was set and does nothing in `world` processes on a "cpu" or "cuda" device that share a model as `mode` says,
+    one line each, for a warning."""
     said = []
+    parallel = config.parallel
+    if parallel.shard_size is not None and mode != "hsdp":
+        said.append(f"--parallel.shard-size {parallel.shard_size} has no effect with --parallel.mode {mode}")
+    if mode in ("none", "ddp") and not parallel.reshard_after_forward:
+        said.append(f"--parallel.no-reshard-after-forward has no effect with --parallel.mode {mode}")
+    if mode in ("none", "ddp") and parallel.accumulate != "auto":
+        said.append(f"--parallel.accumulate {parallel.accumulate} has no effect with --parallel.mode {mode}")
     track, sample, trace_ranks = config.track, config.sample, " ".join(map(str, config.trace_ranks))
     if config.trace is not None and parse_steps(config.trace).start >= config.train.steps:
         said.append(f"--trace {config.trace} has no effect: the run has {config.train.steps} steps")

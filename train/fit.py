@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from data_prep.errors import InputError
+from train import parallel
 from train.batches import divisors, plan_batches
 from train.config import Config
+from train.layout import Layout
 from train.losses import Objective
 from train.mesh import Mesh
 from train.run_dir import RunDirectory
@@ -29,20 +31,23 @@ def check_device(config: Config, device: torch.device) -> None:
         raise InputError("--train.micro-batch auto measures a GPU's memory; give a number on a CPU, such as 16")
 
 
-def settle_micro_batch(config: Config, objective: Objective, directory: RunDirectory, mesh: Mesh) -> Config:
+def settle_micro_batch(
+    config: Config, objective: Objective, layout: Layout, directory: RunDirectory, mesh: Mesh
+) -> Config:
     """`config` with the largest micro-batch that fits on every rank, in place of auto. Collective.
 
-    What this run found on this kind of GPU stays; other numbers of processes take the next one that they can share."""
+    What this run found on this kind of GPU stays, as long as the model is spread the same way; DDP with another number
+    of processes takes the next one that they can share."""
     shares = divisors(plan_batches(config, mesh.world).windows_per_rank)
-    conditions = conditions_of(config, mesh)
+    conditions = conditions_of(config, layout, mesh)
     found = mesh.on_main(lambda: kept_micro_batch(directory.found, conditions))
     if found is None:
-        found = min(mesh.gather(mesh.on_all(lambda: search(config, objective, shares, mesh.device))))
+        found = search(config, objective, layout, shares, mesh)
         directory.record({"micro_batch": found, "conditions": conditions})
     return with_micro_batch(config, max(share for share in shares if share <= found))
 
 
-def conditions_of(config: Config, mesh: Mesh) -> dict[str, Any]:
+def conditions_of(config: Config, layout: Layout, mesh: Mesh) -> dict[str, Any]:
     """What decides how much memory a window takes, and how much there is."""
     train = config.train
     return {
@@ -51,7 +56,10 @@ def conditions_of(config: Config, mesh: Mesh) -> dict[str, Any]:
         "compile": train.compile,
         "loss": train.loss,
         "activation_checkpointing": train.activation_checkpointing,
-        "many_processes": mesh.world > 1,
+        "mode": layout.mode,
+        "shards": layout.shards,
+        "reshard_after_forward": layout.reshard_after_forward,
+        "whole_gradients": layout.whole_gradients,
     }
 
 
@@ -60,16 +68,21 @@ def kept_micro_batch(found: dict[str, Any], conditions: dict[str, Any]) -> int |
     return found["micro_batch"] if found.get("conditions") == conditions else None
 
 
-def search(config: Config, objective: Objective, shares: Sequence[int], device: torch.device) -> int:
-    """The largest of `shares` that fits this GPU, which is left as it was found: no blocks held, no counts."""
+def search(config: Config, objective: Objective, layout: Layout, shares: Sequence[int], mesh: Mesh) -> int:
+    """The largest of `shares` that fits every rank's GPU, which is left as it was found: no blocks held, no counts.
+
+    Collective: all ranks try the same sizes, and what is too large for one is too large for all.
+    """
+    device = mesh.device
     free, total = torch.cuda.mem_get_info(device)
-    budget = int(free + torch.cuda.memory_reserved(device) - (1 - USABLE) * total)
+    budget = min(mesh.gather(int(free + torch.cuda.memory_reserved(device) - (1 - USABLE) * total)))
 
     def measure(windows: int) -> int | None:
-        return peak_bytes(objective, windows, config.train.seq_len, device)
+        peaks = mesh.gather(peak_bytes(objective, layout, windows, config.train.seq_len, device))
+        return None if None in peaks else max(peaks)
 
     try:
-        return largest_that_fits(shares, measure, budget)
+        return largest_that_fits(shares, measure, budget, may_fail=not layout.is_sharded)
     finally:
         torch.compiler.reset()  # the shapes that were tried count towards Dynamo's limit of recompilations
         torch.cuda.empty_cache()
@@ -77,10 +90,13 @@ def search(config: Config, objective: Objective, shares: Sequence[int], device: 
         torch.cuda.reset_accumulated_memory_stats(device)
 
 
-def largest_that_fits(sizes: Sequence[int], measure: Callable[[int], int | None], budget: int) -> int:
+def largest_that_fits(
+    sizes: Sequence[int], measure: Callable[[int], int | None], budget: int, *, may_fail: bool = True
+) -> int:
     """The largest of `sizes` (ascending) whose measured peak is within `budget` bytes.
 
-    `measure` returns None where memory ran out. InputError if even the smallest does not fit.
+    `measure` returns None where memory ran out; without `may_fail` the second size is tried only if it must fit,
+    were all that the first took activations. InputError if even the smallest does not fit.
     """
     smallest = measure(sizes[0])
     if smallest is None or smallest > budget:
@@ -88,6 +104,8 @@ def largest_that_fits(sizes: Sequence[int], measure: Callable[[int], int | None]
             f"not even --train.micro-batch {sizes[0]} fits this GPU ({budget / 2**30:.1f} GiB usable); set "
             "--train.activation-checkpointing, --train.loss chunked, a smaller --train.seq-len or a smaller model"
         )
+    if not may_fail and len(sizes) > 1 and smallest * sizes[1] > budget * sizes[0]:
+        return sizes[0]
     if len(sizes) == 1 or (second := measure(sizes[1])) is None or second > budget:
         return sizes[0]
     per_window = max(1.0, (second - smallest) / (sizes[1] - sizes[0]))
@@ -99,18 +117,24 @@ def largest_that_fits(sizes: Sequence[int], measure: Callable[[int], int | None]
     return sizes[1]
 
 
-def peak_bytes(objective: Objective, windows: int, seq_len: int, device: torch.device) -> int | None:
-    """Most memory allocated during a training pass of so many windows; None where it ran out."""
+def peak_bytes(objective: Objective, layout: Layout, windows: int, seq_len: int, device: torch.device) -> int | None:
+    """Most memory allocated during the two last micro-batches of a step, of so many windows; None where it ran out.
+
+    A sharded model raises then, since the other ranks wait for this one in the middle of a pass.
+    """
     torch.cuda.empty_cache()
     zeros_BT = torch.zeros((windows, seq_len), dtype=torch.int64, device=device)
     scale = torch.ones((), device=device)
     try:
+        parallel.set_gradient_sync(objective, layout, is_last=False)
         objective(zeros_BT, zeros_BT, scale)[0].backward()  # compiles, which takes memory of its own
         torch.cuda.reset_peak_memory_stats(device)
+        parallel.set_gradient_sync(objective, layout, is_last=True)
         objective(zeros_BT, zeros_BT, scale)[0].backward()  # finds the first one's gradients in place
         return torch.cuda.max_memory_allocated(device)
     except RuntimeError as error:  # OutOfMemoryError is one; cuBLAS and Triton say it in their own words
-        if not isinstance(error, torch.OutOfMemoryError) and not re.search(OTHER_WORDS, str(error), re.IGNORECASE):
+        is_memory = isinstance(error, torch.OutOfMemoryError) or re.search(OTHER_WORDS, str(error), re.IGNORECASE)
+        if layout.is_sharded or not is_memory:
             raise
         return None
     finally:

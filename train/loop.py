@@ -20,6 +20,7 @@ from model.gpt import GPT
 from train import nonfinite, optim, parallel, validate
 from train.batches import BatchPlan, Prefetcher
 from train.config import Config
+from train.layout import Layout
 from train.losses import Objective
 from train.mesh import Mesh
 from train.meters import Meters, Startup
@@ -49,6 +50,7 @@ class Run:
 
     config: Config
     mesh: Mesh
+    layout: Layout
     directory: RunDirectory
     plan: BatchPlan
     batches: Prefetcher
@@ -141,18 +143,20 @@ def take_step(run: Run) -> Report:
     if run.trace is not None:
         run.trace.before_step(run.progress.step)
     run.watchdog.beat(f"step {run.progress.step + 1}, waiting for its data")
-    run.stragglers.begin()
+    run.stragglers.begin_step()
     before = time.perf_counter()
     batches = run.batches.take(run.progress.position)
     run.meters.waited_for_data(time.perf_counter() - before)
+    if run.layout.is_sharded:
+        run.stragglers.end()  # gathering waits for the other ranks
     run.watchdog.beat(f"step {run.progress.step + 1}")
 
-    loss_sum = accumulate_gradients(run, batches)
+    loss_sum = accumulate_gradients(run, batches, run.mean if scale is None else run.mean * scale.scale)
+    squares = optim.sum_of_squares(run.model.parameters()) / run.layout.replicas
     flags = (run.stops.wanted(), saver.is_overdue(), saver.has_written())
-    totals = torch.stack([loss_sum, *(torch.full_like(loss_sum, flag) for flag in flags)])  # fills: no copy, no wait
-    mesh.sum_(totals)
-    loss = totals[0] / config.train.batch_tokens
-    norm = optim.global_norm(p.grad for p in run.model.parameters() if p.grad is not None)
+    fills = [torch.full_like(loss_sum, flag) for flag in flags]  # no copy, no wait
+    totals = mesh.sum_(torch.stack([loss_sum, squares, *fills]))
+    loss, norm = totals[0] / config.train.batch_tokens, totals[1].sqrt().float()
     if scale is not None:
         norm = norm / scale.scale
     is_finite, is_bad = run.halt.judge(loss, norm, scale)
@@ -164,7 +168,7 @@ def take_step(run: Run) -> Report:
     if scale is not None:
         scale.update(is_finite, frozen=run.halt.is_halted | is_bad)
 
-    results = torch.stack([loss, norm.double(), is_finite.double(), is_bad.double(), *totals[1:], used_scale])
+    results = torch.stack([loss, norm.double(), is_finite.double(), is_bad.double(), *totals[2:], used_scale])
     ready = None
     if mesh.device.type == "cuda":
         results = results.to("cpu", non_blocking=True)
@@ -176,17 +180,16 @@ def take_step(run: Run) -> Report:
     return Report(run.progress, progress, lr, results, ready, run.meters.seconds, run.meters.data_wait_seconds)
 
 
-def accumulate_gradients(run: Run, batches: list[tuple[Tensor, Tensor]]) -> Tensor:
-    """Gradients of (sum of token losses / tokens of the global batch), reduced once; this rank's loss sum, fp64."""
-    scale = run.mean if run.loss_scale is None else run.mean * run.loss_scale.scale
+def accumulate_gradients(run: Run, batches: list[tuple[Tensor, Tensor]], scale: Tensor) -> Tensor:
+    """Gradients of (sum of token losses x scale), averaged over the ranks; this rank's loss sum, fp64."""
     loss_sum = torch.zeros((), dtype=torch.float64, device=run.mesh.device)
     for index, (inputs_BT, targets_BT) in enumerate(batches):
         run.watchdog.beat()
         is_last = index == len(batches) - 1
-        parallel.set_gradient_sync(run.module, is_last)
+        parallel.set_gradient_sync(run.module, run.layout, is_last)
         scaled, unscaled = run.module(inputs_BT, targets_BT, scale)
         if is_last:
-            run.stragglers.end()  # the backward pass waits for the other ranks
+            run.stragglers.end_step()  # the backward pass waits for the other ranks
         scaled.backward()
         loss_sum += unscaled.detach()
     return loss_sum
@@ -205,10 +208,11 @@ def warm_up(run: Run) -> bool:
     for _ in range(2):
         if is_stopped(run):
             return True
-        accumulate_gradients(run, [(zeros_BT, zeros_BT)])
+        accumulate_gradients(run, [(zeros_BT, zeros_BT)], run.mean)
         parallel.zero_gradients(run.module)
     if run.config.train.compile and (run.validation is not None or run.sampler is not None):
         run.objective.token_losses(zeros_BT, zeros_BT)
+        parallel.free_gathered(run.module)
     return is_stopped(run)
 
 
@@ -274,39 +278,47 @@ def skip_or_stop(run: Run, report: Report, loss: float, norm: float) -> None:
 
 
 def find_suspects(run: Run) -> list[int]:
-    """The windows of the step at run.progress, of any rank, whose own loss or gradient is not finite.
+    """The windows of the step at run.progress, of any rank, whose own loss or gradient is not finite. Collective.
 
-    Micro-batch by micro-batch, all ranks together; where one is bad, each of its windows in its place.
+    Every pass is one of all ranks, since a gradient may be spread over them: each micro-batch as it was; of one that is
+    bad, halves of the ranks and halves of those, while the others read zeros; of a bad rank each window in its place.
+    None where zeros are not finite either: that is no matter of windows.
     """
-    plan, found = run.plan, list[int]()
-    own = run.batches.window_ids(run.progress.position)[run.mesh.rank * plan.windows_per_rank :]
-    for index, (inputs_BT, targets_BT) in enumerate(run.batches.take(run.progress.position)):
-        if not run.mesh.any(not is_finite_alone(run, inputs_BT, targets_BT)):
-            continue
-        for row in range(plan.micro_batch):  # repeated to a micro-batch: the shape that is compiled
-            repeated = [tensor_BT[row].expand_as(tensor_BT).contiguous() for tensor_BT in (inputs_BT, targets_BT)]
-            if not is_finite_alone(run, *repeated):
-                found.append(own[index * plan.micro_batch + row])
+    plan, mesh, found = run.plan, run.mesh, list[int]()
+    own = run.batches.window_ids(run.progress.position)[mesh.rank * plan.windows_per_rank :]
+    zeros_BT = torch.zeros((plan.micro_batch, run.config.train.seq_len), dtype=torch.int64, device=mesh.device)
+    if not is_finite(run, zeros_BT, zeros_BT):
+        return []
+    for index, batch in enumerate(run.batches.take(run.progress.position)):
+        groups = [range(mesh.world)]
+        while groups:
+            ranks = groups.pop()
+            if is_finite(run, *(batch if mesh.rank in ranks else (zeros_BT, zeros_BT))):
+                continue
+            if len(ranks) > 1:
+                groups += [ranks[: len(ranks) // 2], ranks[len(ranks) // 2 :]]
+                continue
+            for row in range(plan.micro_batch):  # repeated to a micro-batch: the shape that is compiled
+                repeated = [tensor_BT[row].expand_as(tensor_BT).contiguous() for tensor_BT in batch]
+                if not is_finite(run, *(repeated if mesh.rank in ranks else (zeros_BT, zeros_BT))):
+                    found += [own[index * plan.micro_batch + row]] if mesh.rank in ranks else []
     parallel.zero_gradients(run.module)
-    return sorted(number for numbers in run.mesh.gather(found) for number in numbers)
+    return sorted(number for numbers in mesh.gather(found) for number in numbers)
 
 
-def is_finite_alone(run: Run, inputs_BT: Tensor, targets_BT: Tensor) -> bool:
-    """Are the loss and the gradient of this rank's micro-batch finite, with the weights as they are?"""
+def is_finite(run: Run, inputs_BT: Tensor, targets_BT: Tensor) -> bool:
+    """Are the loss and the gradient of all ranks' micro-batches finite, with the weights as they are? Collective."""
     run.watchdog.beat(f"step {run.progress.step + 1}, looking for what is not finite")
     parallel.zero_gradients(run.module)
-    parallel.set_gradient_sync(run.module, is_last=False)
-    scaled, unscaled = run.module(inputs_BT, targets_BT, run.mean)
-    scaled.backward()
-    norm = optim.global_norm(p.grad for p in run.model.parameters() if p.grad is not None)
-    return bool((torch.isfinite(norm) & torch.isfinite(unscaled)).item())
+    loss_sum = accumulate_gradients(run, [(inputs_BT, targets_BT)], run.mean)
+    return not run.mesh.any(not math.isfinite(loss_sum + optim.sum_of_squares(run.model.parameters())))
 
 
 def look(run: Run) -> bool:
     """Validate and sample where it is their turn; True if a stop was asked for meanwhile, and the rest left undone."""
-    if is_due_to_validate(run) and validate_now(run):
-        return True
-    return is_due_to_sample(run) and sample_now(run)
+    stopped = (is_due_to_validate(run) and validate_now(run)) or (is_due_to_sample(run) and sample_now(run))
+    parallel.free_gathered(run.module)
+    return stopped
 
 
 def is_due_to_validate(run: Run) -> bool:
@@ -355,7 +367,7 @@ def sample_now(run: Run) -> bool:
         run.watchdog.beat(f"sampling after step {run.progress.step}")
         return is_stopped(run)
 
-    samples = run.sampler.draw(run.model, is_stopped_here)
+    samples = run.sampler.draw(run.objective, is_stopped_here)
     if samples is None:
         return True
     run.sinks.sampled_steps.add(run.progress.step)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.config import ModelConfig
 from model.gpt import GPT
 
 IGNORED = -100  # a target that is not scored
@@ -113,6 +114,14 @@ class Objective(nn.Module):
             found: Tensor = ChunkedCrossEntropy.apply(x_ND, weight_VD, targets_N, scale, vocab_size, self._chunk)
             return found
         return self._plain(x_ND, weight_VD, targets_N, scale, vocab_size)
+
+    @property
+    def config(self) -> ModelConfig:
+        return self.model.config
+
+    def logits_at(self, tokens_BT: Tensor, places_B: Tensor) -> Tensor:
+        """GPT.logits_at: what sampling reads."""
+        return self.model.logits_at(tokens_BT, places_B)
 
     @torch.no_grad()
     def token_losses(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:

@@ -8,9 +8,11 @@
 Presets: train/presets.py. Flags: `--help`. The same command line again continues the run.
 """
 
+import gc
 import time
 
 STARTED = time.perf_counter()  # before the slow imports, which are most of a short run's start-up
+gc.disable()  # until they are done: looking for garbage that they do not make would be a sixth of their time
 
 import os
 import sys
@@ -30,21 +32,23 @@ from data_prep.codec import load_codec
 from data_prep.errors import one_line_errors
 from data_prep.manifest import FILE_NAME, Manifest, read_manifest
 from model.trained import list_checkpoints
-from train import parallel
 from train.assemble import assemble, open_data
 from train.batches import BatchPlan, divisors, plan_batches
 from train.config import Config, parse, settings_without_effect, with_vocabulary
 from train.fit import check_device
+from train.layout import Layout, agree_on_layout, choose_layout, memory_of
 from train.loop import Run, train
 from train.mesh import Mesh, open_mesh
 from train.meters import Startup
 from train.numerics import set_numerics
 from train.presets import PRESETS
 from train.resume import settle_origin
-from train.run_card import run_card
+from train.run_card import CPU, run_card
 from train.run_dir import RunDirectory, refuse_disagreement
 from train.stops import Stops
 from train.watchdog import Watchdog
+
+gc.enable()
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -66,17 +70,20 @@ def dry_run(config: Config) -> None:
     if manifest is not None:
         config = with_vocabulary(config, manifest.vocab_size)
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    parallel.check_mode(config, world)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    memory_bytes = memory_of(device, local_ranks)
+    layout = choose_layout(config, world=world, local_world=local_ranks, memory_bytes=memory_bytes)
     config = settle_origin(config)
     plan = plan_batches(config, world)
     if manifest is not None:
         RunDirectory(config, manifest.fingerprint, Mesh(0, 1, torch.device("cpu"))).check_start()
         open_data(config, plan, load_codec(config.data.dir))
     if os.environ.get("RANK", "0") == "0":
-        print(card(config, manifest, plan, world))
+        print(card(config, manifest, plan, layout))
         if list_checkpoints(config.directory):
             print(f"continues from {list_checkpoints(config.directory)[-1]}")
-        for line in settings_without_effect(config, "cuda" if torch.cuda.is_available() else "cpu", world):
+        for line in settings_without_effect(config, device.type, world, layout.mode):
             print(f"warning: {line}")
 
 
@@ -86,7 +93,7 @@ def run(config: Config, mesh: Mesh, startup: Startup | None = None) -> None:
     manifest = mesh.on_all(lambda: read_manifest(config.data.dir))
     config = with_vocabulary(config, manifest.vocab_size)
     refuse_disagreement(config, manifest.fingerprint, mesh)
-    parallel.check_mode(config, mesh.world)
+    layout = agree_on_layout(config, mesh)
     check_device(config, mesh.device)
     plan_batches(config, mesh.world)
     mesh.on_all(lambda: set_numerics(config.train, mesh.device))
@@ -96,10 +103,10 @@ def run(config: Config, mesh: Mesh, startup: Startup | None = None) -> None:
         RunDirectory(config, manifest.fingerprint, mesh) as directory,
         Watchdog(config.parallel, mesh, directory) as watchdog,
     ):
-        this = assemble(config, mesh, manifest, directory, stops, watchdog, startup)
+        this = assemble(config, mesh, layout, manifest, directory, stops, watchdog, startup)
         try:
             with this.saver, this.sinks as sinks:
-                sinks.say(card(this.config, manifest, this.plan, mesh.world))
+                sinks.say(card(this.config, manifest, this.plan, layout))
                 if this.loaded is not None:
                     sinks.say(f"continuing from {this.loaded}")
                 directory.report(this.progress.step)
@@ -125,15 +132,19 @@ def what_to_set_for_memory(run: Run, asked: Config) -> str:
     flags += ["--train.micro-batch auto"] if smaller is not None and asked.train.micro_batch != "auto" else []
     flags += ["--train.loss chunked"] if train.loss == "plain" else []
     flags += [] if train.activation_checkpointing else ["--train.activation-checkpointing"]
+    layout = run.layout
+    flags += ["--parallel.mode fsdp"] if layout.mode == "ddp" else []
+    flags += ["--parallel.reshard-after-forward"] if layout.is_sharded and not layout.reshard_after_forward else []
+    flags += ["--parallel.accumulate sharded"] if layout.is_sharded and layout.whole_gradients else []
     advice = " or ".join(flags) or "a smaller --train.seq-len or a smaller model"
     tried = f"out of memory with --train.micro-batch {plan.micro_batch} and --train.seq-len {train.seq_len}"
     start = "from its last checkpoint" if run.saver.saved_step else "from the beginning"
     return f"{tried}: set {advice}; the same command then goes on {start}"
 
 
-def card(config: Config, manifest: Manifest | None, plan: BatchPlan, world: int) -> str:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU process"
-    return run_card(config, manifest, plan, world, device)
+def card(config: Config, manifest: Manifest | None, plan: BatchPlan, layout: Layout) -> str:
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else CPU
+    return run_card(config, manifest, plan, layout, device)
 
 
 if __name__ == "__main__":

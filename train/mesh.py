@@ -24,7 +24,8 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class Mesh:
-    """One process's place. With one process there is no process group and every collective is a no-op."""
+    """One process's place. With one process every collective here is a no-op, and there is no process group but where
+    `need_group` made one."""
 
     rank: int
     world: int
@@ -36,10 +37,9 @@ class Mesh:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self.world == 1:
-            return
-        if kind is None:
-            dist.destroy_process_group()
+        if kind is None or self.world == 1:
+            if dist.is_initialized():
+                dist.destroy_process_group()
             return
         # Tearing down a group whose peers may be gone hangs: say what happened, then leave hard.
         is_input_error = issubclass(kind, InputError)
@@ -118,10 +118,19 @@ class Mesh:
         result: Result = outcome[0]
         return result
 
+    def need_group(self) -> None:
+        """A process group for one process too: what spreads a model asks for one."""
+        if not dist.is_initialized():
+            dist.init_process_group(backend_of(self.device), store=dist.HashStore(), rank=self.rank, world_size=1)
+
     def set_timeout(self, seconds: float) -> None:
         """From now on a collective of any group may last so long, and a little longer."""
         for group in dist.distributed_c10d._world.pg_map:
             dist.distributed_c10d._set_pg_timeout(group_timeout(seconds), group)
+
+
+def backend_of(device: torch.device) -> str:
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
 def group_timeout(seconds: float) -> datetime.timedelta:
@@ -148,11 +157,10 @@ def open_mesh(timeout_seconds: float, run_dir: Path) -> Mesh:
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if world > 1:
-        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
         flight_recorder.turn_on(run_dir)
         with launcher.needed():
             dist.init_process_group(
-                backend,
+                backend_of(device),
                 timeout=group_timeout(timeout_seconds),
                 device_id=device if device.type == "cuda" else None,
             )

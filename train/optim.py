@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from train.config import OptimConfig
+from train.parallel import local
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
@@ -51,10 +52,12 @@ def learning_rate(step: int, config: OptimConfig, num_steps: int) -> float:
     return config.lr_final + 0.5 * (1 + math.cos(math.pi * progress)) * (config.lr_peak - config.lr_final)
 
 
-def global_norm(gradients: Iterable[Tensor]) -> Tensor:
-    """Root of the fp64 sum of squares of all gradients, rounded to fp32: a scalar on their device."""
-    norms = list(torch._foreach_norm(list(gradients), 2, dtype=torch.float64))
-    return torch.stack(norms).square().sum().sqrt().float()
+def sum_of_squares(parameters: Iterable[Tensor]) -> Tensor:
+    """Of this rank's part of all gradients, in fp64: a scalar on their device. Their norm is the root of its sum over
+    a replica's shards, rounded to fp32."""
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
+    norms = list(torch._foreach_norm(gradients, 2, dtype=torch.float64))
+    return torch.stack(norms).square().sum()
 
 
 def update(

@@ -1,37 +1,60 @@
 """Everything that is done to the plain model before it trains, in one visible order."""
 
+import math
 import types
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from data_prep.errors import InputError
-from model.gpt import GPT, Block
+from model.gpt import GPT, Block, init_weights
 from train.config import Config
+from train.layout import Layout
 from train.losses import Objective
 from train.mesh import Mesh
+from train.numerics import compute_dtype
+
+# Inductor leaves out casts to bf16 and back: a weight cast to bf16 would be another than one that was gathered in it.
+ROUND_AS_EAGER: dict[str, Any] = {"emulate_precision_casts": True}
 
 
-def build_objective(model: GPT, config: Config) -> Objective:
-    """The model with its loss, made ready for one process. Parameter names stay as they are.
+def build_objective(config: Config, layout: Layout, mesh: Mesh) -> Objective:
+    """The model with its loss and its initial weights, ready for this process. Parameter names stay as they are.
 
-    1. Activation checkpointing, block by block: the compiler must see it to plan what is computed again.
-    2. compile, in place and block by block: one graph serves all blocks, and what wraps the model does not break it.
-       Shapes are static: training, validation and sampling call the model in one and the same.
-       Dynamo's own cutting at DDP's buckets is switched off: blocks are pieces enough to overlap communication with,
-       and every world size then compiles the same graph.
+    1. Without memory (on the meta device), so that no rank ever holds more than its part and one whole parameter.
+    2. Activation checkpointing, block by block: the compiler must see it to plan what is computed again.
+    3. compile, in place and block by block: one graph serves all blocks. A block's forward is compiled, not its call,
+       so that FSDP's hooks, which run around it, break no graph. Shapes are static: training, validation and
+       sampling call the model in one and the same. Dynamo's own cutting at DDP's buckets is switched off: blocks are
+       pieces enough to overlap communication with, and every world size then compiles the same graph.
+    4. FSDP2, so that what it gathers and frees is a block with all that was done to it.
+    5. Memory and initial values, each drawn whole and cut: the same numbers however the model is spread.
+    6. DDP, in `wrap`, so that it sees the final parameters. The optimizer comes after sharding: it is made of shards.
     """
     train = config.train
+    with torch.device("meta"):
+        model = GPT(config.model, compute_dtype=compute_dtype(train))
+        objective = Objective(model, chunked=train.loss == "chunked", compiled=train.compile)
     if train.activation_checkpointing:
         for block in model.blocks:
             block.forward = types.MethodType(recomputed, block)
     if train.compile:
         torch._dynamo.config.optimize_ddp = False
         for part in (*model.blocks, model.transformer["ln_f"]):
-            part.compile(dynamic=False)
-    return Objective(model, chunked=train.loss == "chunked", compiled=train.compile)
+            part.forward = torch.compile(part.forward, dynamic=False, options=ROUND_AS_EAGER)
+    if layout.is_sharded:
+        shard(objective, layout, mesh)
+        mesh.set_timeout(config.parallel.init_timeout_seconds)  # of the groups that were made for it, too
+    objective.to_empty(device=mesh.device)
+    model.tie_weights()
+    init_weights(model, config.seed, put=put)
+    assert model.lm_head.weight is model.transformer["wte"].weight
+    return objective
 
 
 def recomputed(block: Block, x_BTD: Tensor) -> Tensor:
@@ -43,22 +66,64 @@ def recomputed(block: Block, x_BTD: Tensor) -> Tensor:
     return found
 
 
-def wrap(objective: Objective, mesh: Mesh) -> nn.Module:
-    """3. DDP last, so that it sees the final parameters. gradient_as_bucket_view saves one copy of the gradients.
+def shard(objective: Objective, layout: Layout, mesh: Mesh) -> None:
+    """FSDP2: every rank keeps the rows of each parameter that are its own, and gathers a block when it is its turn.
 
-    The module to call in training; the model itself stays the one to save, validate and sample from.
+    A block's weights are gathered in the dtype that it computes with, which is how the plain model uses them, and its
+    gradients are reduced in fp32. The rest (the embedding, which is also the head, positions and last norm) is one
+    group of the root and is gathered in fp32: the embedding's gradient is a sum over tokens, which in bf16 would lose
+    what the plain model keeps. The last block and the root stay gathered between their passes: the backward pass
+    begins with them.
     """
-    if mesh.world > 1:
+    device_mesh = make_device_mesh(layout, mesh)
+    dtype = objective.model.compute_dtype
+    in_compute_dtype = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    *blocks, last = objective.model.blocks
+    for block in blocks:
+        fully_shard(
+            block, mesh=device_mesh, mp_policy=in_compute_dtype, reshard_after_forward=layout.reshard_after_forward
+        )
+    fully_shard(last, mesh=device_mesh, mp_policy=in_compute_dtype, reshard_after_forward=False)
+    fully_shard(
+        objective,
+        mesh=device_mesh,
+        mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False),
+        reshard_after_forward=False,
+    )
+    for method in ("token_losses", "logits_at"):  # they gather as `forward` does
+        register_fsdp_forward_method(objective, method)
+
+
+def make_device_mesh(layout: Layout, mesh: Mesh) -> DeviceMesh:
+    """The ranks as a row of shards, or as a table: a row for each replica. Collective."""
+    mesh.need_group()
+    if layout.mode == "hsdp":
+        shape, names = (layout.replicas, layout.shards), ("replicate", "shard")
+        return init_device_mesh(mesh.device.type, shape, mesh_dim_names=names)
+    return init_device_mesh(mesh.device.type, (layout.shards,), mesh_dim_names=("shard",))
+
+
+@torch.no_grad()
+def put(parameter: Tensor, value: Tensor) -> None:
+    """`value` into a parameter that may be sharded: then this rank's rows of it, without communication."""
+    part = local(parameter)
+    if isinstance(parameter, DTensor):
+        mesh = parameter.device_mesh
+        start = mesh.get_local_rank(mesh.ndim - 1) * math.ceil(len(value) / mesh.size(-1))
+        value = value[start : start + len(part)]
+    part.copy_(value)
+
+
+def wrap(objective: Objective, layout: Layout) -> nn.Module:
+    """6. DDP last. gradient_as_bucket_view saves one copy of the gradients.
+
+    The module to call in training; the objective itself stays the one to validate and sample from.
+    """
+    if layout.mode == "ddp":
         return DistributedDataParallel(objective, gradient_as_bucket_view=True)
     return objective
-
-
-def check_mode(config: Config, world: int) -> None:
-    """InputError if --parallel.mode does not fit the number of processes."""
-    if config.parallel.mode == "none" and world > 1:
-        raise InputError(f"--parallel.mode none with {world} processes would train {world} models; use ddp")
-    if config.parallel.mode == "ddp" and world == 1:
-        raise InputError("--parallel.mode ddp needs several processes: torchrun --nproc_per_node=2 train/main.py")
 
 
 def zero_gradients(module: nn.Module) -> None:
@@ -67,7 +132,34 @@ def zero_gradients(module: nn.Module) -> None:
     module.zero_grad(set_to_none=not isinstance(module, DistributedDataParallel))
 
 
-def set_gradient_sync(module: nn.Module, is_last: bool) -> None:
-    """Reduce gradients in the backward pass of the last micro-batch only. Call before its *forward*."""
+def set_gradient_sync(module: nn.Module, layout: Layout, is_last: bool) -> None:
+    """Whether the next micro-batch is the last of its step. Call before its *forward*.
+
+    The root's weights stay gathered until then: every pass uses them first and last of all, so freeing them would
+    lower no peak. With whole gradients nothing is reduced before the last, and weights that stay gathered from the
+    forward to the backward pass stay so until then. Else every micro-batch's gradients are scattered over a replica's
+    shards, and the last one's sums are added up over the replicas.
+    """
     if isinstance(module, DistributedDataParallel):
         module.require_backward_grad_sync = is_last
+    if isinstance(module, FSDPModule):
+        module.set_is_last_backward(is_last)
+        keeps_all = layout.whole_gradients and not layout.reshard_after_forward
+        module.set_reshard_after_backward(is_last, recurse=keeps_all)
+        if layout.whole_gradients:
+            module.set_requires_gradient_sync(is_last)
+        elif layout.replicas > 1:
+            module.set_requires_all_reduce(is_last)
+
+
+def free_gathered(module: nn.Module) -> None:
+    """After forward passes without a backward pass: what FSDP2 kept gathered for it is freed."""
+    if isinstance(module, FSDPModule):
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be sharded: a view of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

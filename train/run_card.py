@@ -1,15 +1,28 @@
 """What a run is going to be, printed once before step 0 and by --dry-run."""
 
+from dataclasses import replace
+
 from data_prep.manifest import Manifest
 from model.budget import budget
+from model.memory import Memory, StepShape, memory
 from train.batches import BatchPlan
+from train.communication import step_communication
 from train.config import Config
+from train.layout import Layout
+from train.losses import CHUNK_TOKENS
+from train.numerics import compute_dtype
+
+SHOWN = 0.01  # of the peak: what is less is added up
 
 
-def run_card(config: Config, manifest: Manifest | None, plan: BatchPlan, world: int, device: str) -> str:
-    """Parameters, tokens per step, accumulation, steps, epochs, FLOPs, memory; `manifest` None: data not there."""
+CPU = "CPU process"  # in place of a GPU's name
+
+
+def run_card(config: Config, manifest: Manifest | None, plan: BatchPlan, layout: Layout, device: str) -> str:
+    """Parameters, tokens per step, accumulation, steps, epochs, FLOPs, how the model is spread and the memory that it
+    takes; `manifest` None: data not there."""
     cost = budget(config.model)
-    train, model = config.train, config.model
+    train, model, world = config.train, config.model, layout.shards * layout.replicas
     total_tokens = train.steps * train.batch_tokens
     total_flops = cost.flops_per_token * total_tokens
     sharing = f"{plan.accumulation} micro-batches x {plan.micro_batch}"
@@ -46,9 +59,11 @@ def run_card(config: Config, manifest: Manifest | None, plan: BatchPlan, world: 
         ),
         (
             "device",
-            f"{world} x {device}, {', '.join(options)}; weights, gradients and "
-            f"optimizer {cost.state_bytes / 1e9:.2f} GB per process; checkpoint {cost.checkpoint_bytes / 1e9:.2f} GB",
+            f"{world} x {device}, {', '.join(options)}; checkpoint {cost.checkpoint_bytes / 1e9:.2f} GB",
         ),
+        ("parallel", _parallel_line(layout, plan)),
+        *([("network", _network_line(config, plan, layout))] if world > 1 and train.micro_batch != "auto" else []),
+        ("memory", _memory_line(config, plan, layout, on_cpu=device == CPU)),
     ]
     return "\n".join(f"{name:<10}{text}" for name, text in lines)
 
@@ -63,3 +78,63 @@ def _data_line(config: Config, manifest: Manifest | None, total_tokens: int) -> 
     left_out = len(set(config.data.leave_out))
     without = f", {left_out} windows left out" if left_out else ""
     return f"{config.data.dir}: {tokens:,} training tokens{without}, {vocabulary}, {epochs:.2f} epochs{warning}"
+
+
+def _parallel_line(layout: Layout, plan: BatchPlan) -> str:
+    if not layout.is_sharded:
+        return f"{layout.mode} ({layout.reason})"
+    copies = f", {layout.replicas} copies" if layout.replicas > 1 else ""
+    parts = [f"{layout.mode}, {layout.shards} shards{copies} ({layout.reason})"]
+    if plan.accumulation > 1:
+        parts.append("whole gradients reduced once a step" if layout.whole_gradients else "gradients reduced each time")
+    parts.append("weights gathered " + ("for each pass" if layout.reshard_after_forward else "once for both passes"))
+    return "; ".join(parts)
+
+
+def _network_line(config: Config, plan: BatchPlan, layout: Layout) -> str:
+    found = step_communication(
+        config.model, layout, micro_batches=plan.accumulation, compute_dtype=compute_dtype(config.train)
+    )
+    kinds = {
+        "all-gathers": found.all_gathers,
+        "reduce-scatters": found.reduce_scatters,
+        "all-reduces": found.all_reduces,
+    }
+    said = [f"{kind.count} {name} of {kind.num_bytes / 1e9:.3g} GB" for name, kind in kinds.items() if kind.count]
+    return f"each rank, each step: {', '.join(said)}"
+
+
+def _memory_line(config: Config, plan: BatchPlan, layout: Layout, *, on_cpu: bool) -> str:
+    """The peak and what it is made of; that of one window where --train.micro-batch auto is still to be found."""
+    is_found = config.train.micro_batch != "auto"
+    found = step_memory(config, plan if is_found else replace(plan, micro_batch=1), layout, on_cpu=on_cpu)
+    peak = found.peak_bytes
+    shown = {part: n for part, n in sorted(found.peak.items(), key=lambda item: -item[1]) if n >= SHOWN * peak}
+    shown |= {"other": peak - sum(shown.values())} if sum(shown.values()) < peak else {}
+    parts = ", ".join(f"{part} {n / 1e9:.2f}" for part, n in shown.items())
+    given = "" if is_found else " with a micro-batch of 1"
+    limit = "  WARNING: more than there is" if peak > layout.memory_bytes else ""
+    about = "at most" if config.train.compile else "about"
+    return (
+        f"{about} {peak / 1e9:.2f} of {layout.memory_bytes / 1e9:.1f} GB per process{given}, "
+        f"in {found.peak_phase}: {parts}{limit}"
+    )
+
+
+def step_memory(config: Config, plan: BatchPlan, layout: Layout, *, on_cpu: bool) -> Memory:
+    """What a rank's step takes, by phase and component."""
+    train = config.train
+    shape = StepShape(
+        micro_batch=plan.micro_batch,
+        seq_len=train.seq_len,
+        accumulation=plan.accumulation,
+        compute_bytes=compute_dtype(train).itemsize,
+        activation_checkpointing=train.activation_checkpointing,
+        chunk_tokens=CHUNK_TOKENS if train.loss == "chunked" else None,
+        mode=layout.mode,
+        shards=layout.shards,
+        reshard_after_forward=layout.reshard_after_forward,
+        whole_gradients=layout.whole_gradients,
+        on_cpu=on_cpu,
+    )
+    return memory(config.model, shape)

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from data_prep.codec import Codec
 from data_prep.errors import InputError
 from model.generate import encode_prompt, sample_generator
-from model.gpt import GPT
 from model.sampling import Sampling, generate_rows
 from train.config import SampleConfig
+from train.losses import Objective
 
 
 @dataclass(frozen=True)
@@ -38,33 +38,35 @@ class Sampler:
         except InputError as error:
             raise InputError(f"--sample.prompts {prompt!r}: {error}") from error
 
-    def draw(self, model: GPT, is_stopped: Callable[[], bool]) -> list[Sample] | None:
-        """A sample for each prompt; None if `is_stopped`, asked at each token, says so. The model must not be sharded,
-        or every rank must draw."""
-        model.eval()
+    def draw(self, objective: Objective, is_stopped: Callable[[], bool]) -> list[Sample] | None:
+        """A sample for each prompt; None if `is_stopped`, asked at each token, says so. Every rank must draw: it calls
+        the model and asks equally often, whatever is drawn, so tokens after an end are drawn too, and cut off."""
+        objective.eval()
         ends: list[list[int]] = []
         size = self._num_rows or len(self._prompts)
         for start in range(0, len(self._prompts), size):
             prompts = self._prompts[start : start + size]
             rows = generate_rows(
-                model,
+                objective,
                 prompts,
                 sampling=Sampling(),
                 generators=[sample_generator(self._seed, start + index) for index in range(len(prompts))],
-                stop_id=self._codec.eot_id,
                 num_rows=self._num_rows,
             )
             drawn: list[list[int]] = [[] for _ in prompts]
-            nothing: list[int | None] = [None] * len(prompts)  # when all have ended
-            for _ in range(self._config.tokens):  # asked as often on every rank, whatever each has drawn
+            for _ in range(self._config.tokens):
                 if is_stopped():
-                    model.train()
+                    objective.train()
                     return None
-                for end, token in zip(drawn, next(rows, nothing), strict=True):
-                    end += [] if token is None else [token]
+                for end, token in zip(drawn, next(rows), strict=True):
+                    assert token is not None, "no stop_id was given"
+                    end.append(token)
             ends += drawn
-        model.train()
+        objective.train()
         return [
-            Sample(prompt, self._codec.decode_bytes(end).decode("utf-8", errors="replace"))
+            Sample(prompt, self._codec.decode_bytes(self._until_end(end)).decode("utf-8", errors="replace"))
             for prompt, end in zip(self._config.prompts, ends, strict=True)
         ]
+
+    def _until_end(self, tokens: list[int]) -> list[int]:
+        return tokens[: tokens.index(self._codec.eot_id)] if self._codec.eot_id in tokens else tokens

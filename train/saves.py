@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from data_prep.atomic import fsync_directory, sha256_of_file, write_atomically, write_json_atomically
 from data_prep.errors import InputError
@@ -31,6 +32,7 @@ from train import run_dir as run_dirs
 from train.config import SaveConfig
 from train.mesh import Mesh
 from train.numerics import LossScale
+from train.parallel import local
 
 SPARE_BYTES = 16 * 2**20  # for state.json, .metadata and the file system's own needs
 
@@ -63,7 +65,7 @@ class Save:
 class Saver:
     """Writes a run's checkpoints: `begin`, then `finish` at once (--save.mode sync) or some steps later (async).
 
-    What all ranks hold alike is shared out among them. Synchronously the tensors are written where they lie, and
+    What several ranks hold alike is shared out among them. Synchronously the tensors are written where they lie, and
     nothing may change them until `finish` returns. Asynchronously they are copied first: on a CPU in `begin`, on a GPU
     beside the next step's forward and backward passes, before whose update `wait_until_staged` must be called.
 
@@ -132,12 +134,12 @@ class Saver:
                 self._copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=self._stream is not None)
         if self._stream is None:
             for name, tensor in tensors.items():
-                self._copies[name].copy_(tensor)
+                local(self._copies[name]).copy_(local(tensor))
             return self._copies, None
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             for name, tensor in tensors.items():
-                self._copies[name].copy_(tensor, non_blocking=True)
+                local(self._copies[name]).copy_(local(tensor), non_blocking=True)
         staged = torch.cuda.Event()
         staged.record(self._stream)
         return self._copies, staged
@@ -248,16 +250,26 @@ def checkpoint_tensors(
 
 
 def share_of(tensors: dict[str, Tensor], mesh: Mesh) -> dict[str, Tensor]:
-    """What this rank writes of tensors that all ranks hold alike: the largest first, each to who has least so far."""
+    """What this rank writes, the largest first, by who has least so far: a tensor that all ranks hold alike is one
+    rank's, a sharded one that of one replica's ranks, each its own shard."""
     sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
-    loads = [0] * mesh.world
+    loads = [0.0] * mesh.world
     own = {}
     for name in sorted(tensors, key=lambda name: (-sizes[name], name)):
-        rank = loads.index(min(loads))
-        loads[rank] += sizes[name]
-        if rank == mesh.rank:
+        writers = min(holders_of(tensors[name], mesh), key=lambda ranks: sum(loads[rank] for rank in ranks))
+        for rank in writers:
+            loads[rank] += sizes[name] / len(writers)
+        if mesh.rank in writers:
             own[name] = tensors[name]
     return own
+
+
+def holders_of(tensor: Tensor, mesh: Mesh) -> list[list[int]]:
+    """Every set of ranks that together hold a whole copy of the tensor."""
+    if not isinstance(tensor, DTensor):
+        return [[rank] for rank in range(mesh.world)]
+    shards = tensor.device_mesh.size(-1)  # the last dimension is what a replica is spread over
+    return tensor.device_mesh.mesh.reshape(-1, shards).tolist()
 
 
 def _seal(temporary: Path, state: dict[str, Any]) -> None:

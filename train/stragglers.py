@@ -1,7 +1,8 @@
 """Which rank is slow, before anybody has to ask: its own part of a step against the others'.
 
 A rank's own part is from asking for data to the last micro-batch's backward pass. What comes after is waiting for the
-others as well, and takes as long on every rank.
+others as well, and takes as long on every rank. Where weights are gathered, all passes wait for others: there it is
+the wait for data and the first block's forward passes, in which nothing is gathered.
 """
 
 import statistics
@@ -10,6 +11,7 @@ from collections import deque
 from collections.abc import Callable
 
 import torch
+from torch import nn
 
 from train.mesh import Mesh
 
@@ -20,28 +22,46 @@ Moment = float | torch.cuda.Event  # on the host's clock, or in the GPU's stream
 
 
 class Stragglers:
-    """Two clock reads or events a step, and one gathering in a hundred. A world of one does nothing."""
+    """Clock reads or events in every step, and one gathering in a hundred. A world of one does nothing."""
 
     def __init__(self, mesh: Mesh, hosts: list[str], say: Callable[[str], None]) -> None:
         self._mesh = mesh
         self._hosts = hosts
         self._say = say
         self._began: Moment | None = None
-        self._parts: deque[tuple[Moment, Moment]] = deque()  # of steps whose results nobody has read yet
+        self._pieces: list[tuple[Moment, Moment]] | None = None  # of the own part of the step under way
+        self._parts: deque[list[tuple[Moment, Moment]]] = deque()  # of steps whose results nobody has read yet
         self._seconds, self._num_steps = 0.0, 0  # since the last look
         self._slow_before: set[int] = set()
         self._said: set[int] = set()
 
-    def begin(self) -> None:
-        """A step begins."""
+    def watch(self, block: nn.Module) -> None:
+        """Count its forward passes in a step. After sharding: what FSDP's hooks around it wait for is left out."""
+        block.register_forward_pre_hook(lambda *_: self.begin())
+        block.register_forward_hook(lambda *_: self.end(), prepend=True)
+
+    def begin_step(self) -> None:
         if self._mesh.world > 1:
+            self._pieces = []
+            self.begin()
+
+    def begin(self) -> None:
+        """What this rank does alone begins. Nothing outside a step: a warm-up is none."""
+        if self._pieces is not None:
             self._began = self._now()
 
     def end(self) -> None:
-        """What is left of the step waits for others too. Nothing if no step began: a warm-up is none."""
-        if self._began is not None:
-            self._parts.append((self._began, self._now()))
-            self._began = None
+        """What comes now waits for others too."""
+        if self._began is not None and self._pieces is not None:
+            self._pieces.append((self._began, self._now()))
+        self._began = None
+
+    def end_step(self) -> None:
+        """What is left of the step waits for others too."""
+        self.end()
+        if self._pieces is not None:
+            self._parts.append(self._pieces)
+            self._pieces = None
 
     def _now(self) -> Moment:
         if self._mesh.device.type != "cuda":
@@ -54,8 +74,7 @@ class Stragglers:
         """The oldest step's results are there, and so its events. Collective at every hundredth step."""
         if self._mesh.world == 1:
             return
-        began, ended = self._parts.popleft()
-        self._seconds += seconds_between(began, ended)
+        self._seconds += sum(seconds_between(began, ended) for began, ended in self._parts.popleft())
         self._num_steps += 1
         if step % STEPS_BETWEEN_LOOKS == 0:
             self._look(self._mesh.gather(self._seconds / self._num_steps))
