@@ -37,7 +37,10 @@ def pytest_runtest_makereport(
 LONGEST = (
     "test_fineweb",
     "test_soak",
+    "test_modes",
     "test_exact",
+    "test_parallel",
+    "test_communication",
     "test_loop",
     "test_watchdog",
     "test_survival",

@@ -29,6 +29,7 @@ PLACES: dict[str, tuple[int, str]] = {
 BESIDE_THE_LOOP = ("purge", "deleting")
 BESIDE_THE_LOOP_IF_ASYNC = ("save", "writing", "commit")
 ASYNC_SAVES = ("--save.mode", "async")
+SHARDED = ("--parallel.mode", "fsdp")  # in two processes bit for bit what DDP trains
 RESTART_PLACES = ("start", "process group", "claim", "find start", "load", "warm-up")
 
 KILLS = ("kill rank", "kill ranks", "kill everything")
@@ -118,8 +119,9 @@ def stood_beside_the_loop(episode: Episode, struck: Struck) -> bool:
 
 
 def draw(rng: random.Random) -> Episode:
-    """One in two saves asynchronously, one in eight restarts in place, one in twelve freezes a rank."""
-    flags = ASYNC_SAVES if rng.random() < 0.5 else ()
+    """One in two saves asynchronously, one in two shares the model out, one in eight restarts in place, one in twelve
+    freezes a rank."""
+    flags = (*(ASYNC_SAVES if rng.random() < 0.5 else ()), *(SHARDED if rng.random() < 0.5 else ()))
     if rng.random() < 0.12:
         faults = tuple(draw_fault(rng, KILLS[:2]) for _ in range(rng.randint(1, 3)))
         return Episode(faults, in_place=True, flags=flags)

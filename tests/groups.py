@@ -1,5 +1,6 @@
 """Run a function on n gloo processes of this machine and bring every rank's result back."""
 
+import contextlib
 import ctypes
 import gc
 import multiprocessing
@@ -7,7 +8,7 @@ import os
 import pickle
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,16 @@ def _enter(rank: int, world: int, folder: str, function: Callable[..., Any], arg
     result = function(Mesh(rank, world, torch.device("cpu")), *args)
     (Path(folder) / f"result_{rank}").write_bytes(pickle.dumps(result))
     dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def leaving_no_group(mesh: Mesh) -> Iterator[None]:
+    """For a world of one, which is this process: the process group that a sharded model makes goes with it."""
+    try:
+        yield
+    finally:
+        if mesh.world == 1 and dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def run_with_own_mounts(function: Callable[..., Any], *args: Any) -> Any:

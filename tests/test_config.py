@@ -104,11 +104,11 @@ def test_a_mode_that_does_not_fit_is_refused_before_anything_is_touched(tmp_path
 
 def test_a_setting_without_effect_is_named() -> None:
     config = parsed("--optim.schedule", "constant", "--optim.lr-final", "1e-5", "--train.steps", "300")
-    assert [line.split(" ")[0] for line in settings_without_effect(config, "cuda", 1)] == [
+    assert [line.split(" ")[0] for line in settings_without_effect(config, "cuda", 1, "none")] == [
         "--optim.lr-final",
         "--optim.warmup-steps",
     ]
-    assert settings_without_effect(parsed(), "cuda", 8) == []
+    assert settings_without_effect(parsed(), "cuda", 8, "ddp") == []
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_a_setting_without_effect_is_named() -> None:
     ],
 )
 def test_every_setting_without_effect_is_named(flags: str, said: str) -> None:
-    (line,) = settings_without_effect(parsed(*flags.split()), "cpu", 2)
+    (line,) = settings_without_effect(parsed(*flags.split()), "cpu", 2, "ddp")
     assert said in line
 
 

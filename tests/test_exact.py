@@ -1,41 +1,29 @@
-"""The same run at every world size and after every resume: one group per world size runs every case."""
+"""The same run at every world size and after every stop. tests/test_modes.py: however the model is spread."""
 
-import hashlib
 import math
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 
-from data_prep.manifest import open_split, read_manifest
-from model.gpt import build_model
+from data_prep.manifest import open_split
 from model.trained import list_checkpoints
-from tests.groups import run_on_ranks
-from tests.runs import assert_same_tensors, curve, final_tensors, losses, status, tiny_config, validations
+from tests.groups import leaving_no_group, run_on_ranks
+from tests.runs import losses, status, tiny_config, validations
 from train.batches import Prefetcher, Windows
-from train.config import Config, with_vocabulary
+from train.config import Config, ParallelConfig
 from train.main import run
 from train.mesh import Mesh
 
 WORLDS = (1, 2, 3, 4)
 
 
-def train_and_interrupt(mesh: Mesh, config: Config, accumulating: Config, resumed: Config) -> str:
-    """Two whole runs; then a copy of the first that has lost all after step 20. Returns this rank's initial weights."""
-    run(config, mesh)
-    run(accumulating, mesh)
-    if mesh.is_main:
-        cut_back(config.directory, resumed.directory, step=20)
-    mesh.barrier()
-    run(resumed, mesh)
-    return initial_hash(with_vocabulary(config, read_manifest(config.data.dir).vocab_size))
-
-
-def continue_elsewhere(mesh: Mesh, configs: list[Config]) -> None:
+def train_all(mesh: Mesh, configs: list[Config]) -> None:
     for config in configs:
         run(config, mesh)
 
@@ -48,75 +36,23 @@ def cut_back(source: Path, copy: Path, step: int) -> None:
             shutil.rmtree(checkpoint)
 
 
-def initial_hash(config: Config) -> str:
-    model = build_model(config.model, seed=config.seed)
-    digest = hashlib.sha256()
-    for name, parameter in model.named_parameters():
-        digest.update(name.encode() + parameter.detach().numpy().tobytes())
-    return digest.hexdigest()
-
-
 @pytest.fixture(scope="module")
-def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, set[str]]:
-    """RUNS/wN and RUNS/wN_resumed for every world size, and the distinct initial weights over all ranks."""
+def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """RUNS/w1, whole, and RUNS/wN_accumulating for every world size."""
     folder = tmp_path_factory.mktemp("exact")
-    hashes = set()
+    run_on_ranks(1, train_all, [tiny_config(tiny_data, folder / "w1")])
     for world in WORLDS:
-        config = tiny_config(tiny_data, folder / f"w{world}")
-        resumed = tiny_config(tiny_data, folder / f"w{world}_resumed")
-        accumulating = tiny_config(tiny_data, folder / f"w{world}_accumulating", micro_batch=1)
-        hashes.update(run_on_ranks(world, train_and_interrupt, config, accumulating, resumed))
-    return folder, hashes
-
-
-def test_initial_weights_are_the_same_on_every_rank_of_every_world(trained: tuple[Path, set[str]]) -> None:
-    assert len(trained[1]) == 1
-
-
-def test_two_micro_batches_and_two_ranks_agree_bitwise_over_50_steps(trained: tuple[Path, set[str]]) -> None:
-    folder, _ = trained
-    one, two = curve(folder / "w1"), curve(folder / "w2")
-    assert len(one) == 50
-    assert sum(norm > 0.3 for _, _, norm, _ in one) > 25, "clipping must be active for this to say much"
-    assert one == two
-    assert_same_tensors(final_tensors(folder / "w1"), final_tensors(folder / "w2"))
-
-
-@pytest.mark.parametrize("world", WORLDS[1:])
-def test_every_world_trains_the_same_run(trained: tuple[Path, set[str]], world: int) -> None:
-    folder, _ = trained
-    difference = (losses(folder / f"w{world}") - losses(folder / "w1")).abs()
-    assert difference[0] <= 2e-6
-    assert difference[:6].max() <= 4e-6
-    assert difference.max() <= 1e-5
+        run_on_ranks(world, train_all, [tiny_config(tiny_data, folder / f"w{world}_accumulating", micro_batch=1)])
+    return folder
 
 
 @pytest.mark.parametrize("world", WORLDS)
-def test_accumulation_is_the_same_run(trained: tuple[Path, set[str]], world: int) -> None:
+def test_accumulation_is_the_same_run(trained: Path, world: int) -> None:
     """micro_batch 1: 12, 6, 4 and 3 micro-batches a step on each rank, gradients reduced after the last."""
-    folder, _ = trained
-    difference = (losses(folder / f"w{world}_accumulating") - losses(folder / "w1")).abs()
+    difference = (losses(trained / f"w{world}_accumulating") - losses(trained / "w1")).abs()
     assert difference[0] <= 2e-6
     assert difference[:6].max() <= 4e-6
     assert difference.max() <= 1e-5
-
-
-@pytest.mark.parametrize("world", WORLDS[1:])
-def test_validation_does_not_depend_on_the_world(trained: tuple[Path, set[str]], world: int) -> None:
-    folder, _ = trained
-    one, other = validations(folder / "w1"), validations(folder / f"w{world}")
-    assert [step for step, _, _ in one] == [0, 25, 50] == [step for step, _, _ in other]
-    torch.testing.assert_close(torch.tensor(one), torch.tensor(other), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("world", WORLDS)
-def test_a_resumed_run_is_bitwise_the_uninterrupted_one(trained: tuple[Path, set[str]], world: int) -> None:
-    folder, _ = trained
-    whole, resumed = folder / f"w{world}", folder / f"w{world}_resumed"
-    assert "continuing from" in (resumed / "log.txt").read_text()
-    assert curve(resumed) == curve(whole)
-    assert validations(resumed) == validations(whole)
-    assert_same_tensors(final_tensors(resumed), final_tensors(whole))
 
 
 def train_until_stopped(mesh: Mesh, config: Config, num_steps: int) -> list[tuple[int, list[bytes]]]:
@@ -136,7 +72,7 @@ def train_until_stopped(mesh: Mesh, config: Config, num_steps: int) -> list[tupl
             os.kill(os.getpid(), signal.SIGTERM)
         return taken
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, leaving_no_group(mesh):
         patch.setattr(Prefetcher, "take", noticed)
         run(config, mesh)
     return served
@@ -150,16 +86,17 @@ def contents(inputs_BT: Tensor, targets_BT: Tensor) -> list[bytes]:
     ]
 
 
-def test_one_run_in_every_world_in_turn_reads_each_window_once(
-    trained: tuple[Path, set[str]], tiny_data: Path, tmp_path: Path
-) -> None:
-    """The same configuration at each start, stopped by a signal to one rank, with more processes or fewer: from each
-    world to each other one."""
-    config, whole = tiny_config(tiny_data, tmp_path / "run"), trained[0] / "w1"
+def test_one_run_in_every_world_in_turn_reads_each_window_once(trained: Path, tiny_data: Path, tmp_path: Path) -> None:
+    """The same configuration at each start but for how the model is spread, stopped by a signal to one rank, with more
+    processes or fewer: from each world to each other one."""
+    config, whole = tiny_config(tiny_data, tmp_path / "run"), trained / "w1"
+    fsdp, hsdp = ParallelConfig(mode="fsdp"), ParallelConfig(mode="hsdp", shard_size=2)
     worlds = (1, 2, 3, 4, 1, 3, 2, 1, 4, 2, 4, 3, 1)
+    spread = {2: fsdp, 4: hsdp, 5: fsdp, 6: fsdp, 9: fsdp, 11: hsdp, 12: fsdp}  # by attempt; else DDP
     read: dict[int, list[bytes]] = {}
     for attempt, world in enumerate(worlds, start=1):
-        ranks = run_on_ranks(world, train_until_stopped, config, 2 if attempt < len(worlds) else 50)
+        this = replace(config, parallel=spread.get(attempt, config.parallel))
+        ranks = run_on_ranks(world, train_until_stopped, this, 2 if attempt < len(worlds) else 50)
         for steps in zip(*ranks, strict=True):  # the ranks' parts of one step
             (position,) = {position for position, _ in steps}
             assert position not in read, f"trained again, now by {world} processes"
@@ -180,7 +117,7 @@ def test_one_run_in_every_world_in_turn_reads_each_window_once(
     torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=0, atol=1e-5)
 
 
-def test_the_loss_falls(trained: tuple[Path, set[str]]) -> None:
-    found = losses(trained[0] / "w1")
+def test_the_loss_falls(trained: Path) -> None:
+    found = losses(trained / "w1")
     assert abs(found[0] - math.log(33)) < 0.1  # 33 characters, none of them learnt yet
     assert found[-5:].mean() < 2.0

@@ -53,6 +53,18 @@ def test_one_that_was_thought_to_fit_and_does_not_is_passed_over() -> None:
     assert largest_that_fits(SIZES, measure, budget=920) == 16
 
 
+def test_a_sharded_model_tries_nothing_that_might_not_fit() -> None:
+    """What runs out of memory on one rank would leave the others waiting."""
+
+    def measure(windows: int) -> int | None:
+        assert 100 + 500 * windows <= 1000, "ran out of memory"
+        return 100 + 500 * windows
+
+    assert largest_that_fits(SIZES, measure, budget=920, may_fail=False) == 1
+    memory = Memory(fixed=100, per_window=10, capacity=1000)
+    assert largest_that_fits(SIZES, memory.measure, budget=920, may_fail=False) == 64
+
+
 def test_not_even_one_window() -> None:
     with pytest.raises(InputError, match=r"not even --train.micro-batch 1 fits .* --train.activation-checkpointing"):
         largest_that_fits(SIZES, lambda windows: None, budget=920)

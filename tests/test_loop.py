@@ -14,7 +14,6 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from model.gpt import build_model
 from tests.groups import run_on_ranks
 from tests.runs import ROOT, called, curve, rows, status, tiny_config, tiny_flags
 from tests.test_exact import cut_back
@@ -22,6 +21,7 @@ from train import loop
 from train import losses as train_losses
 from train.batches import Windows
 from train.config import Config, SampleConfig
+from train.layout import agree_on_layout
 from train.main import main, run
 from train.mesh import Mesh
 from train.parallel import build_objective
@@ -83,9 +83,8 @@ def test_activation_checkpointing_keeps_little(compiled: bool) -> None:
         torch._dynamo.reset()
         options: dict[str, Any] = {"compile": compiled, "activation_checkpointing": activation_checkpointing}
         config = tiny_config(Path("none"), Path("none"), **options)
-        model = build_model(config.model, seed=1)
-        objective = build_objective(model, config)
-        weights = {p.data_ptr() for p in model.parameters()}
+        objective = build_objective(config, agree_on_layout(config, ALONE), ALONE)
+        weights = {p.data_ptr() for p in objective.parameters()}
         found: list[int] = []
 
         def keep(tensor: torch.Tensor, found: list[int] = found, weights: set[int] = weights) -> torch.Tensor:

@@ -2,9 +2,11 @@
 
 import json
 import math
+import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from data_prep.manifest import open_split
 from model.trained import list_checkpoints, step_of
 from tests.groups import run_on_ranks
 from tests.runs import assert_same_tensors, curve, final_tensors, rows, status, tiny_config, with_save
-from train import nonfinite
+from train import nonfinite, optim
 from train.batches import Windows
 from train.config import Config
 from train.losses import Objective
@@ -66,9 +68,15 @@ def tiny(data: Path, run_dir: Path, **changes: Any) -> Config:
     return tiny_config(data, run_dir, steps=STEPS, **changes)
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_a_bad_step_is_stopped_at_with_everything_before_it_saved(tiny_data: Path, tmp_path: Path, world: int) -> None:
-    config = with_save(tiny(tiny_data, tmp_path / "run"), mode="async")
+def in_mode(config: Config, mode: Literal["auto", "fsdp"]) -> Config:
+    return replace(config, parallel=replace(config.parallel, mode=mode))
+
+
+@pytest.mark.parametrize(("world", "mode"), [(1, "auto"), (2, "auto"), (2, "fsdp")])
+def test_a_bad_step_is_stopped_at_with_everything_before_it_saved(
+    tiny_data: Path, tmp_path: Path, world: int, mode: Literal["auto", "fsdp"]
+) -> None:
+    config = in_mode(with_save(tiny(tiny_data, tmp_path / "run"), mode="async"), mode)
     outcomes = run_on_ranks(world, train_poisoned, config)
     assert len(set(outcomes)) == 1 and "\n" not in outcomes[0]
     bad = bad_window(tiny_data)
@@ -85,17 +93,17 @@ def test_a_bad_step_is_stopped_at_with_everything_before_it_saved(tiny_data: Pat
     assert noted["step"] == 13 and noted["suspects"] == [bad] and noted["attempt"] == 1 and len(noted["windows"]) == 12
     # What was saved is the state before it: continued soundly, it is the run in which nothing was bad.
     run_on_ranks(world, train, config)
-    whole = tiny(tiny_data, tmp_path / "whole")
+    whole = in_mode(tiny(tiny_data, tmp_path / "whole"), mode)
     run_on_ranks(world, train, whole)
     assert curve(tmp_path / "run") == curve(whole.directory)
     assert_same_tensors(final_tensors(tmp_path / "run"), final_tensors(whole.directory))
 
 
-@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize(("world", "mode"), [(1, "auto"), (2, "auto"), (2, "fsdp")])
 def test_a_gradient_that_is_not_finite_is_skipped_where_asked_and_the_run_goes_on(
-    tiny_data: Path, tmp_path: Path, world: int
+    tiny_data: Path, tmp_path: Path, world: int, mode: Literal["auto", "fsdp"]
 ) -> None:
-    config = tiny(tiny_data, tmp_path / "run", on_nonfinite="skip")
+    config = in_mode(tiny(tiny_data, tmp_path / "run", on_nonfinite="skip"), mode)
     assert set(run_on_ranks(world, train_poisoned, config, (math.inf, 1.0))) == {"no error"}
     found = {row["step"]: row for row in rows(tmp_path / "run") if "loss" in row}
     assert [step for step, row in found.items() if row["grad_norm"] is None] == [BAD_STEP]
@@ -105,6 +113,35 @@ def test_a_gradient_that_is_not_finite_is_skipped_where_asked_and_the_run_goes_o
     assert noted["windows"] == windows_of(tiny_data).ids_at((BAD_STEP - 1) * 12, 12)
     log = (tmp_path / "run" / "log.txt").read_text()
     assert log.count("(--train.on-nonfinite skip); its windows are in nonfinite.jsonl") == 1
+
+
+@pytest.mark.parametrize("mode", ["auto", "fsdp"])
+def test_a_window_whose_gradient_alone_is_not_finite_is_named(
+    tiny_data: Path, tmp_path: Path, mode: Literal["auto", "fsdp"]
+) -> None:
+    """In two micro-batches of two ranks; no rank's loss tells."""
+    config = in_mode(tiny(tiny_data, tmp_path / "run", micro_batch=3), mode)
+    (outcome,) = set(run_on_ranks(2, train_poisoned, config, (math.inf, 1.0)))
+    assert re.match(r"step 13: loss \d\.\d+, gradient norm (nan|inf); ", outcome)
+    assert f"Not finite by themselves: windows {bad_window(tiny_data)}; " in outcome
+
+
+def test_weights_that_are_not_finite_are_no_matter_of_windows(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Zeros are not finite then either, so that no window is blamed."""
+    sound = optim.update
+
+    def spoil(optimizer: torch.optim.AdamW, *args: Any) -> None:
+        sound(optimizer, *args)
+        if next(iter(optimizer.state.values()))["step"] == BAD_STEP - 1:
+            optimizer.param_groups[0]["params"][2].data[0, 0] = math.nan
+
+    monkeypatch.setattr(optim, "update", spoil)
+    with pytest.raises(NonFiniteError, match=r"step 13: loss nan.* No window of it does that by itself"):
+        run(tiny(tiny_data, tmp_path / "run"), Mesh(0, 1, torch.device("cpu")))
+    (noted,) = [json.loads(line) for line in (tmp_path / "run" / "nonfinite.jsonl").read_text().splitlines()]
+    assert noted["suspects"] == []
 
 
 def test_skipping_ends_where_every_step_is_bad(

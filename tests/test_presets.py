@@ -28,7 +28,7 @@ def test_the_names() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_sound(name: str) -> None:
     assert faults_of(PRESETS[name]) == []
-    assert settings_without_effect(PRESETS[name], "cuda", 8) == []
+    assert settings_without_effect(PRESETS[name], "cuda", 8, "ddp") == []
 
 
 @pytest.mark.parametrize("name", WITH_COST)

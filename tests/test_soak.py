@@ -1,11 +1,12 @@
-"""A run struck by real faults, in chosen places and at random moments, is bit for bit the run that never was."""
+"""A run struck by real faults, in chosen places and at random moments, is bit for bit the run that never was; also
+where it is started by turns with DDP and with FSDP2."""
 
 from pathlib import Path
 
 import pytest
 
 from tests.aftermath import STEPS
-from tests.faults import Episode, Fault, Strike
+from tests.faults import SHARDED, Episode, Fault, Strike
 from tests.soak import Soak
 
 # One start of torchrun each: what strikes where, and status.json's state and reason afterwards.
@@ -25,7 +26,7 @@ IN_PLACE = Episode((Fault("committed", (Strike("kill rank", 0),), visit=2),), in
 def test_eight_faults_in_a_row_and_the_run_is_bitwise_the_uninterrupted_one(tiny_data: Path, tmp_path: Path) -> None:
     soak = Soak(tmp_path, tiny_data)
     for attempt, (fault, state, reason) in enumerate(SAMPLE, start=1):
-        found = soak.do(Episode((fault,)))
+        found = soak.do(Episode((fault,), flags=SHARDED if attempt % 2 else ()))
         assert found is not None
         assert (found["state"], found["attempt"]) == (state, attempt), fault
         assert reason is None or found["reason"] == reason, fault

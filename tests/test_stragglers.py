@@ -5,7 +5,9 @@ import itertools
 import socket
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Literal
 
+import pytest
 import torch
 
 from tests.groups import run_on_ranks
@@ -25,14 +27,19 @@ def train_with_rank_2_slow(mesh: Mesh, config: Config) -> None:
     run(config, mesh)
 
 
-def test_the_slow_rank_is_named_in_the_log_and_no_other(tiny_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("mode", "factor"), [("ddp", 1), ("fsdp", 2)])
+def test_the_slow_rank_is_named_in_the_log_and_no_other(
+    tiny_data: Path, tmp_path: Path, mode: Literal["ddp", "fsdp"], factor: int
+) -> None:
+    """`factor`: pieces that a rank's own part of a step is made of, each as long as one reading of that clock."""
     config = tiny_config(tiny_data, tmp_path / "run", steps=11)
     config = dataclasses.replace(config, validate=dataclasses.replace(config.validate, every=None))
+    config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, mode=mode))
     run_on_ranks(3, train_with_rank_2_slow, config)
     warnings = [line for line in (tmp_path / "run" / "log.txt").read_text().splitlines() if "is slow" in line]
     assert warnings == [
-        f"warning: rank 2 on {socket.gethostname()} is slow: its own part of a step takes 0.300 s, "
-        "the others' median 0.100 s"
+        f"warning: rank 2 on {socket.gethostname()} is slow: its own part of a step takes {factor * 0.3:.3f} s, "
+        f"the others' median {factor * 0.1:.3f} s"
     ]
 
 
@@ -60,12 +67,12 @@ def test_slow_is_more_than_half_again_the_median_of_the_others() -> None:
 
 def test_a_warm_up_is_no_step_and_a_world_of_one_measures_nothing() -> None:
     alone = Stragglers(Mesh(0, 1, torch.device("cpu")), ["a"], print)
-    alone.begin()
-    alone.end()
+    alone.begin_step()
+    alone.end_step()
     alone.record(100)
     many = Stragglers(Mesh(0, 2, torch.device("cpu")), ["a", "b"], print)
-    many.end()
-    many.begin()
-    many.end()
+    many.end_step()
+    many.begin_step()
+    many.end_step()
     many.record(1)
     assert not many._parts and many._num_steps == 1

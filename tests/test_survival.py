@@ -11,7 +11,7 @@ from pathlib import Path
 from tests.groups import run_on_ranks
 from tests.runs import called, status, tiny_flags, torchrun
 from tests.soak import num_rows
-from tests.test_exact import continue_elsewhere
+from tests.test_exact import train_all
 from train.config import parse
 from train.main import main
 from train.presets import PRESETS
@@ -60,7 +60,7 @@ def kill_everything(process: "subprocess.Popen[str]") -> None:
 
 def test_a_finished_run_stays_finished(tiny_data: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    run_on_ranks(2, continue_elsewhere, [parse(flags(tiny_data, run_dir), PRESETS)])
+    run_on_ranks(2, train_all, [parse(flags(tiny_data, run_dir), PRESETS)])
     assert status(run_dir) == {"state": "done", "step": STEPS, "reason": None, "attempt": 1}
     before = {path: path.read_bytes() for path in (run_dir / "checkpoints").rglob("*") if path.is_file()}
     process = torchrun(1, *flags(tiny_data, run_dir))

@@ -1,0 +1,216 @@
+"""DDP, FSDP2 and HSDP train the same model, and go on from each other's checkpoints.
+
+One group of processes per world size runs every case of it.
+"""
+
+import itertools
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from benchmarks.steps import opened_run
+from data_prep.manifest import read_manifest
+from model.gpt import build_model
+from tests.groups import leaving_no_group, run_on_ranks
+from tests.runs import (
+    assert_same_tensors,
+    curve,
+    final_tensors,
+    losses,
+    tensors_of,
+    tiny_config,
+    validations,
+    with_save,
+)
+from tests.test_exact import cut_back
+from train.config import Config, with_vocabulary
+from train.loop import Run, accumulate_gradients, record, take_step
+from train.main import run
+from train.mesh import Mesh
+from train.resume import load
+from train.saves import Progress, checkpoint_tensors
+
+STEPS = 50
+SAVED, GOES_ON = 15, 6  # the learning rate is high there: what was not restored would show
+
+
+@dataclass(frozen=True)
+class Case:
+    """A layout by name: mode and number of processes."""
+
+    mode: Literal["none", "ddp", "fsdp", "hsdp"]
+    world: int
+    shard_size: int | None = None
+
+    def __str__(self) -> str:
+        return f"{self.mode}{self.world}"
+
+
+ONE = Case("none", 1)
+CASES = (
+    ONE,
+    Case("fsdp", 1),
+    *(Case("ddp", world) for world in (2, 3, 4)),
+    *(Case("fsdp", world) for world in (2, 3, 4)),
+    Case("hsdp", 4, shard_size=2),
+)
+WORLDS = (1, 2, 3, 4)
+SAME = {"none1", "fsdp1", "ddp2", "fsdp2"}  # 12 windows as 2 x 6: what is added up, is added in one order
+
+
+def configured(case: Case, data: Path, run_dir: Path, **train: Any) -> Config:
+    config = with_save(tiny_config(data, run_dir, steps=STEPS, **train), every=15)
+    config = with_vocabulary(config, read_manifest(data).vocab_size)
+    return replace(config, parallel=replace(config.parallel, mode=case.mode, shard_size=case.shard_size))
+
+
+def train_all(mesh: Mesh, data: Path, folder: Path) -> None:
+    """Each case of this world: a whole run, and one that lost all after step 30 and went on."""
+    for case in [case for case in CASES if case.world == mesh.world]:
+        run_here(mesh, configured(case, data, folder / str(case)))
+        again = configured(case, data, folder / f"{case}_resumed")
+        mesh.on_main(partial(cut_back, folder / str(case), again.directory, step=30))
+        run_here(mesh, again)
+
+
+def continue_all(mesh: Mesh, data: Path, folder: Path) -> dict[str, list[tuple[float, float]]]:
+    """Every case's checkpoint read in each case of this world, and trained on: losses and norms by both names.
+
+    What was read is, put together, bit for bit what one process without a process group reads.
+    """
+    found = {}
+    for case in [case for case in CASES if case.world == mesh.world]:
+        config = configured(case, data, folder / f"{case}_continued")
+        with leaving_no_group(mesh), opened_run(config, mesh) as (this, _):
+            for source in CASES:
+                checkpoint = folder / str(source) / "checkpoints" / f"step_{SAVED:08d}"
+                state = load(checkpoint, model=this.model, optimizer=this.optimizer, mesh=mesh)
+                read = {name: whole(tensor) for name, tensor in checkpoint_tensors(this.model, this.optimizer).items()}
+                if mesh.is_main:
+                    assert_same_tensors(read, torch.load(folder / f"{source}.pt"))
+                this.progress = Progress(**state["progress"])
+                found[f"{source} in {case}"] = [loss_and_norm(this) for _ in range(GOES_ON)]
+    return found
+
+
+def loss_and_norm(this: Run) -> tuple[float, float]:
+    """Of the next step, as metrics.jsonl would have them."""
+    report = take_step(this)
+    record(this, report)
+    this.progress = report.progress
+    return report.results[0].item(), report.results[1].item()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def first_gradients(mesh: Mesh, data: Path, folder: Path) -> dict[str, dict[str, Tensor]]:
+    """Of the first step, whole, by case and name; on rank 0. Before it, initial weights are what they must be."""
+    found = {}
+    for case in [case for case in CASES if case.world == mesh.world]:
+        for micro_batch in (6 if case.world < 3 else 12 // case.world, 1):
+            config = configured(case, data, folder / f"{case}_gradients_{micro_batch}", micro_batch=micro_batch)
+            with leaving_no_group(mesh), opened_run(config, mesh) as (this, _):
+                assert_initial(this)
+                accumulate_gradients(this, this.batches.take(0), this.mean)
+                found[f"{case}/{micro_batch}"] = {
+                    name: whole(gradient)
+                    for name, parameter in this.model.named_parameters()
+                    if (gradient := parameter.grad) is not None
+                }
+                assert this.model.lm_head.weight is this.model.transformer["wte"].weight, "untied"
+    return found if mesh.is_main else {}
+
+
+def assert_initial(this: Run) -> None:
+    """The weights are, put together, those that one process makes of the seed."""
+    plain = build_model(this.config.model, seed=this.config.seed).state_dict()
+    assert_same_tensors({name: whole(tensor) for name, tensor in this.model.state_dict().items()}, dict(plain))
+
+
+def run_here(mesh: Mesh, config: Config) -> None:
+    with leaving_no_group(mesh):
+        run(config, mesh)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("modes")
+    for world in WORLDS:
+        run_on_ranks(world, train_all, tiny_data, folder)
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_every_mode_trains_the_same_run(trained: Path, case: Case) -> None:
+    difference = (losses(trained / str(case)) - losses(trained / str(ONE))).abs()
+    assert len(difference) == STEPS
+    assert difference[0] <= 2e-6
+    assert difference[:6].max() <= 4e-6
+    assert difference.max() <= 1e-5
+    found, wanted = validations(trained / str(case)), validations(trained / str(ONE))
+    assert [step for step, *_ in found] == [0, 25, 50]
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=0, atol=1e-5)
+    assert f"\nparallel  {case.mode}" in (trained / str(case) / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("name", sorted(SAME - {str(ONE)}))
+def test_where_the_order_of_addition_is_the_same_so_are_the_bits(trained: Path, name: str) -> None:
+    one = curve(trained / str(ONE))
+    assert sum(norm > 0.3 for _, _, norm, _ in one) > 25, "clipping must be active for this to say much"
+    assert curve(trained / name) == one
+    assert_same_tensors(final_tensors(trained / name), final_tensors(trained / str(ONE)))
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_resumed_run_is_bitwise_the_uninterrupted_one(trained: Path, case: Case) -> None:
+    whole, resumed = trained / str(case), trained / f"{case}_resumed"
+    assert "step_00000030" in (resumed / "log.txt").read_text()
+    assert curve(resumed) == curve(whole)
+    assert validations(resumed) == validations(whole)
+    assert_same_tensors(final_tensors(resumed), final_tensors(whole))
+
+
+@pytest.fixture(scope="module")
+def continued(trained: Path, tiny_data: Path) -> dict[str, list[tuple[float, float]]]:
+    for source in CASES:
+        checkpoint = trained / str(source) / "checkpoints" / f"step_{SAVED:08d}"
+        torch.save(tensors_of(checkpoint), trained / f"{source}.pt")
+    found = {}
+    for world in WORLDS:
+        found.update(run_on_ranks(world, continue_all, tiny_data, trained)[0])
+    return found
+
+
+@pytest.mark.parametrize(("source", "case"), list(itertools.product(CASES, CASES)), ids=str)
+def test_every_checkpoint_goes_on_in_every_mode(
+    trained: Path, continued: dict[str, list[tuple[float, float]]], source: Case, case: Case
+) -> None:
+    wanted = [(loss, norm) for _, loss, norm, _ in curve(trained / str(source))[SAVED : SAVED + GOES_ON]]
+    found = continued[f"{source} in {case}"]
+    if source == case or {str(source), str(case)} <= SAME:
+        assert found == wanted
+    differences = [abs(loss - other) for (loss, _), (other, _) in zip(found, wanted, strict=True)]
+    assert differences[0] <= 2e-6 and max(differences) <= 4e-6
+
+
+def test_gradients_are_the_same_tensor_by_tensor(tiny_data: Path, tmp_path: Path) -> None:
+    """After one step, at every world size and mode, in one micro-batch a rank and in windows one by one."""
+    found = {}
+    for world in WORLDS:
+        found.update(run_on_ranks(world, first_gradients, tiny_data, tmp_path)[0])
+    assert len(found) == 2 * len(CASES)
+    wanted = found.pop(f"{ONE}/6")
+    assert len(wanted) == 28
+    for case, gradients in found.items():
+        assert gradients.keys() == wanted.keys()
+        for name, gradient in gradients.items():
+            allowed = 0.0 if case in {f"{name}/6" for name in SAME} else 2e-6 * wanted[name].abs().max().item()
+            assert (gradient - wanted[name]).abs().max() <= allowed, f"{case}: {name}"

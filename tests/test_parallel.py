@@ -1,0 +1,227 @@
+"""How a run is spread: what is chosen and why, what is refused, and that every option works in every mode."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.steps import opened_run
+from data_prep.errors import InputError
+from model.config import NAMED_SHAPES
+from model.trained import list_checkpoints, load_trained
+from tests.groups import run_on_ranks
+from tests.runs import (
+    assert_same_tensors,
+    called,
+    curve,
+    final_tensors,
+    losses,
+    rows,
+    tensors_of,
+    tiny_config,
+    tiny_flags,
+    validations,
+    with_save,
+)
+from train.config import Config, ParallelConfig, settings_without_effect, with_vocabulary
+from train.layout import Layout, choose_layout, local_world_of
+from train.main import main, run
+from train.mesh import Mesh
+from train.parallel import local
+from train.presets import PRESETS
+from train.saves import checkpoint_tensors, share_of
+
+XL = replace(PRESETS["gpt2-xl"], model=NAMED_SHAPES["gpt2-xl"])  # 25 GB of weights, gradients and moments
+
+
+def chosen(world: int, local_world: int, gigabytes: float, **parallel: Any) -> Layout:
+    config = replace(XL, parallel=ParallelConfig(**parallel))
+    return choose_layout(config, world=world, local_world=local_world, memory_bytes=int(gigabytes * 1e9))
+
+
+@pytest.mark.parametrize(
+    ("world", "local_world", "gigabytes", "expected"),
+    [
+        (1, 1, 80, ("none", 1, 1)),
+        (1, 1, 8, ("none", 1, 1)),
+        (8, 8, 80, ("ddp", 1, 8)),
+        (16, 8, 80, ("ddp", 1, 16)),
+        (8, 8, 40, ("fsdp", 8, 1)),
+        (16, 8, 40, ("hsdp", 8, 2)),
+        (16, 8, 6, ("fsdp", 16, 1)),
+        (6, 1, 40, ("fsdp", 6, 1)),
+    ],
+)
+def test_auto(world: int, local_world: int, gigabytes: float, expected: tuple[str, int, int]) -> None:
+    layout = chosen(world, local_world, gigabytes)
+    assert (layout.mode, layout.shards, layout.replicas) == expected
+    assert world == 1 or f"{gigabytes:.1f} GB" in layout.reason
+
+
+def test_auto_takes_a_shard_size_that_stays_within_hosts() -> None:
+    assert chosen(16, 8, 40, shard_size=4).shards == 4
+    assert chosen(12, 6, 40, shard_size=4).mode == "fsdp"
+    assert "across hosts" in chosen(12, 6, 40, mode="hsdp", shard_size=4).reason
+
+
+@pytest.mark.parametrize(
+    ("hosts", "expected"), [("aaaa", 4), ("aabb", 2), ("aaaabb", 2), ("abc", 1), ("aaaaaaaabbbb", 4), ("abab", 1)]
+)
+def test_ranks_that_share_a_host(hosts: str, expected: int) -> None:
+    assert local_world_of(list(hosts)) == expected
+
+
+@pytest.mark.parametrize(("gigabytes", "whole"), [(40, True), (14, False)])
+def test_gradients_are_added_up_whole_where_they_fit(gigabytes: float, whole: bool) -> None:
+    assert chosen(8, 8, gigabytes, mode="fsdp").whole_gradients is whole
+    assert chosen(8, 8, gigabytes, mode="fsdp", accumulate="whole").whole_gradients
+    assert not chosen(8, 8, gigabytes, mode="fsdp", accumulate="sharded").whole_gradients
+
+
+@pytest.mark.parametrize(
+    ("world", "parallel", "text"),
+    [
+        (2, {"mode": "none"}, "--parallel.mode none with 2 processes would train 2 models; use auto or ddp"),
+        (1, {"mode": "ddp"}, "--parallel.mode ddp needs several processes: torchrun --nproc_per_node=2 train/main.py"),
+        (8, {"mode": "hsdp"}, "8 processes one of 8 shards; --parallel.shard-size may be 2 or 4"),
+        (
+            12,
+            {"mode": "hsdp", "shard_size": 5},
+            "12 processes one of 5 shards; --parallel.shard-size may be 2 or 3 or 4 or 6",
+        ),
+        (2, {"mode": "hsdp"}, "one of 2 shards; use fsdp"),
+    ],
+)
+def test_what_does_not_fit_is_refused(world: int, parallel: dict[str, Any], text: str) -> None:
+    with pytest.raises(InputError) as caught:
+        chosen(world, world, 80, **parallel)
+    assert str(caught.value).endswith(text)
+
+
+def test_a_setting_without_effect_is_said() -> None:
+    config = replace(XL, parallel=ParallelConfig(shard_size=4, reshard_after_forward=False, accumulate="whole"))
+    said = settings_without_effect(config, "cuda", 8, "ddp")
+    assert [line.split(" has no effect with --parallel.mode ddp")[0] for line in said] == [
+        "--parallel.shard-size 4",
+        "--parallel.no-reshard-after-forward",
+        "--parallel.accumulate whole",
+    ]
+    assert len(settings_without_effect(config, "cuda", 8, "fsdp")) == 1
+    assert settings_without_effect(config, "cuda", 8, "hsdp") == []
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "bf16": {"dtype": "bf16", "micro_batch": 3},
+    "fp16": {"dtype": "fp16", "micro_batch": 3},
+    "checkpointed": {"activation_checkpointing": True},
+    "everything": {
+        "dtype": "bf16",
+        "micro_batch": 3,
+        "compile": True,
+        "activation_checkpointing": True,
+        "loss": "chunked",
+    },
+}
+MODES: dict[str, dict[str, Any]] = {
+    "ddp": {"mode": "ddp"},
+    "fsdp": {"mode": "fsdp"},
+    "kept": {"mode": "fsdp", "reshard_after_forward": False},
+    "sharded": {"mode": "fsdp", "accumulate": "sharded"},
+}
+SHARDED_CASES = [
+    *((options, mode) for options in ("bf16", "fp16") for mode in ("fsdp", "kept", "sharded")),
+    ("checkpointed", "fsdp"),
+    ("everything", "fsdp"),
+]
+STEPS = 12
+
+
+def configured(data: Path, folder: Path, options: str, mode: str) -> Config:
+    config = tiny_config(data, folder / f"{options}_{mode}", steps=STEPS, **OPTIONS[options])
+    sample = replace(config.sample, every=6, prompts=("a", "be"), tokens=8)
+    return replace(config, sample=sample, parallel=replace(config.parallel, **MODES[mode]))
+
+
+def train_with_every_option(mesh: Mesh, data: Path, folder: Path) -> None:
+    for options, mode in (*((options, "ddp") for options in OPTIONS), *SHARDED_CASES):
+        torch._dynamo.reset()
+        run(configured(data, folder, options, mode), mesh)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("options")
+    run_on_ranks(2, train_with_every_option, tiny_data, folder)
+    return folder
+
+
+@pytest.mark.parametrize(("options", "mode"), SHARDED_CASES)
+def test_every_option_gives_the_same_run_sharded_and_copied(trained: Path, options: str, mode: str) -> None:
+    """Bit for bit, but where sums over micro-batches are taken in another order: there as close as bf16 is to fp32."""
+    copied, sharded = trained / f"{options}_ddp", trained / f"{options}_{mode}"
+    one, other = load_trained(sharded), load_trained(copied)  # without a process group, as model/generate.py does
+    assert one.step == other.step == STEPS
+    assert [row["step"] for row in rows(sharded, "samples.jsonl")] == [6, 12]
+    if mode == "sharded":
+        difference = (losses(sharded) - losses(copied)).abs()
+        assert difference[0] <= 2e-6 and difference[1] <= 5e-4
+        return
+    assert curve(sharded) == curve(copied)
+    assert_same_tensors(final_tensors(sharded), final_tensors(copied))
+    assert torch.equal(one.model.lm_head.weight, other.model.lm_head.weight)
+    assert (sharded / "samples.jsonl").read_text() == (copied / "samples.jsonl").read_text()
+    assert validations(sharded) == validations(copied)
+
+
+SHARDED = {"fsdp": ParallelConfig(mode="fsdp"), "hsdp": ParallelConfig(mode="hsdp", shard_size=2)}
+
+
+def save_both_ways(mesh: Mesh, data: Path, folder: Path) -> dict[str, int]:
+    """A synchronous and an asynchronous run in each mode; how many elements this rank writes."""
+    written = {}
+    for mode, parallel in SHARDED.items():
+        for save in ("sync", "async"):
+            config = with_save(tiny_config(data, folder / f"{mode}_{save}", steps=STEPS), every=5, mode=save)
+            run(replace(config, parallel=parallel), mesh)
+        config = replace(tiny_config(data, folder / f"{mode}_shares"), parallel=parallel)
+        with opened_run(with_vocabulary(config, 33), mesh) as (this, _):
+            own = share_of(checkpoint_tensors(this.model, this.optimizer), mesh)
+            written[mode] = sum(local(tensor).numel() for tensor in own.values())
+    return written
+
+
+def test_saves_beside_training_and_each_element_written_once(tiny_data: Path, tmp_path: Path) -> None:
+    """Of a sharded model each rank writes its shards; where replicas hold the same, one of them does."""
+    written = run_on_ranks(4, save_both_ways, tiny_data, tmp_path)
+    for mode in SHARDED:
+        left, right = tmp_path / f"{mode}_sync", tmp_path / f"{mode}_async"
+        assert [path.name for path in list_checkpoints(left)] == [f"step_{step:08d}" for step in (5, 10, STEPS)]
+        for one, other in zip(list_checkpoints(left), list_checkpoints(right), strict=True):
+            assert_same_tensors(tensors_of(one), tensors_of(other))
+        shares = [of_rank[mode] for of_rank in written]
+        whole = sum(tensor.numel() for tensor in final_tensors(left).values())
+        assert sum(shares) == whole
+        assert max(shares) < 0.3 * whole
+
+
+def test_the_run_card_says_how_the_model_is_spread(tiny_data: Path, tmp_path: Path) -> None:
+    flags = [
+        *tiny_flags(tiny_data, tmp_path / "run"),
+        "--dry-run",
+        "--parallel.mode",
+        "hsdp",
+        "--parallel.shard-size",
+        "2",
+    ]
+    done = called(main, *flags, WORLD_SIZE="4")
+    assert done.returncode == 0, done.stderr
+    assert "parallel  hsdp, 2 shards, 2 copies (asked for)" in done.stdout
+    assert "network   each rank, each step: " in done.stdout and "memory    about 0.0" in done.stdout
+    done = called(main, *flags, WORLD_SIZE="3")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(
+        "train: --parallel.mode hsdp cannot give each of 3 processes one of 2 shards; use fsdp"
+    )
+    assert not (tmp_path / "run").exists()
