@@ -31,8 +31,9 @@ lint: .venv/.dev
 
 bench: .venv/.dev
 	$(BIN)/python benchmarks/bench_step.py
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 benchmarks/bench_step.py
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 benchmarks/bench_parallel.py
 	$(BIN)/python benchmarks/bench_saves.py
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_memory.py
 	$(BIN)/python benchmarks/bench_batches.py
 	$(BIN)/python benchmarks/bench_data_prep.py
 

@@ -31,20 +31,13 @@ if not __package__:
 import torch
 import tyro
 
-from benchmarks import bench_step
-from benchmarks.bench_step import configured, our_step, seconds_of, summary
+from benchmarks.steps import configured, opened_run, seconds_of, summary
 from data_prep.errors import InputError, one_line_errors
-from data_prep.manifest import read_manifest
 from model.trained import list_checkpoints
-from train.assemble import assemble
 from train.config import Config, ParallelConfig, SaveConfig
-from train.loop import Run, finish_save, garbage_collected_by_hand, save_now
+from train.loop import Run, finish_save, save_now
 from train.mesh import Mesh, open_mesh
-from train.meters import Startup
-from train.numerics import set_numerics
-from train.run_dir import RunDirectory, read_status
-from train.stops import Stops
-from train.watchdog import Watchdog
+from train.run_dir import read_status
 
 MOST_STEPS = 500  # that a save may last
 STOPS = ("in a step", "in validation", "at the start")
@@ -83,27 +76,17 @@ def wait_for_a_save(run: Run) -> None:
 
 
 def measure(options: Options, config: Config, mesh: Mesh) -> dict[str, object]:
-    manifest = read_manifest(config.data.dir)
-    set_numerics(config.train, mesh.device)
-    with (
-        Stops(config.directory, is_main=mesh.is_main) as stops,
-        RunDirectory(config, manifest.fingerprint, mesh) as directory,
-        Watchdog(config.parallel, mesh, directory) as watchdog,
-    ):
-        run = assemble(config, mesh, manifest, directory, stops, watchdog, Startup(time.perf_counter()))
-        ratios, controls, whole = list[float](), list[float](), list[float]()
-        counts = list[int]()
-        with run.saver, run.sinks, garbage_collected_by_hand():
-            step = our_step(run)
-            steps_beside_a_save(run, step)  # allocates what it stages into, once
-            for _ in range(options.rounds):
-                beside = seconds_of(lambda: counts.append(steps_beside_a_save(run, step)), 1, mesh)
-                first, second = (seconds_of(step, counts[-1], mesh) for _ in range(2))
-                ratios.append(2 * beside / (first + second))
-                controls.append(second / first)
-                whole.append(seconds_of(lambda: wait_for_a_save(run), 1, mesh))
-        run.batches.close()
-        size = sum(path.stat().st_size for path in list_checkpoints(directory.path)[-1].iterdir())
+    ratios, controls, whole = list[float](), list[float](), list[float]()
+    counts = list[int]()
+    with opened_run(config, mesh) as (run, step):
+        steps_beside_a_save(run, step)  # allocates what it stages into, once
+        for _ in range(options.rounds):
+            beside, _ = seconds_of(lambda: counts.append(steps_beside_a_save(run, step)), 1, mesh)
+            (first, _), (second, _) = (seconds_of(step, counts[-1], mesh) for _ in range(2))
+            ratios.append(2 * beside / (first + second))
+            controls.append(second / first)
+            whole.append(seconds_of(lambda: wait_for_a_save(run), 1, mesh)[0])
+    size = sum(path.stat().st_size for path in list_checkpoints(config.directory)[-1].iterdir())
     return {
         "preset": options.preset,
         "processes": mesh.world,
@@ -159,10 +142,7 @@ def main(args: list[str] | None = None) -> None:
 
 
 def config_of(options: Options, folder: Path) -> Config:
-    step_options = bench_step.Options(
-        preset=options.preset, windows=options.windows, vocab_size=options.vocab_size, rounds=options.rounds
-    )
-    config = configured(step_options, folder)
+    config = configured(folder, preset=options.preset, windows=options.windows, vocab_size=options.vocab_size)
     train = dataclasses.replace(config.train, compile=False, dtype="fp32") if options.on_cpu else config.train
     save = SaveConfig(every=10**9, keep=1, mode="async")
     return dataclasses.replace(config, train=train, save=save)

@@ -1,0 +1,208 @@
+"""What benchmarks time: our step, as a run takes it, and a bare loop's step of the same model, spread the same way."""
+
+import contextlib
+import dataclasses
+import gc
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+from data_prep.errors import InputError
+from data_prep.manifest import read_manifest
+from data_prep.textfiles import Options as TextOptions
+from data_prep.textfiles import prepare
+from model.gpt import GPT, build_model
+from train.assemble import assemble
+from train.batches import plan_batches
+from train.config import Config, DataConfig, SampleConfig, TrackConfig, resolve, with_vocabulary
+from train.layout import Layout, agree_on_layout
+from train.loop import Run, garbage_collected_by_hand, record, take_step, warm_up
+from train.mesh import Mesh
+from train.meters import Startup
+from train.numerics import compute_dtype, set_numerics
+from train.presets import PRESETS
+from train.run_dir import RunDirectory
+from train.stops import Stops
+from train.watchdog import Watchdog
+
+Step = Callable[[], None]
+
+
+def configured(folder: Path, *, preset: str, windows: int, vocab_size: int) -> Config:
+    """The preset on generated text of its own, with so many windows in a step."""
+    if vocab_size < 256:
+        raise InputError(f"--vocab-size {vocab_size} must be at least 256: the text is read as bytes")
+    if preset not in PRESETS:
+        raise InputError(f"--preset {preset}: there are {', '.join(PRESETS)}")
+    text = folder / "text.txt"
+    text.write_text("A line of text that stands for any other.\n" * 20_000, encoding="utf-8")
+    prepare(TextOptions(input=(str(text),), out=folder / "data", tokenizer="byte"))
+    config = PRESETS[preset]
+    config = dataclasses.replace(
+        config,
+        run_dir=folder / "run",
+        data=DataConfig(folder / "data"),
+        train=dataclasses.replace(config.train, batch_tokens=windows * config.train.seq_len, steps=10**6),
+        sample=SampleConfig(every=None),
+        track=TrackConfig(wandb="disabled"),
+    )
+    return with_vocabulary(resolve(config), vocab_size)
+
+
+@contextlib.contextmanager
+def opened_run(config: Config, mesh: Mesh) -> Iterator[tuple[Run, Step]]:
+    """A run as train/main.py puts it together, warmed up, and its step. Collective; it saves only when told to."""
+    gc.collect()  # the models of the run before are full of cycles
+    torch.compiler.reset()  # what it compiled counts towards Dynamo's limit of recompilations
+    if mesh.device.type == "cuda":
+        torch.cuda.empty_cache()
+    manifest, layout = read_manifest(config.data.dir), agree_on_layout(config, mesh)
+    set_numerics(config.train, mesh.device)
+    with (
+        Stops(config.directory, is_main=mesh.is_main) as stops,
+        RunDirectory(config, manifest.fingerprint, mesh) as directory,
+        Watchdog(config.parallel, mesh, directory) as watchdog,
+    ):
+        run = assemble(config, mesh, layout, manifest, directory, stops, watchdog, Startup(time.perf_counter()))
+        with contextlib.closing(run.batches), run.saver, run.sinks, garbage_collected_by_hand() as collect:
+            warm_up(run)
+            run.meters.start()
+            yield run, our_step(run, collect)
+
+
+def our_step(run: Run, collect: Callable[[int], int]) -> Step:
+    """A step of train/loop.py as `train` takes it, its results read one step late and logged when it is their turn."""
+    reports = []
+
+    def step() -> None:
+        reports.append(take_step(run))
+        run.progress = reports[-1].progress
+        if len(reports) > 1:
+            record(run, reports.pop(0))
+        if run.asked.stop:
+            raise InputError("stopped")  # the run hears the signals that would end a script
+        if run.progress.step % run.config.track.every == 0:
+            collect(1)
+
+    return step
+
+
+def bare_step(config: Config, layout: Layout, mesh: Mesh) -> Step:
+    """A step of a loop without anything of ours around the model: forward, backward, clip, AdamW, on fixed tokens.
+
+    It is spread as `layout` says, in as few lines as torch needs, and communicates what ours does.
+    """
+    plain = build_model(config.model, seed=1, device=mesh.device, compute_dtype=compute_dtype(config.train))
+    score = mean_loss
+    if config.train.compile:
+        for part in (*plain.blocks, plain.transformer["ln_f"]):
+            part.forward = torch.compile(part.forward)
+        score = torch.compile(score)
+    model = bare_spread(plain, layout)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    plan = plan_batches(config, mesh.world)
+    shape = (plan.accumulation, plan.micro_batch, config.train.seq_len + 1)
+    tokens = torch.randint(config.model.vocab_size, shape, device=mesh.device)
+
+    def step() -> None:
+        for index, rows in enumerate(tokens):
+            is_last = index == len(tokens) - 1
+            if isinstance(model, DistributedDataParallel):
+                model.require_backward_grad_sync = is_last
+            elif isinstance(model, FSDPModule) and layout.whole_gradients:
+                model.set_requires_gradient_sync(is_last)
+            loss = score(model(rows[:, :-1]), rows[:, 1:], config.model.vocab_size)
+            (loss / len(tokens)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def mean_loss(logits_BTV: Tensor, targets_BT: Tensor, vocab_size: int) -> Tensor:
+    return F.cross_entropy(logits_BTV[..., :vocab_size].float().flatten(0, 1), targets_BT.flatten())
+
+
+def bare_spread(model: GPT, layout: Layout) -> nn.Module:
+    """DDP; or FSDP2, each block and then the rest, in the dtypes that ours has: the rest in fp32, and the last block
+    not freed between its passes."""
+    if layout.mode == "ddp":
+        return DistributedDataParallel(model, gradient_as_bucket_view=True)
+    if layout.mode == "fsdp":
+        policy = MixedPrecisionPolicy(
+            param_dtype=None if model.compute_dtype == torch.float32 else model.compute_dtype,
+            reduce_dtype=torch.float32,
+        )
+        for block in model.blocks:
+            reshard = layout.reshard_after_forward and block is not model.blocks[-1]
+            fully_shard(block, mp_policy=policy, reshard_after_forward=reshard)
+        fully_shard(model, reshard_after_forward=False)
+    assert layout.mode != "hsdp", "no bare loop of it is here"
+    return model
+
+
+def seconds_of(step: Step, count: int, mesh: Mesh) -> tuple[float, float]:
+    """By the clock, and of this process's threads on CPUs."""
+    mesh.barrier()
+    started, started_cpu = time.perf_counter(), time.process_time()
+    for _ in range(count):
+        step()
+    if mesh.device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - started, time.process_time() - started_cpu
+
+
+def compare(ours: Step, bare: Step, *, rounds: int, block: int, mesh: Mesh) -> dict[str, Any]:
+    """Rounds of: bare, ours, bare, each `block` steps, after one of each that is not counted.
+
+    bare_over_bare, the A/A control, tells how far the machine can be trusted. The ratio of rank 0's CPU seconds says
+    more where others use the same CPUs.
+    """
+    for step in (ours, bare):
+        seconds_of(step, block, mesh)
+    both = [[seconds_of(step, block, mesh) for step in (bare, ours, bare)] for _ in range(rounds)]
+    seconds, cpu_seconds = ([[times[clock] for times in times_of_round] for times_of_round in both] for clock in (0, 1))
+    return {
+        "ours_over_bare": summary([2 * middle / (first + last) for first, middle, last in seconds]),
+        "bare_over_bare": summary([last / first for first, _, last in seconds]),
+        "cpu_ours_over_bare": summary([2 * middle / (first + last) for first, middle, last in cpu_seconds]),
+        "cpu_bare_over_bare": summary([last / first for first, _, last in cpu_seconds]),
+        "bare_step_ms": round(statistics.median((first + last) / 2 for first, _, last in seconds) / block * 1e3, 3),
+        "ours_step_ms": round(statistics.median(middle for _, middle, _ in seconds) / block * 1e3, 3),
+    }
+
+
+def summary(ratios: list[float]) -> dict[str, float]:
+    """Median, and the 95 % interval of the mean of the log ratios (normal approximation)."""
+    logs = [math.log(ratio) for ratio in ratios]
+    half = 1.96 * statistics.stdev(logs) / math.sqrt(len(logs))
+    mean = statistics.mean(logs)
+    return {
+        "median": round(statistics.median(ratios), 4),
+        "low": round(math.exp(mean - half), 4),
+        "high": round(math.exp(mean + half), 4),
+    }
+
+
+def conditions(config: Config, mesh: Mesh) -> dict[str, Any]:
+    """What a figure depends on, for the JSON line."""
+    return {
+        "preset": config.preset,
+        "processes": mesh.world,
+        "vocab_size": config.model.vocab_size,
+        "loss": config.train.loss,
+        "tokens_per_step": config.train.batch_tokens,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
