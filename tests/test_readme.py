@@ -43,7 +43,8 @@ def help_of(script: str) -> str:
 def test_what_is_called_absent_is_absent() -> None:
     named = re.findall(r"(?:data_prep|slurm|launch)/\w+\.(?:py|sh)", ABSENT)
     assert "data_prep/fineweb.py` | there" in ABSENT
-    assert [name for name in named if (ROOT / name).exists()] == ["data_prep/fineweb.py"]
+    assert "slurm/gpt2_small.sh` | there" in ABSENT
+    assert [name for name in named if (ROOT / name).exists()] == ["data_prep/fineweb.py", "slurm/gpt2_small.sh"]
     assert len(named) >= 3
 
 
@@ -56,6 +57,6 @@ def test_the_files_it_sends_a_reader_to_exist() -> None:
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     named = re.findall(r"(?:^    |`)make ([a-z-]+)", README, re.MULTILINE)
-    assert {"quickstart", "test", "test-slow", "lint", "bench"} <= set(named)
+    assert {"quickstart", "test", "test-cluster", "test-slow", "lint", "bench"} <= set(named)
     for target in named:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
