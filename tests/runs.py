@@ -36,8 +36,6 @@ from train.optim import build_optimizer
 from train.saves import checkpoint_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
-# What the command torchrun calls, which imports a fifth faster where nobody looks for garbage meanwhile.
-TORCHRUN = "import gc; gc.disable(); from torch.distributed.run import main; gc.enable(); main()"
 
 
 def make_tiny_data(folder: Path) -> Path:
@@ -95,7 +93,7 @@ def torchrun(
     stdout: IO[str] | int = subprocess.PIPE,
 ) -> "subprocess.Popen[str]":
     """A real torchrun of train/main.py or what stands for it, in a process group of its own."""
-    command = [sys.executable, "-c", TORCHRUN, f"--nproc_per_node={world}", "--master_port=0"]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}", "--master_port=0"]
     command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", *launcher_flags, script, *args]
     return subprocess.Popen(
         command,

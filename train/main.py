@@ -8,11 +8,9 @@
 Presets: train/presets.py. Flags: `--help`. The same command line again continues the run.
 """
 
-import gc
 import time
 
 STARTED = time.perf_counter()  # before the slow imports, which are most of a short run's start-up
-gc.disable()  # until they are done: looking for garbage that they do not make would be a sixth of their time
 
 import os
 import sys
@@ -47,8 +45,6 @@ from train.run_card import CPU, run_card
 from train.run_dir import RunDirectory, refuse_disagreement
 from train.stops import Stops
 from train.watchdog import Watchdog
-
-gc.enable()
 
 
 def main(args: Sequence[str] | None = None) -> None:
