@@ -1,6 +1,6 @@
 """The peak memory of a rank, measured, against what model/memory.py counts; for every way to spread the model.
 
-    OMP_NUM_THREADS=1 python benchmarks/bench_memory.py            # every case; 10 minutes on 2 CPU cores, 3 GB
+    OMP_NUM_THREADS=1 python benchmarks/bench_memory.py            # every case; 20 minutes of 2 CPU cores, 3 GB
     python benchmarks/bench_memory.py --only "fsdp sharded"        # one of them
     python benchmarks/bench_memory.py --preset gpt2-small --vocab-size 50257 --seq-len 1024 --windows 16 --processes 8
 

@@ -47,15 +47,17 @@ def limit(num_bytes: int) -> None:
 
 
 def refused_with_ddp(config: Config, mesh: Mesh) -> str:
-    """What torch says under this limit where every rank is to hold the whole model."""
+    """What torch says under this limit where a rank is to hold the whole model. One tries: all might fill the RAM."""
     spread = dataclasses.replace(config, parallel=ParallelConfig(mode="ddp"))
     said = "nothing"
-    try:
-        objective = parallel.build_objective(spread, layout_of(spread), mesh)
-        optim.build_optimizer(objective.model, config.optim)
-    except RuntimeError as error:
-        said = str(error)
-    gc.collect()  # what was made of it is full of cycles
+    if mesh.is_main:
+        try:
+            objective = parallel.build_objective(spread, layout_of(spread), mesh)
+            optim.build_optimizer(objective.model, config.optim)
+        except RuntimeError as error:
+            said = str(error)
+        gc.collect()  # what was made of it is full of cycles
+    said, *_ = mesh.gather(said)
     return said
 
 

@@ -171,11 +171,10 @@ def test_a_shard_is_what_a_rank_holds() -> None:
     assert {phase["weights"] for phase in phases.values()} == set(held_bytes(config, 3))
 
 
-def test_the_resident_peak_of_runs(capfd: pytest.CaptureFixture[str]) -> None:
-    """The same of real runs, as bench_memory.py measures them: 130 MB a rank, 6 of them not counted."""
-    bench_memory.main(["--layers", "2", "--width", "256", "--only", "none", "fsdp sharded"])
+def test_the_resident_peak_of_a_run(capfd: pytest.CaptureFixture[str]) -> None:
+    """The same of a real run, as bench_memory.py measures it: 125 MB a rank, 6 of them not counted."""
+    bench_memory.main(["--layers", "2", "--width", "256", "--only", "fsdp sharded"])
     found = json.loads(capfd.readouterr().out.splitlines()[-1])
-    assert len(found["cases"]) == 2
     assert found["least_ratio"] > 0.9 and found["largest_ratio"] < 1.1, found
 
 
