@@ -118,8 +118,10 @@ def bare_step(config: Config, layout: Layout, mesh: Mesh) -> Step:
             is_last = index == len(tokens) - 1
             if isinstance(model, DistributedDataParallel):
                 model.require_backward_grad_sync = is_last
-            elif isinstance(model, FSDPModule) and layout.whole_gradients:
-                model.set_requires_gradient_sync(is_last)
+            elif isinstance(model, FSDPModule):
+                model.set_reshard_after_backward(is_last, recurse=False)
+                if layout.whole_gradients:
+                    model.set_requires_gradient_sync(is_last)
             loss = score(model(rows[:, :-1]), rows[:, 1:], config.model.vocab_size)
             (loss / len(tokens)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

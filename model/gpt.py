@@ -27,14 +27,10 @@ class Linear(nn.Linear):
 
 
 class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm computed in fp32 whatever the dtype of the residual stream.
-
-    Gain and bias are rounded to that dtype first, as every other weight is: a model whose weights are gathered in bf16
-    is then the same model.
-    """
+    """nn.LayerNorm computed in fp32 whatever the dtype of the residual stream, as autocast would."""
 
     def forward(self, x: Tensor) -> Tensor:
-        weight, bias = self.weight.to(x.dtype).float(), self.bias.to(x.dtype).float()
+        weight, bias = self.weight.float(), self.bias.float()  # FSDP2 gathers them in the dtype of the stream
         return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
 
 

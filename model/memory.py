@@ -175,11 +175,12 @@ def _kept(config: ModelConfig, shape: StepShape, *, blocks: int) -> Bytes:
 
 
 def _block_copies(config: ModelConfig, shape: StepShape) -> int:
-    """Copies of a block's weights in the dtype they are used in; FSDP2's matrices are gathered in it."""
+    """Copies of a block's weights in the dtype they are used in; FSDP2 gathers the matrices in it."""
     if shape.compute_bytes == FP32_BYTES:
         return 0
-    matrices = 0 if shape.is_sharded else sum(math.prod(s) for s in block_shapes(config) if len(s) == 2)
-    return shape.compute_bytes * matrices + FP32_BYTES * 4 * config.width
+    if shape.is_sharded:  # of its norms' weights in fp32
+        return FP32_BYTES * 4 * config.width
+    return shape.compute_bytes * sum(math.prod(s) for s in block_shapes(config) if len(s) == 2)
 
 
 def _gathered(config: ModelConfig, shape: StepShape, *, blocks: int) -> Bytes:

@@ -100,7 +100,7 @@ def run_again(mesh: Mesh, config: Config) -> None:
 
 
 def stop_while_saving(mesh: Mesh, config: Config) -> None:
-    """Rank 0 hears a stop while the checkpoint of step 10 is being written."""
+    """Rank 0 hears a stop while the checkpoint of step 50 is being written."""
     seal, sound = saves._seal, Stops.wanted
     is_sealing: list[bool] = []
 
@@ -121,11 +121,11 @@ def stop_while_saving(mesh: Mesh, config: Config) -> None:
 
 @pytest.mark.parametrize("world", [1, 2])
 def test_a_stop_finishes_the_save_under_way_and_makes_its_own(tiny_data: Path, tmp_path: Path, world: int) -> None:
-    config = with_save(tiny_config(tiny_data, tmp_path / "run", steps=1000), every=10, mode="async")
+    config = with_save(tiny_config(tiny_data, tmp_path / "run", steps=1000), every=50, mode="async")
     run_on_ranks(world, stop_while_saving, config)
     found = status(tmp_path / "run")
     assert (found["state"], found["reason"]) == ("stopped", "test")
-    assert [step_of(path) for path in list_checkpoints(tmp_path / "run")] == [10, found["step"]]
+    assert [step_of(path) for path in list_checkpoints(tmp_path / "run")] == [50, found["step"]]
     assert all(fault_of(path) is None for path in list_checkpoints(tmp_path / "run"))
 
 

@@ -52,6 +52,7 @@ def what_is_sent(step: Step) -> Counter[tuple[str, int]]:
     return sent.counts
 
 
+@pytest.mark.slow
 def test_every_way_is_timed_against_a_bare_loop_that_sends_the_same(tmp_path: Path) -> None:
     ways = ways_of(OPTIONS, tmp_path)
     assert list(ways) == ["ddp", "fsdp whole", "fsdp sharded"]

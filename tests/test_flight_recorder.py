@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from tests.groups import run_with_own_mounts
 from train import flight_recorder
 
 NAMES = (
@@ -57,6 +58,11 @@ def test_nccls_record_lies_beside_gloos_and_counts_too(tmp_path: Path, monkeypat
     }
 
 
+def count_in_a_new_process(can_mount: bool, path: Path) -> int:
+    return flight_recorder.num_collectives(path)
+
+
 def test_a_process_without_a_group_has_called_none_and_writes_nothing(tmp_path: Path) -> None:
-    assert flight_recorder.num_collectives(tmp_path / "rank_00000.txt") == 0
+    """A new one: the recorder remembers the groups of tests before this in the same process."""
+    assert run_with_own_mounts(count_in_a_new_process, tmp_path / "rank_00000.txt") == 0
     assert list(tmp_path.iterdir()) == []

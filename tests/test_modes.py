@@ -36,6 +36,7 @@ from train.mesh import Mesh
 from train.resume import load
 from train.saves import Progress, checkpoint_tensors
 
+pytestmark = pytest.mark.timeout(600)  # one group of processes runs all its cases before the first test
 STEPS = 50
 SAVED, GOES_ON = 15, 6  # the learning rate is high there: what was not restored would show
 

@@ -33,6 +33,7 @@ from train.parallel import local
 from train.presets import PRESETS
 from train.saves import checkpoint_tensors, share_of
 
+pytestmark = pytest.mark.timeout(600)  # one group of processes runs all its cases before the first test
 XL = replace(PRESETS["gpt2-xl"], model=NAMED_SHAPES["gpt2-xl"])  # 25 GB of weights, gradients and moments
 
 
@@ -115,7 +116,7 @@ def test_a_setting_without_effect_is_said() -> None:
 OPTIONS: dict[str, dict[str, Any]] = {
     "bf16": {"dtype": "bf16", "micro_batch": 3},
     "fp16": {"dtype": "fp16", "micro_batch": 3},
-    "checkpointed": {"activation_checkpointing": True},
+    "fp32": {"micro_batch": 3, "activation_checkpointing": True},
     "everything": {
         "dtype": "bf16",
         "micro_batch": 3,
@@ -132,7 +133,7 @@ MODES: dict[str, dict[str, Any]] = {
 }
 SHARDED_CASES = [
     *((options, mode) for options in ("bf16", "fp16") for mode in ("fsdp", "kept", "sharded")),
-    ("checkpointed", "fsdp"),
+    *(("fp32", mode) for mode in ("fsdp", "kept")),
     ("everything", "fsdp"),
 ]
 STEPS = 12
@@ -159,12 +160,12 @@ def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(("options", "mode"), SHARDED_CASES)
 def test_every_option_gives_the_same_run_sharded_and_copied(trained: Path, options: str, mode: str) -> None:
-    """Bit for bit, but where sums over micro-batches are taken in another order: there as close as bf16 is to fp32."""
+    """Bit for bit in fp32; in bf16 and fp16, where FSDP2 rounds norms' weights too, as close as bf16 is to fp32."""
     copied, sharded = trained / f"{options}_ddp", trained / f"{options}_{mode}"
     one, other = load_trained(sharded), load_trained(copied)  # without a process group, as model/generate.py does
     assert one.step == other.step == STEPS
     assert [row["step"] for row in rows(sharded, "samples.jsonl")] == [6, 12]
-    if mode == "sharded":
+    if "dtype" in OPTIONS[options]:
         difference = (losses(sharded) - losses(copied)).abs()
         assert difference[0] <= 2e-6 and difference[1] <= 5e-4
         return

@@ -124,17 +124,19 @@ def test_a_stop_in_sampling_leaves_the_sample_to_the_next_start(tiny_data: Path,
 
 
 def sample_unequally(mesh: Mesh, config: Config) -> None:
-    """Rank 1's rows end early, as another rounding of its logits may have it."""
+    """Rank 1 draws other tokens, as another rounding of its logits may have it; its samples end with them."""
     generate = samples.generate_rows
 
-    def ending(*args: Any, **kwargs: Any) -> Any:
+    def differing(*args: Any, **kwargs: Any) -> Any:
         for number, row in enumerate(generate(*args, **kwargs)):
-            if mesh.rank == 1 and number == 3:
-                return
-            yield row
+            yield [0 for _ in row] if mesh.rank == 1 and number == 3 else row
+
+    def until_end(sampler: samples.Sampler, tokens: list[int]) -> list[int]:
+        return tokens[: tokens.index(0)] if mesh.rank == 1 else tokens
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(samples, "generate_rows", ending)
+        patch.setattr(samples, "generate_rows", differing)
+        patch.setattr(samples.Sampler, "_until_end", until_end)
         run(config, mesh)
 
 

@@ -2,7 +2,6 @@
 
 import math
 import types
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,9 +17,6 @@ from train.layout import Layout
 from train.losses import Objective
 from train.mesh import Mesh
 from train.numerics import compute_dtype
-
-# Inductor leaves out casts to bf16 and back: a weight cast to bf16 would be another than one that was gathered in it.
-ROUND_AS_EAGER: dict[str, Any] = {"emulate_precision_casts": True}
 
 
 def build_objective(config: Config, layout: Layout, mesh: Mesh) -> Objective:
@@ -46,7 +42,7 @@ def build_objective(config: Config, layout: Layout, mesh: Mesh) -> Objective:
     if train.compile:
         torch._dynamo.config.optimize_ddp = False
         for part in (*model.blocks, model.transformer["ln_f"]):
-            part.forward = torch.compile(part.forward, dynamic=False, options=ROUND_AS_EAGER)
+            part.forward = torch.compile(part.forward, dynamic=False)
     if layout.is_sharded:
         shard(objective, layout, mesh)
         mesh.set_timeout(config.parallel.init_timeout_seconds)  # of the groups that were made for it, too
@@ -69,11 +65,11 @@ def recomputed(block: Block, x_BTD: Tensor) -> Tensor:
 def shard(objective: Objective, layout: Layout, mesh: Mesh) -> None:
     """FSDP2: every rank keeps the rows of each parameter that are its own, and gathers a block when it is its turn.
 
-    A block's weights are gathered in the dtype that it computes with, which is how the plain model uses them, and its
-    gradients are reduced in fp32. The rest (the embedding, which is also the head, positions and last norm) is one
-    group of the root and is gathered in fp32: the embedding's gradient is a sum over tokens, which in bf16 would lose
-    what the plain model keeps. The last block and the root stay gathered between their passes: the backward pass
-    begins with them.
+    A block's weights are gathered in the dtype that it computes with, which is how the plain model uses them but for
+    the norms', whose gain and bias are rounded here; its gradients are reduced in fp32. The rest (the embedding, which
+    is also the head, positions and last norm) is one group of the root and is gathered in fp32: the embedding's
+    gradient is a sum over tokens, which in bf16 would lose what the plain model keeps. The last block and the root stay
+    gathered between their passes: the backward pass begins with them.
     """
     device_mesh = make_device_mesh(layout, mesh)
     dtype = objective.model.compute_dtype
