@@ -104,6 +104,7 @@ train() {
     ${srun_flags[@]+"${srun_flags[@]}"} \
     bash -c 'cd "$0" 2>/dev/null && [ -r train/main.py ] && exec "$@"
       echo "slurm: $0/train/main.py is not there on $(hostname): submit from a folder that all nodes share" >&2
+      sleep 2 # else srun may end before it has passed that on
       exit 2' "$PWD" \
     ${container[@]+"${container[@]}"} torchrun \
     --nnodes="${#hosts[@]}" --nproc-per-node="$gpus" --max-restarts=0 \
