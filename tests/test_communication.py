@@ -1,6 +1,5 @@
 """What a step of each layout communicates, counted as it happens and held against the formula."""
 
-import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,21 +12,17 @@ from torch.distributed.tensor.debug import CommDebugMode
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.steps import opened_run
 from data_prep.manifest import read_manifest
 from model.config import ModelConfig
 from tests.groups import run_on_ranks
 from tests.runs import tiny_config
-from train.assemble import assemble
 from train.communication import Collectives, Communication, step_communication
 from train.config import Config, ParallelConfig, ValidateConfig, resolve, with_vocabulary
-from train.layout import Layout, agree_on_layout
-from train.loop import Run, look, record, take_step, warm_up
+from train.layout import Layout
+from train.loop import Run, look, record, take_step
 from train.mesh import Mesh
-from train.meters import Startup
-from train.numerics import compute_dtype, set_numerics
-from train.run_dir import RunDirectory
-from train.stops import Stops
-from train.watchdog import Watchdog
+from train.numerics import compute_dtype
 
 ODD = ModelConfig(num_layers=3, num_heads=1, width=31)  # in blocks nearly no parameter's rows divide by 2, 4 or 8
 WIDE = ModelConfig(num_layers=3, num_heads=8, width=512)  # more gradients than two of DDP's buckets hold
@@ -153,27 +148,15 @@ def count_all(mesh: Mesh, configs: dict[Case, Config]) -> dict[Case, Counted]:
 
 
 def count(mesh: Mesh, config: Config) -> Counted:
-    manifest = read_manifest(config.data.dir)
-    config = with_vocabulary(config, manifest.vocab_size)
-    layout = agree_on_layout(config, mesh)
-    set_numerics(config.train, mesh.device)
-    with (
-        Stops(config.directory, is_main=mesh.is_main) as stops,
-        RunDirectory(config, manifest.fingerprint, mesh) as directory,
-        Watchdog(config.parallel, mesh, directory) as watchdog,
-    ):
-        run = assemble(config, mesh, layout, manifest, directory, stops, watchdog, Startup(time.perf_counter()))
+    config = with_vocabulary(config, read_manifest(config.data.dir).vocab_size)
+    with opened_run(config, mesh) as (run, _):
         assert run.validation is not None
-        with run.saver, run.sinks:
-            run.meters.start()
-            warm_up(run)
-            step = count_step(run)
-            with Tape() as validation:
-                look(run)
-            next_step = count_step(run)
-        run.batches.close()
+        step = count_step(run)
+        with Tape() as validation:
+            look(run)
+        next_step = count_step(run)
     rounds = -(-run.validation.num_batches // mesh.world)
-    return Counted(config, layout, rounds, step, validation.counts(), next_step)
+    return Counted(config, run.layout, rounds, step, validation.counts(), next_step)
 
 
 def count_step(run: Run) -> Communication:
