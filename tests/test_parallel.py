@@ -167,7 +167,7 @@ def test_every_option_gives_the_same_run_sharded_and_copied(trained: Path, optio
     assert [row["step"] for row in rows(sharded, "samples.jsonl")] == [6, 12]
     if "dtype" in OPTIONS[options]:
         difference = (losses(sharded) - losses(copied)).abs()
-        assert difference[0] <= 2e-6 and difference[1] <= 5e-4
+        assert difference[0] <= 2e-6 and difference[1] <= 5e-4 and difference.max() <= 2e-2
         return
     assert curve(sharded) == curve(copied)
     assert_same_tensors(final_tensors(sharded), final_tensors(copied))
