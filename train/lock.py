@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import InputError
+from train.place import slurm_job
 
 FILE_NAME = "lock.json"
 HEARTBEAT_SECONDS = 10.0
@@ -33,7 +34,7 @@ class RunLock:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "started": _start_time(os.getpid()),
-            "job": os.environ.get("SLURM_JOB_ID"),
+            "job": slurm_job(os.environ),
         }
         self.text = json.dumps(self._me) + "\n"
 

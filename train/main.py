@@ -12,7 +12,6 @@ import time
 
 STARTED = time.perf_counter()  # before the slow imports, which are most of a short run's start-up
 
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +38,7 @@ from train.loop import Run, train
 from train.mesh import Mesh, open_mesh
 from train.meters import Startup
 from train.numerics import set_numerics
+from train.place import Place, take_place
 from train.presets import PRESETS
 from train.resume import settle_origin
 from train.run_card import CPU, run_card
@@ -49,9 +49,10 @@ from train.watchdog import Watchdog
 
 def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors("train"):
+        place = take_place()
         config = parse(sys.argv[1:] if args is None else args, PRESETS)
         if config.dry_run:
-            dry_run(config)
+            dry_run(config, place)
             return
         startup = Startup(STARTED)
         startup.done("imports")
@@ -60,26 +61,24 @@ def main(args: Sequence[str] | None = None) -> None:
             run(config, mesh, startup)
 
 
-def dry_run(config: Config) -> None:
-    """The run card for as many processes as torchrun started, and every refusal that needs no GPU; touches nothing."""
+def dry_run(config: Config, place: Place) -> None:
+    """The run card for as many processes as were started, and every refusal that needs no GPU; touches nothing."""
     manifest = read_manifest(config.data.dir) if (config.data.dir / FILE_NAME).is_file() else None
     if manifest is not None:
         config = with_vocabulary(config, manifest.vocab_size)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", world))
-    memory_bytes = memory_of(device, local_ranks)
-    layout = choose_layout(config, world=world, local_world=local_ranks, memory_bytes=memory_bytes)
+    memory_bytes = memory_of(device, place.local_world)
+    layout = choose_layout(config, world=place.world, local_world=place.local_world, memory_bytes=memory_bytes)
     config = settle_origin(config)
-    plan = plan_batches(config, world)
+    plan = plan_batches(config, place.world)
     if manifest is not None:
         RunDirectory(config, manifest.fingerprint, Mesh(0, 1, torch.device("cpu"))).check_start()
         open_data(config, plan, load_codec(config.data.dir))
-    if os.environ.get("RANK", "0") == "0":
+    if place.rank == 0:
         print(card(config, manifest, plan, layout))
         if list_checkpoints(config.directory):
             print(f"continues from {list_checkpoints(config.directory)[-1]}")
-        for line in settings_without_effect(config, device.type, world, layout.mode):
+        for line in settings_without_effect(config, device.type, place.world, layout.mode):
             print(f"warning: {line}")
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from data_prep.errors import InputError
 from train import flight_recorder, launcher
+from train.place import take_place
 
 LATER_SECONDS = 60.0  # than the watchdog (train/watchdog.py), which strikes first, since it names the culprit
 
@@ -138,21 +139,21 @@ def group_timeout(seconds: float) -> datetime.timedelta:
 
 
 def open_mesh(timeout_seconds: float, run_dir: Path) -> Mesh:
-    """This process's place from torchrun's environment (RANK, WORLD_SIZE, LOCAL_RANK), or a world of one.
+    """The world of this process (train/place.py).
 
     CUDA and NCCL where there are GPUs, else the CPU and gloo. A collective may last `timeout_seconds`, until
     `set_timeout` says otherwise; the flight recorder's files of one that lasted longer go to `run_dir`.
     """
     refuse_broken_restarts()
-    rank, world, local_rank = (
-        int(os.environ.get(name, d)) for name, d in (("RANK", 0), ("WORLD_SIZE", 1), ("LOCAL_RANK", 0))
-    )
+    place = take_place()
+    rank, world, local_rank = place.rank, place.world, place.local_rank
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             fault = f"process {local_rank} of this host has no GPU: there are {torch.cuda.device_count()}"
             if local_rank == torch.cuda.device_count():  # rank 0 has its GPU and cannot say it
-                print(f"train: {fault}; use torchrun --nproc_per_node={local_rank}", file=sys.stderr, flush=True)
+                advice = f"torchrun --nproc_per_node={local_rank} or srun --ntasks-per-node={local_rank}"
+                print(f"train: {fault}; use {advice}, and --gpus-per-node", file=sys.stderr, flush=True)
             raise InputError(fault)
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)

@@ -23,6 +23,7 @@ from model.trained import list_checkpoints
 from train.config import Config
 from train.lock import RunLock
 from train.mesh import Mesh
+from train.place import slurm_job
 
 # What makes two runs the same run. Everything else (processes, micro-batch, compilation, intervals) may change.
 IDENTITY = (
@@ -263,7 +264,7 @@ def provenance(config: Config) -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD"),
         "changes": _git("diff", "HEAD"),
         "host": socket.gethostname(),
-        "job": os.environ.get("SLURM_JOB_ID"),
+        "job": slurm_job(os.environ),
         "world": int(os.environ.get("WORLD_SIZE", "1")),
         "python": platform.python_version(),
         "torch": torch.__version__,

@@ -1,0 +1,114 @@
+"""Rank and world from what torchrun, srun and submitit leave in the environment; tests/cluster has the real ones."""
+
+import pytest
+
+from data_prep.errors import InputError
+from train.place import (
+    FIRST_PORT,
+    NUM_PORTS,
+    Place,
+    find_place,
+    first_host,
+    port_of,
+    slurm_job,
+    take_place,
+    tasks_per_node,
+)
+
+TORCHRUN = {
+    **{"RANK": "5", "WORLD_SIZE": "8", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "4"},
+    **{"MASTER_ADDR": "n1", "MASTER_PORT": "12345", "TORCHELASTIC_RUN_ID": "7"},
+}
+SRUN = {
+    **{"SLURM_JOB_ID": "70", "SLURM_STEP_ID": "2", "SLURM_STEP_NUM_TASKS": "7", "SLURM_PROCID": "5"},
+    **{"SLURM_LOCALID": "0", "SLURM_NODEID": "2", "SLURM_STEP_TASKS_PER_NODE": "3,2(x2)"},
+    **{"SLURM_STEP_NODELIST": "n[03-05]", "SLURM_NTASKS": "7"},
+}
+BATCH_SCRIPT = {
+    "SLURM_JOB_ID": "70",
+    "SLURM_PROCID": "0",
+    "SLURM_NTASKS": "8",
+    "SLURM_LOCALID": "0",
+    "SLURM_NODEID": "0",
+}
+SUBMITIT = {
+    **{"SUBMITIT_LOCAL_JOB_ID": "4711", "SUBMITIT_LOCAL_NTASKS": "3", "SUBMITIT_LOCAL_GLOBALID": "2"},
+    **{"SUBMITIT_LOCAL_LOCALID": "2"},
+}
+
+
+@pytest.mark.parametrize(
+    ("environ", "place"),
+    [
+        ({}, Place()),
+        (TORCHRUN, Place(5, 8, 1, 4, "n1", 12345)),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, Place(1, 2, 1, 2)),
+        (SRUN, Place(5, 7, 0, 2, "n03", 12912)),
+        (SRUN | {"MASTER_ADDR": "n9", "MASTER_PORT": "1"}, Place(5, 7, 0, 2, "n9", 1)),
+        (BATCH_SCRIPT, Place()),
+        (BATCH_SCRIPT | TORCHRUN, Place(5, 8, 1, 4, "n1", 12345)),
+        (SRUN | TORCHRUN, Place(5, 8, 1, 4, "n1", 12345)),
+        (SUBMITIT, Place(2, 3, 2, 3, "localhost", port_of(4711, 0))),
+        (SUBMITIT | {"SUBMITIT_LOCAL_NTASKS": "1", "SUBMITIT_LOCAL_GLOBALID": "0"}, Place()),
+    ],
+    ids=[
+        "alone",
+        "torchrun",
+        "by hand",
+        "srun",
+        "srun, port given",
+        "batch",
+        "torchrun in batch",
+        "in srun",
+        "local",
+        "1",
+    ],
+)
+def test_every_launcher_is_understood(environ: dict[str, str], place: Place) -> None:
+    assert find_place(environ) == place
+    taken = dict(environ)
+    assert take_place(taken) == place
+    assert find_place(taken) == place, "also a second time"
+    assert ("RANK" in taken) == (place.world > 1 or "RANK" in environ)
+
+
+@pytest.mark.parametrize(
+    ("environ", "line"),
+    [
+        (
+            SRUN | {"RANK": "0", "WORLD_SIZE": "1"},
+            "srun started rank 5 of 7, but RANK=0 and WORLD_SIZE=1 are set; unset",
+        ),
+        ({"RANK": "3", "WORLD_SIZE": "2"}, "rank 3 of 2, 3 of 2 on its host: that cannot be; unset RANK, WORLD_SIZE"),
+        ({"RANK": "3"}, "cannot tell this process's rank from the environment: KeyError('WORLD_SIZE')"),
+        ({"RANK": "x", "WORLD_SIZE": "2"}, "cannot tell this process's rank from the environment: ValueError"),
+    ],
+)
+def test_contradictions_are_refused(environ: dict[str, str], line: str) -> None:
+    with pytest.raises(InputError) as caught:
+        find_place(environ)
+    assert str(caught.value).startswith(line)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "host"),
+    [("n1", "n1"), ("n1,m2", "n1"), ("n[07-12,20]", "n07"), ("r[1-2]n[07-12],login", "r1n07"), ("a-b[3]x,c", "a-b3x")],
+)
+def test_the_first_host_of_slurms_lists(nodes: str, host: str) -> None:
+    assert first_host(nodes) == host
+
+
+def test_tasks_per_node_as_slurm_writes_them() -> None:
+    assert tasks_per_node("4") == [4]
+    assert tasks_per_node("2(x3),1,3(x2)") == [2, 2, 2, 1, 3, 3]
+
+
+def test_ports_of_neighbours_and_restarts_differ_and_stay_below_the_kernels() -> None:
+    ports = [port_of(job, start) for job in range(2_000_000, 2_000_100) for start in range(10)]
+    assert len(set(ports)) == len(ports) and min(ports) >= FIRST_PORT and max(ports) < FIRST_PORT + NUM_PORTS <= 32768
+
+
+def test_a_task_of_an_array_is_not_the_array() -> None:
+    assert slurm_job({}) is None
+    assert slurm_job({"SLURM_JOB_ID": "9"}) == "9"
+    assert slurm_job({"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "3"}) == "9_3"
