@@ -25,6 +25,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from data_prep.errors import InputError, one_line_errors
+from train.place import slurm_job
 
 # Reasons in status.json that came from a person: a STOP file that is not this job's, W&B's stop button, --stop-after.
 ASKED_BY_PEOPLE = ("STOP file", "SIGINT", "--stop-after")
@@ -181,7 +182,7 @@ def main(args: list[str] | None = None) -> None:
     parser.add_argument("--exit-status", type=int, default=0, help="srun's")
     parser.add_argument("--max-requeues", type=int, default=50, help="restarts after which the job is left to end")
     given = parser.parse_args(args)
-    job, restarts = os.environ.get("SLURM_JOB_ID"), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
+    job, restarts = slurm_job(os.environ), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     with one_line_errors("slurm"):
         if job is None:
             raise InputError("SLURM_JOB_ID is not set: this is for slurm/body.sh, in a job")

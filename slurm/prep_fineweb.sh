@@ -18,7 +18,7 @@ body=${SLURM_SUBMIT_DIR:-.}/slurm/body.sh # this script runs from a copy elsewhe
 [ -r "$body" ] || { echo "slurm: $body is not there: submit from the root of the checkout" >&2 && exit 2; }
 # shellcheck source=slurm/body.sh
 . "$body"
-trap - USR1 TERM # there is nothing to save
+prepare
 
 # fineweb STAGE FLAGS...
 fineweb() {

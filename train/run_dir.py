@@ -37,7 +37,9 @@ IDENTITY = (
     "optim",
 )
 
+ROOT = Path(__file__).resolve().parents[1]
 STATUS_FILE = "status.json"
+SNAPSHOT_FILE = "SNAPSHOT.json"
 SECONDS_TO_SEE = 30.0  # a network file system may show a new file late
 
 
@@ -261,8 +263,7 @@ def provenance(config: Config) -> dict[str, Any]:
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": shlex.join([sys.executable, *sys.argv]),
         "directory": str(Path.cwd()),
-        "commit": _git("rev-parse", "HEAD"),
-        "changes": _git("diff", "HEAD"),
+        **_code(),
         "host": socket.gethostname(),
         "job": slurm_job(os.environ),
         "world": int(os.environ.get("WORLD_SIZE", "1")),
@@ -279,11 +280,19 @@ def provenance(config: Config) -> dict[str, Any]:
     }
 
 
+def _code() -> dict[str, Any]:
+    """Which code runs: a checkout's, or that of a job's snapshot (launch/snapshot.py), which lies in no repository."""
+    try:
+        record = json.loads((ROOT / SNAPSHOT_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {"code": str(ROOT), "commit": _git("rev-parse", "HEAD"), "changes": _git("diff", "HEAD")}
+    return {"code": str(ROOT), "commit": record["commit"], "changes": record["changes"]}
+
+
 def _git(*args: str) -> str | None:
-    root = Path(__file__).resolve().parents[1]
     try:
         done = subprocess.run(
-            ["git", "-C", str(root), *args], capture_output=True, text=True, errors="replace", check=False
+            ["git", "-C", str(ROOT), *args], capture_output=True, text=True, errors="replace", check=False
         )
     except FileNotFoundError:  # no git on this machine
         return None

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -9,6 +10,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 
+from launch import snapshot
 from tests.runs import ROOT
 
 SCRIPT = Path(__file__).with_name("cluster.sh")
@@ -24,15 +26,19 @@ def script(folder: Path, *args: str) -> "subprocess.CompletedProcess[str]":
 
 
 def make_checkout(folder: Path) -> Path:
-    """What a job needs of the checkout, with a site file of our own."""
-    folder.mkdir()
-    for name in ("data_prep", "model", "train", "launch", "tests"):
-        (folder / name).symlink_to(ROOT / name)
-    (folder / "slurm").mkdir()
-    for path in (ROOT / "slurm").glob("*.sh"):
-        (folder / "slurm" / path.name).symlink_to(path)
+    """A clone with what is changed and new here, and a site file of our own."""
+    for name in snapshot.files_of(ROOT, folder):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, folder / name)
     (folder / "slurm" / "site.sh").write_text(SITE)
+    git(folder, "init", "--quiet")
+    git(folder, "add", "--all")
+    git(folder, "-c", "user.name=tests", "-c", "user.email=tests@localhost", "commit", "--quiet", "-m", "as it is")
     return folder
+
+
+def git(folder: Path, *args: str) -> None:
+    subprocess.run(["git", "-C", str(folder), *args], check=True)
 
 
 @dataclass

@@ -1,0 +1,161 @@
+"""The code of a job: a copy of the checkout in its run directory, which is what runs, also after every requeue.
+
+    python3 launch/snapshot.py take RUN_DIR --job 4711      # of the checkout around this file; prints RUN_DIR/code/HASH
+    python3 launch/snapshot.py check RUN_DIR/code/job_4711  # prints that again, unless a file of it has changed
+
+Copied are the files that git tracks, as they are now, and new ones that it does not ignore: a fraction of a second, one
+or two MB. The folder's name is the hash of names and contents, so the same code is kept once. provenance.json has its
+commit and changes from here (train/run_dir.py). Python 3.9 is enough, and nothing needs to be installed but git.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from data_prep.errors import InputError, one_line_errors, writing_to
+
+ROOT = Path(__file__).resolve().parents[1]
+RECORD = "SNAPSHOT.json"
+LIMIT_BYTES = 64 << 20  # more is data that git should ignore
+
+
+def take(root: Path, run_dir: Path) -> Path:
+    """The folder with a copy of `root`, whole or not at all. InputError if git does not know it or it is too big."""
+    files = files_of(root, run_dir)
+    hashes = {name: hash_of(root / name) for name in files}
+    code = run_dir / "code" / name_of(hashes)
+    if code.is_dir():
+        return check(code)
+    with writing_to(code.parent):
+        new = code.with_name(f".{code.name}.{os.uname().nodename}.{os.getpid()}")
+        for name in files:
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(root / name, new / name, follow_symlinks=False)
+            if not (new / name).is_symlink():
+                (new / name).chmod(stat.S_IMODE((new / name).stat().st_mode) & ~0o222)  # edited by mistake it is not
+        record = {
+            "root": str(root),
+            "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "commit": ask_git(root, "rev-parse", "HEAD").strip() if has_commit(root) else None,
+            "changes": ask_git(root, "diff", "HEAD").strip() if has_commit(root) else None,
+            "files": hashes,
+        }
+        (new / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        try:
+            new.rename(code)
+        except OSError:  # another job took the same one meanwhile
+            shutil.rmtree(new)
+            if not code.is_dir():
+                raise
+    return check(code)
+
+
+def check(code: Path) -> Path:
+    """The same folder, every file as it was taken; else InputError."""
+    try:
+        record: dict[str, Any] = json.loads((code / RECORD).read_text(encoding="utf-8"))
+        hashes: dict[str, str] = record["files"]
+    except FileNotFoundError as error:
+        raise InputError(f"{code}: no snapshot, or a part of one: no {RECORD}; submit again") from error
+    except (ValueError, KeyError) as error:
+        raise InputError(f"{code / RECORD}: damaged ({error}); remove {code} and submit again") from error
+    changed = [name for name, expected in hashes.items() if hash_of(code / name) != expected]
+    if changed or name_of(hashes) != code.name:
+        raise InputError(
+            f"{code}: {', '.join(changed[:3]) or RECORD} is not what was submitted; remove it, submit again"
+        )
+    return code
+
+
+def files_of(root: Path, run_dir: Path) -> list[str]:
+    """What git tracks and is there, and what is new and not ignored, but for the run directory; sorted."""
+    listed = set(ask_git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")) - {""}
+    found = sorted(name for name in listed if is_file(root / name) and run_dir not in (root / name).parents)
+    if "train/main.py" not in found:
+        raise InputError(f"{root}: git knows no train/main.py here; run this in a clone, or after git init and git add")
+    sizes = {name: (root / name).lstat().st_size for name in found}
+    if sum(sizes.values()) > LIMIT_BYTES:
+        biggest = max(sizes, key=lambda name: sizes[name])
+        raise InputError(
+            f"{root}: {sum(sizes.values()) >> 20} MB to copy for the job, most of it {biggest}; above "
+            f"{LIMIT_BYTES >> 20} MB it is no code: move data away, or name it in .gitignore"
+        )
+    return found
+
+
+def is_file(path: Path) -> bool:
+    return path.is_symlink() or path.is_file()
+
+
+def hash_of(path: Path) -> str | None:
+    """sha256 of the content, of where a link points, and of whether it can be executed; None if it is not there."""
+    try:
+        content = bytes(path.readlink()) if path.is_symlink() else path.read_bytes()
+        return hashlib.sha256(content + (b"x" if path.lstat().st_mode & stat.S_IXUSR else b"-")).hexdigest()
+    except FileNotFoundError:
+        return None
+
+
+def name_of(hashes: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def has_commit(root: Path) -> bool:
+    done = subprocess.run(
+        ["git", "-C", str(root), "rev-parse", "-q", "--verify", "HEAD"], capture_output=True, check=False
+    )
+    return done.returncode == 0
+
+
+def ask_git(root: Path, *args: str) -> str:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(root), *args], capture_output=True, text=True, errors="surrogateescape", check=False
+        )
+    except FileNotFoundError as error:
+        raise InputError(
+            f"no git on {os.uname().nodename}, which copies the code: install it, or SNAPSHOT=off sbatch ... to run "
+            "the checkout as it is at every start"
+        ) from error
+    if done.returncode != 0:
+        said = done.stderr.strip().splitlines()
+        raise InputError(f"{root}: {said[0] if said else f'git {args[0]} failed'}; or SNAPSHOT=off sbatch ...")
+    return done.stdout
+
+
+def main(args: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("take", "check"))
+    parser.add_argument("path", type=Path, help="take: the run directory; check: the copy in it")
+    parser.add_argument(
+        "--job", help="take: whose code it is, for job_JOB beside it; a later job of the run has its own"
+    )
+    given = parser.parse_args(args)
+    with one_line_errors("slurm"):
+        path = given.path.resolve()
+        if given.what == "check":
+            print(check(path))
+            return
+        code = take(ROOT, path)
+        if given.job:
+            link = code.with_name(f"job_{given.job}")
+            link.unlink(missing_ok=True)  # job ids come again when a cluster is set up anew
+            link.symlink_to(code.name)
+        print(code)
+
+
+if __name__ == "__main__":
+    main()
