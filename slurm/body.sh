@@ -131,10 +131,25 @@ tasks() {
   finish "$?"
 }
 
-# train PRESET FLAGS...: by one torchrun on each node, with this job's own copy of the code (launch/snapshot.py).
+# train PRESET FLAGS...
 train() {
   listen
   prepare
+  train_run "$@"
+}
+
+# sweep PRESET --grid ... -- FLAGS...: the run of this task of the array
+sweep() {
+  local run
+  listen
+  prepare
+  run=$(python3 launch/grid.py "${@:1:1}" --point "${SLURM_ARRAY_TASK_ID:-0}" "${@:2}") || exit
+  mapfile -t run <<<"$run"
+  train_run "${run[@]}"
+}
+
+# By one torchrun on each node, with this job's own copy of the code (launch/snapshot.py).
+train_run() {
   run_dir=$(run_dir_of "$@")
   code=$PWD
   if [ "$SLURM_RESTART_COUNT" -gt 0 ] && [ -e "$run_dir/code/job_$job" ]; then

@@ -36,9 +36,10 @@ submit_pack() {
     ${of_ours[@]+"${of_ours[@]}"} slurm/prep_fineweb.sh "$@" || exit
 }
 
-if [ "${PREP_FINEWEB:-tokenize}" = pack ]; then
+# PREP_FINEWEB, tokenize or pack: what launch/submit.py --prep submits one by one.
+if [ "${PREP_FINEWEB:-}" = pack ]; then
   fineweb pack "$@" && fineweb verify "$@"
   exit
 fi
-[ "$SLURM_ARRAY_TASK_ID" != "$SLURM_ARRAY_TASK_MIN" ] || submit_pack "$@"
+[ -n "${PREP_FINEWEB:-}" ] || [ "$SLURM_ARRAY_TASK_ID" != "$SLURM_ARRAY_TASK_MIN" ] || submit_pack "$@"
 fineweb download "$@" --task-index 0 --num-tasks 1 && fineweb tokenize "$@"

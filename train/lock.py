@@ -121,6 +121,18 @@ class RunLock:
         return not self._path.exists() and self._create()
 
 
+def living_holder(run_dir: Path) -> str | None:
+    """Who trains in the run directory, as far as can be told without waiting; None if nobody does."""
+    path = run_dir / FILE_NAME
+    try:
+        text, silent_seconds = path.read_text(encoding="utf-8"), time.time() - path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+    is_alive = _is_alive_here(text)
+    is_alive = silent_seconds < DEAD_AFTER_SECONDS if is_alive is None else is_alive
+    return _describe(text) if is_alive else None
+
+
 def _is_alive_here(text: str) -> bool | None:
     """None for a holder on another host, and for what is no lock of ours: its heartbeat decides."""
     try:

@@ -52,7 +52,9 @@ def main(args: Sequence[str] | None = None) -> None:
         place = take_place()
         config = parse(sys.argv[1:] if args is None else args, PRESETS)
         if config.dry_run:
-            dry_run(config, place)
+            lines = planned(config, place)
+            if place.rank == 0:
+                print("\n".join(lines))
             return
         startup = Startup(STARTED)
         startup.done("imports")
@@ -61,8 +63,8 @@ def main(args: Sequence[str] | None = None) -> None:
             run(config, mesh, startup)
 
 
-def dry_run(config: Config, place: Place) -> None:
-    """The run card for as many processes as were started, and every refusal that needs no GPU; touches nothing."""
+def planned(config: Config, place: Place) -> list[str]:
+    """The run card for as many processes as `place` says, and every refusal that needs no GPU; touches nothing."""
     manifest = read_manifest(config.data.dir) if (config.data.dir / FILE_NAME).is_file() else None
     if manifest is not None:
         config = with_vocabulary(config, manifest.vocab_size)
@@ -74,12 +76,9 @@ def dry_run(config: Config, place: Place) -> None:
     if manifest is not None:
         RunDirectory(config, manifest.fingerprint, Mesh(0, 1, torch.device("cpu"))).check_start()
         open_data(config, plan, load_codec(config.data.dir))
-    if place.rank == 0:
-        print(card(config, manifest, plan, layout))
-        if list_checkpoints(config.directory):
-            print(f"continues from {list_checkpoints(config.directory)[-1]}")
-        for line in settings_without_effect(config, device.type, place.world, layout.mode):
-            print(f"warning: {line}")
+    saved = [f"continues from {path}" for path in list_checkpoints(config.directory)[-1:]]
+    idle = settings_without_effect(config, device.type, place.world, layout.mode)
+    return [card(config, manifest, plan, layout), *saved, *(f"warning: {line}" for line in idle)]
 
 
 def run(config: Config, mesh: Mesh, startup: Startup | None = None) -> None:

@@ -1,11 +1,11 @@
 """The Slurm that cluster.sh starts, its jobs, and what is still running of them."""
 
-import contextlib
 import os
 import shutil
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
@@ -35,6 +35,20 @@ def make_checkout(folder: Path) -> Path:
     git(folder, "add", "--all")
     git(folder, "-c", "user.name=tests", "-c", "user.email=tests@localhost", "commit", "--quiet", "-m", "as it is")
     return folder
+
+
+@contextmanager
+def broken(checkout: Path, *more: str) -> Iterator[None]:
+    """Somebody works on it: nothing that is started from it now would train."""
+    paths = [checkout / name for name in ("train/loop.py", "train/main.py", "launch/requeue.py", *more)]
+    contents = [path.read_bytes() for path in paths]
+    for path in paths:
+        path.write_text("half a thought (\n")
+    try:
+        yield
+    finally:
+        for path, content in zip(paths, contents, strict=True):
+            path.write_bytes(content)
 
 
 def git(folder: Path, *args: str) -> None:
@@ -148,7 +162,7 @@ def all_processes() -> list[int]:
 
 def environment_lines(pid: int) -> set[str]:
     """NAME=VALUE of a living process; nothing of a zombie or of one that has gone."""
-    with contextlib.suppress(OSError):
+    with suppress(OSError):
         if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
             return set(Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0"))
     return set()

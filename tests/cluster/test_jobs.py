@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from model.trained import list_checkpoints, step_of
-from tests.cluster.slurm import Cluster, Job
+from tests.cluster.slurm import Cluster, Job, broken
 from tests.cluster.tiny import STEPS, assert_close_losses, assert_same_curve, flags, train_plainly
 from tests.runs import assert_same_tensors, final_tensors, rows, status
 
@@ -44,20 +44,22 @@ def test_two_nodes_train_the_run_that_one_process_does(
 def test_a_preempted_job_comes_back_and_goes_on_as_if_nothing_had_been(
     cluster: Cluster, tiny_data: Path, tmp_path: Path
 ) -> None:
-    """Ended by a person's STOP file, however fast the machine is; then the same steps without a preemption."""
+    """Though somebody breaks the checkout once it has started. Ended by a person's STOP file, however fast the machine
+    is; then the same steps without a preemption."""
     run_dir = tmp_path / "run"
     arguments = flags(tiny_data, run_dir, "--train.steps", "100000", "--track.wandb", "offline")
     job = cluster.train(tmp_path / "log", arguments, "--partition=low", "--exclusive")
     job.wait_for(lambda: steps_saved(run_dir) >= 10, "a checkpoint")
-    everywhere = ("--partition=high", f"--nodes={len(cluster.nodes)}", "--exclusive", "--wrap", "sleep 1")
-    preemptor = cluster.sbatch(tmp_path / "preemptor", *everywhere)
-    assert preemptor.wait() == "COMPLETED"
-    job.wait_for(lambda: attempt(run_dir) == 2, "the second start")
-    first_end = status(run_dir)["step"]
-    saved = (run_dir / "checkpoints" / f"step_{first_end:08d}").stat().st_ctime  # when it got its name
-    job.wait_for(lambda: rows(run_dir)[-1]["step"] > first_end, "a step of the second start")
-    going_on = time.time()
-    job.wait_for(lambda: steps_saved(run_dir) >= first_end + 10, "a checkpoint of the second start")
+    with broken(cluster.checkout):
+        everywhere = ("--partition=high", f"--nodes={len(cluster.nodes)}", "--exclusive", "--wrap", "sleep 1")
+        preemptor = cluster.sbatch(tmp_path / "preemptor", *everywhere)
+        assert preemptor.wait() == "COMPLETED"
+        job.wait_for(lambda: attempt(run_dir) == 2, "the second start")
+        first_end = status(run_dir)["step"]
+        saved = (run_dir / "checkpoints" / f"step_{first_end:08d}").stat().st_ctime  # when it got its name
+        job.wait_for(lambda: rows(run_dir)[-1]["step"] > first_end, "a step of the second start")
+        going_on = time.time()
+        job.wait_for(lambda: steps_saved(run_dir) >= first_end + 10, "a checkpoint of the second start")
     (run_dir / "STOP").touch()
     assert job.wait() == "COMPLETED", job.text()
 
