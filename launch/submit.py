@@ -86,7 +86,7 @@ class Options:
     prep_sbatch: tuple[str, ...] = ()
     """More of sbatch's flags for --prep, like partition=cpu cpus-per-task=32."""
     prep_flags: str = ""
-    """data_prep/fineweb.py's, in one word: --prep-flags '--name sample-100BT'."""
+    """data_prep/fineweb.py's, in one word: --prep-flags='--name sample-100BT'."""
     cluster: Literal["slurm", "local", "debug"] = "slurm"
     """local: processes of this machine; debug: in this very process, for a debugger."""
     dry_run: bool = False

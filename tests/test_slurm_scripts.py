@@ -10,6 +10,7 @@ import pytest
 import tyro
 
 from data_prep import fineweb_plan
+from launch.grid import points_of, split
 from tests.runs import ROOT
 from train.config import parse
 from train.presets import PRESETS
@@ -81,7 +82,12 @@ def test_the_command_lines_that_are_shown_have_flags_that_exist(line: str) -> No
     assert {flag.split("=")[0] for flag in shlex.split(before) if flag.startswith("--")} <= {
         *("--account", "--partition", "--nodes", "--gpus-per-node", "--cpus-per-task", "--array"),
     }
-    if script.startswith("gpt2_"):
+    if script == "sweep":
+        words, flags = split(shlex.split(arguments))
+        assert words[1] == "--grid"
+        for point in points_of(words[0], words[2:], flags):
+            parse(point.args, PRESETS)
+    elif script.startswith("gpt2_"):
         parse([script.replace("_", "-"), *shlex.split(arguments)], PRESETS)
     else:
         tyro.cli(fineweb_plan.Options, args=shlex.split(arguments))

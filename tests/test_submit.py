@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,13 +11,17 @@ import time
 from pathlib import Path
 
 import pytest
+import tyro
 
 from data_prep.errors import InputError
 from launch import runs, submit
+from launch.grid import points_of, split
 from launch.runs import look, runs_in
 from launch.submit import minutes_of, refusal
 from tests.runs import ROOT, assert_same_tensors, called, curve, final_tensors, losses, status, tiny_flags
 from train import main as trainer
+from train.config import parse
+from train.presets import PRESETS
 
 QUIET = ("--track.wandb", "disabled", "--sample.every", "None")
 
@@ -34,6 +40,27 @@ def flags(data: Path, run_dir: Path, *more: str) -> list[str]:
 
 
 PRESET = "shakespeare-char-cpu"
+SHOWN = [
+    line.strip()
+    for name in ("README.md", "docs/cluster.md", "launch/submit.py")
+    for line in (ROOT / name).read_text(encoding="utf-8").splitlines()
+    if re.match(r"    \S*python launch/submit.py", line)
+]
+
+
+@pytest.mark.parametrize("line", SHOWN)
+def test_the_command_lines_that_are_shown_parse(line: str) -> None:
+    words, flags = split(shlex.split(line, comments=True)[2:])
+    if words[0] in submit.COMMANDS:
+        assert len(words) == 2
+        return
+    options = tyro.cli(submit.Options, args=words[1:])
+    for point in points_of(words[0], options.grid, flags):
+        parse(point.args, PRESETS)
+
+
+def test_command_lines_are_shown() -> None:
+    assert len(SHOWN) >= 13
 
 
 def refused(*words: str) -> str:

@@ -118,16 +118,8 @@ def test_one_command_from_pages_to_a_model(cluster: Cluster, tmp_path: Path) -> 
     prep = ["--source", "local", "--data-files", str(tmp_path / "pages"), "--tokenizer", "byte"]
     prep += ["--shard-tokens", "20000", "--val-tokens", "5000"]
     run_dir = tmp_path / "run"
-    words = (
-        "--prep",
-        "--prep-tasks",
-        "2",
-        "--prep-sbatch",
-        "cpus-per-task=1",
-        "--prep-flags",
-        shlex.join(prep),
-        "--wait",
-    )
+    words = ["--prep", "--prep-tasks", "2", "--prep-sbatch", "cpus-per-task=1", f"--prep-flags={shlex.join(prep)}"]
+    words.append("--wait")
     said = submit(cluster, *SHAPE, *words, arguments=flags(tmp_path / "data", run_dir))
     assert status(run_dir) == {"state": "done", "step": STEPS, "reason": None, "attempt": 1}, said
     assert rows(run_dir)[-1]["val_loss"] < 5.0
