@@ -1,0 +1,51 @@
+"""`--preflight` between nodes: fit as they are, and unfit with the one whose network was made slow, by its name."""
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.slurm import Cluster, script
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+
+SLOW_NODE = 2
+# tc-tbf(8): 40 Mbit/s of what the node sends, a hundredth of what these nodes reach and less
+SLOW = ("tc", "qdisc", "add", "dev", "eth0", "root", "tbf", "rate", "40mbit", "burst", "32kbit", "latency", "400ms")
+
+
+def look_over(cluster: Cluster, run_dir: Path) -> "subprocess.CompletedProcess[str]":
+    shape = ("--nodes=4", "--ntasks=4", "--gpus-per-node=1", "--cpus-per-task=1")
+    command = ("env", "CUDA_VISIBLE_DEVICES=", "python", "train/preflight.py", "--run-dir", str(run_dir))
+    done = cluster.run("srun", *shape, *command)
+    print(done.stdout, done.stderr)
+    return done
+
+
+@pytest.fixture
+def slow_node(cluster: Cluster) -> Iterator[str]:
+    """A node that sends 5 MB/s at the most, for one test."""
+    slowed = script(cluster.folder, "exec", str(SLOW_NODE), *SLOW)
+    try:
+        assert slowed.returncode == 0, slowed.stderr
+        yield cluster.nodes[SLOW_NODE - 1]
+    finally:
+        script(cluster.folder, "exec", str(SLOW_NODE), "tc", "qdisc", "del", "dev", "eth0", "root")
+
+
+def test_healthy_nodes_are_fit_and_nothing_is_left(cluster: Cluster, tmp_path: Path) -> None:
+    done = look_over(cluster, tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.endswith("preflight: fit to train\n") and "unfit" not in done.stderr
+    assert [line.split()[0] for line in done.stdout.splitlines()[1:5]] == cluster.nodes
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_node_whose_network_is_slow_is_named_and_no_other(cluster: Cluster, slow_node: str, tmp_path: Path) -> None:
+    done = look_over(cluster, tmp_path / "run")
+    assert done.returncode == 2, done.stdout
+    (verdict,) = [line for line in done.stderr.splitlines() if "preflight: unfit: " in line]
+    assert f"{slow_node} sends 4." in verdict and verdict.endswith(f"leave it out with --exclude {slow_node}")
+    assert [node for node in cluster.nodes if node in verdict] == [slow_node]
+    assert list(tmp_path.iterdir()) == []
