@@ -6,6 +6,7 @@ Every rank of the mesh calls each of these. A host speaks by its first rank.
 import contextlib
 import functools
 import itertools
+import math
 import platform
 import re
 import secrets
@@ -26,7 +27,7 @@ from train.run_dir import SECONDS_TO_SEE
 
 CLOCK_ROUNDS = 8
 REDUCE_KIB = (4, 64, 1024, 4096, 16384, 65536, 262144)  # the last on GPUs only
-REDUCE_REPEATS = 5
+REDUCE_REPEATS = 5  # at the most, and no more than fit the next
 REDUCE_SECONDS = 1.0  # an all-reduce that takes longer is the last
 LINK_KIB = 16  # of the first message, then four times more
 LINK_MESSAGE_SECONDS = 0.05  # is enough to be measured: messages grow no further
@@ -156,7 +157,8 @@ def time_all_reduces(mesh: Mesh) -> list[tuple[int, float]]:
         reduce = functools.partial(mesh.sum_, tensor)
         seconds = max(mesh.gather(seconds_of(mesh, reduce)))  # the first one warms up
         if seconds <= REDUCE_SECONDS:
-            median = statistics.median(seconds_of(mesh, reduce) for _ in range(REDUCE_REPEATS))
+            repeats = min(REDUCE_REPEATS, math.ceil(REDUCE_SECONDS / seconds))
+            median = statistics.median(seconds_of(mesh, reduce) for _ in range(repeats))
             seconds = max(mesh.gather(median))
         timed.append((num_bytes, seconds))
         if seconds > REDUCE_SECONDS:
