@@ -200,25 +200,25 @@ def outcome_of(mesh: Mesh, run_dir: Path) -> list[str]:
 
 
 def on_a_host(name: str) -> None:
-    """This process is on a host of that name from now on; for one that ends with its test."""
-    socket.gethostname = lambda: name  # type: ignore[assignment]
+    """This process is on a host of that name from now on; for one that ends with its test. All-reduces are few."""
+    socket.gethostname = lambda: name
+    probes.REDUCE_KIB = (4, 16384, 65536)
 
 
-def look_from_two_hosts(mesh: Mesh, run_dir: Path) -> tuple[list[str], float]:
-    on_a_host(f"n{1 + mesh.rank // 2}")
-    began = time.monotonic()
-    return outcome_of(mesh, run_dir), time.monotonic() - began
+def look_from_hosts(mesh: Mesh, run_dir: Path, ranks_each: int) -> list[str]:
+    on_a_host(f"n{1 + mesh.rank // ranks_each}")
+    return outcome_of(mesh, run_dir)
 
 
 def test_a_healthy_world_is_fit_and_nothing_is_left(tmp_path: Path) -> None:
-    outcomes = [outcome for outcome, _ in run_on_ranks(4, look_from_two_hosts, tmp_path / "new" / "run")]
+    outcomes = run_on_ranks(4, look_from_hosts, tmp_path / "new" / "run", 2)
     assert outcomes[1:] == [["no error"]] * 3, "rank 0 alone says something"
     titles, first, second, reduces, *table, verdict, end = outcomes[0]
     assert (verdict, end) == ("preflight: fit to train", "no error")
     assert titles.split()[:3] == ["host", "ranks", "device"] and reduces.split()[0] == "all-reduce"
     assert first.startswith("n1    0-1    CPU process") and second.startswith("n2    2-3    CPU process")
     assert abs(float(second.split()[-3])) < 1000, "milliseconds between two readings of one clock"
-    assert [" ".join(line.split()[:2]) for line in table][:2] == ["4 KiB", "64 KiB"]
+    assert [" ".join(line.split()[:2]) for line in table][:2] == ["4 KiB", "16 MiB"]
     assert list(tmp_path.iterdir()) == []
 
 
@@ -269,14 +269,9 @@ def test_a_run_directory_that_is_not_shared_is_found_and_both_hosts_named(tmp_pa
     assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["disk_0", "disk_1"], "nothing is left on either"
 
 
-def look_where_a_file_is_in_the_way(mesh: Mesh, run_dir: Path) -> list[str]:
-    on_a_host(f"n{1 + mesh.rank}")
-    return outcome_of(mesh, run_dir)
-
-
 def test_a_run_directory_that_cannot_be_written_is_a_reason_like_others(tmp_path: Path) -> None:
     (tmp_path / "blocked").write_text("a file where the run directory should be")
-    outcomes = run_on_ranks(2, look_where_a_file_is_in_the_way, tmp_path / "blocked")
+    outcomes = run_on_ranks(2, look_from_hosts, tmp_path / "blocked", 1)
     assert {outcome[-1] for outcome in outcomes} == {
         f"preflight: unfit: {tmp_path / 'blocked'} cannot be written from n1, n2 (File exists): mend that, or change "
         "--run-dir"

@@ -94,7 +94,7 @@ def unfit_because(
     if len(set(devices)) > 1:
         reasons.append(f"{who_has(devices)}: ask for one kind of GPU (--gpus-per-node TYPE:N)")
     gpus = [number for number, rank in enumerate(ranks) if rank.index is not None]
-    free = [ranks[number].free_bytes for number in gpus]
+    free: list[float] = [ranks[number].free_bytes for number in gpus]
     for place, number in enumerate(gpus if len(gpus) > 1 else []):
         median = median_of_others(free, place)
         if free[place] < LEAST_FREE * median:

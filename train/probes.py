@@ -26,7 +26,7 @@ from train.run_card import CPU
 from train.run_dir import SECONDS_TO_SEE
 
 CLOCK_ROUNDS = 8
-REDUCE_KIB = (4, 64, 1024, 4096, 16384, 65536, 262144)  # the last on GPUs only
+REDUCE_KIB: tuple[int, ...] = (4, 64, 1024, 4096, 16384, 65536, 262144)  # the last on GPUs only
 REDUCE_REPEATS = 5  # at the most, and no more than fit the next
 REDUCE_SECONDS = 1.0  # an all-reduce that takes longer is the last
 LINK_KIB = 16  # of the first message, then four times more

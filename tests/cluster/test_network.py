@@ -1,4 +1,4 @@
-"""`--preflight` between nodes: fit as they are, and unfit with the one whose network was made slow, by its name."""
+"""`--preflight` between nodes: fit as they are; unfit with one whose network was made slow, and that one is named."""
 
 import re
 import subprocess
@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.slurm import SECONDS_TO_END, Cluster, script
+from tests.cluster.tiny import flags
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
@@ -57,3 +58,16 @@ def test_the_node_whose_network_is_slow_is_named_and_no_other(cluster: Cluster, 
     assert verdict.endswith(f"leave it out with --exclude {slow_node}")
     assert [node for node in cluster.nodes if node in verdict] == [slow_node]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_job_does_not_begin_its_run_on_a_slow_network(
+    cluster: Cluster, slow_node: str, tiny_data: Path, tmp_path: Path
+) -> None:
+    """Two nodes under torchrun, so one way is compared with the other."""
+    run_dir = tmp_path / "run"
+    nodes = f"--nodelist={cluster.nodes[0]},{slow_node}"
+    job = cluster.train(tmp_path / "log", flags(tiny_data, run_dir, "--preflight"), nodes)
+    assert job.wait() == "FAILED"
+    assert len(job.lines(f"train: preflight: unfit: {slow_node} sends ")) == 1, job.text()
+    assert len(job.lines("ends: training did not begin; the first error above says why")) == 1, job.text()
+    assert not run_dir.exists() or not list(run_dir.iterdir())
