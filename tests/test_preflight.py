@@ -84,8 +84,8 @@ def with_clocks(*seconds: float) -> list[Host]:
         (
             with_rank(gpus(2), 3, free_bytes=38 * GIB),
             [
-                "rank 3 on n2 has 38.0 GiB free on GPU 1, the others' median is 78.0 GiB: another process fills it; "
-                "end that (nvidia-smi lists it) or leave the host out"
+                "rank 3 on n2 has 38.0 GiB free on GPU 1, the others' median is 78.0 GiB: end the other process that "
+                "fills it (nvidia-smi lists it), or leave the host out"
             ],
         ),
         (with_rank(cpus(3), 2, free_bytes=GIB), []),
@@ -121,7 +121,7 @@ def test_the_verdict_on_ranks(ranks: list[Rank], expected: list[str]) -> None:
         (
             [Host("n1", [0], 0.0, does_not_see=["n2"]), Host("n2", [1], 0.0, does_not_see=["n1"])],
             [
-                "runs/x is not shared: n1 does not see what n2 writes, n2 does not see what n1 writes; "
+                "runs/x is not shared, n1 does not see what n2 writes, n2 does not see what n1 writes: "
                 "choose a --run-dir that all hosts share"
             ],
         ),
@@ -263,7 +263,7 @@ def look_on_local_disks(mesh: Mesh, folder: Path) -> list[str]:
 def test_a_run_directory_that_is_not_shared_is_found_and_both_hosts_named(tmp_path: Path) -> None:
     outcomes = run_on_ranks(3, look_on_local_disks, tmp_path)
     assert {outcome[-1] for outcome in outcomes} == {
-        "preflight: unfit: runs/x is not shared: n1 does not see what n2 writes, n2 does not see what n1 writes; "
+        "preflight: unfit: runs/x is not shared, n1 does not see what n2 writes, n2 does not see what n1 writes: "
         "choose a --run-dir that all hosts share"
     }
     assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["disk_0", "disk_1"], "nothing is left on either"

@@ -34,9 +34,7 @@ from train.mesh import Mesh, open_mesh
 from train.probes import Link, Rank, compare_clocks, describe, exchange_files, measure_links, time_all_reduces
 from train.stragglers import median_of_others
 
-MOST_SKEW_SECONDS = (
-    5.0  # a choice: the lock goes by the file server's clock, but what hosts log can no longer be put in order
-)
+MOST_SKEW_SECONDS = 5.0  # a choice: the lock goes by the file server's clock, but logs of hosts are read side by side
 LEAST_FREE = 0.5  # of the median of the other GPUs' free memory
 SLOWER = 4.0  # than the median of the other hosts
 
@@ -100,15 +98,15 @@ def unfit_because(
         if free[place] < LEAST_FREE * median:
             reasons.append(
                 f"rank {number} on {ranks[number].host} has {free[place] / 2**30:.1f} GiB free on GPU "
-                f"{ranks[number].index}, the others' median is {median / 2**30:.1f} GiB: another process fills it; "
-                "end that (nvidia-smi lists it) or leave the host out"
+                f"{ranks[number].index}, the others' median is {median / 2**30:.1f} GiB: end the other process "
+                "that fills it (nvidia-smi lists it), or leave the host out"
             )
     for fault in sorted({host.fault for host in hosts if host.fault is not None}):
         names = [host.name for host in hosts if host.fault == fault]
         reasons.append(f"{run_dir} cannot be written from {some(names)} ({fault}): mend that, or change --run-dir")
     unseen = [f"{host.name} does not see what {writer} writes" for host in hosts for writer in host.does_not_see]
     if unseen:
-        reasons.append(f"{run_dir} is not shared: {some(unseen)}; choose a --run-dir that all hosts share")
+        reasons.append(f"{run_dir} is not shared, {some(unseen)}: choose a --run-dir that all hosts share")
     right = statistics.median_low([host.clock_seconds for host in hosts])  # one of them: that of most hosts
     for host in hosts:
         ahead = host.clock_seconds - right
