@@ -121,6 +121,7 @@ def test_a_setting_without_effect_is_named() -> None:
         ("--sample.every None --sample.tokens 5", "have no effect with --sample.every None"),
         ("--optim.warmdown-fraction 0.5", "has no effect with --optim.schedule cosine"),
         ("--train.dtype tf32", "--train.dtype tf32 has no effect on a CPU"),
+        ("--preflight --dry-run", "--preflight has no effect with --dry-run"),
     ],
 )
 def test_every_setting_without_effect_is_named(flags: str, said: str) -> None:

@@ -43,6 +43,7 @@ SUBMITIT = {
         ({}, Place()),
         (TORCHRUN, Place(5, 8, 1, 4, "n1", 12345)),
         ({"RANK": "1", "WORLD_SIZE": "2"}, Place(1, 2, 1, 2)),
+        ({"WORLD_SIZE": "8"}, Place(0, 8, 0, 8)),
         (SRUN, Place(5, 7, 0, 2, "n03", 12912)),
         (SRUN | {"MASTER_ADDR": "n9", "MASTER_PORT": "1"}, Place(5, 7, 0, 2, "n9", 1)),
         (BATCH_SCRIPT, Place()),

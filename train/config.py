@@ -168,6 +168,9 @@ class Config:
     """Stop with a checkpoint when this process is so old: 3h50m, 90m, 1d12h. A restart counts anew."""
     dry_run: bool = False
     """Print the run card and stop."""
+    preflight: bool = False
+    """Look over hosts, GPUs, clocks, the shared run directory and the network first; refuse to start where they are
+    unfit."""
     trace: str | None = None
     """FIRST:END: profile the steps from FIRST up to, not including, END into RUN_DIR/traces."""
     trace_ranks: tuple[int, ...] = (0,)
@@ -342,6 +345,8 @@ def settings_without_effect(config: Config, device_type: str, world: int, mode: 
         said.append(f"--parallel.no-reshard-after-forward has no effect with --parallel.mode {mode}")
     if mode in ("none", "ddp") and parallel.accumulate != "auto":
         said.append(f"--parallel.accumulate {parallel.accumulate} has no effect with --parallel.mode {mode}")
+    if config.preflight and config.dry_run:
+        said.append("--preflight has no effect with --dry-run")
     track, sample, trace_ranks = config.track, config.sample, " ".join(map(str, config.trace_ranks))
     if config.trace is not None and parse_steps(config.trace).start >= config.train.steps:
         said.append(f"--trace {config.trace} has no effect: the run has {config.train.steps} steps")

@@ -12,6 +12,7 @@ import time
 
 STARTED = time.perf_counter()  # before the slow imports, which are most of a short run's start-up
 
+import functools
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -39,6 +40,7 @@ from train.mesh import Mesh, open_mesh
 from train.meters import Startup
 from train.numerics import set_numerics
 from train.place import Place, take_place
+from train.preflight import preflight
 from train.presets import PRESETS
 from train.resume import settle_origin
 from train.run_card import CPU, run_card
@@ -60,6 +62,9 @@ def main(args: Sequence[str] | None = None) -> None:
         startup.done("imports")
         with open_mesh(config.parallel.init_timeout_seconds, config.directory) as mesh:
             startup.done("process group")
+            if config.preflight:
+                preflight(mesh, config.directory, functools.partial(print, flush=True))
+                startup.done("preflight")
             run(config, mesh, startup)
 
 

@@ -55,7 +55,7 @@ def find_place(environ: Mapping[str, str]) -> Place:
     """InputError if two launchers contradict each other, or the variables themselves."""
     try:
         place = _of_slurm_step(environ)
-        if "RANK" in environ:
+        if "RANK" in environ or "WORLD_SIZE" in environ:
             its = _of_torchrun(environ)
             is_torchruns = "TORCHELASTIC_RUN_ID" in environ
             if place.world > 1 and not is_torchruns and (its.rank, its.world) != (place.rank, place.world):
@@ -72,11 +72,11 @@ def find_place(environ: Mapping[str, str]) -> Place:
 
 
 def _of_torchrun(environ: Mapping[str, str]) -> Place:
-    world = int(environ["WORLD_SIZE"])
+    rank, world = int(environ.get("RANK", 0)), int(environ["WORLD_SIZE"])  # 0: WORLD_SIZE=8 alone is a plan's
     return Place(
-        rank=int(environ["RANK"]),
+        rank=rank,
         world=world,
-        local_rank=int(environ.get("LOCAL_RANK", environ["RANK"])),
+        local_rank=int(environ.get("LOCAL_RANK", rank)),
         local_world=int(environ.get("LOCAL_WORLD_SIZE", world)),
         host=environ.get("MASTER_ADDR", Place.host),
         port=int(environ.get("MASTER_PORT", Place.port)),
