@@ -10,8 +10,8 @@ import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import IO, Any
+from unittest import mock
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -110,9 +110,8 @@ def called(main: Callable[[list[str]], None], *args: str, **env: str) -> "subpro
     """What a command prints and exits with, without the seconds that a new interpreter takes to import torch."""
     out, err = io.StringIO(), io.StringIO()
     status = 0
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        for name, value in env.items():
-            patch.setenv(name, value)
+    # The whole environment is put back, also what the command itself sets in it.
+    with mock.patch.dict(os.environ, env), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             main(list(args))
         except SystemExit as leaving:

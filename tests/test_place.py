@@ -53,16 +53,8 @@ SUBMITIT = {
         (SUBMITIT | {"SUBMITIT_LOCAL_NTASKS": "1", "SUBMITIT_LOCAL_GLOBALID": "0"}, Place()),
     ],
     ids=[
-        "alone",
-        "torchrun",
-        "by hand",
-        "srun",
-        "srun, port given",
-        "batch",
-        "torchrun in batch",
-        "in srun",
-        "local",
-        "1",
+        *("alone", "torchrun", "by hand", "for a plan", "srun", "srun, port given", "batch", "torchrun in batch"),
+        *("torchrun in srun", "local", "local, one"),
     ],
 )
 def test_every_launcher_is_understood(environ: dict[str, str], place: Place) -> None:
