@@ -47,6 +47,10 @@ def points_of(preset: str, grid: Sequence[str], flags: Sequence[str]) -> list[Po
         # Of one grid in W&B, unless the flags name another group.
         group = ("--track.group", base.name)
         found.append(Point((preset, *group, *flags, *changed, "--run-dir", str(run_dir)), run_dir))
+    if len({point.run_dir for point in found}) < len(found):
+        raise InputError(
+            f"--grid {' '.join(grid)}: two values give one folder name; make them differ in more than / and _"
+        )
     return found
 
 
@@ -54,7 +58,7 @@ def axis_of(entry: str) -> list[tuple[str, str]]:
     """ "seed=1,2": [("seed", "1"), ("seed", "2")]."""
     name, equals, text = entry.lstrip("-").partition("=")
     values = text.split(",")
-    if not (name and equals and all(values)) or len(set(values)) < len(values):
+    if not (name and equals and all(values)) or len(set(values)) < len(values) or "\n" in entry:
         raise InputError(f"--grid {entry}: write FLAG=VALUE,VALUE with different values, like optim.lr-peak=6e-4,1e-3")
     return [(name, value) for value in values]
 

@@ -27,23 +27,35 @@ def train_as_task(folder: Path, run_dir: Path, args: tuple[str, ...]) -> dict[st
         (run_dir / "STOP").touch()  # which train/stops.py will find
 
     environment = submitit.JobEnvironment()
-    # submitit's own handlers requeue from rank 0 alone, or do nothing. Those of the run take over when it begins.
+    if environment.cluster == "debug":  # in the submitting process, which goes on afterwards
+        return _train(run_dir, args)
+    # submitit's own handlers requeue from rank 0 alone, or do nothing. Those of the run take over while it lasts.
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, heard_early)
-    os.chdir(folder)
-    from train.main import main
-    from train.run_dir import read_status
-
-    is_here = environment.cluster == "debug"  # in the submitting process, which is to go on
-    if not is_here:
-        environment.paths.result_pickle.unlink(missing_ok=True)  # of a start that failed
-    main(args)
-    status = read_status(run_dir)
-    assert status is not None  # of this run: main returned
-    if status["state"] == "done" or is_here:
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        print(f"slurm: {error} on {os.uname().nodename}: submit from a folder that all nodes share", file=sys.stderr)
+        sys.exit(2)
+    environment.paths.result_pickle.unlink(missing_ok=True)  # of a start that failed
+    sys.argv = [str(Path(__file__).parents[1] / "train" / "main.py"), *args]  # for provenance.json
+    status = _train(run_dir, args)
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # there is nothing left to stop
+    if status["state"] == "done":
         return status
     sys.stdout.flush()
     sys.stderr.flush()
     # Without submitit's word of success. Its local executor is told to start again; Slurm is by the batch shell.
     is_due_again = environment.cluster == "local" and str(status["reason"]).startswith("SIG")
     os._exit(LOCAL_REQUEUE_RETURN_CODE if is_due_again else 0)
+
+
+def _train(run_dir: Path, args: tuple[str, ...]) -> dict[str, Any]:
+    from train.main import main
+    from train.run_dir import read_status
+
+    main(args)
+    status = read_status(run_dir)
+    assert status is not None  # of this run: main returned
+    return status

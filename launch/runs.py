@@ -1,19 +1,16 @@
 """Many run directories from outside: how far each is, whether a job trains it, and how to stop it."""
 
-import getpass
 import json
 import shutil
-import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-if not __package__:
-    sys.path[0] = str(Path(__file__).resolve().parents[1])
-
-from data_prep.errors import InputError
+from data_prep.atomic import write_json_atomically
+from data_prep.errors import InputError, writing_to
+from launch.grid import Point
 from launch.requeue import ask_slurm, read_json
 from train.lock import living_holder
 from train.run_dir import STATUS_FILE
@@ -24,6 +21,7 @@ SUBMITTED_FILE = "submitted.json"
 PATIENCE_SECONDS = 600.0  # with a run that was asked to stop: a long step, a big checkpoint
 SECONDS_BETWEEN_LOOKS = 1.0
 ABSENT = "-"
+BEGUN = ("RUNNING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "COMPLETING")  # of squeue's states
 
 Doing = Literal["new", "queued", "running", "done", "stopped", "failed", "killed"]
 
@@ -49,17 +47,20 @@ class Look:
 def look(run_dirs: Iterable[Path]) -> list[Look]:
     """One question to Slurm for all of them, and none if no job ever had them."""
     jobs = {run_dir: job_of(run_dir) for run_dir in run_dirs}
-    queue = queued_jobs() if any(jobs.values()) else {}
+    queue = queued_jobs({job for job in jobs.values() if job is not None})
     return [_look(run_dir, job, queue) for run_dir, job in jobs.items()]
 
 
 def _look(run_dir: Path, job: str | None, queue: dict[str, str]) -> Look:
     status, holder = read_json(run_dir / STATUS_FILE), living_holder(run_dir)
     doing: Doing = "new" if status is None else status["state"]
+    state = queue.get(job or "")
     if holder is not None:
         doing = "running"
-    elif job in queue:
-        doing = "queued" if queue[job] in ("PENDING", "REQUEUED", "REQUEUE_HOLD") else "running"
+    elif doing != "done" and state is not None and state not in BEGUN:
+        doing = "queued"
+    elif state is not None and (doing == "running" or (doing != "done" and is_submitted_for(run_dir, job))):
+        doing = "running"  # it starts, or ends
     elif doing == "running":
         doing = "killed"
     return Look(run_dir, doing, status, job, holder)
@@ -72,11 +73,23 @@ def job_of(run_dir: Path) -> str | None:
     return None if newest is None else (read_json(newest) or {}).get("job")
 
 
-def queued_jobs() -> dict[str, str]:
-    """{job: state} of this user's jobs, an array's tasks each by its own name; empty where there is no Slurm."""
-    if shutil.which("squeue") is None:
+def note_submission(point: Point, job: str | None) -> None:
+    with writing_to(point.run_dir):
+        point.run_dir.mkdir(parents=True, exist_ok=True)
+        write_json_atomically(point.run_dir / SUBMITTED_FILE, {"job": job, "args": point.args})
+
+
+def is_submitted_for(run_dir: Path, job: str | None) -> bool:
+    """Is the job this run's alone? Another may be a person's shell in which the run was started, and has ended."""
+    return (read_json(run_dir / SUBMITTED_FILE) or {}).get("job") == job
+
+
+def queued_jobs(jobs: Collection[str]) -> dict[str, str]:
+    """{job: state} of those that have not ended, an array's task by its own name; empty where there is no Slurm."""
+    if not jobs or shutil.which("squeue") is None:
         return {}
-    answer = ask_slurm("squeue", "--noheader", "--array", "--user", getpass.getuser(), "--format", "%i %T")
+    ids = ",".join(sorted({job.partition("_")[0] for job in jobs}))  # of tasks that have ended squeue does not know
+    answer = ask_slurm("squeue", "--noheader", "--array", "--jobs", ids, "--format", "%i %T")
     return dict(line.split(maxsplit=1) for line in answer.splitlines())
 
 

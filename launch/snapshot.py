@@ -19,6 +19,7 @@ import stat
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +35,17 @@ LIMIT_BYTES = 64 << 20  # more is data that git should ignore
 
 def take(root: Path, run_dir: Path) -> Path:
     """The folder with a copy of `root`, whole or not at all. InputError if git does not know it or it is too big."""
+    root, run_dir = root.resolve(), run_dir.resolve()
     files = files_of(root, run_dir)
-    hashes = {name: hash_of(root / name) for name in files}
-    code = run_dir / "code" / name_of(hashes)
-    if code.is_dir():
-        return check(code)
-    with writing_to(code.parent):
-        new = code.with_name(f".{code.name}.{os.uname().nodename}.{os.getpid()}")
+    with writing_to(run_dir / "code"):
+        new = run_dir / "code" / f".{uuid.uuid4().hex}"
         for name in files:
             (new / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / name, new / name, follow_symlinks=False)
             if not (new / name).is_symlink():
                 (new / name).chmod(stat.S_IMODE((new / name).stat().st_mode) & ~0o222)  # edited by mistake it is not
+        hashes = {name: hash_of(new / name) for name in files}  # of the copies: a file may be growing meanwhile
+        code = new.with_name(name_of(hashes))
         record = {
             "root": str(root),
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -56,7 +56,7 @@ def take(root: Path, run_dir: Path) -> Path:
         (new / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         try:
             new.rename(code)
-        except OSError:  # another job took the same one meanwhile
+        except OSError:  # it is there already
             shutil.rmtree(new)
             if not code.is_dir():
                 raise
@@ -73,6 +73,8 @@ def check(code: Path) -> Path:
     except (ValueError, KeyError) as error:
         raise InputError(f"{code / RECORD}: damaged ({error}); remove {code} and submit again") from error
     changed = [name for name, expected in hashes.items() if hash_of(code / name) != expected]
+    there = (path.relative_to(code) for path in code.rglob("*") if is_file(path))
+    changed += [str(name) for name in there if "__pycache__" not in name.parts and str(name) not in {*hashes, RECORD}]
     if changed or name_of(hashes) != code.name:
         raise InputError(
             f"{code}: {', '.join(changed[:3]) or RECORD} is not what was submitted; remove it, submit again"
@@ -127,12 +129,11 @@ def ask_git(root: Path, *args: str) -> str:
         )
     except FileNotFoundError as error:
         raise InputError(
-            f"no git on {os.uname().nodename}, which copies the code: install it, or SNAPSHOT=off sbatch ... to run "
-            "the checkout as it is at every start"
+            f"no git on {os.uname().nodename}, which knows the files to copy for a job; install it"
         ) from error
     if done.returncode != 0:
         said = done.stderr.strip().splitlines()
-        raise InputError(f"{root}: {said[0] if said else f'git {args[0]} failed'}; or SNAPSHOT=off sbatch ...")
+        raise InputError(f"{root}: {said[0] if said else f'git {args[0]} failed'}")
     return done.stdout
 
 
@@ -149,7 +150,10 @@ def main(args: list[str] | None = None) -> None:
         if given.what == "check":
             print(check(path))
             return
-        code = take(ROOT, path)
+        try:
+            code = take(ROOT, path)
+        except InputError as error:
+            raise InputError(f"{error}; SNAPSHOT=off sbatch ... runs the checkout as it is at every start") from error
         if given.job:
             link = code.with_name(f"job_{given.job}")
             link.unlink(missing_ok=True)  # job ids come again when a cluster is set up anew

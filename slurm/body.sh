@@ -20,7 +20,7 @@ clear_leftovers() {
   local name
   for name in $(compgen -e); do
     case $name in
-      SLURM_CONF | SLURM_JWT | SLURM_WORKING_CLUSTER) ;; # how to reach Slurm
+      SLURM_CONF | SLURM_JWT | SLURM_WORKING_CLUSTER | SLURM_TMPDIR) ;; # how to reach Slurm; a site's own
       SLURM_JOB_ID | SLURM_JOB_NODELIST | SLURM_JOB_ACCOUNT | SLURM_JOB_PARTITION | SLURM_SUBMIT_DIR) ;;
       SLURM_GPUS_PER_NODE | SLURM_CPUS_PER_TASK | SLURM_ARRAY_*) ;; # ours: every header asks for them
       SLURM_* | SLURMD_* | SRUN_* | SBATCH_* | SALLOC_*) unset "$name" ;;
@@ -32,13 +32,16 @@ clear_leftovers() {
 
 # prepare: first of all in every job. The folder it was submitted from, and the environment.
 prepare() {
-  local record
+  local record tries=0
   [ -n "${SLURM_JOB_ID:-}" ] ||
     refuse "this is no Slurm job: give the script to sbatch, or use torchrun --nproc_per_node=N train/main.py on one machine"
   cd "$SLURM_SUBMIT_DIR" || refuse "$SLURM_SUBMIT_DIR is not there on $(hostname): submit from a folder that the nodes share"
   clear_leftovers
   # Asked for, since Slurm sets them in restarted jobs and in arrays only, and another job's may be there.
-  record=$(scontrol show job --oneliner "$SLURM_JOB_ID" | grep "^JobId=$SLURM_JOB_ID ")
+  until record=$(scontrol show job --oneliner "$SLURM_JOB_ID" 2>/dev/null | grep "^JobId=$SLURM_JOB_ID "); do
+    [ "$((tries += 1))" -le 24 ] || refuse "scontrol on $(hostname) has not told of job $SLURM_JOB_ID for two minutes"
+    sleep 5 # a controller that is just taken over
+  done
   SLURM_RESTART_COUNT=$(sed -n "s/.* Restarts=\([0-9]*\) .*/\1/p" <<<"$record")
   export SLURM_RESTART_COUNT=${SLURM_RESTART_COUNT:-0}
   case $record in
@@ -47,10 +50,12 @@ prepare() {
   esac
   export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since Slurm 22.05 srun does not take it from the job
   export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-  [ ! -d .venv/bin ] || PATH=$PWD/.venv/bin:$PATH
   srun_flags=() container=()
+  set +u # modules and conda look at what may not be set
   # shellcheck source=/dev/null
   [ ! -r slurm/site.sh ] || . slurm/site.sh
+  set -u
+  [ ! -d .venv/bin ] || PATH=$PWD/.venv/bin:$PATH
 }
 
 # run_dir_of PRESET FLAGS...: where train/main.py will put the run
@@ -143,6 +148,7 @@ sweep() {
   local run
   listen
   prepare
+  [ "$#" -gt 0 ] || refuse "which runs? slurm/sweep.sh PRESET --grid FLAG=VALUE,VALUE ... -- FLAGS"
   run=$(python3 launch/grid.py "${@:1:1}" --point "${SLURM_ARRAY_TASK_ID:-0}" "${@:2}") || exit
   mapfile -t run <<<"$run"
   train_run "${run[@]}"

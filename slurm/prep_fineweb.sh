@@ -19,12 +19,14 @@ body=${SLURM_SUBMIT_DIR:-.}/slurm/body.sh # this script runs from a copy elsewhe
 # shellcheck source=slurm/body.sh
 . "$body"
 prepare
+code=$PWD
+cd "${PREP_FOLDER:-$PWD}" || exit # where relative paths start that launch/submit.py was given
 
 # fineweb STAGE FLAGS...
 fineweb() {
   local stage=$1
   shift
-  ${container[@]+"${container[@]}"} python data_prep/fineweb.py --workers "$SLURM_CPUS_PER_TASK" "$@" --stage "$stage"
+  ${container[@]+"${container[@]}"} python "$code/data_prep/fineweb.py" --workers "$SLURM_CPUS_PER_TASK" "$@" --stage "$stage"
 }
 
 submit_pack() {
@@ -36,7 +38,7 @@ submit_pack() {
     ${of_ours[@]+"${of_ours[@]}"} slurm/prep_fineweb.sh "$@" || exit
 }
 
-# PREP_FINEWEB, tokenize or pack: what launch/submit.py --prep submits one by one.
+# PREP_FINEWEB, tokenize or pack: what launch/submit.py --prep submits one by one, from a copy of the code.
 if [ "${PREP_FINEWEB:-}" = pack ]; then
   fineweb pack "$@" && fineweb verify "$@"
   exit

@@ -67,6 +67,29 @@ def test_the_shell_and_the_trainer_agree_on_the_run_directory(flags: list[str]) 
     assert done.stdout == f"{parse(['gpt2-small', *flags], PRESETS).directory}\n"
 
 
+RECORD = "JobId=12 ArrayJobId=9 ArrayTaskId=3 JobName=x JobState=RUNNING Restarts=2 Priority=1"
+
+
+@pytest.mark.parametrize(
+    ("record", "job"), [(RECORD, "9_3"), (RECORD.replace("ArrayJobId=9 ArrayTaskId=3 ", ""), "12")]
+)
+def test_a_controller_that_stumbles_is_asked_again_and_an_outer_jobs_array_is_not_ours(
+    tmp_path: Path, record: str, job: str
+) -> None:
+    """Slurm's two commands and sleep are stood in for; tests/cluster has the real ones."""
+    stubs = f"""
+      scontrol() {{ [ -e {tmp_path}/asked ] && echo "JobId=11 x Restarts=7 y" && echo "{record}" && return
+        touch {tmp_path}/asked; return 1; }}
+      sleep() {{ :; }}"""
+    leftovers = "SLURM_JOB_ID=12 SLURM_ARRAY_JOB_ID=9 SLURM_ARRAY_TASK_ID=3 SLURM_NTASKS=8 RANK=1"
+    script = f"""{stubs}
+      export SLURM_SUBMIT_DIR={tmp_path} {leftovers}
+      . slurm/body.sh; prepare
+      echo "$job $SLURM_RESTART_COUNT ${{SLURM_ARRAY_TASK_ID:-none}} ${{SLURM_NTASKS:-none}} ${{RANK:-none}}" """
+    done = bash("-c", script)
+    assert done.stdout == f"{job} 2 {3 if job == '9_3' else 'none'} none none\n", done.stderr
+
+
 SHOWN = [
     line.strip("# ").split("  ")[0]
     for path in [*JOBS, ROOT / "docs" / "cluster.md"]

@@ -68,7 +68,7 @@ def test_a_run_directory_in_the_checkout_is_not_copied_into_itself(checkout: Pat
     assert take(checkout, run_dir) == first
 
 
-@pytest.mark.parametrize("damage", ["edited", "removed", "record", "no record", "another name"])
+@pytest.mark.parametrize("damage", ["edited", "removed", "added", "record", "no record", "another name"])
 def test_code_that_is_not_what_was_submitted_does_not_run(checkout: Path, tmp_path: Path, damage: str) -> None:
     code = take(checkout, tmp_path / "run")
     changed, record = code / "train" / "main.py", code / snapshot.RECORD
@@ -78,6 +78,11 @@ def test_code_that_is_not_what_was_submitted_does_not_run(checkout: Path, tmp_pa
         changed.write_text("# changes\n")
     elif damage == "removed":
         changed.unlink()
+    elif damage == "added":
+        (code / "torch.py").touch()
+        (code / "train" / "__pycache__").mkdir()
+        (code / "train" / "__pycache__" / "main.pyc").touch()
+        line = f"{code}: torch.py is not what was submitted"
     elif damage == "record":
         record.write_text("{")
         line = f"{record}: damaged"
@@ -97,7 +102,7 @@ def test_what_is_no_clone_or_holds_data_is_refused(
 ) -> None:
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
     (tmp_path / "plain").mkdir()
-    with pytest.raises(InputError, match=r"plain: fatal: not a git repository.*or SNAPSHOT=off sbatch"):
+    with pytest.raises(InputError, match=r"plain: fatal: not a git repository"):
         take(tmp_path / "plain", tmp_path / "run")
     with (checkout / "tokens.bin").open("wb") as file:
         file.truncate(65 << 20)
@@ -106,9 +111,13 @@ def test_what_is_no_clone_or_holds_data_is_refused(
     ):
         take(checkout, tmp_path / "run")
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(InputError, match=r"no git on \S+, which copies the code: install it, or SNAPSHOT=off"):
+    with pytest.raises(InputError, match=r"no git on \S+, which knows the files to copy for a job; install it"):
         take(checkout, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
+    assert not list((tmp_path / "run").rglob("*.*"))
+    shell = called(snapshot.main, "take", str(tmp_path / "run"), "--job", "7")
+    assert shell.stderr.startswith("slurm: no git on ") and shell.stderr.endswith(
+        "runs the checkout as it is at every start\n"
+    )
 
 
 def test_a_full_copy_of_ours_trains_itself_and_says_which_it_is(tiny_data: Path, tmp_path: Path) -> None:

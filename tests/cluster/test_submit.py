@@ -16,11 +16,10 @@ from tests.runs import assert_same_tensors, final_tensors, rows, status
 SHAPE = ("--nodes", "2", "--gpus-per-node", "1", "--cpus-per-gpu", "2", "--time", "30")
 
 
-def submit(cluster: Cluster, *words: str, preset: str = "gpt2-small", arguments: Sequence[str] = ()) -> str:
+def submit(cluster: Cluster, *words: str, arguments: Sequence[str], exit_status: int = 0) -> str:
     """What it prints; `words` before --, `arguments` after."""
-    command = ["python", "launch/submit.py", preset, *words]
-    done = cluster.run(*command, *(["--", *arguments] if arguments else []))
-    assert done.returncode == 0, done.stderr
+    done = cluster.run("python", "launch/submit.py", "gpt2-small", *words, "--", *arguments)
+    assert done.returncode == exit_status, done.stderr
     return done.stdout
 
 
@@ -80,7 +79,7 @@ def test_an_array_of_four_with_a_point_that_fails(cluster: Cluster, tiny_data: P
     (failing / "checkpoints").mkdir(parents=True)
     (failing / "checkpoints").chmod(0o500)
     (failing / "metrics.jsonl").mkdir()  # root writes everywhere, but not into this
-    said = submit(cluster, *grid, arguments=arguments)
+    said = submit(cluster, *grid, arguments=arguments, exit_status=1)
     assert len(jobs_in(cluster, said)) == 4
     words = {line.split()[0]: line.split()[1] for line in said.splitlines() if line.startswith(f"{base}/seed")}
     assert words == {str(base / f"seed={seed}"): "failed" if seed == 3 else "done" for seed in (1, 2, 3, 4)}, said
