@@ -52,7 +52,7 @@ def keep_frozen() -> None:
     torch's modules alone, and in a forked process copy them all by writing its marks there.
     """
     gc.freeze()
-    gc.unfreeze = lambda: None  # type: ignore[assignment]
+    gc.unfreeze = lambda: None
 
 
 def _enter(rank: int, world: int, folder: str, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
