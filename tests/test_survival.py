@@ -74,9 +74,11 @@ def test_two_runs_in_one_directory_are_refused(tiny_data: Path, tmp_path: Path) 
     run_dir = tmp_path / "run"
     first = torchrun(1, *flags(tiny_data, run_dir), "--train.steps", "100000")
     wait_for(lambda: num_rows(run_dir) > 5, first)
-    second = called(main, *flags(tiny_data, run_dir), "--train.steps", "100000")
-    assert first.poll() is None
-    kill_everything(first)
+    try:
+        second = called(main, *flags(tiny_data, run_dir), "--train.steps", "100000")
+        assert first.poll() is None
+    finally:
+        kill_everything(first)
     assert second.returncode == 2
     assert "another process is training here (pid" in second.stderr
 
