@@ -18,6 +18,7 @@ if (SHARED_DATA / "tiktoken_cache").is_dir():
 
 import torch
 
+from tests.groups import keep_frozen
 from tests.runs import make_tiny_data
 
 torch.set_num_threads(1)
@@ -35,26 +36,31 @@ def pytest_runtest_makereport(
 
 # Longest first, so that workers end together (with --no-loadscope-reorder; files stay whole).
 LONGEST = (
+    "test_modes",
+    "test_parallel",
     "test_fineweb",
     "test_soak",
-    "test_modes",
-    "test_exact",
-    "test_parallel",
-    "test_communication",
     "test_loop",
+    "test_exact",
+    "test_communication",
+    "test_nonfinite",
     "test_watchdog",
-    "test_survival",
-    "test_layout",
     "test_encode",
-    "test_async_saves",
-    "test_precision",
+    "test_memory",
+    "test_survival",
     "test_gpt",
+    "test_async_saves",
     "test_tracking",
+    "test_textfiles",
+    "test_precision",
+    "test_mesh",
+    "test_disk",
     "test_bpe",
+    "test_bench_data_prep",
+    "test_saves",
     "test_run_dir",
     "test_config",
-    "test_textfiles",
-    "test_saves",
+    "test_limits",
     "test_stops",
 )
 
@@ -64,18 +70,25 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
 
 
-@pytest.fixture(autouse=True)
-def collections_are_short() -> None:
-    """Each run begins with a collection, which takes a quarter of a second for torch's modules alone; leave them out.
+unfreeze = gc.unfreeze
 
-    The run's end puts them back, so that a test's own garbage is found again.
-    """
-    if gc.get_freeze_count() == 0:
-        gc.freeze()
+
+def pytest_collection_finish() -> None:
+    keep_frozen()
 
 
 def pytest_sessionfinish() -> None:
-    gc.unfreeze()  # so that pytest's last look finds what leaked
+    unfreeze()  # so that pytest's last look finds what leaked
+
+
+@pytest.fixture
+def nothing_frozen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For a test of the collections themselves."""
+    with monkeypatch.context() as patch:
+        patch.setattr(gc, "unfreeze", unfreeze)
+        unfreeze()
+        yield
+        gc.freeze()
 
 
 @pytest.fixture(scope="session")

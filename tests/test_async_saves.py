@@ -32,7 +32,7 @@ def train_both_ways(mesh: Mesh, sync: Config, asynchronous: Config) -> dict[int,
         step = state["progress"]["step"]
         end = time.monotonic() + 20
         while (now := curve(asynchronous.directory)[-1][0]) < min(step + 2, STEPS) and time.monotonic() < end:
-            time.sleep(0.002)
+            time.sleep(0.02)
         reached[step] = now
         seal(temporary, state)
 

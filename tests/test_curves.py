@@ -196,6 +196,12 @@ def test_bad_input_is_refused(whole: Path, tmp_path: Path, capsys: pytest.Captur
         assert message in capsys.readouterr().err
 
 
+def test_it_does_not_wait_for_torch() -> None:
+    subprocess.run(
+        [sys.executable, "-c", "import sys, train.curves; sys.exit('torch' in sys.modules)"], cwd=ROOT, check=True
+    )
+
+
 def test_the_script_from_another_directory(whole: Path, tmp_path: Path) -> None:
     other = write_run(tmp_path / "_$1 other$", [train_row(step, 4.0) for step in (1, 2)])
     command = [sys.executable, str(ROOT / "train" / "curves.py"), str(whole), str(other), "--x", "flops"]

@@ -99,6 +99,7 @@ def test_activation_checkpointing_keeps_little(compiled: bool) -> None:
     assert kept[True] < kept[False] / 3
 
 
+@pytest.mark.usefixtures("nothing_frozen")
 def test_garbage_is_collected_between_steps_only(tiny_data: Path, tmp_path: Path) -> None:
     """No collection starts by itself while steps run; each boundary asks for one; then all is as before."""
     by_whom: list[str] = []

@@ -74,11 +74,13 @@ def test_two_runs_in_one_directory_are_refused(tiny_data: Path, tmp_path: Path) 
     run_dir = tmp_path / "run"
     first = torchrun(1, *flags(tiny_data, run_dir), "--train.steps", "100000")
     wait_for(lambda: num_rows(run_dir) > 5, first)
-    second = torchrun(1, *flags(tiny_data, run_dir), "--train.steps", "100000")
-    output = finish(second)
-    kill_everything(first)
-    assert second.returncode != 0
-    assert "another process is training here (pid" in output
+    try:
+        second = called(main, *flags(tiny_data, run_dir), "--train.steps", "100000")
+        assert first.poll() is None
+    finally:
+        kill_everything(first)
+    assert second.returncode == 2
+    assert "another process is training here (pid" in second.stderr
 
 
 def test_bad_input_under_torchrun_is_said_once_and_every_worker_ends_with_2(tiny_data: Path, tmp_path: Path) -> None:

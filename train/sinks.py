@@ -4,6 +4,8 @@ A file that cannot be written, as on a full disk, ends the run: rank 0, which al
 writes no more, so that no row follows a gap; `make_durable`, before the stop's checkpoint, raises it on every rank.
 """
 
+from __future__ import annotations
+
 import json
 import os
 import sys
@@ -11,14 +13,16 @@ from dataclasses import asdict
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from data_prep.atomic import write_atomically
 from data_prep.errors import InputError, writing_to
-from train.mesh import Mesh
-from train.samples import Sample
-from train.stops import Stops
-from train.tracking import Tracking
+
+if TYPE_CHECKING:  # they import torch, for which curves.py, which wants METRICS_FILE alone, would wait for seconds
+    from train.mesh import Mesh
+    from train.samples import Sample
+    from train.stops import Stops
+    from train.tracking import Tracking
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
@@ -120,7 +124,7 @@ class Sinks:
             for file in self._files.values():
                 os.fsync(file.fileno())
 
-    def __enter__(self) -> "Sinks":
+    def __enter__(self) -> Sinks:
         return self
 
     def __exit__(
