@@ -45,9 +45,7 @@ def send(pid: int, number: signal.Signals) -> None:
 class Attempt:
     """A torchrun of faulty_train.py and the marks that its processes leave."""
 
-    def __init__(
-        self, control: Path, episode: Episode, run_dir: Path, flags: list[str], *, is_forking: bool = False
-    ) -> None:
+    def __init__(self, control: Path, episode: Episode, run_dir: Path, flags: list[str]) -> None:
         self.control, self.run_dir = control, run_dir
         control.mkdir()
         holds = [asdict(fault) for fault in episode.faults]
@@ -64,7 +62,6 @@ class Attempt:
                 launcher_flags=(*episode.launcher_flags, f"--max-restarts={3 if episode.in_place else 0}"),
                 env=env,
                 stdout=output,
-                is_forking=is_forking,
             )
 
     def wait_for(self, condition: Callable[[], bool], what: str, seconds: float, tick_seconds: float = 0.01) -> None:

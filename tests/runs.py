@@ -91,14 +91,9 @@ def torchrun(
     launcher_flags: Sequence[str] = (),
     env: dict[str, str] | None = None,
     stdout: IO[str] | int = subprocess.PIPE,
-    is_forking: bool = False,
 ) -> "subprocess.Popen[str]":
-    """A real torchrun of train/main.py or what stands for it, in a process group of its own.
-
-    is_forking: its workers are spared the import of torch, as tests/forking_torchrun.py says.
-    """
-    launcher = ["tests/forking_torchrun.py"] if is_forking else ["-m", "torch.distributed.run"]
-    command = [sys.executable, "-u", *launcher, f"--nproc_per_node={world}", "--master_port=0"]
+    """A real torchrun of train/main.py or what stands for it, in a process group of its own."""
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}", "--master_port=0"]
     command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", *launcher_flags, script, *args]
     return subprocess.Popen(
         command,

@@ -53,21 +53,10 @@ class SoakError(AssertionError):
 
 
 class Soak:
-    """Strikes one run after the other. `episodes` and `table` tell what was done so far.
+    """Strikes one run after the other. `episodes` and `table` tell what was done so far."""
 
-    is_forking: by tests/forking_torchrun.py, where no fault strikes before the worker's first line.
-    """
-
-    def __init__(
-        self,
-        folder: Path,
-        data: Path,
-        *,
-        seed: int = 0,
-        say: Callable[[str], None] = print,
-        is_forking: bool = False,
-    ) -> None:
-        self.folder, self.data, self.seed, self.say, self.is_forking = folder, data, seed, say, is_forking
+    def __init__(self, folder: Path, data: Path, *, seed: int = 0, say: Callable[[str], None] = print) -> None:
+        self.folder, self.data, self.seed, self.say = folder, data, seed, say
         self.whole = folder / "whole"
         self.episodes: list[Episode] = []
         self.table: Counter[tuple[str, str]] = Counter()
@@ -96,8 +85,7 @@ class Soak:
         self.episodes.append(episode)
         run_dir, before, began = self.run_dir, look_at(self.run_dir), time.monotonic()
         (run_dir / "STOP").unlink(missing_ok=True)  # as launchers do before a start
-        control = self.folder / f"control_{len(self.episodes)}"
-        attempt = Attempt(control, episode, run_dir, self.flags(run_dir), is_forking=self.is_forking)
+        attempt = Attempt(self.folder / f"control_{len(self.episodes)}", episode, run_dir, self.flags(run_dir))
         try:
             struck = self.strike_all(attempt, episode)
             attempt.wait_for_the_end()

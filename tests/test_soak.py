@@ -24,7 +24,7 @@ IN_PLACE = Episode((Fault("committed", (Strike("kill rank", 0),), visit=2),), in
 
 @pytest.mark.timeout(900)
 def test_eight_faults_in_a_row_and_the_run_is_bitwise_the_uninterrupted_one(tiny_data: Path, tmp_path: Path) -> None:
-    soak = Soak(tmp_path, tiny_data, is_forking=True)
+    soak = Soak(tmp_path, tiny_data)
     for attempt, (fault, state, reason) in enumerate(SAMPLE, start=1):
         found = soak.do(Episode((fault,), flags=SHARDED if attempt % 2 else ()))
         assert found is not None

@@ -95,7 +95,7 @@ def hung(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     stopped, silent, blocked = (folder / name for name in ("stopped", "silent", "blocked"))
     for name in ("meet_silent", "meet_blocked"):
         (folder / name).mkdir()
-    agent = torchrun(WORLD, *flags(tiny_data, stopped), script="tests/stopping_train.py", is_forking=True)
+    agent = torchrun(WORLD, *flags(tiny_data, stopped), script="tests/stopping_train.py")
     first = start_on_ranks(
         WORLD, str(folder / "meet_silent"), sleep_then_lose_rank_0, configured(tiny_data, silent), folder
     )
