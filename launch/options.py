@@ -14,7 +14,7 @@ from data_prep.errors import InputError
 
 @dataclass(frozen=True)
 class Options:
-    """Train on a cluster; after --, train/main.py's flags. `status RUN_DIR` and `stop RUN_DIR` are the other forms."""
+    """How runs are to be trained."""
 
     nodes: int = 1
     """Nodes of each job."""
@@ -34,13 +34,10 @@ class Options:
     """Of the job; None: the run directory's."""
     max_requeues: int = 50
     """Restarts of a job after which it is left to end."""
-    grid: tuple[str, ...] = ()
-    """Flags with values, like optim.lr-peak=6e-4,1e-3 seed=1,2: every combination is a run, all of them an array of
-    jobs. Those that are done, or train already, are left out."""
     max_parallel: int | None = None
-    """Runs of a grid that train at a time; None: as many as the cluster lets, or one with --cluster local."""
+    """Of several runs, those that train at a time; None: as many as the cluster lets, or one with --cluster local."""
     only_failed: bool = False
-    """Of a grid, the runs that failed or were killed, and no others."""
+    """Of several runs, those that failed or were killed, and no others."""
     wait: bool = False
     """Stay until all have ended, then print the table that `status` prints; exit status 1 if one has failed. --cluster
     local always does."""
@@ -57,6 +54,15 @@ class Options:
     for a debugger."""
     dry_run: bool = False
     """Print the runs, the run card and the job script, and stop."""
+
+
+@dataclass(frozen=True)
+class SubmitOptions(Options):
+    """Train on a cluster; after --, train/main.py's flags. `status RUN_DIR` and `stop RUN_DIR` are the other forms."""
+
+    grid: tuple[str, ...] = ()
+    """Flags with values, like optim.lr-peak=6e-4,1e-3 seed=1,2: every combination is a run, all of them an array of
+    jobs. Those that are done, or train already, are left out."""
 
 
 def refuse_contradictions(options: Options) -> None:
@@ -77,8 +83,6 @@ def refuse_contradictions(options: Options) -> None:
             raise InputError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
     if options.prep:  # its own parser's line, before eight tasks fail with it
         tyro.cli(fineweb_plan.Options, prog="--prep-flags", args=shlex.split(options.prep_flags))
-    if not options.grid and (options.only_failed or options.max_parallel is not None):
-        raise InputError("--only-failed and --max-parallel are for a --grid")
     minutes_of(options.time)
 
 

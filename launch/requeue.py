@@ -29,7 +29,7 @@ from train.place import slurm_job
 
 # Reasons in status.json that came from a person: a STOP file that is not this job's, W&B's stop button, --stop-after.
 ASKED_BY_PEOPLE = ("STOP file", "SIGINT", "--stop-after")
-NEEDS_A_PERSON = "NonFiniteError"  # which saves first, and would come again at the same step
+NEEDS_A_PERSON = ("NonFiniteError", "DivergedError")  # which save first, and would come again at the same step
 NEAR_THE_LIMIT_SECONDS = 400  # --signal=B:USR1@300 comes up to a minute early
 PATIENCE_SECONDS = 120  # with a Slurm controller that does not answer
 

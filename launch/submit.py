@@ -28,7 +28,7 @@ from data_prep.manifest import FILE_NAME as MANIFEST_FILE
 from launch.grid import Point, points_of, run_dir_in, split
 from launch.on_slurm import slurm_executor, submit_to_slurm
 from launch.on_this_machine import train_here
-from launch.options import Options, refuse_contradictions
+from launch.options import Options, SubmitOptions, refuse_contradictions
 from launch.runs import Look, look, runs_in, stop, table
 from launch.snapshot import ROOT, take
 from train.config import Config, parse
@@ -39,15 +39,28 @@ from train.presets import PRESETS
 COMMANDS = ("status", "stop")
 
 
-def submit(preset: str, options: Options, flags: Sequence[str]) -> None:
-    refuse_contradictions(options)
+def submit(preset: str, options: SubmitOptions, flags: Sequence[str]) -> None:
+    if not options.grid and (options.only_failed or options.max_parallel is not None):
+        raise InputError("--only-failed and --max-parallel are for a --grid")
     points = [
         dataclasses.replace(point, run_dir=point.run_dir.absolute()) for point in points_of(preset, options.grid, flags)
     ]
     run_dirs = [point.run_dir for point in points]
+    base = (run_dir_in(flags) or run_dirs[0].parent).absolute() if options.grid else run_dirs[0]
+    train_points(points, base, options)
+    looks = look(run_dirs)
+    if not options.dry_run and not any(run.doing in ("queued", "running") for run in looks):
+        print(table(looks))
+        if any(run.doing in ("failed", "killed", "new") for run in looks):
+            sys.exit(1)
+
+
+def train_points(points: Sequence[Point], base: Path, options: Options) -> None:
+    """Those that are not done, with one copy of the code in `base`: here until they have ended, or handed to Slurm."""
+    refuse_contradictions(options)
+    run_dirs = [point.run_dir for point in points]
     configs = [parse(point.args, PRESETS) for point in points]
     cards = [checked(config, options) for config in configs]
-    base = (run_dir_in(flags) or run_dirs[0].parent).absolute() if options.grid else run_dirs[0]
     chosen = choose(points, look(run_dirs), options)
     if options.dry_run:
         print("\n".join([cards[0], *(f"would train {point.run_dir}" for point in chosen)]))
@@ -64,11 +77,6 @@ def submit(preset: str, options: Options, flags: Sequence[str]) -> None:
                 wait_for_jobs(run_dirs)
         else:
             train_here(options, base, code, chosen)
-    if not chosen or options.wait or options.cluster != "slurm":
-        looks = look(run_dirs)
-        print(table(looks))
-        if any(run.doing in ("failed", "killed", "new") for run in looks):
-            sys.exit(1)
 
 
 def checked(config: Config, options: Options) -> str:
@@ -82,7 +90,7 @@ def checked(config: Config, options: Options) -> str:
 def choose(points: Sequence[Point], looks: Sequence[Look], options: Options) -> list[Point]:
     """Those that are to be trained. InputError where the only one is trained by another."""
     busy = [run for run in looks if run.doing in ("queued", "running")]
-    if busy and not options.grid:
+    if busy and len(points) == 1:
         verb = "waits in the queue" if busy[0].doing == "queued" else "is training here"
         who = f"job {busy[0].job}" if busy[0].job is not None else busy[0].holder
         raise InputError(f"{busy[0].run_dir}: {who} {verb}; stop it first (launch/submit.py stop), or use --run-dir")
@@ -108,7 +116,7 @@ def main(args: Sequence[str] | None = None) -> None:
                 print(table(look(run_dirs)))
             return
         preset = given.pop(0) if given and not given[0].startswith("-") else "gpt2-small"
-        options = tyro.cli(Options, prog=f"launch/submit.py {preset}", args=given)
+        options = tyro.cli(SubmitOptions, prog=f"launch/submit.py {preset}", args=given)
         submit(preset, options, flags)
 
 

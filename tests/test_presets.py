@@ -20,7 +20,7 @@ def flops(config: Config) -> float:
 
 def test_the_names() -> None:
     gpt2 = ["gpt2-small", "gpt2-medium", "gpt2-large", "gpt2-xl"]
-    assert list(PRESETS) == [*gpt2, "shakespeare-char", "shakespeare-char-cpu", "quickstart"]
+    assert list(PRESETS) == [*gpt2, "shakespeare-char", "shakespeare-char-cpu", "stories-cpu", "quickstart"]
     sizes = [budget(PRESETS[name].model).num_parameters for name in gpt2]
     assert sizes == [124_439_808, 354_823_168, 774_030_080, 1_557_611_200]  # the released checkpoints'
 

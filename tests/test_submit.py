@@ -21,7 +21,7 @@ from launch import runs, submit
 from launch.grid import points_of, split
 from launch.on_slurm import refusal, sbatch_flags
 from launch.on_this_machine import shares_of_gpus
-from launch.options import Options, minutes_of
+from launch.options import SubmitOptions, minutes_of
 from launch.runs import look, runs_in
 from model.trained import list_checkpoints, step_of
 from tests.runs import ROOT, assert_same_tensors, called, curve, final_tensors, losses, status, tiny_flags
@@ -60,7 +60,7 @@ def test_the_command_lines_that_are_shown_parse(line: str) -> None:
     if words[0] in submit.COMMANDS:
         assert len(words) == 2
         return
-    options = tyro.cli(Options, args=words[1:])
+    options = tyro.cli(SubmitOptions, args=words[1:])
     for point in points_of(words[0], options.grid, flags):
         parse(point.args, PRESETS)
 

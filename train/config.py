@@ -55,6 +55,8 @@ class TrainConfig:
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """When a step's loss or gradient is not finite, its update is never made. stop: save the state before it, name its
     windows, fail. skip: note its windows and go on, but for 20 such steps in a row."""
+    diverged_above: float | None = None
+    """A loss above this in two rows of metrics.jsonl, one after the other, ends the run as failed."""
 
 
 @dataclass(frozen=True)

@@ -75,6 +75,7 @@ class Run:
     loaded: Path | None  # the checkpoint this run continued from
     asked: Asked = field(default_factory=Asked)
     failure: Exception | None = None  # to raise once what was done is saved
+    rows_above: int = 0  # in a row, with a loss above --train.diverged-above
 
 
 @dataclass(frozen=True)
@@ -249,6 +250,7 @@ def record(run: Run, report: Report) -> None:
             norm=norm if finite else None,
         )
         run.sinks.row(row if run.loss_scale is None else row | {"loss_scale": scale})
+        end_if_diverged(run, progress.step, loss)
     if (account := run.startup.first_step()) is not None:
         run.sinks.say(account)
         run.watchdog.expect_steps()
@@ -275,6 +277,16 @@ def skip_or_stop(run: Run, report: Report, loss: float, norm: float) -> None:
     if run.halt.num_in_a_row == nonfinite.MOST_IN_A_ROW:
         run.asked.stop = True
         run.failure = nonfinite.NonFiniteError(f"{what}, nor were those of the {run.halt.num_in_a_row - 1} before it")
+
+
+def end_if_diverged(run: Run, step: int, loss: float) -> None:
+    """Every rank reads the same loss, and so ends after the same step."""
+    limit = run.config.train.diverged_above
+    run.rows_above = run.rows_above + 1 if limit is not None and not loss <= limit else 0
+    if run.rows_above == nonfinite.ROWS_ABOVE:
+        run.asked.stop = True
+        what = f"step {step}: loss {loss:.4f} is above --train.diverged-above {limit:g}"
+        run.failure = nonfinite.DivergedError(f"{what}, as in the row before; a lower --optim.lr-peak may learn")
 
 
 def find_suspects(run: Run) -> list[int]:

@@ -1,4 +1,4 @@
-"""Steps whose loss or gradient is not finite: judged on the device, before the update."""
+"""Steps whose loss or gradient is not finite: judged on the device, before the update. Runs that diverge."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,11 +12,16 @@ from train.numerics import LossScale
 from train.sinks import NONFINITE_FILE
 
 LEAST_LOSS_SCALE = 1.0  # below it fp16's small numbers are lost: what still overflows then is no matter of scale
+ROWS_ABOVE = 2  # one may be a bad batch
 MOST_IN_A_ROW = 20  # skipped steps after which it is no matter of a few windows
 
 
 class NonFiniteError(InputError):
     """A step's loss or gradient was not finite. Its update was not made."""
+
+
+class DivergedError(InputError):
+    """The loss was above --train.diverged-above for ROWS_ABOVE rows."""
 
 
 class Halt:

@@ -1,0 +1,162 @@
+"""Sweeps: their runs, what becomes of those that diverge, the table and the picture; and the first lesson's numbers."""
+
+import dataclasses
+import itertools
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+import tyro
+
+from launch import sweep
+from launch.grid import Point
+from launch.lessons import descend, descent
+from launch.options import Options
+from launch.requeue import NEEDS_A_PERSON
+from tests.groups import run_on_ranks
+from tests.runs import ROOT, called, rows, status, tiny_config, tiny_flags
+from train import main as trainer
+from train.config import parse
+from train.main import run
+from train.mesh import Mesh
+from train.nonfinite import DivergedError
+from train.presets import PRESETS
+
+
+@pytest.mark.parametrize(
+    ("rate", "published"), [(10, (24.17, 15.47, 11.40)), (100, (24.17, 24.17, 4.15)), (1000, (24.17, 8725.10))]
+)
+def test_gradient_descent_gives_the_published_table(rate: float, published: Sequence[float]) -> None:
+    assert [round(loss, 2) for loss in descend(rate)][: len(published)] == list(published)
+    assert f"| {rate:g} | 24.17 | " in called(sweep.main, "descent").stdout
+
+
+@pytest.mark.parametrize("name", sweep.NAMES)
+def test_every_run_of_a_sweep_is_one_that_can_be_trained(name: str) -> None:
+    for preset, flags in (("stories-cpu", ["--train.steps", "100"]), ("gpt2-small", [])):
+        whole = parse([preset, *flags], PRESETS)
+        entries = sweep.sweep_named(name, whole).entries
+        configs = [parse([preset, *flags, *entry.flags], PRESETS) for entry in entries]
+        assert len({entry.name for entry in entries}) == len(entries) >= 7
+        for config in configs:
+            gap = whole.train.steps * whole.train.batch_tokens - config.train.steps * config.train.batch_tokens
+            assert 0 <= gap < config.train.batch_tokens, "the same tokens"
+
+
+def test_the_rate_grows_with_the_root_of_the_batch() -> None:
+    entries = sweep.batch_entries(seq_len=128, tokens=512_000, lr=2e-3, at_batch=16)
+    rates = {(entry.x, entry.series): parse(["stories-cpu", *entry.flags], PRESETS).optim.lr_peak for entry in entries}
+    assert rates[64, "rate by square root"] == 4e-3 and rates[1, "rate by square root"] == 5e-4
+    assert {rate for (_, series), rate in rates.items() if series == "fixed rate"} == {2e-3}
+
+
+def diverges_somewhere(mesh: Mesh, data: Path, folder: Path) -> str:
+    config = tiny_config(data, folder / "run", diverged_above=3.3)
+    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr_peak=30.0, clip_norm=None))
+    try:
+        run(config, mesh)
+    except DivergedError as error:
+        return str(error)
+    return "learned"
+
+
+def test_a_run_that_diverges_ends_as_failed_on_every_rank_with_what_was_done(tiny_data: Path, tmp_path: Path) -> None:
+    said = run_on_ranks(2, diverges_somewhere, tiny_data, tmp_path)
+    assert said[0] == said[1] and "is above --train.diverged-above 3.3, as in the row before" in said[0]
+    above = [row["loss"] > 3.3 for row in rows(tmp_path / "run") if "loss" in row]
+    assert above[-2:] == [True, True] or above[-3:-1] == [True, True]  # one more step is under way when it is read
+    assert not any(first and second for first, second in itertools.pairwise(above[:-2]))
+    ended = status(tmp_path / "run")
+    assert ended["state"] == "failed" and ended["step"] == rows(tmp_path / "run")[-1]["step"]
+    assert ended["reason"].startswith("DivergedError") and ended["reason"].startswith(NEEDS_A_PERSON)
+
+
+def test_one_row_above_is_a_bad_batch(tiny_data: Path, tmp_path: Path) -> None:
+    """The first row is ln V of 33 characters, 3.5; the rows after it are below."""
+    config = tiny_config(tiny_data, tmp_path / "run", steps=4, diverged_above=3.49)
+    run(config, Mesh(0, 1, torch.device("cpu")))
+    found = [row["loss"] for row in rows(tmp_path / "run") if "loss" in row]
+    assert found[0] > 3.49 > found[1] and status(tmp_path / "run")["state"] == "done"
+
+
+def test_a_sweep_trains_what_is_not_done_and_draws_the_rest(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In this process instead of several. Killed after its second run, then given again."""
+    trained: list[str] = []
+
+    def train_here(points: Sequence[Point], base: Path, options: Options) -> None:
+        for point in points:
+            trained.append(point.run_dir.name)
+            assert called(trainer.main, *point.args).returncode in (0, 2)
+            if len(trained) == 2:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(sweep, "train_points", train_here)
+    monkeypatch.setattr(sweep, "LR", (1e-3, 1e-2, 30.0))
+    words = ["lr", "--preset", "shakespeare-char-cpu", "--run-dir", str(tmp_path / "sweep")]
+    words += [*tiny_flags(tiny_data, tmp_path)[1:3], *tiny_flags(tiny_data, tmp_path)[5:]]
+    words += ["--train.steps", "20", "--optim.clip-norm", "None", "--sample.every", "None"]
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- sweep lr -->\nold\n<!-- end -->\nafter\n")
+    assert called(sweep.main, *words).returncode == 130
+    done = called(sweep.main, *words, "--into", str(page))
+    assert done.returncode == 0, done.stderr
+    assert trained == ["lr=0.001", "lr=0.01", "lr=30"], "each once"
+    again = called(sweep.main, *words)
+    assert again.stdout == done.stdout and len(trained) == 3, "what diverged is not tried again"
+
+    header, _, *table = (tmp_path / "sweep" / "sweep.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in (header, *table)]
+    assert [row[0] for row in cells] == ["run", "lr=0.001", "lr=0.01", "lr=30"]
+    last = [row for row in rows(tmp_path / "sweep" / "lr=0.01") if "val_loss" in row][-1]
+    assert cells[2][2] == f"{last['val_loss']:.4f}" and cells[2][1] == "20"
+    assert cells[3][2] == "-" and cells[3][6] == "diverged" and int(cells[3][1]) < 20
+    assert (tmp_path / "sweep" / "sweep.png").read_bytes()[:4] == b"\x89PNG"
+    table_text = (tmp_path / "sweep" / "sweep.md").read_text()
+    assert page.read_text() == f"before\n<!-- sweep lr -->\n{table_text}<!-- end -->\nafter\n"
+
+
+COMMANDS = [
+    line.strip().split("#")[0]
+    for name in ("README.md", "docs/experiments.md", "launch/sweep.py")
+    for line in (ROOT / name).read_text(encoding="utf-8").splitlines()
+    if "python launch/sweep.py" in line
+]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_the_command_lines_that_are_shown_parse(line: str) -> None:
+    name, *words = shlex.split(line)[2:]
+    options, flags = tyro.cli(sweep.SweepOptions, args=words, return_unknown_args=True)
+    if name != "descent":
+        config = parse([options.preset, *flags], PRESETS)
+        assert sweep.sweep_named(name, config).entries
+    assert options.into in (None, Path("docs/experiments.md"))
+
+
+def test_every_table_of_the_document_was_made() -> None:
+    text = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
+    made = re.findall(r"<!-- sweep (\w+) -->\n(.*?)<!-- end -->", text, re.DOTALL)
+    assert [name for name, _ in made] == ["descent", *sweep.NAMES]
+    assert made[0][1] == descent()
+    for name, table in made[1:]:
+        names = [entry.name for entry in sweep.sweep_named(name, PRESETS["stories-cpu"]).entries]
+        assert re.findall(r"^\| (\S+) ", table, re.MULTILINE) == ["run", *names]
+
+
+def test_wrong_input_is_one_line(tmp_path: Path) -> None:
+    for words, line in (
+        ([], "which sweep? descent, lr, batch; given: none"),
+        (["lrs"], "which sweep? descent, lr, batch; given: lrs"),
+        (["lr", "--preset", "small"], "--preset small: there are gpt2-small, "),
+        (["lr", "--data.dir", str(tmp_path)], f"{tmp_path}: no manifest.json"),
+    ):
+        done = called(sweep.main, *words)
+        assert done.returncode == 2 and done.stderr.startswith(f"sweep: {line}") and done.stderr.count("\n") == 1
+    (tmp_path / "page.md").write_text("no marks")
+    with pytest.raises(ValueError, match="--into needs one <!-- sweep lr --> with an <!-- end --> after it"):
+        sweep.put_into(tmp_path / "page.md", "lr", "table")
