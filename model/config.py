@@ -58,7 +58,7 @@ class ModelConfig:
     50,257 -> 50,304 (nanoGPT, build-nanogpt). 1: as many as the vocabulary has."""
     vocab_size: Annotated[int, tyro.conf.Suppress] = 50257
     context_len: Annotated[int, tyro.conf.Suppress] = 1024
-    eot_id: Annotated[int | None, tyro.conf.Suppress] = None
+    eot_id: Annotated[int | None, tyro.conf.Suppress] = 50256  # begins a document; None: nothing does
 
     @property
     def head_size(self) -> int:

@@ -122,5 +122,6 @@ def test_switches_without_effect_are_named(tiny_data: Path, tmp_path: Path) -> N
     found = [line for line in settings_without_effect(alone, "cuda", 1, "none") if "--model" in line]
     assert found == [
         "--model.value-residual has no effect with --model.num-layers 1: there are no later blocks",
+        "--model.attention flex finds no documents: the data's tokenizer has no end-of-text token",
         "--model.attention flex with --train.no-compile holds all scores, as naive does",
     ]

@@ -478,7 +478,7 @@ def test_flex_sees_a_tokens_own_document_alone() -> None:
     torch.testing.assert_close(model(tokens_BT), with_documents(tokens_BT, 3), rtol=0, atol=1e-5)
     plain = build_model(switched(positions="rope"), seed=1)
     assert (model(tokens_BT) - plain(tokens_BT)).abs().max() > 1e-3
-    unmarked = build_model(switched(positions="rope", attention="flex"), seed=1)
+    unmarked = build_model(switched(positions="rope", attention="flex", eot_id=None), seed=1)
     torch.testing.assert_close(unmarked(tokens_BT), plain(tokens_BT), rtol=0, atol=1e-5)
 
 

@@ -338,6 +338,8 @@ def settings_without_effect(config: Config, device_type: str, world: int, mode: 
     parallel, model = config.parallel, config.model
     if model.value_residual and model.num_layers == 1:
         said.append("--model.value-residual has no effect with --model.num-layers 1: there are no later blocks")
+    if model.attention == "flex" and model.eot_id is None:
+        said.append("--model.attention flex finds no documents: the data's tokenizer has no end-of-text token")
     if model.attention == "flex" and not config.train.compile:
         said.append("--model.attention flex with --train.no-compile holds all scores, as naive does")
     if parallel.shard_size is not None and mode != "hsdp":
