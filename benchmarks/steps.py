@@ -104,7 +104,7 @@ def bare_step(config: Config, layout: Layout, mesh: Mesh) -> Step:
     plain = build_model(config.model, seed=1, device=mesh.device, compute_dtype=compute_dtype(config.train))
     score = mean_loss
     if config.train.compile:
-        for part in (*plain.blocks, plain.transformer["ln_f"]):
+        for part in plain.compiled_parts:
             part.forward = torch.compile(part.forward)
         score = torch.compile(score)
     model = bare_spread(plain, layout)

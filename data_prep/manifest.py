@@ -45,6 +45,12 @@ class Manifest:
     def vocab_size(self) -> int:
         return int(self.tokenizer["vocab_size"])
 
+    @property
+    def eot_id(self) -> int | None:
+        """The token that begins a document; None: the tokenizer has none."""
+        found: int | None = self.tokenizer["eot_id"]
+        return found
+
     def open_shard(self, directory: Path, info: ShardInfo) -> Shard:
         """One of its shards, mapped; what a foreign file does not say of itself is the manifest's word."""
         path = directory / info.file

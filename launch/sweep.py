@@ -3,6 +3,7 @@
     python launch/sweep.py descent                            # gradient descent by hand, and how its rate goes wrong
     python launch/sweep.py lr --run-dir runs/lr               # nine learning rates, past the edge of stability
     python launch/sweep.py batch --run-dir runs/batch         # the same tokens in small and large batches
+    python launch/sweep.py ablate --run-dir runs/ablate       # a part left out or exchanged at a time
     python launch/sweep.py lr --cluster slurm --gpus-per-node 8 --account A --preset gpt2-small --train.steps 2000
 
 Without a GPU each run is a process of one core, `--max-parallel` of them at a time, and takes about a minute on 2 MB
@@ -34,7 +35,7 @@ from launch.options import Options
 from launch.runs import Look, look
 from launch.submit import train_points
 from train.config import Config, parse
-from train.curves import Row, read_rows
+from train.curves import Row, plot, read_rows, read_runs
 from train.presets import PRESETS
 
 ABSENT = "-"
@@ -52,6 +53,8 @@ class Entry:
     """Where it stands in the picture."""
     series: str = "loss"
     """Which line it is a point of."""
+    published: str = ""
+    """What the published account found, as the table's last column has ours."""
 
 
 @dataclass(frozen=True)
@@ -59,13 +62,23 @@ class Sweep:
     """What a sweep trains, and how it is drawn."""
 
     lesson: str
-    x_label: str
+    x_label: str | None
+    """None: the picture has the runs' curves."""
     entries: tuple[Entry, ...]
 
 
 LR = (3e-4, 6e-4, 1e-3, 2e-3, 3e-3, 6e-3, 1e-2, 3e-2, 1e-1)
 BATCH = (1, 4, 16, 64)  # windows
-NAMES = ("lr", "batch")
+NAMES = ("lr", "batch", "ablate")
+# The published ablations' model, and what each takes out of it; their differences are of perplexity.
+BASELINE = "--model.norm rmsnorm --model.positions rope --model.mlp swiglu --model.no-bias --model.no-tie"
+ABLATIONS = {
+    "baseline": ("", ""),
+    "no-norm": ("--model.norm none", "diverges"),
+    "post-norm": ("--model.norm-place post", "+46 %"),
+    "no-positions": ("--model.positions none", "+3 %"),
+    "silu": ("--model.mlp silu", "+0.7 %"),
+}
 
 
 def lr_entries() -> tuple[Entry, ...]:
@@ -96,10 +109,19 @@ def batch_entries(*, seq_len: int, tokens: int, lr: float, at_batch: int) -> tup
     return tuple(found)
 
 
+def ablate_entries() -> tuple[Entry, ...]:
+    found = []
+    for x, (name, (flags, published)) in enumerate(ABLATIONS.items()):
+        found.append(Entry(name, (*BASELINE.split(), *flags.split()), x=x, published=published))
+    return tuple(found)
+
+
 def sweep_named(name: str, config: Config) -> Sweep:
     """`config`: of the preset with the flags that all runs have."""
     if name == "lr":
         return Sweep("Final loss against the learning rate", "peak learning rate", lr_entries())
+    if name == "ablate":
+        return Sweep("A part left out or exchanged at a time", None, ablate_entries())
     tokens = config.train.steps * config.train.batch_tokens
     entries = batch_entries(
         seq_len=config.train.seq_len, tokens=tokens, lr=config.optim.lr_peak, at_batch=config.windows_per_step
@@ -179,8 +201,11 @@ def outcome(run: Look) -> str:
 
 
 def table(plan: Sweep, looks: Sequence[Look]) -> str:
-    """Markdown."""
-    rows: list[tuple[str, ...]] = [("run", "steps", "val loss", "+-", "perplexity", "seconds", "")]
+    """Markdown. An ablation's perplexity is held against the first run's; what was published stands beside."""
+    is_ablation = any(entry.published for entry in plan.entries)
+    first = final_rows(looks[0])[1] if looks[0].doing == "done" else None
+    names = ("run", "steps", "val loss", "+-", "perplexity", "seconds", "")
+    rows: list[tuple[str, ...]] = [(*names, "against the first", "published") if is_ablation else names]
     for entry, run in zip(plan.entries, looks, strict=True):
         trained, validated = final_rows(run)
         is_done = run.doing == "done" and validated is not None
@@ -196,6 +221,9 @@ def table(plan: Sweep, looks: Sequence[Look]) -> str:
                 "" if run.doing == "done" else outcome(run),
             )
         )
+        if is_ablation:
+            gain = None if loss is None or first is None else math.exp(loss - first["val_loss"]) - 1
+            rows[-1] += (ABSENT if gain is None else f"{gain:+.1%}", entry.published or ABSENT)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
@@ -203,7 +231,10 @@ def table(plan: Sweep, looks: Sequence[Look]) -> str:
 
 
 def draw(plan: Sweep, looks: Sequence[Look], out: Path) -> None:
-    """Validation loss by x, a line for each series; runs that diverged as crosses at the top."""
+    """Validation loss by x, a line for each series, runs that diverged as crosses at the top; or the runs' curves."""
+    if plan.x_label is None:
+        plot(read_runs([run.run_dir for run in looks if final_rows(run) != (None, None)]), "step", out)
+        return
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

@@ -11,55 +11,20 @@ Letters as in model/gpt.py; N tokens of a micro-batch = B x T.
 
 import math
 from dataclasses import dataclass
-from typing import Literal
 
-from model.budget import FP32_BYTES
+from model.activations import (
+    FP32_BYTES,
+    Bytes,
+    StepShape,
+    block_shapes,
+    count_block_activations,
+    count_kept_by_norm,
+    count_norm,
+    root_shapes,
+)
 from model.config import ModelConfig
 
-FP64_BYTES, TOKEN_BYTES = 8, 8
-
-Bytes = dict[str, int]  # by component
-
-
-@dataclass(frozen=True)
-class StepShape:
-    """What decides a step's memory beside the model. The defaults: one process, plain eager fp32, one micro-batch.
-
-    `mode`, `shards`, `reshard_after_forward` and `whole_gradients` as in train/layout.py, `chunk_tokens` as in
-    train/losses.py, None for the plain loss. `compute_bytes`: of an element of the activations.
-    `on_cpu`: FSDP2 then communicates by gloo, which copies what it gathers and reduces, and the norm of the gradients
-    is taken of an fp64 copy of each.
-    """
-
-    micro_batch: int
-    seq_len: int
-    accumulation: int = 1
-    compute_bytes: int = FP32_BYTES
-    activation_checkpointing: bool = False
-    chunk_tokens: int | None = None
-    mode: Literal["none", "ddp", "fsdp", "hsdp"] = "none"
-    shards: int = 1
-    reshard_after_forward: bool = True
-    whole_gradients: bool = True
-    on_cpu: bool = False
-
-    @property
-    def is_sharded(self) -> bool:
-        return self.mode in ("fsdp", "hsdp")
-
-    @property
-    def adds_up_whole(self) -> bool:
-        """Are there whole gradients of earlier micro-batches beside the shards?"""
-        return self.is_sharded and self.whole_gradients and self.accumulation > 1
-
-    @property
-    def is_all_gathered(self) -> bool:
-        """Are all weights there already, from the micro-batch before the last?"""
-        return self.adds_up_whole and not self.reshard_after_forward
-
-    @property
-    def num_tokens(self) -> int:
-        return self.micro_batch * self.seq_len
+FP64_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -81,36 +46,9 @@ class Memory:
         return sum(self.peak.values())
 
 
-def block_shapes(config: ModelConfig) -> list[tuple[int, ...]]:
-    """Of one block's parameters."""
-    D, F = config.width, config.hidden_size
-    norm = [(D,), (D,)]
-    return [*norm, (3 * D, D), (3 * D,), (D, D), (D,), *norm, (F, D), (F,), (D, F), (D,)]
-
-
-def root_shapes(config: ModelConfig) -> list[tuple[int, ...]]:
-    """Of the rest: the embedding, which is also the head, the positions, the last norm."""
-    D = config.width
-    return [(config.padded_vocab_size, D), (config.context_len, D), (D,), (D,)]
-
-
 def count_shard(shapes: list[tuple[int, ...]], shards: int) -> int:
     """Elements of one rank's part, padding included: FSDP2 cuts every parameter by rows, the same number each."""
     return sum(math.ceil(rows / shards) * math.prod(rest) for rows, *rest in shapes)
-
-
-def count_block_activations(config: ModelConfig, shape: StepShape) -> Bytes:
-    """What autograd keeps of one block in eager mode; fp32 norms keep their input in fp32, whatever the rest is."""
-    D, F, H, N, c = config.width, config.hidden_size, config.num_heads, shape.num_tokens, shape.compute_bytes
-    return {
-        "norms' inputs": 2 * N * D * FP32_BYTES,
-        "norms' means and deviations": 2 * 2 * N * FP32_BYTES,
-        "norms' outputs": 2 * N * D * c,
-        "queries, keys and values": 3 * N * D * c,
-        "attention's output": N * D * c,
-        "attention's log-sums": N * H * FP32_BYTES,
-        "mlp, before and after GELU": 2 * N * F * c,
-    }
 
 
 def memory(config: ModelConfig, shape: StepShape) -> Memory:
@@ -120,6 +58,7 @@ def memory(config: ModelConfig, shape: StepShape) -> Memory:
         "the loss's forward pass": _loss_forward(config, shape),
         "the loss's backward pass": _loss_backward(config, shape),
         **{f"the backward pass of block {i}": _block_backward(config, shape, i) for i in blocks},
+        **{f"the backward pass of block {i}'s attention": _attention_backward(config, shape, i) for i in blocks},
         "the end of the backward pass": _embedding_backward(config, shape, is_last=True),
         "the update": _update(config, shape),
     }
@@ -135,6 +74,12 @@ def memory(config: ModelConfig, shape: StepShape) -> Memory:
         if shape.adds_up_whole:
             phases["the end of a backward pass before the last"] = _embedding_backward(config, shape, is_last=False)
     return Memory({name: {part: n for part, n in phase.items() if n} for name, phase in phases.items() if phase})
+
+
+def count_activations(config: ModelConfig, shape: StepShape) -> int:
+    """What autograd keeps between the last block's forward and its backward pass, low-precision weights included."""
+    found = _at_the_loss(config, shape)
+    return found["activations"] + found.get("low-precision weights", 0)
 
 
 # --- What lasts -------------------------------------------------------------------------------------------------------
@@ -166,8 +111,9 @@ def _gradients(config: ModelConfig, shape: StepShape, *, done_blocks: int, is_ro
 def _kept(config: ModelConfig, shape: StepShape, *, blocks: int) -> Bytes:
     """What autograd keeps of the first `blocks` blocks."""
     N, D = shape.num_tokens, config.width
-    if shape.activation_checkpointing:
-        return {"activations": blocks * N * D * shape.compute_bytes}
+    if shape.activation_checkpointing:  # and the first block's values, as part of its queries, keys and values
+        first_values = 3 * N * D if config.value_residual else 0
+        return {"activations": (blocks * N * D + first_values) * shape.compute_bytes}
     return {
         "activations": blocks * sum(count_block_activations(config, shape).values()),
         "low-precision weights": blocks * _block_copies(config, shape),
@@ -179,7 +125,7 @@ def _block_copies(config: ModelConfig, shape: StepShape) -> int:
     if shape.compute_bytes == FP32_BYTES:
         return 0
     if shape.is_sharded:  # of its norms' weights in fp32
-        return FP32_BYTES * 4 * config.width
+        return FP32_BYTES * (2 * count_norm(config) + 2 * config.head_size * config.qk_norm)
     return shape.compute_bytes * sum(math.prod(s) for s in block_shapes(config) if len(s) == 2)
 
 
@@ -214,7 +160,8 @@ def _at_the_loss(config: ModelConfig, shape: StepShape) -> Bytes:
     """What is there between the last block's forward and its backward pass."""
     N, D, c = shape.num_tokens, config.width, shape.compute_bytes
     kept = _kept(config, shape, blocks=config.num_layers)
-    kept["activations"] += N * D * (FP32_BYTES + c) + 2 * N * FP32_BYTES  # of the last norm
+    kept["activations"] += N * D * c  # the head's input, and what its norm keeps
+    kept["activations"] += count_kept_by_norm(config, shape) if config.has_last_norm else 0
     return {
         **_state(config, shape),
         **_gradients(config, shape, done_blocks=0, is_root_done=False),
@@ -255,12 +202,15 @@ def _loss_forward(config: ModelConfig, shape: StepShape) -> Bytes:
         trimmed = config.vocab_size * FP32_BYTES
         is_copied = config.vocab_size < V or c < FP32_BYTES
         logits = N * (V * c + is_copied * trimmed + (c == FP32_BYTES) * trimmed)
-        return found | {"loss": max(logits, 2 * N * trimmed), "head's weights": _head_copy(config, shape)}
+        largest = max(logits, 2 * N * trimmed)
+        if config.logit_softcap is not None:  # raw, before and after tanh; or that, capped ones and log-probabilities
+            largest = N * (V * c + (c < FP32_BYTES) * trimmed + 2 * trimmed)
+        return found | {"loss": largest, "head's weights": _head_copy(config, shape)}
     # A chunk's logits and two tensors of their size; or its gradient and the weight gradient that it makes.
     n = min(shape.chunk_tokens, N)
     product = _head_copy(config, shape) * (3 if shape.on_cpu else 1)  # a CPU adds up dtypes by way of a copy
     return found | {
-        "loss": max(3 * n * V * FP32_BYTES, n * V * c + product),
+        "loss": max((3 if config.logit_softcap is None else 4) * n * V * FP32_BYTES, n * V * c + product),
         "loss's gradients": N * D * c + V * D * FP32_BYTES,
         "head's weights": _head_copy(config, shape),
     }
@@ -271,29 +221,59 @@ def _loss_backward(config: ModelConfig, shape: StepShape) -> Bytes:
     found = _at_the_loss(config, shape)
     if shape.chunk_tokens is not None:  # both gradients are there, and both again times the outer gradient
         return found | {"loss's gradients": 2 * (N * D * c + V * D * FP32_BYTES)}
-    losses = 3 * N * config.vocab_size * FP32_BYTES  # log-probabilities, their gradient, the logits' gradient
+    # Log-probabilities, their gradient, the logits' gradient; and what tanh made of them.
+    losses = (3 if config.logit_softcap is None else 4) * N * config.vocab_size * FP32_BYTES
     products = N * V * c + N * D * c + V * D * c
     return found | {"loss": max(losses, products), "head's weights": _head_copy(config, shape)}
 
 
 def _block_backward(config: ModelConfig, shape: StepShape, index: int) -> Bytes:
-    """In block `index`, where its MLP's second matrix has made its gradients: all that the block kept is there."""
-    N, D, F, c = shape.num_tokens, config.width, config.hidden_size, shape.compute_bytes
+    """In block `index`, where its MLP's last matrix has made its gradients: all that the block kept is there. Or right
+    after that, where SwiGLU's two factors or a square's base get theirs: but for what that matrix kept."""
+    N, D, F, c = shape.num_tokens, config.width, config.mlp_width, shape.compute_bytes
     kept = _kept(config, shape, blocks=index + 1)
     if shape.activation_checkpointing:
         kept["recomputed block"] = sum(count_block_activations(config, shape).values()) + _block_copies(config, shape)
-        kept["recomputed block"] -= N * D * c if c == FP32_BYTES else 0  # its first norm's input is what was kept
+        kept["recomputed block"] -= _is_input_kept(config, shape) * N * D * c
     found = {
         **_state(config, shape),
         **_gradients(config, shape, done_blocks=config.num_layers - 1 - index, is_root_done=False),
         **kept,
         **_gathered(config, shape, blocks=1 if shape.reshard_after_forward else index + 1),
-        "head's gradient": FP32_BYTES * config.padded_vocab_size * D,
-        "block's gradients": N * D * c + max(N * F * c + F * D * c, F * D * FP32_BYTES),
+        "head's gradient": _head_gradient(config, shape),
+        "block's gradients": N * D * c
+        + max(N * F * c + F * D * c, F * D * FP32_BYTES, 2 * N * F * c if config.mlp in ("swiglu", "relu2") else 0),
     }
     if shape.is_sharded:
         found["in flight"] = _in_flight(config, shape, index)
     return found
+
+
+def _is_input_kept(config: ModelConfig, shape: StepShape) -> bool:
+    """Does autograd keep a block's input as it is, so that to keep it twice takes nothing?"""
+    is_read_by_matrix = config.norm == "none" or config.norm_place == "post"
+    return is_read_by_matrix or shape.compute_bytes == FP32_BYTES
+
+
+def _attention_backward(config: ModelConfig, shape: StepShape, index: int) -> Bytes:
+    """Of written-out attention, in the softmax: its gradients of both sides. The MLP has let go of what it kept."""
+    if config.attention != "naive":
+        return {}
+    N, D, c = shape.num_tokens, config.width, shape.compute_bytes
+    found = _block_backward(config, shape, index)
+    block = count_block_activations(config, shape)
+    holder = "recomputed block" if shape.activation_checkpointing else "activations"
+    found[holder] -= block["mlp, between its matrices"] + block["matrices' inputs"] // 2
+    found["block's gradients"] = 2 * N * D * c + 2 * N * config.num_heads * shape.seq_len * FP32_BYTES
+    is_mlp_added_at_once = not shape.is_sharded and (shape.mode == "ddp" or shape.accumulation > 1)
+    mlp = config.num_mlp_matrices * D * config.mlp_width
+    return found | ({} if is_mlp_added_at_once else {"mlp's gradients": FP32_BYTES * mlp})
+
+
+def _head_gradient(config: ModelConfig, shape: StepShape) -> int:
+    """While the blocks' are made: a tied head's waits for the embedding's; another goes where its earlier ones are."""
+    is_added_at_once = not shape.is_sharded and (shape.mode == "ddp" or shape.accumulation > 1)
+    return 0 if not config.tie and is_added_at_once else FP32_BYTES * config.padded_vocab_size * config.width
 
 
 def _gathering(config: ModelConfig, shape: StepShape, index: int) -> Bytes:
@@ -305,7 +285,7 @@ def _gathering(config: ModelConfig, shape: StepShape, index: int) -> Bytes:
         **_gradients(config, shape, done_blocks=config.num_layers - 1 - index, is_root_done=False),
         **_kept(config, shape, blocks=index + 1),
         **_gathered(config, shape, blocks=1),
-        "head's gradient": FP32_BYTES * config.padded_vocab_size * config.width,
+        "head's gradient": _head_gradient(config, shape),
         "block's gradients": shape.num_tokens * config.width * shape.compute_bytes,
         "in flight": _in_flight(config, shape, index),
         "gloo's copy": _gathered_block(config, shape) if shape.on_cpu else 0,
@@ -328,7 +308,7 @@ def _block_reduction(config: ModelConfig, shape: StepShape, index: int, *, is_se
         **_gradients(config, shape, done_blocks=last - index + is_sent, is_root_done=False),
         **_kept(config, shape, blocks=index),
         **_gathered(config, shape, blocks=0 if shape.reshard_after_forward else index),
-        "head's gradient": FP32_BYTES * config.padded_vocab_size * D,
+        "head's gradient": _head_gradient(config, shape),
         "block's gradients": N * D * c,
         "in flight": _reduced(block_shapes(config), shape) + (_gathered_block(config, shape) if is_prefetched else 0),
     }
@@ -348,7 +328,8 @@ def _arrived(shapes: list[tuple[int, ...]], shape: StepShape) -> Bytes:
 
 
 def _embedding_backward(config: ModelConfig, shape: StepShape, *, is_last: bool) -> Bytes:
-    """The end of a backward pass: the embedding's gradient as head and as embedding, and their sum."""
+    """The end of a backward pass: the embedding's gradient as head and as embedding, and their sum; of a head that is
+    another matrix, the two by themselves."""
     N, D, V, c = shape.num_tokens, config.width, config.padded_vocab_size, shape.compute_bytes
     blocks = config.num_layers
     table = V * D * FP32_BYTES
@@ -358,7 +339,8 @@ def _embedding_backward(config: ModelConfig, shape: StepShape, *, is_last: bool)
         **_state(config, shape),
         **_gradients(config, shape, done_blocks=blocks, is_root_done=False),
         **_gathered(config, shape, blocks=0),
-        "embedding's gradients": tables * table + N * D * FP32_BYTES,
+        "embedding's gradients": (tables if config.tie else 1) * table + N * D * FP32_BYTES,
+        "head's gradient": 0 if config.tie else _head_gradient(config, shape),
     }
     if not is_last:
         whole_blocks = blocks * count_shard(block_shapes(config), 1)

@@ -30,7 +30,7 @@ CHECKPOINTS = "checkpoints"
 STATE_FILE = "state.json"
 SUMS_FILE = "SHA256SUMS"
 STEP_NAME = re.compile(r"step_(\d{8,})")
-TIED_NAME = "lm_head.weight"  # the same parameter as transformer.wte.weight, saved once
+HEAD_NAME = "lm_head.weight"  # where it is tied the same parameter as transformer.wte.weight, saved once
 
 
 def step_of(checkpoint: Path) -> int:
@@ -95,7 +95,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 def model_tensors(model: GPT) -> dict[str, Tensor]:
     """The model's tensors by their names in a checkpoint."""
-    return {f"model.{name}": tensor for name, tensor in model.state_dict().items() if name != TIED_NAME}
+    state_dict, is_tied = model.state_dict(), model.config.tie
+    return {f"model.{name}": tensor for name, tensor in state_dict.items() if not (is_tied and name == HEAD_NAME)}
 
 
 @dataclass(frozen=True)

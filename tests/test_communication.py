@@ -18,6 +18,7 @@ from data_prep.manifest import read_manifest
 from model.config import ModelConfig
 from tests.groups import run_on_ranks
 from tests.runs import tiny_config
+from tests.test_switches import MODERN
 from train.communication import Collectives, Communication, step_communication
 from train.config import Config, ParallelConfig, ValidateConfig, resolve, with_vocabulary
 from train.layout import Layout
@@ -27,6 +28,8 @@ from train.numerics import compute_dtype
 
 ODD = ModelConfig(num_layers=3, num_heads=1, width=31)  # in blocks nearly no parameter's rows divide by 2, 4 or 8
 WIDE = ModelConfig(num_layers=3, num_heads=8, width=512)  # more gradients than two of DDP's buckets hold
+
+SWITCHED = ModelConfig(num_layers=3, num_heads=1, width=30, **MODERN)
 
 ALL_GATHER = torch.ops.c10d._allgather_base_
 REDUCE_SCATTER = torch.ops.c10d._reduce_scatter_base_
@@ -82,8 +85,13 @@ HSDP = [
     Case("hsdp", 3, reshard=True, accumulate="sharded", dtype="bf16"),
     Case("hsdp", 3, reshard=False, accumulate="sharded"),
 ]
+MODERN_CASES = [
+    Case("ddp", 3, model=SWITCHED),
+    Case("fsdp", 3, accumulate="sharded", dtype="bf16", model=SWITCHED),
+    Case("fsdp", 3, reshard=False, model=SWITCHED, checkpointing=True),
+]
 ON_GLOO = {
-    2: [Case("ddp", 1), Case("ddp", 3), Case("ddp", 1, model=WIDE), Case("fsdp", 1), *FSDP],
+    2: [Case("ddp", 1), Case("ddp", 3), Case("ddp", 1, model=WIDE), Case("fsdp", 1), *FSDP, *MODERN_CASES],
     4: [Case("ddp", 3, dtype="bf16"), *HSDP],
 }
 ON_512 = [Case("hsdp", 1), *HSDP, Case("hsdp", 3, checkpointing=True), Case("fsdp", 3)]

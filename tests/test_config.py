@@ -129,6 +129,20 @@ def test_every_setting_without_effect_is_named(flags: str, said: str) -> None:
     assert said in line
 
 
+def test_switches_are_flags() -> None:
+    config = parsed(
+        *("--model.positions", "rope", "--model.norm", "rmsnorm", "--model.mlp", "swiglu", "--model.no-tie"),
+        *("--model.no-bias", "--model.qk-norm", "--model.logit-softcap", "30", "--model.value-residual"),
+        *("--model.zero-init-projections", "--model.attention", "naive", "--model.hidden-size", "1024"),
+    )
+    model = config.model
+    assert (model.positions, model.norm, model.mlp, model.attention) == ("rope", "rmsnorm", "swiglu", "naive")
+    assert (model.tie, model.bias, model.qk_norm, model.value_residual) == (False, False, True, True)
+    assert (model.zero_init_projections, model.logit_softcap, model.mlp_width) == (True, 30.0, 1024)
+    text = refusal("--model.norm", "none", "--model.norm-place", "post", "--model.num-heads", "7")
+    assert text.startswith("2 faults:") and "--model.norm-place post says where norms stand" in text
+
+
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_resolves(name: str) -> None:
     assert parsed(name).preset == name

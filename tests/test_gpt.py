@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from model.config import NAMED_SHAPES, VOCAB_MULTIPLE, ModelConfig
+from model.config import NAMED_SHAPES, ModelConfig
 from model.gpt import GPT, build_model
 from model.hf_bridge import from_hugging_face, to_hugging_face
 
@@ -134,7 +134,8 @@ def test_the_model_is_causal() -> None:
 def test_padding_makes_the_vocabulary_a_multiple() -> None:
     for vocab_size, padded in ((50257, 50304), (64, 64), (65, 128)):
         assert dataclasses.replace(TINY, vocab_size=vocab_size).padded_vocab_size == padded
-        assert padded % VOCAB_MULTIPLE == 0
+    assert dataclasses.replace(TINY, vocab_multiple=1).padded_vocab_size == 100
+    assert dataclasses.replace(TINY, vocab_multiple=128).padded_vocab_size == 128
 
 
 def test_too_long_a_window_is_refused() -> None:

@@ -125,7 +125,7 @@ def test_chunked_never_holds_the_logits(chunked: bool) -> None:
         objective(*batch(), SCALE)[0].backward()
     with LargestTensor() as validation:
         objective.token_losses(*batch())
-    chunk, hidden = 32 * CONFIG.padded_vocab_size, 3 * 40 * CONFIG.hidden_size
+    chunk, hidden = 32 * CONFIG.padded_vocab_size, 3 * 40 * CONFIG.mlp_width
     expected = max(chunk, hidden) if chunked else logits
     assert training.elements == expected and validation.elements == expected
 

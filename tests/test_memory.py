@@ -14,10 +14,12 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import bench_memory
+from model.activations import StepShape, block_shapes, count_block_activations, count_kept_by_norm
 from model.config import ModelConfig
 from model.gpt import build_model
-from model.memory import StepShape, _reduced, block_shapes, count_block_activations, memory
+from model.memory import _reduced, memory
 from tests.groups import run_on_ranks
+from tests.test_switches import MODERN, ONE_BY_ONE, named
 from train import optim, parallel
 from train.batches import plan_batches
 from train.config import Config, ParallelConfig, TrainConfig, resolve
@@ -41,11 +43,18 @@ def configured(
     **options: Any,
 ) -> Config:
     spread = {field.name for field in dataclasses.fields(ParallelConfig)}
-    train = {name: value for name, value in options.items() if name not in spread}
+    switches = {field.name for field in dataclasses.fields(ModelConfig)}
+    train = {name: value for name, value in options.items() if name not in spread | switches}
     defaults: dict[str, Any] = {"dtype": "fp32", "compile": False, "micro_batch": windows, "seq_len": seq_len}
     batch_tokens = windows * accumulation * seq_len
     config = Config(
-        model=ModelConfig(num_layers=num_layers, num_heads=2, width=width, vocab_size=vocab_size),
+        model=ModelConfig(
+            num_layers=num_layers,
+            num_heads=2,
+            width=width,
+            vocab_size=vocab_size,
+            **{name: value for name, value in options.items() if name in switches},
+        ),
         train=TrainConfig(**(defaults | {"batch_tokens": batch_tokens} | train)),
         parallel=ParallelConfig(**{name: value for name, value in options.items() if name in spread}),
     )
@@ -53,8 +62,10 @@ def configured(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_autograd_keeps(dtype: torch.dtype) -> None:
-    B, T, config = 2, 8, ModelConfig(num_layers=3, num_heads=2, width=32, vocab_size=100, context_len=16)
+@pytest.mark.parametrize("switches", [{}, *ONE_BY_ONE, {"attention": "naive"} | MODERN], ids=named)
+def test_what_autograd_keeps(switches: dict[str, Any], dtype: torch.dtype) -> None:
+    B, T = 2, 8
+    config = ModelConfig(num_layers=3, num_heads=2, width=32, vocab_size=100, context_len=16, **switches)
     model = build_model(config, seed=1, compute_dtype=dtype)
     own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
     kept: dict[int, int] = {}
@@ -67,13 +78,19 @@ def test_what_autograd_keeps(dtype: torch.dtype) -> None:
         features_BTD = model.features(torch.zeros(B, T, dtype=torch.int64))
     assert features_BTD.requires_grad
     N, D, c, is_low = B * T, config.width, dtype.itemsize, dtype != torch.float32
-    shape = StepShape(micro_batch=B, seq_len=T, compute_bytes=c)
+    shape = StepShape(micro_batch=B, seq_len=T, compute_bytes=c, on_cpu=True)
     blocks = 3 * sum(count_block_activations(config, shape).values())
-    last_norm = 4 * N * D + 2 * 4 * N
-    ids = 8 * (N + T)
+    last_norm = count_kept_by_norm(config, shape) if config.has_last_norm else 0
+    ids = 8 * (N + T * (config.positions == "learned"))
     matrices = 3 * sum(rows * columns[0] for rows, *columns in block_shapes(config) if columns)
     copies = is_low * c * matrices
-    assert sum(size for place, size in kept.items() if place not in own) == blocks + last_norm + ids + copies
+    rotation = 2 * 4 * T * config.head_size * (config.positions == "rope")
+    masks = 3 * T * T * (config.attention == "naive")
+    mixing = 0
+    if config.value_residual:  # a copy of each weight; the first block has none, nor mixed values
+        mixing = 2 * is_low * c - (N * D * c if config.attention != "naive" else 0)
+    expected = blocks + last_norm + ids + copies + rotation + masks + mixing
+    assert sum(size for place, size in kept.items() if place not in own) == expected
 
 
 def allocated_peak(mesh: Mesh, config: Config, accumulation: int) -> int:
@@ -138,6 +155,29 @@ def test_the_peak_of_one_process(options: dict[str, Any], accumulation: int) -> 
     assert counted_peak(config, 1, accumulation) == pytest.approx(measured, rel=0.02)
 
 
+SWITCHED: list[dict[str, Any]] = [
+    *(shape | MODERN for shape in (WIDE, LONG, DEEP)),
+    LONG | MODERN | {"dtype": "bf16"},
+    DEEP | MODERN | {"activation_checkpointing": True},
+    LONG | MODERN | {"loss": "chunked"},
+    LONG | {"tie": False},
+    LONG | {"logit_softcap": 5.0},
+    *(DEEP | switches for switches in ONE_BY_ONE if switches not in (MODERN, {"tie": False})),
+    DEEP | {"attention": "naive", "seq_len": 256, "windows": 2},
+    DEEP | {"attention": "naive", "seq_len": 256, "windows": 2, "dtype": "bf16"},
+    DEEP | {"attention": "naive", "seq_len": 256, "windows": 2, "activation_checkpointing": True},
+]
+
+
+@pytest.mark.parametrize(
+    ("options", "accumulation"), [*((options, 1) for options in SWITCHED), *((options, 2) for options in SWITCHED[:8])]
+)
+def test_the_peak_with_switches(options: dict[str, Any], accumulation: int) -> None:
+    config = configured(**options, accumulation=accumulation)
+    measured = allocated_peak(Mesh(0, 1, torch.device("cpu")), config, accumulation)
+    assert counted_peak(config, 1, accumulation) == pytest.approx(measured, rel=0.05)
+
+
 SPREAD: list[tuple[dict[str, Any], int]] = [
     (WIDE | {"mode": "ddp"}, 2),
     (WIDE | {"mode": "fsdp"}, 1),
@@ -145,6 +185,10 @@ SPREAD: list[tuple[dict[str, Any], int]] = [
     (WIDE | {"mode": "fsdp", "accumulate": "whole", "reshard_after_forward": False}, 2),
     (WIDE | {"mode": "fsdp", "accumulate": "sharded"}, 3),
     (LONG | {"mode": "fsdp", "accumulate": "sharded", "dtype": "bf16"}, 2),
+    (LONG | MODERN | {"mode": "ddp"}, 2),
+    (WIDE | MODERN | {"mode": "fsdp"}, 1),
+    (DEEP | MODERN | {"mode": "fsdp", "accumulate": "sharded"}, 2),
+    (LONG | MODERN | {"mode": "fsdp", "dtype": "bf16", "activation_checkpointing": True}, 2),
 ]
 
 
@@ -203,6 +247,11 @@ def card_lines(config: Config, world: int, memory_bytes: int, device: str = "CPU
     layout = choose_layout(config, world=world, local_world=world, memory_bytes=memory_bytes)
     card = run_card(config, None, plan_batches(config, world), layout, device)
     return {line[:10].strip(): line[10:] for line in card.splitlines()}
+
+
+def test_the_card_names_the_switches() -> None:
+    line = card_lines(configured(**WIDE, mlp="swiglu", tie=False), 1, 10**9)["model"]
+    assert line.endswith(" vocabulary padding), --model.mlp swiglu, --model.tie False")
 
 
 def test_the_card_says_how_the_model_is_spread_and_what_that_takes() -> None:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from train.peaks import PEAKS, DType, peak_flops
+from model.peaks import PEAKS, DType, peak_flops
 
 TERA = 1e12
 

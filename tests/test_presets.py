@@ -5,9 +5,9 @@ import re
 import pytest
 
 from model.budget import budget
+from model.peaks import peak_flops
 from train import presets
 from train.config import Config, faults_of, resolve, settings_without_effect, with_vocabulary
-from train.peaks import peak_flops
 from train.presets import PRESETS
 
 WITH_COST = [name for name, config in PRESETS.items() if config.train.dtype == "bf16"]

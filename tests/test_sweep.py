@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+import math
 import re
 import shlex
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ def test_every_run_of_a_sweep_is_one_that_can_be_trained(name: str) -> None:
         whole = parse([preset, *flags], PRESETS)
         entries = sweep.sweep_named(name, whole).entries
         configs = [parse([preset, *flags, *entry.flags], PRESETS) for entry in entries]
-        assert len({entry.name for entry in entries}) == len(entries) >= 7
+        assert len({entry.name for entry in entries}) == len(entries) >= 5
         for config in configs:
             gap = whole.train.steps * whole.train.batch_tokens - config.train.steps * config.train.batch_tokens
             assert 0 <= gap < config.train.batch_tokens, "the same tokens"
@@ -148,10 +149,31 @@ def test_every_table_of_the_document_was_made() -> None:
         assert re.findall(r"^\| (\S+) ", table, re.MULTILINE) == ["run", *names]
 
 
+def test_an_ablation_is_held_against_the_first_run(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train_here(points: Sequence[Point], base: Path, options: Options) -> None:
+        for point in points:
+            assert called(trainer.main, *point.args).returncode in (0, 2)
+
+    monkeypatch.setattr(sweep, "train_points", train_here)
+    words = ["ablate", "--preset", "shakespeare-char-cpu", "--run-dir", str(tmp_path / "sweep")]
+    words += [*tiny_flags(tiny_data, tmp_path)[1:3], *tiny_flags(tiny_data, tmp_path)[5:]]
+    done = called(sweep.main, *words, "--train.steps", "10", "--sample.every", "None")
+    assert done.returncode == 0, done.stderr
+    table = (tmp_path / "sweep" / "sweep.md").read_text().splitlines()
+    cells = {row[0]: row for row in ([cell.strip() for cell in line.strip("|").split("|")] for line in table)}
+    assert list(cells)[2:] == list(sweep.ABLATIONS) and cells["run"][-2:] == ["against the first", "published"]
+    first, post = (float(cells[name][2]) for name in ("baseline", "post-norm"))
+    assert cells["baseline"][-2:] == ["+0.0%", "-"]
+    assert float(cells["post-norm"][-2].rstrip("%")) == pytest.approx(100 * (math.exp(post - first) - 1), abs=0.06)
+    assert cells["post-norm"][-1] == "+46 %" and (tmp_path / "sweep" / "sweep.png").exists()
+
+
 def test_wrong_input_is_one_line(tmp_path: Path) -> None:
     for words, line in (
-        ([], "which sweep? descent, lr, batch; given: none"),
-        (["lrs"], "which sweep? descent, lr, batch; given: lrs"),
+        ([], "which sweep? descent, lr, batch, ablate; given: none"),
+        (["lrs"], "which sweep? descent, lr, batch, ablate; given: lrs"),
         (["lr", "--preset", "small"], "--preset small: there are gpt2-small, "),
         (["lr", "--data.dir", str(tmp_path)], f"{tmp_path}: no manifest.json"),
     ):

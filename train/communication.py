@@ -39,7 +39,7 @@ def step_communication(
 ) -> Communication:
     """Of a step of `micro_batches`, beside what validation, sampling and saves take.
 
-    L blocks of b elements and the rest (token embedding = head, positions, last norm) of r; M micro-batches; S shards
+    L blocks of b elements and the rest (token embedding, head, positions, last norm) of r; M micro-batches; S shards
     of R replicas; c bytes of compute_dtype. |x| is x with the rows of each parameter rounded up to a multiple of S.
 
                         how many                                        bytes

@@ -13,7 +13,7 @@ import tyro
 
 from data_prep.errors import InputError
 from model.config import ModelConfig
-from train.peaks import DType
+from model.peaks import DType
 from train.traces import parse_steps
 
 
@@ -150,7 +150,7 @@ class TrackConfig:
     tags: tuple[str, ...] = ()
     """W&B tags."""
     peak_tflops: float | None = None
-    """The GPU's dense peak in TFLOP/s at --train.dtype, for MFU; None: from the table in train/peaks.py."""
+    """The GPU's dense peak in TFLOP/s at --train.dtype, for MFU; None: from the table in model/peaks.py."""
 
 
 @dataclass(frozen=True)
@@ -252,9 +252,9 @@ def resolve(config: Config) -> Config:
     return dataclasses.replace(config, train=train, model=model)
 
 
-def with_vocabulary(config: Config, vocab_size: int) -> Config:
-    """The config for a data set: its vocabulary is the model's."""
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size))
+def with_vocabulary(config: Config, vocab_size: int, eot_id: int | None = None) -> Config:
+    """The config for a data set: its vocabulary is the model's, and so is the token that begins a document, if any."""
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size, eot_id=eot_id))
 
 
 def faults_of(config: Config) -> list[str]:
@@ -340,7 +340,13 @@ def settings_without_effect(config: Config, device_type: str, world: int, mode: 
     """What was set and does nothing in `world` processes on a "cpu" or "cuda" device that share a model as `mode` says,
     one line each, for a warning."""
     said = []
-    parallel = config.parallel
+    parallel, model = config.parallel, config.model
+    if model.value_residual and model.num_layers == 1:
+        said.append("--model.value-residual has no effect with --model.num-layers 1: there are no later blocks")
+    if model.attention == "flex" and model.eot_id is None:
+        said.append("--model.attention flex finds no documents: the data's tokenizer has no end-of-text token")
+    if model.attention == "flex" and not config.train.compile:
+        said.append("--model.attention flex with --train.no-compile holds all scores, as naive does")
     if parallel.shard_size is not None and mode != "hsdp":
         said.append(f"--parallel.shard-size {parallel.shard_size} has no effect with --parallel.mode {mode}")
     if mode in ("none", "ddp") and not parallel.reshard_after_forward:

@@ -26,9 +26,14 @@ OTHER_WORDS = "out of memory|ALLOC_FAILED"
 
 
 def check_device(config: Config, device: torch.device) -> None:
-    """InputError if auto is asked for where there is no GPU."""
+    """InputError if something is asked for that only a GPU can do."""
     if config.train.micro_batch == "auto" and device.type != "cuda":
         raise InputError("--train.micro-batch auto measures a GPU's memory; give a number on a CPU, such as 16")
+    if config.model.attention == "flex" and device.type != "cuda":
+        raise InputError(
+            f"--model.attention flex: FlexAttention of torch {torch.__version__} has no backward pass on a CPU; "
+            "train with --model.attention sdpa there, or on a GPU"
+        )
 
 
 def settle_micro_batch(

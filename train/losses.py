@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from model.config import ModelConfig
 from model.gpt import GPT
+from model.layers import softcapped
 
 IGNORED = -100  # a target that is not scored
 CHUNK_TOKENS = 1024  # 206 MB of fp32 logits with GPT-2's vocabulary
@@ -21,26 +22,33 @@ CHUNK_TOKENS = 1024  # 206 MB of fp32 logits with GPT-2's vocabulary
 ChunkFunction = Callable[..., tuple[Tensor, Tensor]]
 
 
-def token_losses(logits_NV: Tensor, targets_N: Tensor, vocab_size: int) -> Tensor:
-    """Loss of each token in nats, fp32 [N], 0 where ignored; columns from `vocab_size` on do not exist."""
-    return F.cross_entropy(logits_NV[:, :vocab_size].float(), targets_N, ignore_index=IGNORED, reduction="none")
+def token_losses(logits_NV: Tensor, targets_N: Tensor, vocab_size: int, cap: float | None = None) -> Tensor:
+    """Loss of each token in nats, fp32 [N], 0 where ignored; columns from `vocab_size` on do not exist.
+
+    `logits_NV` are not capped yet; `cap` here and below: --model.logit-softcap."""
+    logits_NV = softcapped(logits_NV[:, :vocab_size].float(), cap)
+    return F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORED, reduction="none")
 
 
-def plain_loss(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, scale: Tensor, vocab_size: int) -> Tensor:
+def plain_loss(
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, scale: Tensor, vocab_size: int, cap: float | None = None
+) -> Tensor:
     """(sum of the token losses) x scale, and the sum itself without a gradient: fp32 [2]."""
-    logits_NV = F.linear(x_ND, weight_VD.to(x_ND.dtype))[:, :vocab_size].float()
+    logits_NV = softcapped(F.linear(x_ND, weight_VD.to(x_ND.dtype))[:, :vocab_size].float(), cap)
     loss = F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORED, reduction="sum")
     return torch.stack([loss * scale, loss.detach()])
 
 
 def chunk_loss(
-    x_nD: Tensor, weight_VD: Tensor, targets_n: Tensor, scale: Tensor, vocab_size: int
+    x_nD: Tensor, weight_VD: Tensor, targets_n: Tensor, scale: Tensor, vocab_size: int, cap: float | None = None
 ) -> tuple[Tensor, Tensor]:
     """Sum of a chunk's token losses, fp32, and the gradient of (sum x scale) by its logits, in x's dtype [n, V].
 
-    d loss / d logit = softmax - one-hot (Bridle 1990, equation 8), 0 for ignored targets and in padding columns.
+    d loss / d logit = softmax - one-hot (Bridle 1990, equation 8), 0 for ignored targets and in padding columns; and
+    d tanh(y) / dy = 1 - tanh(y)^2.
     """
-    logits_nV = F.linear(x_nD, weight_VD).float()
+    logits_nV = softcapped(F.linear(x_nD, weight_VD).float(), cap)
+    slope_nV = None if cap is None else 1 - (logits_nV / cap).square()
     logits_nV[:, vocab_size:] = -torch.inf
     is_scored_n = targets_n != IGNORED
     target_n1 = targets_n.clamp(min=0)[:, None]
@@ -49,6 +57,8 @@ def chunk_loss(
     gradient_nV = (logits_nV - log_sum_n[:, None]).exp()
     gradient_nV = gradient_nV.scatter_add(1, target_n1, torch.full_like(log_sum_n, -1.0)[:, None])
     gradient_nV = gradient_nV * (scale * is_scored_n)[:, None]
+    if slope_nV is not None:
+        gradient_nV = gradient_nV * slope_nV
     return losses_n.sum(), gradient_nV.to(x_nD.dtype)
 
 
@@ -63,6 +73,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         targets_N: Tensor,
         scale: Tensor,
         vocab_size: int,
+        cap: float | None,
         score_chunk: ChunkFunction,
     ) -> Tensor:
         weight = weight_VD.to(x_ND.dtype)
@@ -71,7 +82,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=x_ND.device)
         for start in range(0, len(x_ND), CHUNK_TOKENS):
             x_nD, targets_n = x_ND[start : start + CHUNK_TOKENS], targets_N[start : start + CHUNK_TOKENS]
-            chunk_sum, gradient_nV = score_chunk(x_nD, weight, targets_n, scale, vocab_size)
+            chunk_sum, gradient_nV = score_chunk(x_nD, weight, targets_n, scale, vocab_size, cap)
             loss += chunk_sum
             torch.mm(gradient_nV, weight, out=x_gradient[start : start + CHUNK_TOKENS])
             if gradient_nV.dtype == weight_gradient.dtype:
@@ -86,7 +97,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         """The sum itself, element 1, is there to be read: only the scaled one carries a gradient."""
         x_gradient, weight_gradient = ctx.saved_tensors
         outer = gradients[0][0]
-        return x_gradient * outer, weight_gradient * outer, None, None, None, None
+        return x_gradient * outer, weight_gradient * outer, None, None, None, None, None
 
 
 class Objective(nn.Module):
@@ -109,11 +120,12 @@ class Objective(nn.Module):
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor, scale: Tensor) -> Tensor:
         x_ND, targets_N = self.model.features(inputs_BT).flatten(0, 1), targets_BT.flatten()
-        weight_VD, vocab_size = self.model.lm_head.weight, self.model.config.vocab_size
+        weight_VD = self.model.lm_head.weight
+        vocab_size, cap = self.config.vocab_size, self.config.logit_softcap
         if self._is_chunked:
-            found: Tensor = ChunkedCrossEntropy.apply(x_ND, weight_VD, targets_N, scale, vocab_size, self._chunk)
+            found: Tensor = ChunkedCrossEntropy.apply(x_ND, weight_VD, targets_N, scale, vocab_size, cap, self._chunk)
             return found
-        return self._plain(x_ND, weight_VD, targets_N, scale, vocab_size)
+        return self._plain(x_ND, weight_VD, targets_N, scale, vocab_size, cap)
 
     @property
     def config(self) -> ModelConfig:
@@ -129,7 +141,7 @@ class Objective(nn.Module):
         x_ND, targets_N = self.model.features(inputs_BT).flatten(0, 1), targets_BT.flatten()
         size = CHUNK_TOKENS if self._is_chunked else len(x_ND)
         losses = [
-            self._tokens(self.model.lm_head(x_nD), targets_n, self.model.config.vocab_size)
+            self._tokens(self.model.lm_head(x_nD), targets_n, self.config.vocab_size, self.config.logit_softcap)
             for x_nD, targets_n in zip(x_ND.split(size), targets_N.split(size), strict=True)
         ]
         return torch.cat(losses).view_as(targets_BT)

@@ -72,7 +72,7 @@ def planned(config: Config, place: Place) -> list[str]:
     """The run card for as many processes as `place` says, and every refusal that needs no GPU; touches nothing."""
     manifest = read_manifest(config.data.dir) if (config.data.dir / FILE_NAME).is_file() else None
     if manifest is not None:
-        config = with_vocabulary(config, manifest.vocab_size)
+        config = with_vocabulary(config, manifest.vocab_size, manifest.eot_id)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     memory_bytes = memory_of(device, place.local_world)
     layout = choose_layout(config, world=place.world, local_world=place.local_world, memory_bytes=memory_bytes)
@@ -90,7 +90,7 @@ def run(config: Config, mesh: Mesh, startup: Startup | None = None) -> None:
     """One attempt at a run, from its directory to its end. Collective. `startup`: if the program began before this."""
     startup = startup or Startup(time.perf_counter())
     manifest = mesh.on_all(lambda: read_manifest(config.data.dir))
-    config = with_vocabulary(config, manifest.vocab_size)
+    config = with_vocabulary(config, manifest.vocab_size, manifest.eot_id)
     refuse_disagreement(config, manifest.fingerprint, mesh)
     layout = agree_on_layout(config, mesh)
     check_device(config, mesh.device)

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 
 from model.budget import budget
+from model.peaks import peak_flops
 from train.config import Config
-from train.peaks import peak_flops
 
 GIB = 2**30
 

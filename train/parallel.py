@@ -11,7 +11,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from model.gpt import GPT, Block, init_weights
+from model.attention import Shared
+from model.blocks import Block
+from model.gpt import GPT, init_weights
 from train.config import Config
 from train.layout import Layout
 from train.losses import Objective
@@ -24,10 +26,11 @@ def build_objective(config: Config, layout: Layout, mesh: Mesh) -> Objective:
 
     1. Without memory (on the meta device), so that no rank ever holds more than its part and one whole parameter.
     2. Activation checkpointing, block by block: the compiler must see it to plan what is computed again.
-    3. compile, in place and block by block: one graph serves all blocks. A block's forward is compiled, not its call,
-       so that FSDP's hooks, which run around it, break no graph. Shapes are static: training, validation and
-       sampling call the model in one and the same. Dynamo's own cutting at DDP's buckets is switched off: blocks are
-       pieces enough to overlap communication with, and every world size then compiles the same graph.
+    3. compile, in place and block by block: one graph serves all blocks (with a value residual two). A block's forward
+       is compiled, not its call, so that FSDP's hooks, which run around it, break no graph. Shapes are static:
+       training, validation and sampling call the model in one and the same. Dynamo's own cutting at DDP's buckets is
+       switched off: blocks are pieces enough to overlap communication with, and every world size then compiles the
+       same graph.
     4. FSDP2, so that what it gathers and frees is a block with all that was done to it.
     5. Memory and initial values, each drawn whole and cut: the same numbers however the model is spread.
     6. DDP, in `wrap`, so that it sees the final parameters. The optimizer comes after sharding: it is made of shards.
@@ -41,7 +44,7 @@ def build_objective(config: Config, layout: Layout, mesh: Mesh) -> Objective:
             block.forward = types.MethodType(recomputed, block)
     if train.compile:
         torch._dynamo.config.optimize_ddp = False
-        for part in (*model.blocks, model.transformer["ln_f"]):
+        for part in model.compiled_parts:
             part.forward = torch.compile(part.forward, dynamic=False)
     if layout.is_sharded:
         shard(objective, layout, mesh)
@@ -49,16 +52,18 @@ def build_objective(config: Config, layout: Layout, mesh: Mesh) -> Objective:
     objective.to_empty(device=mesh.device)
     model.tie_weights()
     init_weights(model, config.seed, put=put)
-    assert model.lm_head.weight is model.transformer["wte"].weight
+    assert (model.lm_head.weight is model.transformer["wte"].weight) == config.model.tie
     return objective
 
 
-def recomputed(block: Block, x_BTD: Tensor) -> Tensor:
-    """A block that keeps its input alone. Nothing random happens in it, so no generator has to be put back.
+def recomputed(block: Block, x_BTD: Tensor, shared: Shared) -> tuple[Tensor, Tensor | None]:
+    """A block that keeps its inputs alone. Nothing random happens in it, so no generator has to be put back.
 
     A function of ours around `checkpoint`, since Dynamo skips the frames of torch.utils.checkpoint that it meets first.
     """
-    found: Tensor = checkpoint(Block.forward, block, x_BTD, use_reentrant=False, preserve_rng_state=False)
+    found: tuple[Tensor, Tensor | None] = checkpoint(
+        Block.forward, block, x_BTD, shared, use_reentrant=False, preserve_rng_state=False
+    )
     return found
 
 
@@ -67,9 +72,9 @@ def shard(objective: Objective, layout: Layout, mesh: Mesh) -> None:
 
     A block's weights are gathered in the dtype that it computes with, which is how the plain model uses them but for
     the norms', whose gain and bias are rounded here; its gradients are reduced in fp32. The rest (the embedding, which
-    is also the head, positions and last norm) is one group of the root and is gathered in fp32: the embedding's
-    gradient is a sum over tokens, which in bf16 would lose what the plain model keeps. The last block and the root stay
-    gathered between their passes: the backward pass begins with them.
+    is also the head or has it beside it, positions and last norm) is one group of the root and is gathered in fp32: the
+    embedding's gradient is a sum over tokens, which in bf16 would lose what the plain model keeps. The last block and
+    the root stay gathered between their passes: the backward pass begins with them.
     """
     device_mesh = make_device_mesh(layout, mesh)
     dtype = objective.model.compute_dtype

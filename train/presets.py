@@ -110,7 +110,7 @@ def shakespeare_char_cpu() -> Config:
 
 
 def stories_cpu() -> Config:
-    """TinyStories on a CPU, for sweeps (launch/sweep.py): 4 layers, 4 heads, 128 wide, context 128, 250 steps.
+    """TinyStories on a CPU, for sweeps (launch/sweep.py): 4 layers, 4 heads, 128 wide, context 128, 150 steps.
 
     A run takes about a minute on one core. Data: 2 MB of stories with an own vocabulary of 1,000.
     """
@@ -118,11 +118,11 @@ def stories_cpu() -> Config:
         preset="stories-cpu",
         data=DataConfig(dir=Path("data/stories-1k")),
         model=ModelConfig(num_layers=4, num_heads=4, width=128),
-        train=TrainConfig(seq_len=128, steps=250, batch_tokens=2048, micro_batch=16, dtype="fp32", compile=False),
-        optim=OptimConfig(lr_peak=2e-3, warmup_steps=25),
+        train=TrainConfig(seq_len=128, steps=150, batch_tokens=2048, micro_batch=16, dtype="fp32", compile=False),
+        optim=OptimConfig(lr_peak=2e-3, warmup_steps=15),
         validate=ValidateConfig(every=50, tokens=32_768),
         sample=SampleConfig(every=None),
-        save=SaveConfig(every=250, keep=1),
+        save=SaveConfig(every=150, keep=1),
         track=TrackConfig(every=5, wandb="disabled"),
     )
 

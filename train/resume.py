@@ -29,6 +29,9 @@ from train.mesh import Mesh
 from train.numerics import LossScale
 from train.saves import checkpoint_tensors
 
+# What a model may be told otherwise and still be what its weights were trained for.
+NOT_IN_WEIGHTS = ("attention", "zero_init_projections", "eot_id")
+
 
 def find_start(run_dir: Path, *, mesh: Mesh) -> tuple[Path | None, list[str]]:
     """The checkpoint to continue from, if any, with a line for each broken one passed over. Collective."""
@@ -94,7 +97,11 @@ def load_weights(name: str, model: GPT, codec: Codec, mesh: Mesh) -> Path:
     def find() -> Path:
         checkpoint = find_checkpoint(name)
         theirs, ours = asdict(model_config(read_state(checkpoint), checkpoint)), asdict(model.config)
-        found = [f"{key} {theirs[key]} (this run: {ours[key]})" for key in ours if theirs[key] != ours[key]]
+        found = [
+            f"{key} {theirs[key]} (this run: {ours[key]})"
+            for key in ours
+            if theirs[key] != ours[key] and key not in NOT_IN_WEIGHTS
+        ]
         if load_codec(checkpoint.resolve().parents[1]).describe() != codec.describe():
             found.append("another tokenizer")
         if found:

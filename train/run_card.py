@@ -4,6 +4,7 @@ from dataclasses import replace
 
 from data_prep.manifest import Manifest
 from model.budget import budget
+from model.config import flag_of
 from model.memory import Memory, StepShape, memory
 from train.batches import BatchPlan
 from train.communication import step_communication
@@ -40,7 +41,8 @@ def run_card(config: Config, manifest: Manifest | None, plan: BatchPlan, layout:
         (
             "model",
             f"{model.num_layers} layers x {model.width} wide x {model.num_heads} heads, context {model.context_len}: "
-            f"{cost.num_parameters:,} parameters (+{cost.num_padding_parameters:,} vocabulary padding)",
+            f"{cost.num_parameters:,} parameters (+{cost.num_padding_parameters:,} vocabulary padding)"
+            + "".join(f", {flag_of(name)} {value}" for name, value in model.switched().items()),
         ),
         ("data", _data_line(config, manifest, total_tokens)),
         (
