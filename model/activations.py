@@ -98,16 +98,18 @@ def count_block_activations(config: ModelConfig, shape: StepShape) -> Bytes:
     D, F, H, N, c = config.width, config.mlp_width, config.num_heads, shape.num_tokens, shape.compute_bytes
     is_naive, is_low = config.attention == "naive", c < FP32_BYTES
     is_made_anew = config.qk_norm or config.positions == "rope"  # queries and keys, beside what c_attn made
-    # Products of batches copy their operands, which lie far apart in what c_attn made. That stays for whom it serves.
-    is_first_kept = not is_naive or config.qk_norm or config.value_residual
-    num_operands = 3 if is_naive else 2 * is_made_anew + config.value_residual
+    # Products of batches copy their operands, which lie far apart in what c_attn made, and for flex they are copied.
+    # What c_attn made then stays only for whom else it serves.
+    is_copied = is_naive or config.attention == "flex"
+    is_first_kept = not is_copied or config.qk_norm or config.value_residual
+    num_operands = 3 if is_copied else 2 * is_made_anew + config.value_residual
     normed = 2 * N * D * FP32_BYTES  # queries and keys
     return {
         "norms": 2 * count_kept_by_norm(config, shape),
         "matrices' inputs": 2 * N * D * c,
         "queries, keys and values": (3 * is_first_kept + num_operands) * N * D * c,
         "their norms": config.qk_norm * ((shape.on_cpu + is_low) * normed + 2 * N * H * FP32_BYTES),
-        "attention's output": N * D * c,
+        "attention's output": (2 if config.attention == "flex" else 1) * N * D * c,  # and in the order of tokens
         "attention's log-sums": 0 if is_naive else N * H * FP32_BYTES,
         "attention's weights": is_naive * N * H * shape.seq_len * (FP32_BYTES + is_low * c),
         "mlp, between its matrices": (4 if config.mlp == "swiglu" else 2) * N * F * c,

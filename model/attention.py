@@ -59,6 +59,8 @@ class Attention(nn.Module):
         if self.kind == "naive":
             y_BHTK = naive_attention(q_BHTK, k_BHTK, v_BHTK)
         elif self.kind == "flex":
+            # In heads' own order: compiled for a CPU, torch 2.13 gave wrong numbers for operands computed in another.
+            q_BHTK, k_BHTK, v_BHTK = (y_BHTK.contiguous() for y_BHTK in (q_BHTK, k_BHTK, v_BHTK))
             y_BHTK = flex_attention(q_BHTK, k_BHTK, v_BHTK, block_mask=shared.mask)
         else:
             y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True)
@@ -96,7 +98,10 @@ def rotated(x_BHTK: Tensor, rotation: Rotation) -> Tensor:
 
 
 def document_mask(tokens_BT: Tensor, eot_id: int | None) -> BlockMask:
-    """Causal, and within documents: one begins at each `eot_id`; None: there are no documents to tell apart."""
+    """Causal, and within documents: one begins at each `eot_id`; None: there are no documents to tell apart.
+
+    Which blocks of 128 x 128 scores are needed at all is found by way of all B x T x T, a byte each.
+    """
     B, T = tokens_BT.shape
     if eot_id is None:
         return create_block_mask(_is_past, None, None, T, T, device=tokens_BT.device)

@@ -3,8 +3,8 @@
     python model/budget.py gpt2-xl --model.mlp swiglu --model.positions rope --batch 1 --seq-len 1024
     python model/budget.py gpt2-small --card a100 --num-cards 8 --mfu 0.4 --tokens 10000000000
 
-Half a second. One source for the run card, the meters, this command and every plan. Matmul
-FLOPs equal torch.utils.flop_counter's.
+Half a second. One source for the run card, the meters, this command and every plan. Matmul FLOPs equal
+torch.utils.flop_counter's; what else a model computes is not counted.
 """
 
 import itertools
@@ -258,9 +258,10 @@ def in_bytes(num_bytes: float) -> str:
 
 
 def bytes_table(options: Options, cost: Budget) -> list[str]:
+    """What lasts: weights as published, and what a process of a run holds and saves."""
     held = {
         "weights, fp32": FP32_BYTES * cost.num_parameters,
-        "with padding": cost.gradient_bytes,
+        "weights with padding": cost.gradient_bytes,
         "gradients, fp32": cost.gradient_bytes,
         "AdamW's moments, fp32": 2 * cost.gradient_bytes,
         "checkpoint": cost.checkpoint_bytes,
@@ -291,6 +292,7 @@ def memory_table(options: Options) -> list[str]:
 
 
 def time_line(options: Options, cost: Budget) -> str:
+    """From tokens to FLOPs to days."""
     tokens = options.tokens or TOKENS_PER_PARAMETER * cost.num_parameters
     flops = tokens * cost.flops_per_token
     said = f"{tokens:,} tokens x {cost.flops_per_token:.3g} FLOPs = {flops:.3g} FLOPs"
