@@ -14,7 +14,7 @@ from typing import Any
 from data_prep.errors import InputError, writing_to
 from data_prep.manifest import FILE_NAME as MANIFEST_FILE
 from launch.grid import Point
-from launch.options import Options
+from launch.options import Options, SubmitOptions, wants_preparation
 from launch.requeue import ask_slurm
 from launch.runs import note_submission
 
@@ -30,13 +30,14 @@ OURS = {  # of sbatch's flags, those that are set from ours
 def submit_to_slurm(options: Options, base: Path, code: Path, points: Sequence[Point], data_dir: Path) -> None:
     """FineWeb-Edu's jobs first, if asked for; they are cancelled if Slurm refuses what comes after them."""
     folder = Path.cwd()
-    prep = submit_prep(options, base, code, data_dir) if options.prep else []
+    ours: list[str] = []  # of the preparation, what this command submits
     try:
-        executor = slurm_executor(options, base, code, points, f"afterok:{prep[-1]}" if prep else None)
+        pack = submit_prep(options, base, code, data_dir, ours) if wants_preparation(options) else None
+        executor = slurm_executor(options, base, code, points, f"afterok:{pack}" if pack is not None else None)
         with refused_by_slurm(), contextlib.chdir(code):  # a job's folder is where it was submitted
             jobs = map_points(executor, points, folder)
     except InputError:
-        for job in prep:
+        for job in ours:
             subprocess.run(["scancel", job], check=False)
         raise
     for job, point in zip(jobs, points, strict=True):
@@ -85,6 +86,7 @@ def sbatch_flags(given: Sequence[str]) -> dict[str, str | bool]:
     found: dict[str, str | bool] = {}
     for flag in given:
         name, equals, value = flag.lstrip("-").partition("=")
+        name = name.replace("_", "-")
         if name in OURS:
             raise InputError(f"--sbatch {flag}: use {OURS[name]}")
         found[name] = value if equals else True
@@ -109,17 +111,19 @@ def import_submitit() -> Any:
     return submitit
 
 
-def submit_prep(options: Options, base: Path, code: Path, data_dir: Path) -> list[str]:
-    """FineWeb-Edu's array, then the job that packs, for which the training has to wait; [] if the data is there."""
+def submit_prep(options: SubmitOptions, base: Path, code: Path, data_dir: Path, ours: list[str]) -> str | None:
+    """The job that packs FineWeb-Edu, for which the training has to wait; None if the data is there. It, and the array
+    before it, are put into `ours` unless an earlier command has submitted them."""
     if (data_dir / MANIFEST_FILE).is_file():
         print(f"{data_dir}: prepared already")
-        return []
+        return None
     flags = [*shlex.split(options.prep_flags), "--out", str(data_dir)]
     name = f"prep-{hashlib.sha256(str(data_dir).encode()).hexdigest()[:12]}"
-    pending = ask_slurm("squeue", "--noheader", "--name", f"{name}-pack", "--format", "%i").split()
+    pending = ask_slurm("squeue", "--noheader", "--array", "--name", f"{name}-pack", "--format", "%i").split()
     if pending:
-        print(f"{data_dir}: job {pending[0]} prepares it already")
-        return pending[:1]
+        pack = pending[0].partition("_")[0]
+        print(f"{data_dir}: job {pack} prepares it already")
+        return pack
     whose = {"account": options.account, "partition": options.partition}
     common = [f"--{key}={value}" for key, value in whose.items() if value is not None]
     common += [f"--{flag.lstrip('-')}" for flag in options.prep_sbatch]
@@ -128,15 +132,13 @@ def submit_prep(options: Options, base: Path, code: Path, data_dir: Path) -> lis
         log.mkdir(parents=True, exist_ok=True)
     many = [f"--array=0-{options.prep_tasks - 1}", f"--output={log}/prep-%A_%a.log", f"--job-name={name}"]
     array = ask_sbatch("tokenize", [*many, *common], code, flags)
+    ours.append(array)
     after = [f"--dependency=afterok:{array}", "--kill-on-invalid-dep=yes", "--array=0"]
-    try:
-        names = [f"--output={log}/pack-%A.log", f"--job-name={name}-pack"]
-        pack = ask_sbatch("pack", [*after, *names, *common], code, flags)
-    except InputError:
-        subprocess.run(["scancel", array], check=False)
-        raise
+    names = [f"--output={log}/pack-%A.log", f"--job-name={name}-pack"]
+    pack = ask_sbatch("pack", [*after, *names, *common], code, flags)
+    ours.append(pack)
     print(f"job {array} tokenizes into {data_dir}, {options.prep_tasks} tasks; job {pack} packs; logs in {log}")
-    return [array, pack]
+    return pack
 
 
 def ask_sbatch(stage: str, sbatch_flags: Sequence[str], code: Path, flags: Sequence[str]) -> str:

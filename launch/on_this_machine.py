@@ -24,13 +24,15 @@ from train.stops import FILE_NAME as STOP_FILE
 def train_here(options: Options, base: Path, code: Path, points: Sequence[Point]) -> None:
     """At most so many at a time, until all have ended, or one was stopped by a person: then no more are begun.
 
-    Ctrl-C asks those under way to save and stop, and waits for them.
+    Ctrl-C asks those under way to save and stop, and waits for them. InputError at the end if any did not begin.
     """
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # as torchrun and the Slurm jobs do: bits depend on it
     folder, num_parallel = Path.cwd(), options.max_parallel or 1
     free = [local_executor(options, base, gpus) for gpus in shares_of_gpus(options.gpus_per_node, num_parallel)]
     waiting = list(points)
     going: list[tuple[Any, Point, Any]] = []
+    attempts = {point.run_dir: attempt_of(point.run_dir) for point in points}
+    not_begun: list[str] = []
     for point in points:
         note_submission(point, None)
         (point.run_dir / STOP_FILE).unlink(missing_ok=True)
@@ -40,12 +42,15 @@ def train_here(options: Options, base: Path, code: Path, points: Sequence[Point]
                 point, executor = waiting.pop(0), free.pop()
                 with contextlib.chdir(code), ignoring_interrupts(options.cluster):
                     (job,) = map_points(executor, [point], folder)
-                print(f"training {point.run_dir}; log {job.paths.stdout}", flush=True)
                 going.append((job, point, executor))
+                print(f"training {point.run_dir}; log {job.paths.stdout}", flush=True)
             for ended in [this for this in going if this[0].done()]:
+                job, point, executor = ended
                 going.remove(ended)
-                free.append(ended[2])
-                if is_stopped_by_a_person(ended[1].run_dir):
+                free.append(executor)
+                if attempt_of(point.run_dir) == attempts[point.run_dir]:
+                    not_begun.append(f"{point.run_dir} did not begin, {job.paths.stdout} says why")
+                elif is_stopped_by_a_person(point.run_dir):
                     waiting.clear()
             time.sleep(0.2)
     except KeyboardInterrupt:
@@ -55,6 +60,13 @@ def train_here(options: Options, base: Path, code: Path, points: Sequence[Point]
         while not all(job.done() for job, _, _ in going):
             time.sleep(0.2)
         raise
+    if not_begun:
+        raise InputError("; ".join(not_begun))
+
+
+def attempt_of(run_dir: Path) -> int:
+    status = read_status(run_dir)
+    return 0 if status is None else int(status["attempt"])
 
 
 def local_executor(options: Options, base: Path, gpus: tuple[int, ...]) -> Any:

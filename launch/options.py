@@ -4,7 +4,7 @@ import re
 import shlex
 import shutil
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeGuard
 
 import tyro
 
@@ -41,14 +41,6 @@ class Options:
     wait: bool = False
     """Stay until all have ended, then print the table that `status` prints; exit status 1 if one has failed. --cluster
     local always does."""
-    prep: bool = False
-    """First prepare FineWeb-Edu in --data.dir by slurm/prep_fineweb.sh; the training waits for it."""
-    prep_tasks: int = 8
-    """Array tasks that tokenize."""
-    prep_sbatch: tuple[str, ...] = ()
-    """More of sbatch's flags for --prep, like partition=cpu cpus-per-task=32."""
-    prep_flags: str = ""
-    """data_prep/fineweb.py's, in one word: --prep-flags='--name sample-100BT'."""
     cluster: Literal["slurm", "local", "debug"] = "slurm"
     """local: processes of this machine, which start again at --time and not after a crash; debug: this very process,
     for a debugger."""
@@ -63,6 +55,18 @@ class SubmitOptions(Options):
     grid: tuple[str, ...] = ()
     """Flags with values, like optim.lr-peak=6e-4,1e-3 seed=1,2: every combination is a run, all of them an array of
     jobs. Those that are done, or train already, are left out."""
+    prep: bool = False
+    """First prepare FineWeb-Edu in --data.dir by slurm/prep_fineweb.sh; the training waits for it."""
+    prep_tasks: int = 8
+    """Array tasks that tokenize."""
+    prep_sbatch: tuple[str, ...] = ()
+    """More of sbatch's flags for --prep, like partition=cpu cpus-per-task=32."""
+    prep_flags: str = ""
+    """data_prep/fineweb.py's, in one word: --prep-flags='--name sample-100BT'."""
+
+
+def wants_preparation(options: Options) -> TypeGuard[SubmitOptions]:
+    return isinstance(options, SubmitOptions) and options.prep
 
 
 def refuse_contradictions(options: Options) -> None:
@@ -75,13 +79,13 @@ def refuse_contradictions(options: Options) -> None:
         )
     if options.cluster == "debug" and options.gpus_per_node > 1:
         raise InputError(f"--gpus-per-node {options.gpus_per_node} with --cluster debug: it is one process; use 1")
-    if options.prep and options.cluster != "slurm":
+    if wants_preparation(options) and options.cluster != "slurm":
         raise InputError(f"--prep with --cluster {options.cluster}: run python data_prep/fineweb.py here first")
     for name in ("nodes", "gpus_per_node", "cpus_per_gpu", "max_parallel", "prep_tasks"):
-        value = getattr(options, name)
+        value = getattr(options, name, None)
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} {value}: at least 1 is needed")
-    if options.prep:  # its own parser's line, before eight tasks fail with it
+    if wants_preparation(options):  # its own parser's line, before eight tasks fail with it
         tyro.cli(fineweb_plan.Options, prog="--prep-flags", args=shlex.split(options.prep_flags))
     minutes_of(options.time)
 

@@ -28,7 +28,7 @@ from data_prep.manifest import FILE_NAME as MANIFEST_FILE
 from launch.grid import Point, points_of, run_dir_in, split
 from launch.on_slurm import slurm_executor, submit_to_slurm
 from launch.on_this_machine import train_here
-from launch.options import Options, SubmitOptions, refuse_contradictions
+from launch.options import Options, SubmitOptions, refuse_contradictions, wants_preparation
 from launch.runs import Look, look, runs_in, stop, table
 from launch.snapshot import ROOT, take
 from train.config import Config, parse
@@ -46,6 +46,8 @@ def submit(preset: str, options: SubmitOptions, flags: Sequence[str]) -> None:
         dataclasses.replace(point, run_dir=point.run_dir.absolute()) for point in points_of(preset, options.grid, flags)
     ]
     run_dirs = [point.run_dir for point in points]
+    if not options.grid:
+        refuse_busy(look(run_dirs)[0])
     base = (run_dir_in(flags) or run_dirs[0].parent).absolute() if options.grid else run_dirs[0]
     train_points(points, base, options)
     looks = look(run_dirs)
@@ -56,7 +58,8 @@ def submit(preset: str, options: SubmitOptions, flags: Sequence[str]) -> None:
 
 
 def train_points(points: Sequence[Point], base: Path, options: Options) -> None:
-    """Those that are not done, with one copy of the code in `base`: here until they have ended, or handed to Slurm."""
+    """Those that are not done and not trained yet, with one copy of the code in `base`: here until they have ended, or
+    handed to Slurm. All are checked, those that are done too."""
     refuse_contradictions(options)
     run_dirs = [point.run_dir for point in points]
     configs = [parse(point.args, PRESETS) for point in points]
@@ -73,34 +76,37 @@ def train_points(points: Sequence[Point], base: Path, options: Options) -> None:
         code = ROOT if options.cluster == "debug" else take(ROOT, base)
         if options.cluster == "slurm":
             submit_to_slurm(options, base, code, chosen, configs[0].data.dir.absolute())
-            if options.wait:
-                wait_for_jobs(run_dirs)
         else:
             train_here(options, base, code, chosen)
+    if options.wait:
+        wait_for_jobs(run_dirs)
 
 
 def checked(config: Config, options: Options) -> str:
     """The run card; InputError for what train/main.py would refuse, but for what only the job's nodes can tell."""
-    if not options.prep and not (config.data.dir / MANIFEST_FILE).is_file():
+    if not wants_preparation(options) and not (config.data.dir / MANIFEST_FILE).is_file():
         raise InputError(f"{config.data.dir}: no {MANIFEST_FILE}, so no data yet; prepare it first, or give --prep")
     world = options.nodes * options.gpus_per_node
     return "\n".join(planned(config, Place(0, world, 0, options.gpus_per_node)))
 
 
 def choose(points: Sequence[Point], looks: Sequence[Look], options: Options) -> list[Point]:
-    """Those that are to be trained. InputError where the only one is trained by another."""
-    busy = [run for run in looks if run.doing in ("queued", "running")]
-    if busy and len(points) == 1:
-        verb = "waits in the queue" if busy[0].doing == "queued" else "is training here"
-        who = f"job {busy[0].job}" if busy[0].job is not None else busy[0].holder
-        raise InputError(f"{busy[0].run_dir}: {who} {verb}; stop it first (launch/submit.py stop), or use --run-dir")
+    """Those that are to be trained."""
     wanted = ("failed", "killed") if options.only_failed else ("new", "stopped", "failed", "killed")
     return [point for point, run in zip(points, looks, strict=True) if run.doing in wanted]
 
 
+def refuse_busy(run: Look) -> None:
+    """InputError if another job or process has the run."""
+    if run.doing in ("queued", "running"):
+        verb = "waits in the queue" if run.doing == "queued" else "is training here"
+        who = f"job {run.job}" if run.job is not None else run.holder
+        raise InputError(f"{run.run_dir}: {who} {verb}; stop it first (launch/submit.py stop), or use --run-dir")
+
+
 def wait_for_jobs(run_dirs: Sequence[Path]) -> None:
     while any(run.doing in ("queued", "running") for run in look(run_dirs)):
-        time.sleep(2)
+        time.sleep(5)
 
 
 def main(args: Sequence[str] | None = None) -> None:

@@ -13,6 +13,7 @@ early, and stays so. RUN_DIR/sweep.md has the table, RUN_DIR/sweep.png the pictu
 that file has `<!-- sweep NAME -->` before it and `<!-- end -->` after it.
 """
 
+import importlib.util
 import math
 import re
 import sys
@@ -33,10 +34,11 @@ from launch.grid import Point
 from launch.lessons import descent
 from launch.options import Options
 from launch.runs import Look, look
-from launch.submit import train_points
+from launch.submit import checked, train_points
 from train.config import Config, parse
 from train.curves import Row, plot, read_rows, read_runs
 from train.presets import PRESETS
+from train.sinks import METRICS_FILE
 
 ABSENT = "-"
 DIVERGED = "diverged"
@@ -70,6 +72,8 @@ class Sweep:
 LR = (3e-4, 6e-4, 1e-3, 2e-3, 3e-3, 6e-3, 1e-2, 3e-2, 1e-1)
 BATCH = (1, 4, 16, 64)  # windows
 NAMES = ("lr", "batch", "ablate")
+# Flags that a sweep sets for each run by what was given.
+READ = {"batch": ("--optim.lr-peak", "--train.steps", "--train.batch-tokens")}
 # The published ablations' model, and what each takes out of it; their differences are of perplexity.
 BASELINE = "--model.norm rmsnorm --model.positions rope --model.mlp swiglu --model.no-bias --model.no-tie"
 ABLATIONS = {
@@ -85,9 +89,9 @@ def lr_entries() -> tuple[Entry, ...]:
     return tuple(Entry(f"lr={lr:g}", ("--optim.lr-peak", f"{lr:g}"), x=lr) for lr in LR)
 
 
-def batch_entries(*, seq_len: int, tokens: int, lr: float, at_batch: int) -> tuple[Entry, ...]:
-    """The same number of tokens in batches of so many windows; the rate as it is, or by the square root of the batch
-    (Malladi et al. 2022, for Adam)."""
+def batch_entries(*, seq_len: int, tokens: int, lr: float, at_batch: int, world: int) -> tuple[Entry, ...]:
+    """The same number of tokens, within a step, in batches of so many windows; the rate as it is, or by the square root
+    of the batch (Malladi et al. 2022, for Adam)."""
     found = []
     for series, exponent in (("fixed rate", 0.0), ("rate by square root", 0.5)):
         for windows in BATCH:
@@ -95,7 +99,7 @@ def batch_entries(*, seq_len: int, tokens: int, lr: float, at_batch: int) -> tup
             steps = tokens // (windows * seq_len)
             flags = {
                 "--train.batch-tokens": windows * seq_len,
-                "--train.micro-batch": min(windows, 16),
+                "--train.micro-batch": max(1, min(windows // world, 16)),
                 "--train.steps": steps,
                 "--optim.warmup-steps": max(1, steps // 10),
                 "--optim.lr-peak": f"{rate:.4g}",
@@ -116,7 +120,7 @@ def ablate_entries() -> tuple[Entry, ...]:
     return tuple(found)
 
 
-def sweep_named(name: str, config: Config) -> Sweep:
+def sweep_named(name: str, config: Config, *, world: int = 1) -> Sweep:
     """`config`: of the preset with the flags that all runs have."""
     if name == "lr":
         return Sweep("Final loss against the learning rate", "peak learning rate", lr_entries())
@@ -124,7 +128,11 @@ def sweep_named(name: str, config: Config) -> Sweep:
         return Sweep("A part left out or exchanged at a time", None, ablate_entries())
     tokens = config.train.steps * config.train.batch_tokens
     entries = batch_entries(
-        seq_len=config.train.seq_len, tokens=tokens, lr=config.optim.lr_peak, at_batch=config.windows_per_step
+        seq_len=config.train.seq_len,
+        tokens=tokens,
+        lr=config.optim.lr_peak,
+        at_batch=config.windows_per_step,
+        world=world,
     )
     return Sweep("The same tokens in batches of different size", "windows per step", entries)
 
@@ -154,6 +162,8 @@ def main(args: Sequence[str] | None = None) -> None:
             SweepOptions, prog="launch/sweep.py", description=__doc__, args=words, return_unknown_args=True
         )
         if name == "descent":
+            if flags or options.how != SweepOptions().how:
+                raise InputError(f"descent takes no flag but --into; given: {' '.join(words)}")
             text = descent()
             if options.into is not None:
                 put_into(options.into, name, text)
@@ -167,29 +177,49 @@ def sweep(name: str, options: SweepOptions, flags: Sequence[str]) -> None:
         raise InputError(f"--preset {options.preset}: there are {', '.join(PRESETS)}")
     base = (options.run_dir or Path("runs") / f"sweep-{name}").absolute()
     config = parse([options.preset, *flags], PRESETS)
-    plan = sweep_named(name, config)
+    plan = sweep_named(name, config, world=options.how.nodes * options.how.gpus_per_node)
+    refuse_flags_of(plan, name, flags)
+    need_matplotlib()
+    if options.into is not None:
+        put_into(options.into, name, None)
     vocab_size = read_manifest(config.data.dir).vocab_size
     limit = ("--train.diverged-above", f"{math.log(vocab_size) + 1:.2f}")  # a nat worse than knowing nothing
+    common = (options.preset, *limit, "--track.group", base.name, *flags)
     points = [
-        Point((options.preset, *limit, *flags, *entry.flags, "--run-dir", str(base / entry.name)), base / entry.name)
-        for entry in plan.entries
+        Point((*common, *entry.flags, "--run-dir", str(base / entry.name)), base / entry.name) for entry in plan.entries
     ]
+    for point in points:  # those that are done, too: of other settings they would be no part of this sweep
+        checked(parse(point.args, PRESETS), options.how)
     pairs = zip(points, look([point.run_dir for point in points]), strict=True)
     left = [point for point, run in pairs if run.doing != "done" and outcome(run) != DIVERGED]
-    if left:
+    if left or options.how.dry_run:
         train_points(left, base, options.how)
+    if options.how.dry_run:
+        return
     looks = look([point.run_dir for point in points])
     text = table(plan, looks)
     write_atomically(base / "sweep.md", text)
     draw(plan, looks, base / "sweep.png")
+    print(f"{text}\n{base / 'sweep.png'}")
+    unfinished = [str(run.run_dir) for run in looks if run.doing != "done" and outcome(run) != DIVERGED]
+    if unfinished:
+        raise InputError(f"not finished: {', '.join(unfinished)}; the same command goes on with them")
     if options.into is not None:
         put_into(options.into, name, text)
-    print(f"{text}\n{base / 'sweep.png'}")
+
+
+def refuse_flags_of(plan: Sweep, name: str, flags: Sequence[str]) -> None:
+    """InputError for a flag that the sweep sets itself, unless that is what it starts from."""
+    own = {flag for entry in plan.entries for flag in entry.flags if flag.startswith("--")} - set(READ.get(name, ()))
+    given = {flag.partition("=")[0].replace("_", "-") for flag in flags if flag.startswith("--")}
+    if own & given:
+        raise InputError(f"{' '.join(sorted(own & given))}: the sweep {name} sets it for each run")
 
 
 def final_rows(run: Look) -> tuple[Row | None, Row | None]:
     """The last training and the last validation row of a run that trained."""
-    rows = read_rows(run.run_dir) if (run.run_dir / "metrics.jsonl").is_file() else []
+    path = run.run_dir / METRICS_FILE  # empty, if it ended before its first step
+    rows = read_rows(run.run_dir) if path.is_file() and path.stat().st_size > 0 else []
     trained, validated = [row for row in rows if "loss" in row], [row for row in rows if "val_loss" in row]
     return (trained or [None])[-1], (validated or [None])[-1]  # type: ignore[list-item]
 
@@ -213,7 +243,7 @@ def table(plan: Sweep, looks: Sequence[Look]) -> str:
         rows.append(
             (
                 entry.name,
-                f"{run.step:,}",
+                f"{max(run.step, trained['step'] if trained else 0):,}",
                 ABSENT if loss is None else f"{loss:.4f}",
                 ABSENT if error is None else f"{error:.4f}",
                 ABSENT if loss is None else f"{math.exp(loss):,.1f}",
@@ -235,10 +265,8 @@ def draw(plan: Sweep, looks: Sequence[Look], out: Path) -> None:
     if plan.x_label is None:
         plot(read_runs([run.run_dir for run in looks if final_rows(run) != (None, None)]), "step", out)
         return
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError("the picture needs matplotlib: pip install -e '.[plots]'") from error
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes: Any = figure.subplots()
     pairs = list(zip(plan.entries, looks, strict=True))
@@ -266,13 +294,19 @@ def draw(plan: Sweep, looks: Sequence[Look], out: Path) -> None:
     figure.savefig(out, dpi=120)
 
 
-def put_into(path: Path, name: str, text: str) -> None:
-    """Replace what stands between this sweep's two marks."""
-    content = path.read_text(encoding="utf-8")
+def need_matplotlib() -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise InputError("the picture needs matplotlib: pip install -e '.[plots]'")
+
+
+def put_into(path: Path, name: str, text: str | None) -> None:
+    """Replace what stands between this sweep's two marks; None: only see whether they are there."""
+    content = path.read_text(encoding="utf-8") if path.is_file() else ""
     marks = re.compile(rf"(<!-- sweep {name} -->\n).*?(<!-- end -->)", re.DOTALL)
     if len(marks.findall(content)) != 1:
         raise InputError(f"{path}: --into needs one <!-- sweep {name} --> with an <!-- end --> after it")
-    write_atomically(path, marks.sub(lambda found: f"{found[1]}{text}{found[2]}", content))
+    if text is not None:
+        write_atomically(path, marks.sub(lambda found: f"{found[1]}{text}{found[2]}", content))
 
 
 if __name__ == "__main__":

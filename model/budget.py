@@ -8,6 +8,7 @@ torch.utils.flop_counter's; what else a model computes is not counted.
 """
 
 import itertools
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
@@ -172,6 +173,11 @@ def parse(args: Sequence[str]) -> Options:
         for flag in ("vocab_size", "batch", "seq_len", "num_cards", "mfu", "tokens", "peak_tflops")
         if (value := getattr(options, flag)) is not None and not value > 0
     ]
+    if options.mfu > 1:
+        faults.append(f"--mfu {options.mfu} is a part of the peak, like 0.4")
+    memory_bytes, _ = find_card(options)
+    if not 0 < memory_bytes < math.inf:
+        faults.append(f"--card {options.card}: its memory in GB must be a finite number above 0")
     if faults:
         raise InputError("; ".join(faults))
     return replace(options, model=replace(options.model, vocab_size=options.vocab_size, context_len=options.seq_len))

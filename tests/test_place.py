@@ -43,7 +43,6 @@ SUBMITIT = {
         ({}, Place()),
         (TORCHRUN, Place(5, 8, 1, 4, "n1", 12345)),
         ({"RANK": "1", "WORLD_SIZE": "2"}, Place(1, 2, 1, 2)),
-        ({"WORLD_SIZE": "8"}, Place(0, 8, 0, 8)),
         (SRUN, Place(5, 7, 0, 2, "n03", 12912)),
         (SRUN | {"MASTER_ADDR": "n9", "MASTER_PORT": "1"}, Place(5, 7, 0, 2, "n9", 1)),
         (BATCH_SCRIPT, Place()),
@@ -53,7 +52,7 @@ SUBMITIT = {
         (SUBMITIT | {"SUBMITIT_LOCAL_NTASKS": "1", "SUBMITIT_LOCAL_GLOBALID": "0"}, Place()),
     ],
     ids=[
-        *("alone", "torchrun", "by hand", "for a plan", "srun", "srun, port given", "batch", "torchrun in batch"),
+        *("alone", "torchrun", "by hand", "srun", "srun, port given", "batch", "torchrun in batch"),
         *("torchrun in srun", "local", "local, one"),
     ],
 )
@@ -73,6 +72,7 @@ def test_every_launcher_is_understood(environ: dict[str, str], place: Place) -> 
             "srun started rank 5 of 7, but RANK=0 and WORLD_SIZE=1 are set; unset",
         ),
         ({"RANK": "3", "WORLD_SIZE": "2"}, "rank 3 of 2, 3 of 2 on its host: that cannot be; unset RANK, WORLD_SIZE"),
+        ({"WORLD_SIZE": "8"}, "cannot tell this process's rank from the environment: KeyError('RANK')"),
         ({"RANK": "3"}, "cannot tell this process's rank from the environment: KeyError('WORLD_SIZE')"),
         ({"RANK": "x", "WORLD_SIZE": "2"}, "cannot tell this process's rank from the environment: ValueError"),
     ],
@@ -81,6 +81,11 @@ def test_contradictions_are_refused(environ: dict[str, str], line: str) -> None:
     with pytest.raises(InputError) as caught:
         find_place(environ)
     assert str(caught.value).startswith(line)
+
+
+def test_a_plan_may_be_for_so_many_processes() -> None:
+    assert find_place({"WORLD_SIZE": "8"}, is_plan=True) == Place(0, 8, 0, 8)
+    assert find_place(TORCHRUN, is_plan=True) == find_place(TORCHRUN)
 
 
 @pytest.mark.parametrize(

@@ -137,7 +137,12 @@ def test_sbatch_flags_that_have_one_of_ours_are_refused() -> None:
     assert sbatch_flags(("qos=high", "--exclude=n1,n2", "exclusive")) == {
         **{"qos": "high", "exclude": "n1,n2", "exclusive": True}
     }
-    for flag, ours in (("cpus-per-task=16", "--cpus-per-gpu"), ("nodes=2", "--nodes"), ("array=0-3", "--grid")):
+    for flag, ours in (
+        ("cpus-per-task=16", "--cpus-per-gpu"),
+        ("cpus_per_task=16", "--cpus-per-gpu"),
+        ("nodes=2", "--nodes"),
+        ("array=0-3", "--grid"),
+    ):
         with pytest.raises(InputError, match=f"--sbatch {flag}: use {ours}"):
             sbatch_flags((flag,))
 

@@ -301,6 +301,7 @@ def faults_of(config: Config) -> list[str]:
         "--optim.lr-peak": optim.lr_peak,
         "--optim.epsilon": optim.epsilon,
         "--optim.clip-norm": optim.clip_norm,
+        "--train.diverged-above": train.diverged_above,
         "--track.peak-tflops": config.track.peak_tflops,
         "--save.every-seconds": config.save.every_seconds,
         "--parallel.init-timeout-seconds": config.parallel.init_timeout_seconds,

@@ -128,7 +128,10 @@ def train(run: Run) -> tuple[str, str | None]:
         run.meters.pause()
     if run.trace is not None:
         run.trace.close()
-    save_at_the_end(run)
+    if isinstance(run.failure, nonfinite.DivergedError):
+        finish_save(run)  # and no more: weights that diverged would displace those that had not
+    else:
+        save_at_the_end(run)
     if run.failure is not None:
         raise run.failure
     run.mesh.on_main(run.stops.remove_file)
@@ -286,7 +289,8 @@ def end_if_diverged(run: Run, step: int, loss: float) -> None:
     if run.rows_above == nonfinite.ROWS_ABOVE:
         run.asked.stop = True
         what = f"step {step}: loss {loss:.4f} is above --train.diverged-above {limit:g}"
-        run.failure = nonfinite.DivergedError(f"{what}, as in the row before; a lower --optim.lr-peak may learn")
+        to_do = "a lower --optim.lr-peak may learn, in another --run-dir"
+        run.failure = nonfinite.DivergedError(f"{what}, as in the row before; {to_do}")
 
 
 def find_suspects(run: Run) -> list[int]:

@@ -51,8 +51,9 @@ from train.watchdog import Watchdog
 
 def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors("train"):
-        place = take_place()
-        config = parse(sys.argv[1:] if args is None else args, PRESETS)
+        given = sys.argv[1:] if args is None else args
+        place = take_place(is_plan="--dry-run" in given)
+        config = parse(given, PRESETS)
         if config.dry_run:
             lines = planned(config, place)
             if place.rank == 0:

@@ -36,9 +36,9 @@ class Place:
             )
 
 
-def take_place(environ: MutableMapping[str, str] = os.environ) -> Place:
+def take_place(environ: MutableMapping[str, str] = os.environ, *, is_plan: bool = False) -> Place:
     """This process's place; of several, also in the environment as torchrun leaves it, where torch looks for it."""
-    place = find_place(environ)
+    place = find_place(environ, is_plan=is_plan)
     if place.world > 1:
         environ.update(
             RANK=str(place.rank),
@@ -51,12 +51,15 @@ def take_place(environ: MutableMapping[str, str] = os.environ) -> Place:
     return place
 
 
-def find_place(environ: Mapping[str, str]) -> Place:
-    """InputError if two launchers contradict each other, or the variables themselves."""
+def find_place(environ: Mapping[str, str], *, is_plan: bool = False) -> Place:
+    """InputError if two launchers contradict each other, or the variables themselves.
+
+    is_plan: nothing will be trained, so WORLD_SIZE=8 alone may stand for eight processes.
+    """
     try:
         place = _of_slurm_step(environ)
         if "RANK" in environ or "WORLD_SIZE" in environ:
-            its = _of_torchrun(environ)
+            its = _of_torchrun({"RANK": "0", **environ} if is_plan else environ)
             is_torchruns = "TORCHELASTIC_RUN_ID" in environ
             if place.world > 1 and not is_torchruns and (its.rank, its.world) != (place.rank, place.world):
                 raise InputError(
@@ -72,7 +75,7 @@ def find_place(environ: Mapping[str, str]) -> Place:
 
 
 def _of_torchrun(environ: Mapping[str, str]) -> Place:
-    rank, world = int(environ.get("RANK", 0)), int(environ["WORLD_SIZE"])  # 0: WORLD_SIZE=8 alone is a plan's
+    rank, world = int(environ["RANK"]), int(environ["WORLD_SIZE"])
     return Place(
         rank=rank,
         world=world,
