@@ -15,7 +15,7 @@ time limit and after a crash, by the same rules as sbatch slurm/gpt2_small.sh (d
 import dataclasses
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 if not __package__:
@@ -57,14 +57,16 @@ def submit(preset: str, options: SubmitOptions, flags: Sequence[str]) -> None:
             sys.exit(1)
 
 
-def train_points(points: Sequence[Point], base: Path, options: Options) -> None:
+def train_points(
+    points: Sequence[Point], base: Path, options: Options, *, settled: Collection[Path] = frozenset()
+) -> None:
     """Those that are not done and not trained yet, with one copy of the code in `base`: here until they have ended, or
-    handed to Slurm. All are checked, those that are done too."""
+    handed to Slurm. All are checked, those that are done too. `settled`: failed runs that would fail again."""
     refuse_contradictions(options)
     run_dirs = [point.run_dir for point in points]
     configs = [parse(point.args, PRESETS) for point in points]
     cards = [checked(config, options) for config in configs]
-    chosen = choose(points, look(run_dirs), options)
+    chosen = [point for point in choose(points, look(run_dirs), options) if point.run_dir not in settled]
     if options.dry_run:
         print("\n".join([cards[0], *(f"would train {point.run_dir}" for point in chosen)]))
         if options.cluster == "slurm" and chosen:

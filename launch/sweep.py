@@ -34,7 +34,7 @@ from launch.grid import Point
 from launch.lessons import descent
 from launch.options import Options
 from launch.runs import Look, look
-from launch.submit import checked, train_points
+from launch.submit import train_points
 from train.config import Config, parse
 from train.curves import Row, plot, read_rows, read_runs
 from train.presets import PRESETS
@@ -114,10 +114,10 @@ def batch_entries(*, seq_len: int, tokens: int, lr: float, at_batch: int, world:
 
 
 def ablate_entries() -> tuple[Entry, ...]:
-    found = []
-    for x, (name, (flags, published)) in enumerate(ABLATIONS.items()):
-        found.append(Entry(name, (*BASELINE.split(), *flags.split()), x=x, published=published))
-    return tuple(found)
+    return tuple(
+        Entry(name, (*BASELINE.split(), *flags.split()), x=x, published=published)
+        for x, (name, (flags, published)) in enumerate(ABLATIONS.items())
+    )
 
 
 def sweep_named(name: str, config: Config, *, world: int = 1) -> Sweep:
@@ -188,12 +188,8 @@ def sweep(name: str, options: SweepOptions, flags: Sequence[str]) -> None:
     points = [
         Point((*common, *entry.flags, "--run-dir", str(base / entry.name)), base / entry.name) for entry in plan.entries
     ]
-    for point in points:  # those that are done, too: of other settings they would be no part of this sweep
-        checked(parse(point.args, PRESETS), options.how)
-    pairs = zip(points, look([point.run_dir for point in points]), strict=True)
-    left = [point for point, run in pairs if run.doing != "done" and outcome(run) != DIVERGED]
-    if left or options.how.dry_run:
-        train_points(left, base, options.how)
+    settled = {run.run_dir for run in look([point.run_dir for point in points]) if outcome(run) == DIVERGED}
+    train_points(points, base, options.how, settled=settled)
     if options.how.dry_run:
         return
     looks = look([point.run_dir for point in points])

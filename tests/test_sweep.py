@@ -12,7 +12,7 @@ import pytest
 import torch
 import tyro
 
-from launch import sweep
+from launch import submit, sweep
 from launch.grid import Point
 from launch.lessons import descend, descent
 from launch.options import Options
@@ -97,14 +97,14 @@ def test_a_sweep_trains_what_is_not_done_and_draws_the_rest(
     """In this process instead of several. Killed after its second run, then given again."""
     trained: list[str] = []
 
-    def train_here(points: Sequence[Point], base: Path, options: Options) -> None:
+    def train_here(options: Options, base: Path, code: Path, points: Sequence[Point]) -> None:
         for point in points:
             trained.append(point.run_dir.name)
             assert called(trainer.main, *point.args).returncode in (0, 2)
             if len(trained) == 2:
                 raise KeyboardInterrupt
 
-    monkeypatch.setattr(sweep, "train_points", train_here)
+    monkeypatch.setattr(submit, "train_here", train_here)
     monkeypatch.setattr(sweep, "LR", (1e-3, 1e-2, 30.0))
     words = ["lr", "--preset", "shakespeare-char-cpu", "--run-dir", str(tmp_path / "sweep")]
     words += [*tiny(tiny_data), "--train.steps", "20", "--optim.clip-norm", "None"]
@@ -116,6 +116,11 @@ def test_a_sweep_trains_what_is_not_done_and_draws_the_rest(
     assert trained == ["lr=0.001", "lr=0.01", "lr=30"], "each once"
     again = called(sweep.main, *words)
     assert again.stdout == done.stdout and len(trained) == 3, "what diverged is not tried again"
+    before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+    for folder in (tmp_path / "sweep", tmp_path / "new"):
+        dry = called(sweep.main, *words, "--dry-run", "--run-dir", str(folder), "--into", str(page))
+        assert dry.returncode == 0 and dry.stdout.count("would train") == (0 if folder.exists() else 3), dry.stderr
+    assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}, "a dry run writes nothing"
     other = called(sweep.main, *words, "--model.width", "64", "--into", str(page))
     assert other.returncode == 2 and "is another run: --model.width 64 (was 32)" in other.stderr
 
@@ -161,11 +166,11 @@ def test_every_table_of_the_document_was_made() -> None:
 def test_an_ablation_is_held_against_the_first_run(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def train_here(points: Sequence[Point], base: Path, options: Options) -> None:
+    def train_here(options: Options, base: Path, code: Path, points: Sequence[Point]) -> None:
         for point in points:
             assert called(trainer.main, *point.args).returncode in (0, 2)
 
-    monkeypatch.setattr(sweep, "train_points", train_here)
+    monkeypatch.setattr(submit, "train_here", train_here)
     words = ["ablate", "--preset", "shakespeare-char-cpu", "--run-dir", str(tmp_path / "sweep")]
     done = called(sweep.main, *words, *tiny(tiny_data), "--train.steps", "10")
     assert done.returncode == 0, done.stderr
