@@ -45,6 +45,18 @@ class Budget:
 def count_parameters(config: ModelConfig) -> dict[str, int]:
     """Trained parameters by component, vocabulary padding left out, a tied head counted once."""
     D, F, L, V = config.width, config.mlp_width, config.num_layers, config.vocab_size
+    if config.rung == "bigram":
+        return {"head": V * V}
+    if config.rung != "gpt":
+        is_block = config.rung == "block"
+        return {
+            "token embedding": V * D,
+            "position embedding": config.context_len * D,
+            "attention": (3 + is_block) * D * D,
+            "mlp": is_block * 2 * D * 4 * D,
+            "norms": is_block * 3 * D,
+            "head": V * D,
+        }
     num_inner = config.num_mlp_matrices - 1
     biases = {"attention": L * (3 * D + D), "mlp": L * (num_inner * F + D)} if config.bias else {}
     num_norms = 0 if config.norm == "none" else 2 * L + config.has_last_norm
@@ -68,6 +80,17 @@ def count_forward_flops(config: ModelConfig, *, batch: int, seq_len: int) -> dic
     """
     D, F, L, T = config.width, config.mlp_width, config.num_layers, seq_len
     tokens = batch * seq_len
+    if config.rung == "bigram":
+        return {"head": 2 * tokens * config.vocab_size**2}  # with one-hot rows
+    if config.rung != "gpt":
+        is_block = config.rung == "block"
+        return {
+            "attention projections": 2 * tokens * (3 + is_block) * D * D,
+            "attention scores": 2 * tokens * T * D,
+            "attention values": 2 * tokens * T * D,
+            "mlp": 2 * tokens * is_block * 2 * D * 4 * D,
+            "head": 2 * tokens * D * config.vocab_size,
+        }
     return {
         "attention projections": 2 * tokens * L * (D * 3 * D + D * D),
         "attention scores": 2 * tokens * L * T * D,
@@ -78,9 +101,10 @@ def count_forward_flops(config: ModelConfig, *, batch: int, seq_len: int) -> dic
 
 
 def count_backward_flops(config: ModelConfig, *, batch: int, seq_len: int) -> dict[str, int]:
-    """The same of the backward pass: for each product two, one per operand."""
+    """The same of the backward pass: for each product two, one per operand, but for a bigram's rows, which are data."""
+    operands = 1 if config.rung == "bigram" else 2
     forward = count_forward_flops(config, batch=batch, seq_len=seq_len)
-    return {part: 2 * flops for part, flops in forward.items()}
+    return {part: operands * flops for part, flops in forward.items()}
 
 
 def count_cache_bytes(config: ModelConfig, compute_bytes: int) -> int:
@@ -92,6 +116,7 @@ def budget(config: ModelConfig) -> Budget:
     """The totals, FLOPs at full context."""
     parameters = sum(count_parameters(config).values())
     padding = (config.padded_vocab_size - config.vocab_size) * config.width * (1 if config.tie else 2)
+    padding = padding if config.rung == "gpt" else 0
     passes = (count_forward_flops, count_backward_flops)
     flops = sum(sum(count(config, batch=1, seq_len=config.context_len).values()) for count in passes)
     held = parameters + padding
@@ -160,14 +185,19 @@ def parse(args: Sequence[str]) -> Options:
     name, flags = ("gpt2-small", list(args)) if not args or args[0].startswith("-") else (args[0], list(args[1:]))
     if name not in NAMED_SHAPES:
         raise InputError(f"no shape {name!r}; there are {', '.join(NAMED_SHAPES)}")
+    shape = NAMED_SHAPES[name]
     options = tyro.cli(
         Options,
         prog=f"model/budget.py {name}",
         description=f"{__doc__} Shapes, first on the line: {', '.join(NAMED_SHAPES)}.",
         args=flags,
-        default=Options(model=NAMED_SHAPES[name]),
+        default=Options(model=shape, vocab_size=shape.vocab_size, seq_len=shape.context_len),
     )
     faults = options.model.faults()
+    if options.model.rung != "gpt":
+        faults.append(
+            f"--model.rung {options.model.rung}: train/main.py --dry-run tells what it costs; this is for gpt"
+        )
     faults += [
         f"--{flag.replace('_', '-')} {value} must be more than 0"
         for flag in ("vocab_size", "batch", "seq_len", "num_cards", "mfu", "tokens", "peak_tflops")

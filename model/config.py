@@ -1,11 +1,12 @@
 """The shape of a model and its switches, and the named shapes of GPT-2."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal
 
 import tyro
 
+Rung = Literal["bigram", "head", "heads", "block", "gpt"]
 MLP_TOLERANCE = 0.02  # by how much SwiGLU's parameters may miss those of two matrices of 4 x width
 
 
@@ -19,6 +20,9 @@ class ModelConfig:
     """Attention heads per block; must divide the width."""
     width: int = 768
     """Size of the residual stream."""
+    rung: Rung = "gpt"
+    """Which model: gpt, or one of the steps to it that model/ladder.py has. Of the other fields head reads the width
+    alone, heads and block also the number of heads, bigram none."""
     hidden_size: int | None = None
     """Width of the MLP between its matrices. None: 4 x width; with swiglu, so that its three matrices are as large as
     the others' two (Shazeer 2020, section 2), 8/3 x width to the nearest multiple of 64, or of 32, 16, ... where that
@@ -92,7 +96,7 @@ class ModelConfig:
     def switched(self) -> dict[str, object]:
         """What makes this another architecture than GPT-2's, by field."""
         names = (
-            "hidden_size positions norm norm_place mlp tie bias qk_norm logit_softcap zero_init_projections "
+            "rung hidden_size positions norm norm_place mlp tie bias qk_norm logit_softcap zero_init_projections "
             "value_residual attention"
         )
         return {name: getattr(self, name) for name in names.split() if getattr(self, name) != getattr(GPT2, name)}
@@ -116,6 +120,9 @@ class ModelConfig:
             )
         if self.norm == "none" and self.norm_place == "post":
             found.append("--model.norm-place post says where norms stand, but --model.norm none has none; give one")
+        odd = [name for name in self.switched() if name != "rung"]
+        if self.rung != "gpt" and odd:
+            found.append(f"{', '.join(map(flag_of, odd))}: of --model.rung gpt only; {self.rung} is what it is")
         cap = self.logit_softcap
         if cap is not None and not 0 < cap < math.inf:
             found.append(f"--model.logit-softcap {cap} must be a finite number above 0, or None")
@@ -129,10 +136,28 @@ def flag_of(name: str) -> str:
     return f"--model.{name.replace('_', '-')}"
 
 
-# Radford et al. 2019, table 2, as released (the paper's parameter counts for the two smallest are wrong).
+STORIES = ModelConfig(
+    num_layers=8,
+    num_heads=8,
+    width=512,
+    hidden_size=1408,
+    positions="rope",
+    norm="rmsnorm",
+    mlp="swiglu",
+    tie=False,
+    bias=False,
+    vocab_size=10_000,
+    context_len=256,
+)
+
+# GPT-2's: Radford et al. 2019, table 2, as released (the paper's parameter counts for the two smallest are wrong).
+# The others: published exercises in building a language model from scratch.
 NAMED_SHAPES = {
     "gpt2-small": ModelConfig(num_layers=12, num_heads=12, width=768),
     "gpt2-medium": ModelConfig(num_layers=24, num_heads=16, width=1024),
     "gpt2-large": ModelConfig(num_layers=36, num_heads=20, width=1280),
     "gpt2-xl": ModelConfig(num_layers=48, num_heads=25, width=1600),
+    "gpt2-small-134m": ModelConfig(positions="rope", tie=False, bias=False, vocab_size=32_000),
+    "tinystories": STORIES,
+    "openwebtext-32k": replace(STORIES, vocab_size=32_000),
 }

@@ -5,9 +5,7 @@ Tensors carry their shape: B batch, T time, D model, H heads, K head size, F fee
 State-dict names are Hugging Face's, every matrix in nn.Linear's orientation.
 """
 
-import hashlib
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -15,25 +13,18 @@ from torch import Tensor, nn
 from model.attention import Shared, document_mask, rope_rotation
 from model.blocks import Block
 from model.config import ModelConfig
-from model.layers import Linear, make_norm, softcapped
+from model.language_model import INIT_STD, LanguageModel, init_weights
+from model.layers import Linear, make_norm
 
-INIT_STD = 0.02  # Radford et al. 2018, section 4.1
 VALUE_MIX = 0.5  # a block's own values and the first block's in equal parts
 VOCAB_NAMES = ("transformer.wte.weight", "lm_head.weight")
 
 
-class GPT(nn.Module):
-    """tokens_BT int64 -> logits_BTV in `compute_dtype`; V is the padded vocabulary.
-
-    Parameters are fp32. `compute_dtype` is the dtype of the residual stream and of every matrix product;
-    norms are computed in fp32, and the losses and samplers that read the logits turn them to fp32.
-    Raises ValueError when T exceeds `config.context_len`.
-    """
+class GPT(LanguageModel):
+    """tokens_BT int64 -> logits_BTV; norms are computed in fp32, the rest in `compute_dtype`."""
 
     def __init__(self, config: ModelConfig, *, compute_dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        self.config = config
-        self.compute_dtype = compute_dtype
+        super().__init__(config, compute_dtype=compute_dtype)
         parts: dict[str, nn.Module] = {"wte": nn.Embedding(config.padded_vocab_size, config.width)}
         if config.positions == "learned":
             parts["wpe"] = nn.Embedding(config.context_len, config.width)
@@ -43,11 +34,14 @@ class GPT(nn.Module):
         self.lm_head = Linear(config.width, config.padded_vocab_size, bias=False)
         self.tie_weights()
 
+    @property
+    def is_tied(self) -> bool:
+        return self.config.tie
+
     def tie_weights(self) -> None:
-        """Make the head and the token embedding one parameter (again), if the config says so."""
         embedding = self.transformer["wte"]
         assert isinstance(embedding, nn.Embedding)
-        if self.config.tie:
+        if self.is_tied:
             self.lm_head.weight = embedding.weight
 
     @property
@@ -61,24 +55,9 @@ class GPT(nn.Module):
         """What is worth compiling by itself: the blocks, alike but for the first, and the last norm."""
         return [*self.blocks, *([self.transformer["ln_f"]] if self.config.has_last_norm else [])]
 
-    def forward(self, tokens_BT: Tensor) -> Tensor:
-        return self.logits(self.features(tokens_BT))
-
-    def logits_at(self, tokens_BT: Tensor, places_B: Tensor) -> Tensor:
-        """The logits at one place of each row, [B, V]: all that sampling needs of them."""
-        return self.logits(self.features(tokens_BT)[torch.arange(len(places_B), device=places_B.device), places_B])
-
-    def logits(self, x: Tensor) -> Tensor:
-        """What the head makes of features [..., D], [..., V], capped if the config says so."""
-        logits = self.lm_head(x)
-        cap = self.config.logit_softcap
-        return logits if cap is None else softcapped(logits.float(), cap).to(logits.dtype)
-
     def features(self, tokens_BT: Tensor) -> Tensor:
-        """The residual stream after the last block, normalised, x_BTD: what the head reads."""
-        config, T = self.config, tokens_BT.shape[1]
-        if config.context_len < T:
-            raise ValueError(f"{T} tokens exceed the model's context of {config.context_len}")
+        """The residual stream after the last block, normalised."""
+        config, T = self.config, self.check_length(tokens_BT)
         x_BTD = self.transformer["wte"](tokens_BT)
         if config.positions == "learned":
             x_BTD = x_BTD + self.transformer["wpe"](torch.arange(T, device=tokens_BT.device))
@@ -92,6 +71,20 @@ class GPT(nn.Module):
             if values_BHTK is not None:
                 shared = shared._replace(first_values_BHTK=values_BHTK)
         return self.transformer["ln_f"](x_BTD)
+
+    def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
+        """GPT-2's: normal(0, 0.02), residual projections / sqrt(2 L) (or 0), biases 0, norms 1."""
+        config, value = self.config, torch.zeros(shape)
+        if name.endswith("value_mix"):
+            value.fill_(VALUE_MIX)
+        elif (".ln_" in name or "_norm." in name) and name.endswith("weight"):
+            value.fill_(1.0)
+        elif not name.endswith("bias") and not (config.zero_init_projections and name.endswith("c_proj.weight")):
+            # Radford et al. 2019, section 2.3
+            std = INIT_STD / math.sqrt(2 * config.num_layers) if name.endswith("c_proj.weight") else INIT_STD
+            rows = config.vocab_size if name in VOCAB_NAMES else shape[0]
+            value[:rows].normal_(0.0, std, generator=generator)
+        return value
 
 
 def build_model(
@@ -108,31 +101,3 @@ def build_model(
     model.tie_weights()
     init_weights(model, seed)
     return model
-
-
-@torch.no_grad()
-def init_weights(model: GPT, seed: int, put: Callable[[Tensor, Tensor], object] = Tensor.copy_) -> None:
-    """GPT-2's initialisation: normal(0, 0.02), residual projections / sqrt(2 L) (or 0), biases 0, norms 1.
-
-    Each parameter is drawn whole, on the CPU, by a generator of its own, seeded by (seed, name): neither the
-    device, the number of processes, nor another parameter's presence changes it. Padding rows are 0. `put` writes a
-    whole value into its parameter, or into what a process holds of it.
-    """
-    config = model.config
-    residual_std = INIT_STD / math.sqrt(2 * config.num_layers)  # Radford et al. 2019, section 2.3
-    for name, parameter in model.named_parameters():
-        value = torch.zeros(parameter.shape)
-        if name.endswith("value_mix"):
-            value.fill_(VALUE_MIX)
-        elif (".ln_" in name or "_norm." in name) and name.endswith("weight"):
-            value.fill_(1.0)
-        elif not name.endswith("bias") and not (config.zero_init_projections and name.endswith("c_proj.weight")):
-            std = residual_std if name.endswith("c_proj.weight") else INIT_STD
-            rows = config.vocab_size if name in VOCAB_NAMES else parameter.shape[0]
-            value[:rows].normal_(0.0, std, generator=_generator(seed, name))
-        put(parameter, value)
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)

@@ -24,7 +24,8 @@ from data_prep.codec import Codec, load_codec
 from data_prep.errors import InputError
 from model.config import ModelConfig
 from model.dcp_files import read_tensors
-from model.gpt import GPT
+from model.ladder import make_model
+from model.language_model import LanguageModel
 
 CHECKPOINTS = "checkpoints"
 STATE_FILE = "state.json"
@@ -93,9 +94,9 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     return state
 
 
-def model_tensors(model: GPT) -> dict[str, Tensor]:
+def model_tensors(model: LanguageModel) -> dict[str, Tensor]:
     """The model's tensors by their names in a checkpoint."""
-    state_dict, is_tied = model.state_dict(), model.config.tie
+    state_dict, is_tied = model.state_dict(), model.is_tied
     return {f"model.{name}": tensor for name, tensor in state_dict.items() if not (is_tied and name == HEAD_NAME)}
 
 
@@ -103,7 +104,7 @@ def model_tensors(model: GPT) -> dict[str, Tensor]:
 class Trained:
     """A model in eval mode with its tokenizer, the step it stands at, and where it came from."""
 
-    model: GPT
+    model: LanguageModel
     codec: Codec
     step: int
     checkpoint: Path
@@ -139,7 +140,7 @@ def load_trained(
     The model computes in `dtype`; its weights are fp32. Raises InputError in one line for anything unusable.
     """
     checkpoint = find_checkpoint(name)
-    model = GPT(model_config(read_state(checkpoint), checkpoint), compute_dtype=dtype)
+    model = make_model(model_config(read_state(checkpoint), checkpoint), compute_dtype=dtype)
     read_tensors(checkpoint, model_tensors(model))
     codec = load_codec(checkpoint.resolve().parents[1])
     if codec.vocab_size != model.config.vocab_size:

@@ -18,7 +18,7 @@ from torch import Tensor
 from data_prep.textfiles import Options, prepare
 from model.config import ModelConfig
 from model.dcp_files import read_tensors
-from model.gpt import build_model
+from model.ladder import make_model
 from model.trained import list_checkpoints
 from tests.corpus import make_text
 from train.config import (
@@ -146,7 +146,7 @@ def final_tensors(run_dir: Path) -> dict[str, Tensor]:
 def tensors_of(checkpoint: Path) -> dict[str, Tensor]:
     """Weights and optimizer state of a checkpoint, by name."""
     saved = json.loads((checkpoint.parents[1] / "config.json").read_text())["config"]
-    model = build_model(ModelConfig(**saved["model"]), seed=0)
+    model = make_model(ModelConfig(**saved["model"]))
     optimizer = build_optimizer(model, OptimConfig(**saved["optim"]))
     tensors = checkpoint_tensors(model, optimizer)
     read_tensors(checkpoint, tensors)

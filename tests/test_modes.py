@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from benchmarks.steps import opened_run
 from data_prep.manifest import read_manifest
-from model.gpt import build_model
+from model.gpt import GPT, build_model
 from tests.groups import leaving_no_group, run_on_ranks
 from tests.runs import (
     assert_same_tensors,
@@ -126,6 +126,7 @@ def first_gradients(mesh: Mesh, data: Path, folder: Path) -> dict[str, dict[str,
                     for name, parameter in this.model.named_parameters()
                     if (gradient := parameter.grad) is not None
                 }
+                assert isinstance(this.model, GPT)
                 assert this.model.lm_head.weight is this.model.transformer["wte"].weight, "untied"
     return found if mesh.is_main else {}
 

@@ -1,6 +1,8 @@
 """The recipes, and what their docstrings say that they cost."""
 
+import dataclasses
 import re
+from typing import Any
 
 import pytest
 
@@ -10,19 +12,40 @@ from train import presets
 from train.config import Config, faults_of, resolve, settings_without_effect, with_vocabulary
 from train.presets import PRESETS
 
-WITH_COST = [name for name, config in PRESETS.items() if config.train.dtype == "bf16"]
+WITH_COST = [name for name, config in PRESETS.items() if config.train.dtype == "bf16" and name != "phase3"]
+VOCAB_SIZES = {"gpt2-small-134m": 32_000, "tinystories": 10_000, "openwebtext-32k": 32_000, "phase1": 65}
 
 
 def flops(config: Config) -> float:
-    sized = with_vocabulary(resolve(config), 65 if "char" in config.preset else 50_257)
+    vocab_size = VOCAB_SIZES.get(config.preset, 65 if "char" in config.preset else 50_257)
+    sized = with_vocabulary(resolve(config), vocab_size)
     return budget(sized.model).flops_per_token * config.train.steps * config.train.batch_tokens
 
 
 def test_the_names() -> None:
     gpt2 = ["gpt2-small", "gpt2-medium", "gpt2-large", "gpt2-xl"]
-    assert list(PRESETS) == [*gpt2, "shakespeare-char", "shakespeare-char-cpu", "stories-cpu", "quickstart"]
+    others = ["gpt2-small-134m", "phase1", "phase2", "phase3", "tinystories", "openwebtext-32k"]
+    small = ["shakespeare-char", "shakespeare-char-cpu", "stories-cpu", "quickstart"]
+    assert list(PRESETS) == [*gpt2, *others, *small]
     sizes = [budget(PRESETS[name].model).num_parameters for name in gpt2]
     assert sizes == [124_439_808, 354_823_168, 774_030_080, 1_557_611_200]  # the released checkpoints'
+
+
+def parameters(name: str, **switches: Any) -> int:
+    config = with_vocabulary(resolve(PRESETS[name]), VOCAB_SIZES.get(name, 50_257)).model
+    return budget(dataclasses.replace(config, **switches)).num_parameters
+
+
+def test_the_sizes_are_the_published_ones() -> None:
+    """35.9M: 8 (4 x 512^2 + 3 x 512 x 1408) + 2 x 10,000 x 512, and so on, and the norms."""
+    assert round(parameters("gpt2-small-134m") / 1e6, 1) == 134.1
+    assert round(parameters("tinystories") / 1e6, 1) == 35.9
+    assert round(parameters("openwebtext-32k") / 1e6, 1) == 58.5
+    assert round(parameters("openwebtext-32k", tie=True) / 1e6, 1) == 42.1
+    assert 390_000 < parameters("phase1") < 430_000
+    assert 10e6 < parameters("phase2") < 50e6
+    assert dataclasses.replace(PRESETS["phase3"], preset="gpt2-small") == PRESETS["gpt2-small"]
+    assert PRESETS["tinystories"].train.steps * PRESETS["tinystories"].train.batch_tokens == 163_840_000
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -37,7 +60,7 @@ def test_the_cost_in_the_docstring_is_the_budgets(name: str) -> None:
     stated = re.search(r"Cost: ([\d.e]+) FLOPs", text)
     assert stated is not None and flops(PRESETS[name]) == pytest.approx(float(stated[1]), rel=0.03)
     hours = re.search(r"([\d.]+) hours on 8 H100 at 40 %", text)
-    assert (hours is None) == (name == "shakespeare-char")
+    assert (hours is None) == (not name.startswith(("gpt2", "phase3")))
     if hours is not None:
         peak = peak_flops("NVIDIA H100 80GB HBM3", "bf16")
         assert peak is not None

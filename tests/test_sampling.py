@@ -13,7 +13,7 @@ from data_prep.errors import InputError
 from model.config import ModelConfig
 from model.generate import main as generate_main
 from model.generate import stream_text
-from model.gpt import build_model
+from model.gpt import GPT, build_model
 from model.sampling import Sampling, generate_tokens, next_token_probabilities
 from model.trained import load_trained
 from tests.runs import ROOT, called, tiny_config
@@ -119,6 +119,7 @@ def test_a_single_checkpoint_speaks_as_its_run_does(trained_run: Path) -> None:
 def test_loaded_weights_are_the_trained_ones(trained_run: Path) -> None:
     trained = load_trained(trained_run)
     assert trained.step == 100
+    assert isinstance(trained.model, GPT) and trained.model.is_tied
     assert trained.model.lm_head.weight is trained.model.transformer["wte"].weight
     assert not trained.model.training
 

@@ -2,9 +2,11 @@
 
 import dataclasses
 import itertools
+import json
 import math
 import re
 import shlex
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -12,7 +14,10 @@ import pytest
 import torch
 import tyro
 
-from launch import submit, sweep
+from data_prep.manifest import read_manifest
+from launch import experiments, submit, sweep
+from launch.experiments import ABLATIONS, CPU_PRESET, NAMES, PRESETS_SWEPT, RUNGS, sweep_named
+from launch.findings import put_into
 from launch.grid import Point
 from launch.lessons import descend, descent
 from launch.options import Options
@@ -35,20 +40,30 @@ def test_gradient_descent_gives_the_published_table(rate: float, published: Sequ
     assert f"| {rate:g} | 24.17 | " in called(sweep.main, "descent").stdout
 
 
-@pytest.mark.parametrize("name", sweep.NAMES)
+@pytest.mark.parametrize("name", NAMES)
 def test_every_run_of_a_sweep_is_one_that_can_be_trained(name: str) -> None:
-    for preset, flags in (("stories-cpu", ["--train.steps", "100"]), ("gpt2-small", [])):
+    modern = ["tinystories"] if name != "ladder" else []  # whose switches the rungs do not have
+    for preset, *flags in (["stories-cpu", "--train.steps", "100"], *([each] for each in (*modern, "gpt2-small"))):
         whole = parse([preset, *flags], PRESETS)
-        entries = sweep.sweep_named(name, whole).entries
+        entries = sweep_named(name, whole, data_tokens=10**6).entries
         configs = [parse([preset, *flags, *entry.flags], PRESETS) for entry in entries]
-        assert len({entry.name for entry in entries}) == len(entries) >= 5
+        assert len({entry.name for entry in entries}) == len(entries) >= (1 if name == "epochs" else 5)
         for config in configs:
             gap = whole.train.steps * whole.train.batch_tokens - config.train.steps * config.train.batch_tokens
-            assert 0 <= gap < config.train.batch_tokens, "the same tokens"
+            assert name == "budget" or 0 <= gap < config.train.batch_tokens, "the same tokens"
+
+
+def test_the_published_sizes_are_swept() -> None:
+    story = parse(["tinystories"], PRESETS)
+    assert {3e-4, 1e-2} <= {entry.x for entry in sweep_named("lr", story).entries}
+    sizes = {entry.x for entry in sweep_named("batch", story).entries}
+    assert min(sizes) == 1 and max(sizes) == 512 and story.windows_per_step in sizes
+    largest = parse(["tinystories", *sweep_named("batch", story, world=8).entries[-1].flags], PRESETS)
+    assert largest.train.micro_batch == 64, "512 windows of 8 processes"
 
 
 def test_the_rate_grows_with_the_root_of_the_batch() -> None:
-    entries = sweep.batch_entries(seq_len=128, tokens=512_000, lr=2e-3, at_batch=16, world=1)
+    entries = sweep_named("batch", parse(["stories-cpu"], PRESETS)).entries
     rates = {(entry.x, entry.series): parse(["stories-cpu", *entry.flags], PRESETS).optim.lr_peak for entry in entries}
     assert rates[64, "rate by square root"] == 4e-3 and rates[1, "rate by square root"] == 5e-4
     assert {rate for (_, series), rate in rates.items() if series == "fixed rate"} == {2e-3}
@@ -105,7 +120,7 @@ def test_a_sweep_trains_what_is_not_done_and_draws_the_rest(
                 raise KeyboardInterrupt
 
     monkeypatch.setattr(submit, "train_here", train_here)
-    monkeypatch.setattr(sweep, "LR", (1e-3, 1e-2, 30.0))
+    monkeypatch.setattr(experiments, "LR", (1e-3, 1e-2, 30.0))
     words = ["lr", "--preset", "shakespeare-char-cpu", "--run-dir", str(tmp_path / "sweep")]
     words += [*tiny(tiny_data), "--train.steps", "20", "--optim.clip-norm", "None"]
     page = tmp_path / "page.md"
@@ -137,7 +152,7 @@ def test_a_sweep_trains_what_is_not_done_and_draws_the_rest(
 
 COMMANDS = [
     line.strip().split("#")[0]
-    for name in ("README.md", "docs/experiments.md", "launch/sweep.py")
+    for name in ("README.md", "docs/experiments.md", "docs/ladder.md", "launch/sweep.py")
     for line in (ROOT / name).read_text(encoding="utf-8").splitlines()
     if "python launch/sweep.py" in line
 ]
@@ -148,19 +163,28 @@ def test_the_command_lines_that_are_shown_parse(line: str) -> None:
     name, *words = shlex.split(line)[2:]
     options, flags = tyro.cli(sweep.SweepOptions, args=words, return_unknown_args=True)
     if name != "descent":
-        config = parse([options.preset, *flags], PRESETS)
-        assert sweep.sweep_named(name, config).entries
-    assert options.into in (None, Path("docs/experiments.md"))
+        config = parse([options.preset or PRESETS_SWEPT.get(name, CPU_PRESET), *flags], PRESETS)
+        assert sweep_named(name, config).entries
+    assert (options.minutes is not None) == (name == "budget")
+    page = "docs/ladder.md" if name in PRESETS_SWEPT else "docs/experiments.md"
+    assert options.into in (None, Path(page))
 
 
 def test_every_table_of_the_document_was_made() -> None:
-    text = (ROOT / "docs" / "experiments.md").read_text(encoding="utf-8")
-    made = re.findall(r"<!-- sweep (\w+) -->\n(.*?)<!-- end -->", text, re.DOTALL)
-    assert [name for name, _ in made] == ["descent", *sweep.NAMES]
-    assert made[0][1] == descent()
-    for name, table in made[1:]:
-        names = [entry.name for entry in sweep.sweep_named(name, PRESETS["stories-cpu"]).entries]
-        assert re.findall(r"^\| (\S+) ", table, re.MULTILINE) == ["run", *names]
+    made = []
+    for page in ("experiments", "ladder"):
+        text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+        made += re.findall(r"<!-- sweep (\w+) -->\n(.*?)<!-- end -->", text, re.DOTALL)
+    assert sorted(name for name, _ in made) == sorted(["descent", *NAMES])
+    tables = dict(made)
+    assert tables.pop("descent") == descent()
+    epochs = re.findall(r"^\| (\S+) ", tables.pop("epochs"), re.MULTILINE)
+    assert epochs[:3] == ["epoch", "0.0", "1.0"] and float(epochs[-1]) + 0.1 >= 10
+    for name, table in tables.items():
+        plan = sweep_named(name, PRESETS[PRESETS_SWEPT.get(name, CPU_PRESET)])
+        shown = re.findall(r"^\| (\S+) ", table, re.MULTILINE)
+        names = [entry.name for entry in plan.entries]
+        assert shown[0] == "run" and (sorted(shown[1:]) == sorted(names) if plan.is_ranked else shown[1:] == names)
 
 
 def test_an_ablation_is_held_against_the_first_run(
@@ -176,7 +200,7 @@ def test_an_ablation_is_held_against_the_first_run(
     assert done.returncode == 0, done.stderr
     table = (tmp_path / "sweep" / "sweep.md").read_text().splitlines()
     cells = {row[0]: row for row in ([cell.strip() for cell in line.strip("|").split("|")] for line in table)}
-    assert list(cells)[2:] == list(sweep.ABLATIONS) and cells["run"][-2:] == ["against the first", "published"]
+    assert list(cells)[2:] == list(ABLATIONS) and cells["run"][-2:] == ["against the first", "published"]
     first, post = (float(cells[name][2]) for name in ("baseline", "post-norm"))
     assert cells["baseline"][-2:] == ["+0.0%", "-"]
     assert float(cells["post-norm"][-2].rstrip("%")) == pytest.approx(100 * (math.exp(post - first) - 1), abs=0.06)
@@ -185,8 +209,13 @@ def test_an_ablation_is_held_against_the_first_run(
 
 def test_wrong_input_is_one_line(tmp_path: Path) -> None:
     for words, line in (
-        ([], "which sweep? descent, lr, batch, ablate; given: none"),
-        (["lrs"], "which sweep? descent, lr, batch, ablate; given: lrs"),
+        ([], "which sweep? descent, lr, batch, ablate, budget, ladder, epochs; given: none"),
+        (["lrs"], "which sweep? descent, lr, batch, ablate, budget, ladder, epochs; given: lrs"),
+        (["lr", "--minutes", "1"], "--minutes M is for budget, and budget needs it"),
+        (["budget"], "--minutes M is for budget, and budget needs it"),
+        (["budget", "--minutes", "-1"], "--minutes -1 must be a finite number above 0"),
+        (["budget", "--minutes", "1", "--train.steps", "9"], "--train.steps: the sweep budget sets it for each run"),
+        (["ladder", "--model.rung", "head"], "--model.rung: the sweep ladder sets it for each run"),
         (["lr", "--optim.lr-peak", "1"], "--optim.lr-peak: the sweep lr sets it for each run"),
         (["ablate", "--model.mlp=gelu"], "--model.mlp: the sweep ablate sets it for each run"),
         (["descent", "--nodes", "2"], "descent takes no flag but --into; given: --nodes 2"),
@@ -198,4 +227,86 @@ def test_wrong_input_is_one_line(tmp_path: Path) -> None:
         assert done.returncode == 2 and done.stderr.startswith(f"sweep: {line}") and done.stderr.count("\n") == 1
     (tmp_path / "page.md").write_text("no marks")
     with pytest.raises(ValueError, match="--into needs one <!-- sweep lr --> with an <!-- end --> after it"):
-        sweep.put_into(tmp_path / "page.md", "lr", "table")
+        put_into(tmp_path / "page.md", "lr", "table")
+
+
+def train_in_this_process(options: Options, base: Path, code: Path, points: Sequence[Point]) -> None:
+    for point in points:
+        assert called(trainer.main, *point.args).returncode == 0
+
+
+def cells_of(folder: Path) -> list[list[str]]:
+    lines = (folder / "sweep.md").read_text().splitlines()
+    return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in (lines[0], *lines[2:])]
+
+
+def test_the_ladder_shows_each_rung_from_the_first_loss_to_a_sample(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(submit, "train_here", train_in_this_process)
+    words = ["ladder", "--run-dir", str(tmp_path / "sweep"), *tiny(tiny_data), "--train.steps", "20"]
+    words = [word for word in words if word not in ("--sample.every", "None")]
+    done = called(sweep.main, *words)
+    assert done.returncode == 0, done.stderr
+    header, *rungs = cells_of(tmp_path / "sweep")
+    assert header == ["run", "parameters", "first loss", "val loss", "+-", "seconds", "", "sample"]
+    assert tuple(row[0] for row in rungs) == RUNGS
+    vocab_size = read_manifest(tiny_data).vocab_size
+    assert rungs[0][1] == f"{vocab_size**2:,}"
+    for row in rungs:
+        assert float(row[2]) == pytest.approx(math.log(vocab_size), abs=0.02) and float(row[3]) < float(row[2])
+        said = rows(tmp_path / "sweep" / row[0], "samples.jsonl")[-1]["samples"][0]["text"]
+        assert row[7] and said.split("\n")[0].strip()[:20] in row[7] and len(row[7]) <= 62
+
+
+def test_epochs_are_counted_by_the_data(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(submit, "train_here", train_in_this_process)
+    words = ["epochs", "--preset", "shakespeare-char-cpu", "--run-dir", str(tmp_path / "sweep"), *tiny(tiny_data)]
+    left = [word for word in words if word not in ("--sample.every", "None", "--validate.every", "25", "--save.every")]
+    left = [word for index, word in enumerate(left) if not (word == "10" and left[index - 1] == "1000")]
+    done = called(sweep.main, *left, "--train.steps", "100", "--optim.warmup-steps", "5")
+    assert done.returncode == 0, done.stderr
+    header, *shown = cells_of(tmp_path / "sweep")
+    assert header == ["epoch", "step", "val loss", "+-", "sample"]
+    per_epoch = read_manifest(tiny_data).splits["train"].tokens // 384
+    steps = [int(row[1]) for row in shown]
+    assert steps == [*range(0, 100, per_epoch), 100]
+    assert [row[0] for row in shown[:3]] == ["0.0", "1.0", "2.0"] and all(row[4] for row in shown[1:])
+
+
+def test_a_budget_is_the_same_time_for_all(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed after the timing and a first run, then given again: the steps stay what they were."""
+    trained: list[str] = []
+
+    def train_some(options: Options, base: Path, code: Path, points: Sequence[Point]) -> None:
+        for point in points:
+            if len(trained) == 10:
+                trained.append("killed")
+                raise KeyboardInterrupt
+            trained.append(point.run_dir.name)
+            assert called(trainer.main, *point.args).returncode == 0
+
+    monkeypatch.setattr(submit, "train_here", train_some)
+    given = dict(zip(*[iter(tiny(tiny_data))] * 2, strict=True))
+    for flag in ("--validate.every", "--save.every", "--track.every", "--optim.warmup-steps"):
+        given.pop(flag)
+    words = ["budget", "--minutes", "0.01", "--preset", "shakespeare-char-cpu", "--run-dir", str(tmp_path / "sweep")]
+    words += [word for pair in given.items() for word in pair]
+    assert called(sweep.main, *words).returncode == 130
+    first = parse_steps_of(tmp_path / "sweep" / trained[-2])
+    done = called(sweep.main, *words)
+    assert done.returncode == 0, done.stderr
+    assert len(trained) == len(set(trained[:9])) * 2 + 1, "each is timed once and trained once"
+    assert parse_steps_of(tmp_path / "sweep" / trained[-2]) > 0 and first > 0
+    header, *shown = cells_of(tmp_path / "sweep")
+    assert header[:5] == ["run", "parameters", "steps", "tokens", "seconds"]
+    losses = [float(row[5]) for row in shown]
+    assert losses == sorted(losses) and len(shown) == 9, "the best first"
+    for row in shown:
+        timing = [r["step_seconds"] for r in rows(tmp_path / "sweep" / "timing" / row[0]) if "loss" in r]
+        assert int(row[2]) == int(0.6 / statistics.median(timing)) == parse_steps_of(tmp_path / "sweep" / row[0])
+
+
+def parse_steps_of(run_dir: Path) -> int:
+    steps: int = json.loads((run_dir / "config.json").read_text())["config"]["train"]["steps"]
+    return steps

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.gpt import GPT
+from model.ladder import make_model
 from train.layout import Layout
 
 REDUCED_BYTES = 4  # gradients are reduced in fp32
@@ -68,8 +68,8 @@ def step_communication(
     R ranks (Patarasuk & Yuan 2009).
     """
     with torch.device("meta"):
-        model = GPT(config)
-    *blocks, last = [padded_numel(block.parameters(), layout.shards) for block in model.blocks]
+        model = make_model(config)
+    *blocks, last = [padded_numel(block.parameters(), layout.shards) for block in model.blocks] or [0]
     rest = padded_numel((p for name, p in model.named_parameters() if ".h." not in name), layout.shards)
     held = sum(blocks) + last + rest
     num_groups = len(blocks) + 2

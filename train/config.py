@@ -342,6 +342,8 @@ def settings_without_effect(config: Config, device_type: str, world: int, mode: 
     one line each, for a warning."""
     said = []
     parallel, model = config.parallel, config.model
+    if model.rung != "gpt" and config.train.activation_checkpointing:
+        said.append(f"--train.activation-checkpointing has no effect with --model.rung {model.rung}: it has no blocks")
     if model.value_residual and model.num_layers == 1:
         said.append("--model.value-residual has no effect with --model.num-layers 1: there are no later blocks")
     if model.attention == "flex" and model.eot_id is None:

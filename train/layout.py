@@ -61,6 +61,10 @@ def choose_layout(config: Config, *, world: int, local_world: int, memory_bytes:
         advice = f"; --parallel.shard-size may be {' or '.join(map(str, fitting))}" if fitting else "; use fsdp"
         raise InputError(f"--parallel.mode hsdp cannot give each of {world} processes one of {shards} shards{advice}")
     is_sharded = mode in ("fsdp", "hsdp")
+    if is_sharded and config.model.rung != "gpt":
+        raise InputError(
+            f"--parallel.mode {mode} shares out blocks, --model.rung {config.model.rung} has none; use ddp"
+        )
     return Layout(
         mode=mode,
         shards=shards,

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model.gpt import GPT
+from model.language_model import LanguageModel
 from train import nonfinite, optim, parallel, validate
 from train.batches import BatchPlan, Prefetcher
 from train.config import Config
@@ -56,7 +56,7 @@ class Run:
     batches: Prefetcher
     validation: validate.ValidationSet | None
     sampler: Sampler | None
-    model: GPT
+    model: LanguageModel
     objective: Objective
     module: nn.Module
     optimizer: torch.optim.AdamW

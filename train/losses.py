@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import ModelConfig
-from model.gpt import GPT
+from model.language_model import LanguageModel
 from model.layers import softcapped
 
 IGNORED = -100  # a target that is not scored
@@ -106,7 +106,7 @@ class Objective(nn.Module):
     inputs_BT, targets_BT, scale [] -> fp32 [2]: (sum of the token losses) x scale, to call backward on, and the sum.
     """
 
-    def __init__(self, model: GPT, *, chunked: bool, compiled: bool = False) -> None:
+    def __init__(self, model: LanguageModel, *, chunked: bool, compiled: bool = False) -> None:
         super().__init__()
         self.model = model
         self._is_chunked = chunked

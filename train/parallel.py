@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 from model.attention import Shared
 from model.blocks import Block
-from model.gpt import GPT, init_weights
+from model.ladder import make_model
+from model.language_model import init_weights
 from train.config import Config
 from train.layout import Layout
 from train.losses import Objective
@@ -37,7 +38,7 @@ def build_objective(config: Config, layout: Layout, mesh: Mesh) -> Objective:
     """
     train = config.train
     with torch.device("meta"):
-        model = GPT(config.model, compute_dtype=compute_dtype(train))
+        model = make_model(config.model, compute_dtype=compute_dtype(train))
         objective = Objective(model, chunked=train.loss == "chunked", compiled=train.compile)
     if train.activation_checkpointing:
         for block in model.blocks:
@@ -52,7 +53,8 @@ def build_objective(config: Config, layout: Layout, mesh: Mesh) -> Objective:
     objective.to_empty(device=mesh.device)
     model.tie_weights()
     init_weights(model, config.seed, put=put)
-    assert (model.lm_head.weight is model.transformer["wte"].weight) == config.model.tie
+    holders = [p for _, p in model.named_parameters(remove_duplicate=False) if p is model.lm_head.weight]
+    assert (len(holders) == 2) == model.is_tied
     return objective
 
 

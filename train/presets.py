@@ -1,5 +1,6 @@
 """Named recipes. Every field a preset does not name keeps its default from config.py."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from model.config import NAMED_SHAPES, ModelConfig
@@ -68,6 +69,100 @@ def gpt2_xl() -> Config:
         train=TrainConfig(steps=32_000, batch_tokens=1_048_576, micro_batch="auto", loss="chunked"),
         optim=OptimConfig(lr_peak=6e-4, lr_final=6e-5),
     )
+
+
+def gpt2_small_134m() -> Config:
+    """GPT-2 small with rotary positions, no biases and an own head for an own vocabulary of 32,000: 134.1M parameters.
+
+    10B tokens, rates and batch as gpt2-small. Data: data_prep/bpe.py --vocab-size 32000 on a part of the text, then
+    data_prep/textfiles.py --tokenizer FOLDER on all of it.
+    Cost: 7.7e18 FLOPs; 0.68 hours on 8 H100 at 40 % of their peak.
+    """
+    return Config(
+        preset="gpt2-small-134m",
+        data=DataConfig(dir=Path("data/fineweb_edu_32k")),
+        model=NAMED_SHAPES["gpt2-small-134m"],
+    )
+
+
+def tinystories() -> Config:
+    """TinyStories with a vocabulary of 10,000: RMSNorm, RoPE, SwiGLU, no biases, an own head, 35.9M parameters.
+
+    5,000 steps of 128 windows of 256, 163.8M tokens, learning rate 2e-3: published as val 1.349 (1.45 is the usual
+    target). Data: data_prep/bpe.py --vocab-size 10000, then data_prep/textfiles.py --tokenizer FOLDER.
+    Cost: 3.2e16 FLOPs; some 3 minutes on an H100 at 20 % of its peak. Not measured.
+    """
+    return Config(
+        preset="tinystories",
+        data=DataConfig(dir=Path("data/tinystories-10k")),
+        model=NAMED_SHAPES["tinystories"],
+        train=TrainConfig(seq_len=256, steps=5000, batch_tokens=32_768, micro_batch=128),
+        optim=OptimConfig(lr_peak=2e-3, warmup_steps=250),
+        validate=ValidateConfig(every=500, tokens=2_097_152),
+        sample=SampleConfig(every=1000, prompts=("", "Once upon a time")),
+        track=TrackConfig(wandb="disabled"),
+    )
+
+
+def openwebtext_32k() -> Config:
+    """The same shape on OpenWebText with a vocabulary of 32,000: 58.5M parameters, 42.1M with --model.tie.
+
+    20,000 steps of 128 windows of 512 tokens, 1.3B tokens. Data: data_prep/bpe.py --vocab-size 32000 on a part of the
+    text, then data_prep/textfiles.py openwebtext --tokenizer FOLDER.
+    Cost: 3.6e17 FLOPs; 15 minutes on an H100 at 40 % of its peak.
+    """
+    return Config(
+        preset="openwebtext-32k",
+        data=DataConfig(dir=Path("data/openwebtext-32k")),
+        model=NAMED_SHAPES["openwebtext-32k"],
+        train=TrainConfig(seq_len=512, steps=20_000, batch_tokens=65_536, micro_batch=64),
+        optim=OptimConfig(lr_peak=2e-3, warmup_steps=1000),
+        validate=ValidateConfig(every=1000, tokens=2_097_152),
+        track=TrackConfig(wandb="disabled"),
+    )
+
+
+def phase1() -> Config:
+    """A first model, on a CPU: Tiny Shakespeare by characters, 2 layers, 4 heads, 128 wide, 0.4M parameters, 10 epochs.
+
+    `python launch/sweep.py epochs` trains it and prints a row for each epoch: loss and sample.
+    Cost: 2.9e13 FLOPs; 10 minutes on 2 cores.
+    """
+    return Config(
+        preset="phase1",
+        data=DataConfig(dir=Path("data/tinyshakespeare")),
+        model=ModelConfig(num_layers=2, num_heads=4, width=128),
+        train=TrainConfig(seq_len=128, steps=1225, batch_tokens=8192, micro_batch=64, dtype="fp32", compile=False),
+        optim=OptimConfig(lr_peak=2e-3, lr_final=1e-4, warmup_steps=100, beta2=0.99),
+        validate=ValidateConfig(every=122, tokens=None),
+        sample=SampleConfig(every=122, prompts=("ROMEO:",)),
+        save=SaveConfig(every=122),
+        track=TrackConfig(wandb="disabled"),
+    )
+
+
+def phase2() -> Config:
+    """A second, on one GPU: 6 layers, 8 heads, 512 wide, GPT-2's vocabulary, 44.9M parameters, on 250 MB of text.
+
+    Data: data_prep/fineweb.py --max-tokens 60000000 --out data/fineweb_edu_60M. Four epochs of it, since up to so many
+    are nearly as good as new text (Muennighoff et al. 2023): 3,660 steps of 65,536 tokens.
+    Cost: 6.9e16 FLOPs; 3 minutes on an H100 at 40 % of its peak. The third is gpt2-small, or phase3.
+    """
+    return Config(
+        preset="phase2",
+        data=DataConfig(dir=Path("data/fineweb_edu_60M")),
+        model=ModelConfig(num_layers=6, num_heads=8, width=512),
+        train=TrainConfig(seq_len=512, steps=3660, batch_tokens=65_536, micro_batch=32),
+        optim=OptimConfig(lr_peak=1e-3, warmup_steps=200),
+        validate=ValidateConfig(every=250, tokens=1_048_576),
+        sample=SampleConfig(every=500),
+        track=TrackConfig(wandb="disabled"),
+    )
+
+
+def phase3() -> Config:
+    """The third is gpt2-small, as it is, in a run directory of its own."""
+    return replace(gpt2_small(), preset="phase3")
 
 
 def shakespeare_char() -> Config:
@@ -149,6 +244,12 @@ PRESETS = {
         gpt2_medium(),
         gpt2_large(),
         gpt2_xl(),
+        gpt2_small_134m(),
+        phase1(),
+        phase2(),
+        phase3(),
+        tinystories(),
+        openwebtext_32k(),
         shakespeare_char(),
         shakespeare_char_cpu(),
         stories_cpu(),

@@ -13,7 +13,7 @@ import torch
 from data_prep.codec import Codec, load_codec
 from data_prep.errors import InputError
 from model.dcp_files import read_tensors
-from model.gpt import GPT
+from model.language_model import LanguageModel
 from model.trained import (
     CHECKPOINTS,
     STEP_NAME,
@@ -50,7 +50,7 @@ def find_start(run_dir: Path, *, mesh: Mesh) -> tuple[Path | None, list[str]]:
 def load(
     checkpoint: Path,
     *,
-    model: GPT,
+    model: LanguageModel,
     optimizer: torch.optim.Optimizer,
     loss_scale: LossScale | None = None,
     mesh: Mesh,
@@ -88,7 +88,7 @@ def kept_step(run_dir: Path, named: Path) -> str | None:
     return step if path == str(named) else None
 
 
-def load_weights(name: str, model: GPT, codec: Codec, mesh: Mesh) -> Path:
+def load_weights(name: str, model: LanguageModel, codec: Codec, mesh: Mesh) -> Path:
     """Put the weights of RUN's newest sound checkpoint, or of RUN@STEP, into a model of the same shape. Collective.
 
     InputError, naming what differs, for another shape or another tokenizer: its ids would mean other text.

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 from data_prep.manifest import Manifest
 from model.budget import budget
-from model.config import flag_of
+from model.config import ModelConfig, flag_of
 from model.memory import Memory, StepShape, memory
 from train.batches import BatchPlan
 from train.communication import step_communication
@@ -40,8 +40,7 @@ def run_card(config: Config, manifest: Manifest | None, plan: BatchPlan, layout:
         ("run", f"{config.directory}  preset {config.preset}  seed {config.seed}"),
         (
             "model",
-            f"{model.num_layers} layers x {model.width} wide x {model.num_heads} heads, context {model.context_len}: "
-            f"{cost.num_parameters:,} parameters (+{cost.num_padding_parameters:,} vocabulary padding)"
+            f"{_shape(model)}: {cost.num_parameters:,} parameters (+{cost.num_padding_parameters:,} vocabulary padding)"
             + "".join(f", {flag_of(name)} {value}" for name, value in model.switched().items()),
         ),
         ("data", _data_line(config, manifest, total_tokens)),
@@ -65,9 +64,17 @@ def run_card(config: Config, manifest: Manifest | None, plan: BatchPlan, layout:
         ),
         ("parallel", _parallel_line(layout, plan)),
         *([("network", _network_line(config, plan, layout))] if world > 1 and train.micro_batch != "auto" else []),
-        ("memory", _memory_line(config, plan, layout, on_cpu=device == CPU)),
+        *([("memory", _memory_line(config, plan, layout, on_cpu=device == CPU))] if model.rung == "gpt" else []),
     ]
     return "\n".join(f"{name:<10}{text}" for name, text in lines)
+
+
+def _shape(model: ModelConfig) -> str:
+    """What there is of it: a bigram reads nothing but its table."""
+    layers = f"{model.num_layers} layers x " if model.rung == "gpt" else ""
+    heads = f" x {model.num_heads} heads" if model.rung not in ("bigram", "head") else ""
+    size = "" if model.rung == "bigram" else f"{layers}{model.width} wide{heads}, "
+    return f"{size}context {model.context_len}"
 
 
 def _data_line(config: Config, manifest: Manifest | None, total_tokens: int) -> str:

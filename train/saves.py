@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from data_prep.atomic import fsync_directory, sha256_of_file, write_atomically, write_json_atomically
 from data_prep.errors import InputError
 from model.dcp_files import data_files_of, last_line_of
-from model.gpt import GPT
+from model.language_model import LanguageModel
 from model.trained import CHECKPOINTS, STATE_FILE, SUMS_FILE, list_checkpoints, model_tensors, step_of
 from train import run_dir as run_dirs
 from train.config import SaveConfig
@@ -79,7 +79,7 @@ class Saver:
         run_dir: Path,
         *,
         attempt: int,
-        model: GPT,
+        model: LanguageModel,
         optimizer: torch.optim.Optimizer,
         loss_scale: LossScale | None = None,
         config: SaveConfig,
@@ -239,7 +239,7 @@ class Saver:
 
 
 def checkpoint_tensors(
-    model: GPT, optimizer: torch.optim.Optimizer, loss_scale: LossScale | None = None
+    model: LanguageModel, optimizer: torch.optim.Optimizer, loss_scale: LossScale | None = None
 ) -> dict[str, Tensor]:
     """Every tensor of a checkpoint by name: model.NAME, optimizer.NAME.KEY, loss_scale.NAME; views of the live ones."""
     tensors = model_tensors(model)
