@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.groups import run_on_ranks
+from tests.groups import run_on_ranks, start_on_ranks
 from tests.runs import called, status, tiny_flags, torchrun
 from tests.soak import num_rows
 from tests.test_exact import train_all
@@ -63,22 +63,27 @@ def test_a_finished_run_stays_finished(tiny_data: Path, tmp_path: Path) -> None:
     run_on_ranks(2, train_all, [parse(flags(tiny_data, run_dir), PRESETS)])
     assert status(run_dir) == {"state": "done", "step": STEPS, "reason": None, "attempt": 1}
     before = {path: path.read_bytes() for path in (run_dir / "checkpoints").rglob("*") if path.is_file()}
-    process = torchrun(1, *flags(tiny_data, run_dir))
-    output = finish(process)
-    assert process.returncode == 0, output
-    assert f"done at step {STEPS}" in output
+    done = called(main, *flags(tiny_data, run_dir))
+    assert done.returncode == 0, done.stderr
+    assert f"done at step {STEPS}" in done.stdout
     assert {path: path.read_bytes() for path in (run_dir / "checkpoints").rglob("*") if path.is_file()} == before
 
 
 def test_two_runs_in_one_directory_are_refused(tiny_data: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
-    first = torchrun(1, *flags(tiny_data, run_dir), "--train.steps", "100000")
-    wait_for(lambda: num_rows(run_dir) > 5, first)
+    endless = [*flags(tiny_data, run_dir), "--train.steps", "100000"]
+    (tmp_path / "meet").mkdir()
+    first = start_on_ranks(1, str(tmp_path / "meet"), train_all, [parse(endless, PRESETS)])
+    (process,) = first.processes
     try:
-        second = called(main, *flags(tiny_data, run_dir), "--train.steps", "100000")
-        assert first.poll() is None
+        while num_rows(run_dir) <= 5:
+            assert process.is_alive()
+            time.sleep(0.01)
+        second = called(main, *endless)
+        assert process.is_alive()
     finally:
-        kill_everything(first)
+        process.kill()
+        process.join()
     assert second.returncode == 2
     assert "another process is training here (pid" in second.stderr
 
