@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-cluster test-slow lint bench
+.PHONY: quickstart test test-long test-cluster test-slow lint bench
 
 # The text inside CPython -> shards -> a GPT trained in two processes -> its loss curve and a sample.
 # On the CPU also where there is a GPU: two processes want two, and the numbers are then the same everywhere.
@@ -14,8 +14,14 @@ quickstart: .venv/.base
 
 # Interpreters are started by the hundred: our modules are compiled once, whatever the environment says. Four workers:
 # what waits for processes would leave one of two cores idle.
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+
 test: .venv/.dev
-	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder -m "not slow and not cluster"
+	$(PYTEST) -m "not long and not slow and not cluster"
+
+# What is exhaustive: more kills, more faults in a row, every pair of layouts. With `make test` all that CI checks.
+test-long: .venv/.dev
+	$(PYTEST) -m "long and not slow and not cluster"
 
 # A Slurm of several nodes on this machine, as root, from Debian's packages: where that cannot be, it says why and skips.
 test-cluster: .venv/.dev

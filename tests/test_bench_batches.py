@@ -38,6 +38,7 @@ def shards(tmp_path: Path) -> list[Path]:
     return shard_paths(tmp_path)
 
 
+@pytest.mark.long(reason="a script of nobody's training, end to end; its parts are tested below")
 def test_the_script_at_a_tiny_size() -> None:
     sizes = ["--gigabytes", "0.002", "--seq-len", "64", "--windows", "12", "--seconds", "0.05", "--rounds", "2"]
     command = [sys.executable, "benchmarks/bench_batches.py", *sizes, "--readers", "2"]

@@ -133,6 +133,7 @@ def test_the_usual_pattern_leaves_out_what_has_no_text() -> None:
     assert not len(usual_pattern.tokens_of({"text": None})) and not len(usual_pattern.tokens_of({"text": ""}))
 
 
+@pytest.mark.long(reason="a script of nobody's training, end to end; its parts are tested above and below")
 def test_the_script_at_a_tiny_size(text: Path) -> None:
     sizes = ["--megabytes", "2", "--files", "2", "--rounds", "1", "--workers", "1", "--slice-megabytes", "0.2"]
     command = [sys.executable, "benchmarks/bench_data_prep.py", *sizes, "--text", str(text), "--backends", "tiktoken"]

@@ -181,7 +181,9 @@ def test_pack_split_keeps_order_and_places(tmp_path: Path, finished: Path) -> No
     assert (info.tokens, info.documents, len(info.shards)) == (15, 3, 4)
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize(
+    "num_workers", [1, pytest.param(2, marks=pytest.mark.long(reason="test_fineweb.py kills workers at random too"))]
+)
 def test_killed_anywhere_the_same_command_ends_with_the_same_bytes(
     stories: Path, finished: Path, tmp_path: Path, num_workers: int
 ) -> None:

@@ -20,8 +20,6 @@ from train.config import Config, ParallelConfig
 from train.main import run
 from train.mesh import Mesh
 
-WORLDS = (1, 2, 3, 4)
-
 
 def train_all(mesh: Mesh, configs: list[Config]) -> None:
     for config in configs:
@@ -38,18 +36,20 @@ def cut_back(source: Path, copy: Path, step: int) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """RUNS/w1, whole, and RUNS/wN_accumulating for every world size."""
+    """RUNS/w1, whole."""
     folder = tmp_path_factory.mktemp("exact")
     run_on_ranks(1, train_all, [tiny_config(tiny_data, folder / "w1")])
-    for world in WORLDS:
-        run_on_ranks(world, train_all, [tiny_config(tiny_data, folder / f"w{world}_accumulating", micro_batch=1)])
     return folder
 
 
-@pytest.mark.parametrize("world", WORLDS)
-def test_accumulation_is_the_same_run(trained: Path, world: int) -> None:
+ALSO = pytest.mark.long(reason="50 steps of many micro-batches; one and three processes are in `make test`")
+
+
+@pytest.mark.parametrize("world", [1, pytest.param(2, marks=ALSO), 3, pytest.param(4, marks=ALSO)])
+def test_accumulation_is_the_same_run(trained: Path, tiny_data: Path, tmp_path: Path, world: int) -> None:
     """micro_batch 1: 12, 6, 4 and 3 micro-batches a step on each rank, gradients reduced after the last."""
-    difference = (losses(trained / f"w{world}_accumulating") - losses(trained / "w1")).abs()
+    run_on_ranks(world, train_all, [tiny_config(tiny_data, tmp_path / "accumulating", micro_batch=1)])
+    difference = (losses(tmp_path / "accumulating") - losses(trained / "w1")).abs()
     assert difference[0] <= 2e-6
     assert difference[:6].max() <= 4e-6
     assert difference.max() <= 1e-5
@@ -86,22 +86,37 @@ def contents(inputs_BT: Tensor, targets_BT: Tensor) -> list[bytes]:
     ]
 
 
-def test_one_run_in_every_world_in_turn_reads_each_window_once(trained: Path, tiny_data: Path, tmp_path: Path) -> None:
+AUTO, FSDP, HSDP = ParallelConfig(), ParallelConfig(mode="fsdp"), ParallelConfig(mode="hsdp", shard_size=2)
+Starts = tuple[tuple[int, ParallelConfig], ...]
+UP_AND_DOWN: Starts = ((1, AUTO), (2, FSDP), (4, HSDP), (3, AUTO), (1, AUTO))
+FROM_EACH_TO_EACH: Starts = (
+    *((1, AUTO), (2, FSDP), (3, AUTO), (4, HSDP), (1, FSDP), (3, FSDP), (2, AUTO)),
+    *((1, AUTO), (4, FSDP), (2, AUTO), (4, HSDP), (3, FSDP), (1, AUTO)),
+)
+
+
+@pytest.mark.parametrize(
+    "starts",
+    [
+        pytest.param(UP_AND_DOWN, id="up and down"),
+        pytest.param(FROM_EACH_TO_EACH, id="each to each", marks=pytest.mark.long(reason="13 starts")),
+    ],
+)
+def test_one_run_in_every_world_in_turn_reads_each_window_once(
+    trained: Path, tiny_data: Path, tmp_path: Path, starts: Starts
+) -> None:
     """The same configuration at each start but for how the model is spread, stopped by a signal to one rank, with more
-    processes or fewer: from each world to each other one."""
+    processes or fewer."""
     config, whole = tiny_config(tiny_data, tmp_path / "run"), trained / "w1"
-    fsdp, hsdp = ParallelConfig(mode="fsdp"), ParallelConfig(mode="hsdp", shard_size=2)
-    worlds = (1, 2, 3, 4, 1, 3, 2, 1, 4, 2, 4, 3, 1)
-    spread = {2: fsdp, 4: hsdp, 5: fsdp, 6: fsdp, 9: fsdp, 11: hsdp, 12: fsdp}  # by attempt; else DDP
     read: dict[int, list[bytes]] = {}
-    for attempt, world in enumerate(worlds, start=1):
-        this = replace(config, parallel=spread.get(attempt, config.parallel))
-        ranks = run_on_ranks(world, train_until_stopped, this, 2 if attempt < len(worlds) else 50)
+    for attempt, (world, parallel) in enumerate(starts, start=1):
+        this = replace(config, parallel=parallel)
+        ranks = run_on_ranks(world, train_until_stopped, this, 2 if attempt < len(starts) else 50)
         for steps in zip(*ranks, strict=True):  # the ranks' parts of one step
             (position,) = {position for position, _ in steps}
             assert position not in read, f"trained again, now by {world} processes"
             read[position] = [content for _, windows in steps for content in windows]
-    assert status(config.directory) == {"state": "done", "step": 50, "reason": None, "attempt": len(worlds)}
+    assert status(config.directory) == {"state": "done", "step": 50, "reason": None, "attempt": len(starts)}
     assert list(read) == list(range(0, 600, 12))
 
     windows = Windows(open_split(tiny_data, "train"), 32, config.seed)

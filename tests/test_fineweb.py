@@ -184,7 +184,14 @@ def test_a_tokenizer_without_eot(pages: tuple[Path, list[Text]], tmp_path: Path)
 # The same bytes
 
 
-@pytest.mark.parametrize("more", [("--workers", "2"), ("--workers", "3", "--backend", "gigatoken")])
+LONG_WORKERS = pytest.mark.long(reason="each worker imports and loads 50,257 ranks; two of them are in `make test`")
+
+
+@pytest.mark.parametrize(
+    "more",
+    [("--workers", "2"), pytest.param(("--workers", "3", "--backend", "gigatoken"), marks=LONG_WORKERS)],
+    ids=["2", "3 gigatoken"],
+)
 def test_the_same_bytes_for_any_number_of_processes(
     finished_by_gpt2: Path, pages: tuple[Path, list[Text]], gpt2: str, tmp_path: Path, more: tuple[str, ...]
 ) -> None:
@@ -327,7 +334,15 @@ WAYS: dict[str, list[tuple[str, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("number", [*range(3), *(pytest.param(n, marks=pytest.mark.slow) for n in range(3, 23))])
+LONG_SEED = pytest.mark.long(reason="a dozen starts each; the first seed is in `make test`")
+SEEDS = [
+    0,
+    *(pytest.param(number, marks=LONG_SEED) for number in (1, 2)),
+    *(pytest.param(number, marks=pytest.mark.slow) for number in range(3, 23)),
+]
+
+
+@pytest.mark.parametrize("number", SEEDS)
 def test_killed_at_random_the_same_command_ends_with_the_same_bytes(
     many: tuple[Path, Path], ranks: str, tmp_path: Path, number: int
 ) -> None:

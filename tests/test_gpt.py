@@ -43,7 +43,13 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
             parameter.add_(some.view_as(parameter))
 
 
-@pytest.fixture(scope="module", params=[(TINY, 16), (SMALL, 64)], ids=["tiny", "small"])
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param((TINY, 16), id="tiny"),
+        pytest.param((SMALL, 64), id="small", marks=pytest.mark.long(reason="two models of 124 million parameters")),
+    ],
+)
 def models(request: pytest.FixtureRequest) -> tuple[Any, GPT, int]:
     """Hugging Face's model, ours of the same shape, and how long a window to give them."""
     config, T = request.param

@@ -54,8 +54,18 @@ def counts_before_each_step(config: Config, monkeypatch: pytest.MonkeyPatch) -> 
     return [*counts, graphs_compiled()]
 
 
-@pytest.mark.parametrize("loss", ["plain", "chunked"])
-@pytest.mark.parametrize("activation_checkpointing", [False, True])
+LONG_KERNELS = pytest.mark.long(reason="kernels of its own to compile; each setting is in `make test` once")
+
+
+@pytest.mark.parametrize(
+    ("activation_checkpointing", "loss"),
+    [
+        (False, "plain"),
+        (True, "chunked"),
+        pytest.param(False, "chunked", marks=LONG_KERNELS),
+        pytest.param(True, "plain", marks=LONG_KERNELS),
+    ],
+)
 def test_nothing_is_compiled_once_training_has_begun(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str, activation_checkpointing: bool
 ) -> None:

@@ -169,8 +169,16 @@ SWITCHED: list[dict[str, Any]] = [
 ]
 
 
+LONG_TWICE = pytest.mark.long(reason="all of them with one micro-batch, and some without switches with two, are quick")
+
+
 @pytest.mark.parametrize(
-    ("options", "accumulation"), [*((options, 1) for options in SWITCHED), *((options, 2) for options in SWITCHED[:8])]
+    ("options", "accumulation"),
+    [
+        *((options, 1) for options in SWITCHED),
+        (SWITCHED[0], 2),
+        *(pytest.param(options, 2, marks=LONG_TWICE) for options in SWITCHED[1:8]),
+    ],
 )
 def test_the_peak_with_switches(options: dict[str, Any], accumulation: int) -> None:
     config = configured(**options, accumulation=accumulation)
@@ -182,23 +190,32 @@ SPREAD: list[tuple[dict[str, Any], int]] = [
     (WIDE | {"mode": "ddp"}, 2),
     (WIDE | {"mode": "fsdp"}, 1),
     (WIDE | {"mode": "fsdp", "accumulate": "whole"}, 2),
-    (WIDE | {"mode": "fsdp", "accumulate": "whole", "reshard_after_forward": False}, 2),
     (WIDE | {"mode": "fsdp", "accumulate": "sharded"}, 3),
-    (LONG | {"mode": "fsdp", "accumulate": "sharded", "dtype": "bf16"}, 2),
     (LONG | MODERN | {"mode": "ddp"}, 2),
     (WIDE | MODERN | {"mode": "fsdp"}, 1),
+]
+ALSO_SPREAD: list[tuple[dict[str, Any], int]] = [
+    (WIDE | {"mode": "fsdp", "accumulate": "whole", "reshard_after_forward": False}, 2),
+    (LONG | {"mode": "fsdp", "accumulate": "sharded", "dtype": "bf16"}, 2),
     (DEEP | MODERN | {"mode": "fsdp", "accumulate": "sharded"}, 2),
     (LONG | MODERN | {"mode": "fsdp", "dtype": "bf16", "activation_checkpointing": True}, 2),
 ]
 
 
-def allocated_peaks(mesh: Mesh) -> list[int]:
-    return [allocated_peak(mesh, configured(**options), accumulation) for options, accumulation in SPREAD]
+def allocated_peaks(mesh: Mesh, spread: list[tuple[dict[str, Any], int]]) -> list[int]:
+    return [allocated_peak(mesh, configured(**options), accumulation) for options, accumulation in spread]
 
 
-def test_the_peak_of_two_processes() -> None:
-    measured = run_on_ranks(2, allocated_peaks)
-    for (options, accumulation), *peaks in zip(SPREAD, *measured, strict=True):
+@pytest.mark.parametrize(
+    "spread",
+    [
+        pytest.param(SPREAD, id="each mode"),
+        pytest.param(ALSO_SPREAD, id="with more", marks=pytest.mark.long(reason="the costlier combinations")),
+    ],
+)
+def test_the_peak_of_two_processes(spread: list[tuple[dict[str, Any], int]]) -> None:
+    measured = run_on_ranks(2, allocated_peaks, spread)
+    for (options, accumulation), *peaks in zip(spread, *measured, strict=True):
         config = configured(**options)
         counted = counted_peak(config, 2, accumulation)
         late = 0

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from benchmarks.steps import opened_run
 from data_prep.manifest import read_manifest
@@ -33,6 +33,7 @@ from train.config import Config, with_vocabulary
 from train.loop import Run, accumulate_gradients, record, take_step
 from train.main import run
 from train.mesh import Mesh
+from train.parallel import local
 from train.resume import load
 from train.saves import Progress, checkpoint_tensors
 
@@ -80,21 +81,22 @@ def train_all(mesh: Mesh, data: Path, folder: Path) -> None:
         run_here(mesh, again)
 
 
-def continue_all(mesh: Mesh, data: Path, folder: Path) -> dict[str, list[tuple[float, float]]]:
-    """Every case's checkpoint read in each case of this world, and trained on: losses and norms by both names.
+def continue_all(
+    mesh: Mesh, data: Path, folder: Path, pairs: list[tuple[Case, Case]]
+) -> dict[str, list[tuple[float, float]]]:
+    """Each pair's checkpoint of the first read in the second, of this world, and trained on: losses and norms by names.
 
-    What was read is, put together, bit for bit what one process without a process group reads.
+    What was read is, on each rank, bit for bit its part of what one process without a process group reads.
     """
     found = {}
     for case in [case for case in CASES if case.world == mesh.world]:
         config = configured(case, data, folder / f"{case}_continued")
         with leaving_no_group(mesh), opened_run(config, mesh) as (this, _):
-            for source in CASES:
+            for source in [source for source, other in pairs if other == case]:
                 checkpoint = folder / str(source) / "checkpoints" / f"step_{SAVED:08d}"
                 state = load(checkpoint, model=this.model, optimizer=this.optimizer, mesh=mesh)
-                read = {name: whole(tensor) for name, tensor in checkpoint_tensors(this.model, this.optimizer).items()}
-                if mesh.is_main:
-                    assert_same_tensors(read, torch.load(folder / f"{source}.pt"))
+                read = checkpoint_tensors(this.model, this.optimizer)
+                assert_parts_of(torch.load(folder / f"{source}.pt", mmap=True), read)
                 this.progress = Progress(**state["progress"])
                 found[f"{source} in {case}"] = [loss_and_norm(this) for _ in range(GOES_ON)]
     return found
@@ -106,6 +108,18 @@ def loss_and_norm(this: Run) -> tuple[float, float]:
     record(this, report)
     this.progress = report.progress
     return report.results[0].item(), report.results[1].item()
+
+
+def assert_parts_of(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
+    """Each tensor is this rank's part of the whole one of its name; without a word to the other ranks."""
+    parts = {
+        name: distribute_tensor(wanted[name], tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()
+        if isinstance(tensor, DTensor)
+        else wanted[name]
+        for name, tensor in found.items()
+    }
+    assert wanted.keys() == found.keys()
+    assert_same_tensors(parts, {name: local(tensor) for name, tensor in found.items()})
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -132,9 +146,9 @@ def first_gradients(mesh: Mesh, data: Path, folder: Path) -> dict[str, dict[str,
 
 
 def assert_initial(this: Run) -> None:
-    """The weights are, put together, those that one process makes of the seed."""
+    """The weights are, on each rank, its part of those that one process makes of the seed."""
     plain = build_model(this.config.model, seed=this.config.seed).state_dict()
-    assert_same_tensors({name: whole(tensor) for name, tensor in this.model.state_dict().items()}, dict(plain))
+    assert_parts_of(dict(plain), dict(this.model.state_dict()))
 
 
 def run_here(mesh: Mesh, config: Config) -> None:
@@ -180,21 +194,54 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(trained: Path, case: Cas
     assert_same_tensors(final_tensors(resumed), final_tensors(whole))
 
 
-@pytest.fixture(scope="module")
-def continued(trained: Path, tiny_data: Path) -> dict[str, list[tuple[float, float]]]:
+Continued = dict[str, list[tuple[float, float]]]
+
+
+def continued_of(trained: Path, data: Path, pairs: list[tuple[Case, Case]]) -> Continued:
     for source in CASES:
         checkpoint = trained / str(source) / "checkpoints" / f"step_{SAVED:08d}"
         torch.save(tensors_of(checkpoint), trained / f"{source}.pt")
     found = {}
     for world in WORLDS:
-        found.update(run_on_ranks(world, continue_all, tiny_data, trained)[0])
+        found.update(run_on_ranks(world, continue_all, data, trained, pairs)[0])
     return found
 
 
-@pytest.mark.parametrize(("source", "case"), list(itertools.product(CASES, CASES)), ids=str)
-def test_every_checkpoint_goes_on_in_every_mode(
-    trained: Path, continued: dict[str, list[tuple[float, float]]], source: Case, case: Case
+# Each layout to one process and from it, and to the next in the list; then all others.
+FIRST_PAIRS = [
+    (source, case)
+    for source, case in itertools.product(CASES, CASES)
+    if ONE in (source, case) or (source, case) in itertools.pairwise(CASES)
+]
+OTHER_PAIRS = [pair for pair in itertools.product(CASES, CASES) if pair not in FIRST_PAIRS]
+
+
+@pytest.fixture(scope="module")
+def continued(trained: Path, tiny_data: Path) -> Continued:
+    return continued_of(trained, tiny_data, FIRST_PAIRS)
+
+
+@pytest.fixture(scope="module")
+def continued_elsewhere(trained: Path, tiny_data: Path) -> Continued:
+    return continued_of(trained, tiny_data, OTHER_PAIRS)
+
+
+@pytest.mark.parametrize(("source", "case"), FIRST_PAIRS, ids=str)
+def test_every_checkpoint_goes_on_in_another_mode(
+    trained: Path, continued: Continued, source: Case, case: Case
 ) -> None:
+    check_continued(trained, continued, source, case)
+
+
+@pytest.mark.long(reason="all other pairs of layouts, six steps each")
+@pytest.mark.parametrize(("source", "case"), OTHER_PAIRS, ids=str)
+def test_every_checkpoint_goes_on_in_every_mode(
+    trained: Path, continued_elsewhere: Continued, source: Case, case: Case
+) -> None:
+    check_continued(trained, continued_elsewhere, source, case)
+
+
+def check_continued(trained: Path, continued: Continued, source: Case, case: Case) -> None:
     wanted = [(loss, norm) for _, loss, norm, _ in curve(trained / str(source))[SAVED : SAVED + GOES_ON]]
     found = continued[f"{source} in {case}"]
     if source == case or {str(source), str(case)} <= SAME:

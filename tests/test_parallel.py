@@ -134,7 +134,6 @@ MODES: dict[str, dict[str, Any]] = {
 SHARDED_CASES = [
     *((options, mode) for options in ("bf16", "fp16") for mode in ("fsdp", "kept", "sharded")),
     *(("fp32", mode) for mode in ("fsdp", "kept")),
-    ("everything", "fsdp"),
 ]
 STEPS = 12
 
@@ -145,8 +144,8 @@ def configured(data: Path, folder: Path, options: str, mode: str) -> Config:
     return replace(config, sample=sample, parallel=replace(config.parallel, **MODES[mode]))
 
 
-def train_with_every_option(mesh: Mesh, data: Path, folder: Path) -> None:
-    for options, mode in (*((options, "ddp") for options in OPTIONS), *SHARDED_CASES):
+def train_with_options(mesh: Mesh, data: Path, folder: Path, cases: list[tuple[str, str]]) -> None:
+    for options, mode in cases:
         torch._dynamo.reset()
         run(configured(data, folder, options, mode), mesh)
 
@@ -154,12 +153,23 @@ def train_with_every_option(mesh: Mesh, data: Path, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("options")
-    run_on_ranks(2, train_with_every_option, tiny_data, folder)
+    copied = [(options, "ddp") for options in dict(SHARDED_CASES)]
+    run_on_ranks(2, train_with_options, tiny_data, folder, [*copied, *SHARDED_CASES])
     return folder
 
 
 @pytest.mark.parametrize(("options", "mode"), SHARDED_CASES)
 def test_every_option_gives_the_same_run_sharded_and_copied(trained: Path, options: str, mode: str) -> None:
+    check_sharded_and_copied(trained, options, mode)
+
+
+@pytest.mark.long(reason="two processes that compile each kernel twice, with DDP and with FSDP2")
+def test_all_options_at_once_give_the_same_run_sharded_and_copied(tiny_data: Path, tmp_path: Path) -> None:
+    run_on_ranks(2, train_with_options, tiny_data, tmp_path, [("everything", "ddp"), ("everything", "fsdp")])
+    check_sharded_and_copied(tmp_path, "everything", "fsdp")
+
+
+def check_sharded_and_copied(trained: Path, options: str, mode: str) -> None:
     """Bit for bit in fp32; in bf16 and fp16, where FSDP2 rounds norms' weights too, as close as bf16 is to fp32."""
     copied, sharded = trained / f"{options}_ddp", trained / f"{options}_{mode}"
     one, other = load_trained(sharded), load_trained(copied)  # without a process group, as model/generate.py does
@@ -179,32 +189,31 @@ def test_every_option_gives_the_same_run_sharded_and_copied(trained: Path, optio
 SHARDED = {"fsdp": ParallelConfig(mode="fsdp"), "hsdp": ParallelConfig(mode="hsdp", shard_size=2)}
 
 
-def save_both_ways(mesh: Mesh, data: Path, folder: Path) -> dict[str, int]:
-    """A synchronous and an asynchronous run in each mode; how many elements this rank writes."""
-    written = {}
-    for mode, parallel in SHARDED.items():
-        for save in ("sync", "async"):
-            config = with_save(tiny_config(data, folder / f"{mode}_{save}", steps=STEPS), every=5, mode=save)
-            run(replace(config, parallel=parallel), mesh)
-        config = replace(tiny_config(data, folder / f"{mode}_shares"), parallel=parallel)
-        with opened_run(with_vocabulary(config, 33), mesh) as (this, _):
-            own = share_of(checkpoint_tensors(this.model, this.optimizer), mesh)
-            written[mode] = sum(local(tensor).numel() for tensor in own.values())
-    return written
+def save_both_ways(mesh: Mesh, data: Path, folder: Path, mode: str) -> int:
+    """A synchronous and an asynchronous run; how many elements this rank writes."""
+    parallel = SHARDED[mode]
+    for save in ("sync", "async"):
+        config = with_save(tiny_config(data, folder / save, steps=STEPS), every=5, mode=save)
+        run(replace(config, parallel=parallel), mesh)
+    config = replace(tiny_config(data, folder / "shares"), parallel=parallel)
+    with opened_run(with_vocabulary(config, 33), mesh) as (this, _):
+        own = share_of(checkpoint_tensors(this.model, this.optimizer), mesh)
+        return sum(local(tensor).numel() for tensor in own.values())
 
 
-def test_saves_beside_training_and_each_element_written_once(tiny_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "mode", ["hsdp", pytest.param("fsdp", marks=pytest.mark.long(reason="hsdp has shards too, and copies of them"))]
+)
+def test_saves_beside_training_and_each_element_written_once(tiny_data: Path, tmp_path: Path, mode: str) -> None:
     """Of a sharded model each rank writes its shards; where replicas hold the same, one of them does."""
-    written = run_on_ranks(4, save_both_ways, tiny_data, tmp_path)
-    for mode in SHARDED:
-        left, right = tmp_path / f"{mode}_sync", tmp_path / f"{mode}_async"
-        assert [path.name for path in list_checkpoints(left)] == [f"step_{step:08d}" for step in (5, 10, STEPS)]
-        for one, other in zip(list_checkpoints(left), list_checkpoints(right), strict=True):
-            assert_same_tensors(tensors_of(one), tensors_of(other))
-        shares = [of_rank[mode] for of_rank in written]
-        whole = sum(tensor.numel() for tensor in final_tensors(left).values())
-        assert sum(shares) == whole
-        assert max(shares) < 0.3 * whole
+    shares = run_on_ranks(4, save_both_ways, tiny_data, tmp_path, mode)
+    left, right = tmp_path / "sync", tmp_path / "async"
+    assert [path.name for path in list_checkpoints(left)] == [f"step_{step:08d}" for step in (5, 10, STEPS)]
+    for one, other in zip(list_checkpoints(left), list_checkpoints(right), strict=True):
+        assert_same_tensors(tensors_of(one), tensors_of(other))
+    whole = sum(tensor.numel() for tensor in final_tensors(left).values())
+    assert sum(shares) == whole
+    assert max(shares) < 0.3 * whole
 
 
 def test_the_run_card_says_how_the_model_is_spread(tiny_data: Path, tmp_path: Path) -> None:

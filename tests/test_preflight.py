@@ -318,6 +318,7 @@ def test_a_run_that_is_going_on_is_not_disturbed(tmp_path: Path) -> None:
     assert after.keys() == before.keys()
 
 
+@pytest.mark.long(reason="a start of torchrun; what it does on each rank is tested above")
 def test_alone_under_torchrun(tmp_path: Path) -> None:
     process = torchrun(2, "--run-dir", str(tmp_path / "run"), script="train/preflight.py")
     output, _ = process.communicate(timeout=120)

@@ -61,6 +61,6 @@ def test_the_files_it_sends_a_reader_to_exist() -> None:
 def test_make_targets_exist() -> None:
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     named = re.findall(r"(?:^    |`)make ([a-z-]+)", README, re.MULTILINE)
-    assert {"quickstart", "test", "test-cluster", "test-slow", "lint", "bench"} <= set(named)
+    assert {"quickstart", "test", "test-long", "test-cluster", "test-slow", "lint", "bench"} <= set(named)
     for target in named:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), target

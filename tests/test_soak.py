@@ -6,8 +6,12 @@ from pathlib import Path
 import pytest
 
 from tests.aftermath import STEPS
-from tests.faults import SHARDED, Episode, Fault, Strike
-from tests.soak import Soak
+from tests.faults import SHARDED, WORLD, Episode, Fault, Strike
+from tests.groups import run_on_ranks
+from tests.runs import status
+from tests.soak import Soak, compare, train_whole
+from train.config import parse
+from train.presets import PRESETS
 
 # One start of torchrun each: what strikes where, and status.json's state and reason afterwards.
 SAMPLE = (
@@ -22,6 +26,20 @@ SAMPLE = (
 IN_PLACE = Episode((Fault("committed", (Strike("kill rank", 0),), visit=2),), in_place=True)
 
 
+@pytest.mark.timeout(600)
+def test_a_kill_in_the_midst_of_a_save_and_the_run_is_bitwise_the_uninterrupted_one(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    soak = Soak(tmp_path, tiny_data)
+    fault = Fault("writing", (Strike("kill ranks"),), visit=2, holder=1)
+    found = soak.do(Episode((fault,)))
+    assert found is not None and (found["state"], found["attempt"]) == ("running", 1)
+    run_on_ranks(WORLD, train_whole, parse(soak.flags(soak.run_dir), PRESETS))  # the same command without torchrun
+    assert status(soak.run_dir) == {"state": "done", "step": STEPS, "reason": None, "attempt": 2}
+    compare(soak.run_dir, soak.whole)
+
+
+@pytest.mark.long(reason="nine starts of torchrun")
 @pytest.mark.timeout(900)
 def test_eight_faults_in_a_row_and_the_run_is_bitwise_the_uninterrupted_one(tiny_data: Path, tmp_path: Path) -> None:
     soak = Soak(tmp_path, tiny_data)

@@ -30,6 +30,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "fsdp, checkpointing": {"activation_checkpointing": True},
     "fsdp, chunked": {"loss": "chunked"},
 }
+QUICK = ["ddp", "fsdp", "fsdp, chunked"]
 
 
 def configured(data: Path, folder: Path, name: str, **train: Any) -> Config:
@@ -39,11 +40,11 @@ def configured(data: Path, folder: Path, name: str, **train: Any) -> Config:
     return replace(config, model=replace(config.model, **MODERN, num_layers=3), parallel=ParallelConfig(mode=mode))
 
 
-def train_all(mesh: Mesh, data: Path, folder: Path) -> None:
-    for name in ["none"] if mesh.world == 1 else [name for name in WAYS if name != "none"]:
+def train_ways(mesh: Mesh, data: Path, folder: Path, names: list[str]) -> None:
+    for name in names:
         with leaving_no_group(mesh):
             run(configured(data, folder, name), mesh)
-    if mesh.world == 2:  # lose all after step 5, and go on
+    if "fsdp" in names:  # lose all after step 5, and go on
         again = replace(configured(data, folder, "fsdp"), run_dir=folder / "again")
         mesh.on_main(partial(cut_back, folder / "fsdp", again.directory, step=5))
         run(again, mesh)
@@ -52,13 +53,23 @@ def train_all(mesh: Mesh, data: Path, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("switched")
-    for world in (1, 2):
-        run_on_ranks(world, train_all, tiny_data, folder)
+    run_on_ranks(1, train_ways, tiny_data, folder, ["none"])
+    run_on_ranks(2, train_ways, tiny_data, folder, QUICK)
     return folder
 
 
-@pytest.mark.parametrize("name", [name for name in WAYS if name != "none"])
+@pytest.mark.parametrize("name", QUICK)
 def test_two_processes_train_the_run_of_one(trained: Path, name: str) -> None:
+    check_same_run(trained, name)
+
+
+@pytest.mark.long(reason="test_parallel.py has the option with fewer switches")
+def test_two_processes_train_it_with_checkpointing(trained: Path, tiny_data: Path) -> None:
+    run_on_ranks(2, train_ways, tiny_data, trained, ["fsdp, checkpointing"])
+    check_same_run(trained, "fsdp, checkpointing")
+
+
+def check_same_run(trained: Path, name: str) -> None:
     one = losses(trained / "none")
     difference = (losses(trained / name) - one).abs()
     assert len(difference) == STEPS and one[-1] < one[0] - 0.3
