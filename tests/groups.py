@@ -18,7 +18,7 @@ import torch.multiprocessing as mp
 
 from train.mesh import Mesh
 
-PRELOADED = ["train.main", "torch._dynamo"]  # the latter is what making an optimizer imports
+PRELOADED = ["train.main", "torch._dynamo", "pytest", "tests.runs"]  # the second: by what makes an optimizer
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000  # linux/sched.h
 
 

@@ -220,6 +220,7 @@ def test_workers_leave_when_their_parent_is_killed(big: Path, tmp_path: Path) ->
     assert not any(is_alive(worker) for worker in started)
 
 
+@pytest.mark.long(reason="test_fineweb.py has it in `make test`, of the same workers.py")
 def test_a_killed_worker_ends_the_run_with_one_line(big: Path, tmp_path: Path) -> None:
     process = start("--input", big, "--out", "out", "--tokenizer", "byte", "--workers", "2", cwd=tmp_path)
     wait_for_parts(tmp_path / ".out.partial" / "parts", 1, process)
@@ -316,6 +317,7 @@ def test_a_full_disk_while_packing_frees_the_shards_and_keeps_the_parts(tmp_path
     assert names(tmp_path) == ["input", "out"]
 
 
+@pytest.mark.long(reason="test_fineweb.py has it in `make test`, of the same unfinished.py")
 def test_two_at_once_into_the_same_place(big: Path, tmp_path: Path) -> None:
     first = start("--input", big, "--out", "out", "--tokenizer", "byte", cwd=tmp_path)
     wait_for_parts(tmp_path / ".out.partial" / "parts", 1, first)

@@ -54,7 +54,7 @@ def counts_before_each_step(config: Config, monkeypatch: pytest.MonkeyPatch) -> 
     return [*counts, graphs_compiled()]
 
 
-LONG_KERNELS = pytest.mark.long(reason="kernels of its own to compile; each setting is in `make test` once")
+LONG_KERNELS = pytest.mark.long(reason="kernels of its own to compile; each option is in `make test` once")
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_nothing_is_compiled_once_training_has_begun(
     assert counts_before_each_step(resumed, monkeypatch) == [6] * 11
 
 
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=LONG_KERNELS)])
 def test_activation_checkpointing_keeps_little(compiled: bool) -> None:
     """Elements kept from the forward pass for the backward pass, the weights themselves left out."""
     kept = {}

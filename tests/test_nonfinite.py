@@ -72,7 +72,14 @@ def in_mode(config: Config, mode: Literal["auto", "fsdp"]) -> Config:
     return replace(config, parallel=replace(config.parallel, mode=mode))
 
 
-@pytest.mark.parametrize(("world", "mode"), [(1, "auto"), (2, "auto"), (2, "fsdp")])
+WORLDS_AND_MODES = [
+    (1, "auto"),
+    pytest.param(2, "auto", marks=pytest.mark.long(reason="what DDP adds to one process, FSDP2 adds too")),
+    (2, "fsdp"),
+]
+
+
+@pytest.mark.parametrize(("world", "mode"), WORLDS_AND_MODES)
 def test_a_bad_step_is_stopped_at_with_everything_before_it_saved(
     tiny_data: Path, tmp_path: Path, world: int, mode: Literal["auto", "fsdp"]
 ) -> None:
@@ -99,7 +106,7 @@ def test_a_bad_step_is_stopped_at_with_everything_before_it_saved(
     assert_same_tensors(final_tensors(tmp_path / "run"), final_tensors(whole.directory))
 
 
-@pytest.mark.parametrize(("world", "mode"), [(1, "auto"), (2, "auto"), (2, "fsdp")])
+@pytest.mark.parametrize(("world", "mode"), WORLDS_AND_MODES)
 def test_a_gradient_that_is_not_finite_is_skipped_where_asked_and_the_run_goes_on(
     tiny_data: Path, tmp_path: Path, world: int, mode: Literal["auto", "fsdp"]
 ) -> None:
