@@ -42,10 +42,10 @@ def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-ALSO = pytest.mark.long(reason="50 steps of many micro-batches; one and three processes are in `make test`")
+ALSO = pytest.mark.long(reason="50 steps of several micro-batches; test_modes.py has their gradients in `make test`")
 
 
-@pytest.mark.parametrize("world", [1, pytest.param(2, marks=ALSO), 3, pytest.param(4, marks=ALSO)])
+@pytest.mark.parametrize("world", [1, *(pytest.param(world, marks=ALSO) for world in (2, 3, 4))])
 def test_accumulation_is_the_same_run(trained: Path, tiny_data: Path, tmp_path: Path, world: int) -> None:
     """micro_batch 1: 12, 6, 4 and 3 micro-batches a step on each rank, gradients reduced after the last."""
     run_on_ranks(world, train_all, [tiny_config(tiny_data, tmp_path / "accumulating", micro_batch=1)])

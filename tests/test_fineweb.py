@@ -246,6 +246,7 @@ def num_missing(line: str) -> int:
     return int(line.removeprefix("fineweb: ").split(" of ")[0])
 
 
+@pytest.mark.long(reason="four interpreters; tasks one after the other are in `make test`")
 def test_tasks_at_the_same_time(finished: Path, pages: tuple[Path, list[Text]], ranks: str, tmp_path: Path) -> None:
     """Two tasks and a third that repeats the first's share."""
     task = ("--workers", "1", "--stage", "tokenize", "--num-tasks", "2", "--task-index")

@@ -81,6 +81,7 @@ def test_chunked_equals_plain_within_half_precision(dtype: torch.dtype) -> None:
         assert (chunked_gradients[name] - gradient).norm() <= 0.02 * gradient.norm(), name
 
 
+@pytest.mark.long(reason="kernels of its own to compile; test_precision.py compiles both in `make test`")
 @pytest.mark.parametrize("chunked", [False, True])
 def test_compiled_equals_eager(model: GPT, chunked: bool) -> None:
     eager, eager_gradients = gradients_of(model, chunked=chunked)
@@ -93,7 +94,7 @@ def test_compiled_equals_eager(model: GPT, chunked: bool) -> None:
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # by Dynamo, as it traces one
 def test_chunked_compiles_into_one_graph(model: GPT) -> None:
     inputs_BT, targets_BT = batch()
-    # Dynamo alone finds a break; test_compiled_equals_eager has the kernels.
+    # Dynamo finds a break without kernels; those are compiled elsewhere.
     whole = torch.compile(Objective(model, chunked=True), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(
         whole(inputs_BT, targets_BT, SCALE),

@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from tests.groups import run_on_ranks, start_on_ranks
 from tests.runs import called, status, tiny_flags, torchrun
 from tests.soak import num_rows
@@ -88,6 +90,7 @@ def test_two_runs_in_one_directory_are_refused(tiny_data: Path, tmp_path: Path) 
     assert "another process is training here (pid" in second.stderr
 
 
+@pytest.mark.long(reason="a start of torchrun; test_mesh.py has faults of ranks in `make test`")
 def test_bad_input_under_torchrun_is_said_once_and_every_worker_ends_with_2(tiny_data: Path, tmp_path: Path) -> None:
     process = torchrun(2, *flags(tmp_path / "nowhere", tmp_path / "run"))
     output = finish(process)
