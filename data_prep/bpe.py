@@ -44,8 +44,7 @@ import tyro
 
 from data_prep import bpe_reference
 from data_prep.atomic import write_json_atomically
-from data_prep.bpe_reference import BYTE_ORDER
-from data_prep.codec import EOT, FOLDER, GPT2_PATTERN, BpeCodec, Codec, load_codec
+from data_prep.codec import BYTE_ORDER, EOT, FOLDER, GPT2_PATTERN, BpeCodec, Codec, load_codec
 from data_prep.encode import describe_file
 from data_prep.errors import InputError, one_line_errors
 from data_prep.shards import MAX_VOCAB_SIZE

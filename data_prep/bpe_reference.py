@@ -20,11 +20,8 @@ from dataclasses import dataclass
 
 import regex
 
-from data_prep.codec import GPT2_PATTERN
+from data_prep.codec import BYTE_ORDER, GPT2_PATTERN
 
-# GPT-2's vocabulary begins with the bytes that Latin-1 can show, then come the others (encoder.py, bytes_to_unicode).
-SHOWN = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
-BYTE_ORDER = [*SHOWN, *(byte for byte in range(256) if byte not in SHOWN)]
 WORD = regex.compile(GPT2_PATTERN)
 
 

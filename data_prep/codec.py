@@ -11,7 +11,7 @@ import functools
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -29,6 +29,9 @@ RANKS_FILE = "ranks.tiktoken"
 EOT = "<|endoftext|>"
 # GPT-2's split pattern in the possessive form that tiktoken ships (openai_public.py, r50k_pat_str).
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+# GPT-2's vocabulary begins with the bytes that Latin-1 can show, then come the others (encoder.py, bytes_to_unicode).
+SHOWN = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
+BYTE_ORDER = [*SHOWN, *(byte for byte in range(256) if byte not in SHOWN)]
 
 Ids = npt.NDArray[np.integer]
 
@@ -201,6 +204,16 @@ class BpeCodec:
     @property
     def eot_id(self) -> int:
         return len(self._ranks)
+
+    @property
+    def ranks(self) -> Mapping[bytes, int]:
+        """The bytes of every id but EOT's."""
+        return self._ranks
+
+    @property
+    def pattern(self) -> str:
+        """What splits text into words, which no token crosses."""
+        return self._pattern
 
     def encode(self, text: str) -> Ids:
         try:

@@ -31,7 +31,7 @@ class Options:
     """Let a trained model speak."""
 
     path: Annotated[str, tyro.conf.Positional]
-    """RUN directory, RUN@STEP, or the path of one checkpoint."""
+    """RUN directory, RUN@STEP, the path of one checkpoint, or a Hugging Face folder of GPT-2's."""
     prompt: str = ""
     """What to continue; empty: a new document."""
     num_samples: int = 1

@@ -1,60 +1,156 @@
-"""Weights between our state dict and that of Hugging Face's GPT2LMHeadModel. Names are the same on both sides.
+"""Our models as folders that Hugging Face's transformers load, and theirs as ours.
 
-Hugging Face keeps the block matrices as Conv1D, the transpose of nn.Linear, and no vocabulary padding.
+    python model/hf_bridge.py export runs/NAME --out FOLDER    # or RUN@STEP; AutoModelForCausalLM loads FOLDER
+    python model/hf_bridge.py import FOLDER                    # looks through it, and says what it is
+    python model/generate.py FOLDER --prompt "The "
+    python train/main.py finetune --from-checkpoint FOLDER --data.dir data/mine
+
+Needs safetensors (pip install -e '.[hf]'). Exporting GPT-2 small takes 11 CPU seconds, start-up included, and 1.2 GB,
+from a checkpoint of any layout; neither a GPU nor torchrun is needed. Nothing has to be converted to be used here:
+whatever reads a trained model (model/trained.py) reads a Hugging Face folder of GPT-2's too, 124M to 1.5B.
 """
 
-from collections.abc import Mapping
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
 
-import torch
-from torch import Tensor
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data_prep.errors import InputError
-from model.config import ModelConfig, flag_of
+import tyro
 
-# What GPT2Config can say in its own words: n_inner, activation_function, tie_word_embeddings. Or what is no part of the
-# trained model.
-EXPRESSIBLE = ("hidden_size", "tie", "zero_init_projections")
-CONV1D_SUFFIXES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-VOCAB_KEYS = ("transformer.wte.weight", "lm_head.weight")
+from data_prep.atomic import fsync_directory, write_atomically, write_json_atomically
+from data_prep.codec import Codec
+from data_prep.errors import InputError, first_line, one_line_errors
+from data_prep.unfinished import put_in_place, unfinished_directory
+from model.config import ModelConfig
+from model.hf_folder import CONFIG_FILE, WEIGHTS_FILE, is_hugging_face, open_folder
+from model.hf_format import HEAD, to_hugging_face, to_json
+from model.hf_tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, tokenizer_config, tokenizer_json
+from model.model_card import model_card
+from model.trained import Trained, load_trained
 
-
-def check_expressible(config: ModelConfig) -> None:
-    """InputError, naming the switches, for a model that GPT2LMHeadModel cannot be."""
-    switched = config.switched()
-    if config.mlp != "swiglu":
-        switched.pop("mlp", None)  # ACT2FN has "gelu_new", "relu2" and "silu"
-    if config.attention == "naive":
-        switched.pop("attention", None)
-    odd = [f"{flag_of(name)} {value}" for name, value in switched.items() if name not in EXPRESSIBLE]
-    if odd:
-        raise InputError(f"GPT2LMHeadModel has no {', '.join(odd)}; only GPT-2's own form can be Hugging Face's")
+GENERATION_FILE = "generation_config.json"
+CARD_FILE = "README.md"
 
 
-def to_hugging_face(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Our tensors as GPT2LMHeadModel.load_state_dict takes them: transposed back, padding cut off."""
-    check_expressible(config)
-    return {
-        name: _transposed(name, tensor)[: _rows(name, tensor, config.vocab_size)] for name, tensor in state_dict.items()
+@dataclass(frozen=True)
+class Export:
+    """Write a trained model as a folder that Hugging Face's transformers load."""
+
+    path: Annotated[str, tyro.conf.Positional]
+    """RUN directory, RUN@STEP, or the path of one checkpoint."""
+    out: Path
+    """The folder to make. It appears whole or not at all, and replaces nothing."""
+    tokenizer: bool = True
+    """Write its tokenizer, too; without it the folder is for transformers alone."""
+
+
+@dataclass(frozen=True)
+class Import:
+    """Look through a folder of Hugging Face's GPT-2 as loading it would, and say what it is. Nothing is written."""
+
+    folder: Annotated[Path, tyro.conf.Positional]
+    """config.json, weights (safetensors or .bin, whole or in parts) and tokenizer of a GPT-2."""
+
+
+def export(options: Export) -> None:
+    """InputError, with nothing written, for what GPT2LMHeadModel cannot be and where --out is taken."""
+    refuse_existing(options.out)
+    if is_hugging_face(Path(options.path)):
+        raise InputError(f"{options.path}: is a Hugging Face folder already; export takes a run or a checkpoint")
+    trained = load_trained(options.path)
+    write_folder(trained, options.out, tokenizer=options.tokenizer)
+    print(f"{options.out}: step {trained.step} of {trained.checkpoint.resolve().parents[1].name}")
+    print("\n".join(described(trained.model.config, trained.codec if options.tokenizer else None)))
+
+
+def refuse_existing(out: Path) -> None:
+    if out.exists():
+        raise InputError(f"--out {out}: exists; choose another, or remove it")
+
+
+def write_folder(trained: Trained, out: Path, *, tokenizer: bool = True) -> None:
+    """The whole folder under its final name, at once."""
+    config = trained.model.config
+    contents = {
+        CONFIG_FILE: to_json(config),
+        GENERATION_FILE: {"bos_token_id": config.eot_id, "eos_token_id": config.eot_id},
     }
+    if tokenizer:
+        try:
+            contents[TOKENIZER_FILE] = tokenizer_json(trained.codec)
+        except InputError as error:
+            raise InputError(f"its tokenizer has no tokenizer.json: {error}; --no-tokenizer leaves it out") from error
+        contents[TOKENIZER_CONFIG_FILE] = tokenizer_config(trained.codec, config.context_len)
+    card = model_card(trained, out.resolve().name, described(config, trained.codec))
+    with unfinished_directory(out) as partial:
+        refuse_existing(out)  # which another process may have made meanwhile
+        for name, content in contents.items():
+            write_json_atomically(partial / name, content)
+        write_atomically(partial / CARD_FILE, card)
+        _write_weights(trained, partial / WEIGHTS_FILE)
+        shutil.copymode(partial / CARD_FILE, partial / WEIGHTS_FILE)  # safetensors makes it its owner's alone
+        put_in_place(partial, out)
 
 
-def from_hugging_face(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """GPT2LMHeadModel's tensors as GPT.load_state_dict takes them: transposed, padded by zero rows."""
-    check_expressible(config)
-    ours = {}
-    for name, tensor in state_dict.items():
-        padding = config.padded_vocab_size - tensor.shape[0] if name in VOCAB_KEYS else 0
-        ours[name] = (
-            torch.nn.functional.pad(_transposed(name, tensor), (0, 0, 0, padding))
-            if padding
-            else _transposed(name, tensor)
-        )
-    return ours
+def _write_weights(trained: Trained, path: Path) -> None:
+    """model.safetensors as transformers writes it: a tied head is the embedding, and is there once."""
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import save_file
+    except ImportError as error:
+        raise InputError("export needs safetensors: pip install -e '.[hf]'") from error
+    tensors = to_hugging_face(trained.model.state_dict(), trained.model.config)
+    if trained.model.is_tied:
+        del tensors[HEAD]
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise InputError(f"{path}: cannot be written ({first_line(error)}); make room there, or mend that") from error
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    fsync_directory(path.parent)
 
 
-def _transposed(name: str, tensor: Tensor) -> Tensor:
-    return tensor.T.contiguous() if name.endswith(CONV1D_SUFFIXES) else tensor
+def look_through(folder: Path) -> None:
+    """Everything that loading reads, numbers too."""
+    if not is_hugging_face(folder):
+        raise InputError(f"{folder}: no folder with weights as Hugging Face names them; where is model.safetensors?")
+    found = open_folder(folder)
+    for name in found.tensors:
+        found.parameter(name, found.config)
+    types = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in found.tensors.values()})
+    print(f"{folder}: GPT-2, {len(found.tensors)} tensors of {', '.join(types)} in {found.weights_file}")
+    print("\n".join(described(found.config, found.codec)))
 
 
-def _rows(name: str, tensor: Tensor, vocab_size: int) -> int | None:
-    return vocab_size if name in VOCAB_KEYS else None
+def described(config: ModelConfig, codec: Codec | None) -> list[str]:
+    """Shape and tokenizer, a line for each."""
+    shape = (
+        f"  shape      {config.num_layers} layers, {config.num_heads} heads, {config.width} wide, context "
+        f"{config.context_len:,}, vocabulary {config.vocab_size:,}, MLP {config.mlp_width} ({config.mlp}), "
+        f"{'tied' if config.tie else 'untied'} head"
+    )
+    if codec is None:
+        return [shape, "  tokenizer  none: only transformers can read this folder"]
+    about = codec.describe()
+    return [shape, f"  tokenizer  {about.get('name', about['kind'])}, sha256 {about['sha256'][:16]}"]
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    with one_line_errors("hf_bridge"):
+        command = Annotated[Export, tyro.conf.subcommand("export")] | Annotated[Import, tyro.conf.subcommand("import")]
+        options: Export | Import = tyro.cli(command, args=args, description=__doc__)
+        if isinstance(options, Export):
+            export(options)
+        else:
+            look_through(options.folder)
+
+
+if __name__ == "__main__":
+    main()

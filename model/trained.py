@@ -1,4 +1,4 @@
-"""Run directory or checkpoint -> model and codec: the read side of the checkpoint format.
+"""Run directory, checkpoint or Hugging Face folder -> model and codec; the read side of the checkpoint format.
 
     RUN/checkpoints/step_00000500/
         *.distcp, .metadata   torch.distributed.checkpoint of model.* and optimizer.*
@@ -6,7 +6,8 @@
         SHA256SUMS            of all of these, as `sha256sum -c SHA256SUMS` reads it
 
 A directory with such a name is complete: it was written elsewhere and renamed. Nothing in it can run code:
-hashes are checked first, and DCP's pickled .metadata is read through an allow-list.
+hashes are checked first, and DCP's pickled .metadata is read through an allow-list. Hugging Face's folders are
+model/hf_folder.py's to read.
 """
 
 import json
@@ -24,6 +25,7 @@ from data_prep.codec import Codec, load_codec
 from data_prep.errors import InputError
 from model.config import ModelConfig
 from model.dcp_files import read_tensors
+from model.hf_folder import is_hugging_face, open_folder
 from model.ladder import make_model
 from model.language_model import LanguageModel
 
@@ -102,11 +104,14 @@ def model_tensors(model: LanguageModel) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Trained:
-    """A model in eval mode with its tokenizer, the step it stands at, and where it came from."""
+    """A model in eval mode with its tokenizer, the step it stands at, and where it came from.
+
+    `step`: None of a Hugging Face folder, which does not say; `checkpoint` is then the folder.
+    """
 
     model: LanguageModel
     codec: Codec
-    step: int
+    step: int | None
     checkpoint: Path
 
 
@@ -128,17 +133,21 @@ def find_checkpoint(name: str | Path) -> Path:
         return path
     newest, faults = newest_sound(path)
     if newest is None:
-        raise InputError("; ".join(faults) or f"{path}: no checkpoint in it yet")
+        raise InputError(
+            "; ".join(faults) or f"{path}: no checkpoint in it yet, and no weights as Hugging Face names them"
+        )
     return newest
 
 
 def load_trained(
     name: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Trained:
-    """What RUN, RUN@STEP or a checkpoint's own path names (see `find_checkpoint`).
+    """What RUN, RUN@STEP or a checkpoint's own path names (see `find_checkpoint`), or a Hugging Face folder.
 
     The model computes in `dtype`; its weights are fp32. Raises InputError in one line for anything unusable.
     """
+    if is_hugging_face(Path(name)):
+        return _load_folder(Path(name), device=device, dtype=dtype)
     checkpoint = find_checkpoint(name)
     model = make_model(model_config(read_state(checkpoint), checkpoint), compute_dtype=dtype)
     read_tensors(checkpoint, model_tensors(model))
@@ -149,6 +158,18 @@ def load_trained(
             f"its model {model.config.vocab_size}; they do not belong together"
         )
     return Trained(model.to(device).eval(), codec, step_of(checkpoint), checkpoint)
+
+
+@torch.no_grad()
+def _load_folder(path: Path, *, device: torch.device | str, dtype: torch.dtype) -> Trained:
+    folder = open_folder(path)
+    with torch.device("meta"):
+        model = make_model(folder.config, compute_dtype=dtype)
+    model.to_empty(device=device)
+    model.tie_weights()
+    for parameter_name, parameter in model.named_parameters():
+        parameter.copy_(folder.parameter(parameter_name, folder.config))
+    return Trained(model.eval(), folder.codec, None, path)
 
 
 def model_config(state: Mapping[str, Any], checkpoint: Path) -> ModelConfig:

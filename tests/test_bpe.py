@@ -18,9 +18,8 @@ import pytest
 import regex
 
 from data_prep.bpe import Options, main, prepare, save, tokens_of, train_by_tokenizers
-from data_prep.bpe_reference import BYTE_ORDER
 from data_prep.bpe_reference import train as train_reference
-from data_prep.codec import BpeCodec, load_codec, make_codec
+from data_prep.codec import BYTE_ORDER, BpeCodec, load_codec, make_codec
 from data_prep.errors import InputError
 from data_prep.sources import InputFile, Reading, find_files, read_pieces
 from data_prep.text_sample import PIECE_BYTES, draw, key_of, pieces, read_texts, spread

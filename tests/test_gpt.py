@@ -9,7 +9,7 @@ import torch
 
 from model.config import NAMED_SHAPES, ModelConfig
 from model.gpt import GPT, build_model
-from model.hf_bridge import from_hugging_face, to_hugging_face
+from model.hf_format import from_hugging_face, to_hugging_face
 
 TINY = ModelConfig(num_layers=2, num_heads=2, width=32, vocab_size=100, context_len=16)
 SMALL = NAMED_SHAPES["gpt2-small"]

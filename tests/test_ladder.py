@@ -20,7 +20,7 @@ from data_prep.manifest import open_split, read_manifest
 from launch.experiments import RUNGS
 from model import budget, generate, ladder
 from model.config import ModelConfig, Rung
-from model.hf_bridge import to_hugging_face
+from model.hf_format import to_hugging_face
 from model.language_model import LanguageModel, init_weights
 from model.trained import load_trained
 from tests.groups import run_on_ranks

@@ -24,7 +24,7 @@ def flops(config: Config) -> float:
 
 def test_the_names() -> None:
     gpt2 = ["gpt2-small", "gpt2-medium", "gpt2-large", "gpt2-xl"]
-    others = ["gpt2-small-134m", "phase1", "phase2", "phase3", "tinystories", "openwebtext-32k"]
+    others = ["gpt2-small-134m", "phase1", "phase2", "phase3", "tinystories", "openwebtext-32k", "finetune"]
     small = ["shakespeare-char", "shakespeare-char-cpu", "stories-cpu", "quickstart"]
     assert list(PRESETS) == [*gpt2, *others, *small]
     sizes = [budget(PRESETS[name].model).num_parameters for name in gpt2]

@@ -21,7 +21,7 @@ from model.attention import Shared, naive_attention, rope_rotation, rotated
 from model.blocks import MLP, Block
 from model.config import GPT2, ModelConfig
 from model.gpt import GPT, build_model
-from model.hf_bridge import from_hugging_face, to_hugging_face
+from model.hf_format import from_hugging_face, to_hugging_face
 from model.layers import make_norm
 from train.losses import Objective
 

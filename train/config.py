@@ -165,7 +165,8 @@ class Config:
     resume: bool = True
     """Continue from the newest sound checkpoint; --no-resume refuses a run directory that has one."""
     from_checkpoint: str | None = None
-    """RUN or RUN@STEP: begin a new run with the weights of another's newest checkpoint, or of one step."""
+    """RUN or RUN@STEP: begin a new run with the weights of another's newest checkpoint, or of one step. Or a Hugging
+    Face folder of GPT-2's; of a longer context than --train.seq-len its first positions are taken."""
     stop_after: str | None = None
     """Stop with a checkpoint when this process is so old: 3h50m, 90m, 1d12h. A restart counts anew."""
     dry_run: bool = False

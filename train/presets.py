@@ -165,6 +165,29 @@ def phase3() -> Config:
     return replace(gpt2_small(), preset="phase3")
 
 
+def finetune() -> Config:
+    """GPT-2 small's own weights, trained further on own text: give --data.dir, tokenized with --tokenizer gpt2.
+
+    --from-checkpoint is the Hugging Face folder `gpt2` unless another is given (of another size with its
+    --model.num-layers, --model.num-heads and --model.width). 20 steps of 32 windows of 1,024 at a constant 3e-5,
+    without warm-up: nanoGPT, config/finetune_shakespeare.py (there GPT-2 XL, on 2.2 epochs of Tiny Shakespeare). A
+    shorter --train.seq-len takes the folder's first positions. Not measured with OpenAI's weights.
+    Cost: 5.6e14 FLOPs; some seconds on a recent GPU.
+    """
+    return Config(
+        preset="finetune",
+        from_checkpoint="gpt2",
+        data=DataConfig(dir=Path("data/mine")),
+        model=NAMED_SHAPES["gpt2-small"],
+        train=TrainConfig(steps=20, batch_tokens=32_768, micro_batch=4),
+        optim=OptimConfig(lr_peak=3e-5, schedule="constant", warmup_steps=0),
+        validate=ValidateConfig(every=5, tokens=327_680),
+        sample=SampleConfig(every=10),
+        save=SaveConfig(every=10),
+        track=TrackConfig(every=1, wandb="disabled"),
+    )
+
+
 def shakespeare_char() -> Config:
     """Tiny Shakespeare by characters on one GPU: 6 layers, 6 heads, 384 wide, context 256, batch 64, 10.7M parameters.
 
@@ -250,6 +273,7 @@ PRESETS = {
         phase3(),
         tinystories(),
         openwebtext_32k(),
+        finetune(),
         shakespeare_char(),
         shakespeare_char_cpu(),
         stories_cpu(),

@@ -12,7 +12,9 @@ import torch
 
 from data_prep.codec import Codec, load_codec
 from data_prep.errors import InputError
+from model.config import ModelConfig
 from model.dcp_files import read_tensors
+from model.hf_folder import is_hugging_face, open_folder
 from model.language_model import LanguageModel
 from model.trained import (
     CHECKPOINTS,
@@ -27,6 +29,7 @@ from model.trained import (
 from train.config import Config
 from train.mesh import Mesh
 from train.numerics import LossScale
+from train.parallel import put
 from train.saves import checkpoint_tensors
 
 # What a model may be told otherwise and still be what its weights were trained for.
@@ -64,53 +67,91 @@ def load(
 
 def settle_origin(config: Config) -> Config:
     """--from-checkpoint as PATH@STEP, with the path absolute: what RUN's newest is changes, what a run began with not.
+    A Hugging Face folder has no steps, and is its path.
 
-    What this run's config.json says stays, as long as the command line names the same run.
+    What this run's config.json says stays, as long as the command line names the same run or folder.
     """
     if config.from_checkpoint is None:
         return config
     run, at, step = config.from_checkpoint.rpartition("@")
     named = Path(run if at and step.isdigit() else config.from_checkpoint).resolve()
     if STEP_NAME.fullmatch(named.name):
-        named, step = named.parents[1], str(step_of(named))
-    elif not (at and step.isdigit()):
-        step = kept_step(config.directory, named) or str(step_of(find_checkpoint(named)))
-    return replace(config, from_checkpoint=f"{named}@{int(step)}")
+        origin = f"{named.parents[1]}@{step_of(named)}"
+    elif at and step.isdigit():
+        origin = f"{named}@{int(step)}"
+    elif (kept := kept_origin(config.directory, named)) is not None:
+        origin = kept
+    else:
+        origin = str(named) if is_hugging_face(named) else f"{named}@{step_of(find_checkpoint(named))}"
+    return replace(config, from_checkpoint=origin)
 
 
-def kept_step(run_dir: Path, named: Path) -> str | None:
-    """The step of run `named` that config.json says `run_dir` began with."""
+def kept_origin(run_dir: Path, named: Path) -> str | None:
+    """What config.json says `run_dir` began with, if that is run or folder `named`."""
     try:
         kept = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))["config"]["from_checkpoint"]
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
         return None  # a damaged file is reported where the run is compared with it
-    path, _, step = (kept or "").rpartition("@")
-    return step if path == str(named) else None
+    return kept if kept is not None and str(named) in (kept, kept.rpartition("@")[0]) else None
 
 
-def load_weights(name: str, model: LanguageModel, codec: Codec, mesh: Mesh) -> Path:
-    """Put the weights of RUN's newest sound checkpoint, or of RUN@STEP, into a model of the same shape. Collective.
+def load_weights(name: str, model: LanguageModel, codec: Codec, mesh: Mesh) -> str:
+    """Put the weights of RUN's newest sound checkpoint, of RUN@STEP or of a Hugging Face folder into a model of the
+    same shape; which they were. Collective.
 
     InputError, naming what differs, for another shape or another tokenizer: its ids would mean other text.
     """
+    if mesh.on_main(lambda: is_hugging_face(Path(name))):
+        return mesh.on_all(lambda: _load_folder(Path(name), model, codec))
 
     def find() -> Path:
         checkpoint = find_checkpoint(name)
-        theirs, ours = asdict(model_config(read_state(checkpoint), checkpoint)), asdict(model.config)
-        found = [
-            f"{key} {theirs[key]} (this run: {ours[key]})"
-            for key in ours
-            if theirs[key] != ours[key] and key not in NOT_IN_WEIGHTS
-        ]
-        if load_codec(checkpoint.resolve().parents[1]).describe() != codec.describe():
-            found.append("another tokenizer")
-        if found:
-            raise InputError(f"--from-checkpoint {name}: its model does not fit this run: {', '.join(found)}")
+        theirs = model_config(read_state(checkpoint), checkpoint)
+        _refuse_misfit(name, theirs, load_codec(checkpoint.resolve().parents[1]), model.config, codec)
         return checkpoint
 
     checkpoint = mesh.on_main(find)
     read_tensors(checkpoint, model_tensors(model))
-    return checkpoint
+    return str(checkpoint)
+
+
+def _load_folder(path: Path, model: LanguageModel, codec: Codec) -> str:
+    """Every rank reads the folder and keeps what is its own.
+
+    A context shorter than the folder's takes the first of its positions, with which the model is what it was there.
+    """
+    folder, ours = open_folder(path), model.config
+    if ours.context_len > folder.config.context_len:
+        raise InputError(
+            f"--from-checkpoint {path}: has positions for {folder.config.context_len} tokens; "
+            f"set --train.seq-len {folder.config.context_len} or less (it is {ours.context_len})"
+        )
+    theirs = replace(folder.config, context_len=ours.context_len, vocab_multiple=ours.vocab_multiple)
+    if theirs.mlp_width == ours.mlp_width:  # which None and a number can both say
+        theirs = replace(theirs, hidden_size=ours.hidden_size)
+    _refuse_misfit(str(path), theirs, folder.codec, ours, codec)
+    for name, parameter in model.named_parameters():
+        put(parameter, folder.parameter(name, ours))
+    cut = folder.config.context_len - ours.context_len
+    return f"{path}, without the last {cut} of its {folder.config.context_len} positions" if cut else str(path)
+
+
+def _refuse_misfit(name: str, theirs: ModelConfig, their_codec: Codec, ours: ModelConfig, codec: Codec) -> None:
+    there, here = asdict(theirs), asdict(ours)
+    found = [
+        f"{key} {there[key]} (this run: {here[key]})"
+        for key in here
+        if there[key] != here[key] and key not in NOT_IN_WEIGHTS
+    ]
+    if _ids_of(their_codec) != _ids_of(codec):
+        found.append("another tokenizer")
+    if found:
+        raise InputError(f"--from-checkpoint {name}: its model does not fit this run: {', '.join(found)}")
+
+
+def _ids_of(codec: Codec) -> dict[str, Any]:
+    """What decides which text has which ids. The name of a vocabulary does not."""
+    return {key: value for key, value in codec.describe().items() if key != "name"}
 
 
 def _restore_random_state(states: dict[str, str], device: torch.device) -> None:
