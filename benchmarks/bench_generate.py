@@ -33,7 +33,7 @@ from torch import Tensor
 from data_prep.errors import InputError, one_line_errors
 from model.budget import count_cache_bytes
 from model.config import ModelConfig
-from model.decoding import CachedPasses, Passes, Row, WholePasses, cast_matrices, generate_rows
+from model.decoding import CachedPasses, Passes, Row, WholePasses, generate_rows, make_ready
 from model.gpt import GPT, build_model
 from model.hf_bridge import check_expressible, to_hugging_face
 from model.sampling import Sampling
@@ -327,7 +327,7 @@ def main(args: list[str] | None = None) -> None:
         if isinstance(theirs, str):
             print(f"transformers left out: {theirs}")
             theirs = None
-        cast_matrices(model)
+        make_ready(model)
         batches = dict[str, dict[str, Any]]()
         for index, num_rows in enumerate(options.batches):
             batches[str(num_rows)] = measure(options, model, theirs, num_rows, is_first=index == 0)

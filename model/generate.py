@@ -5,9 +5,11 @@
     echo '"The "' | python model/generate.py runs/NAME --prompts-file -
 
 A prompt streams as it is continued. A file of prompts, a JSON string or {"prompt": "..."} on each line, comes back as
-JSON lines, in its order: prompt, sample (from 1), text, tokens, stopped_by (eot, stop or max_tokens). 1,000 characters
-of the quickstart's model take 5 s on 2 CPU cores, start-up included; what a token costs, against transformers and a
-machine's memory bandwidth: benchmarks/bench_generate.py. Past the context a token costs a whole pass: see --keep.
+JSON lines, in its order: prompt, sample (from 1), text, tokens, stopped_by (eot, stop or max_tokens).
+
+Past the context a token costs a whole pass, see --keep: 1,000 characters of a model of the quickstart's shape take
+5.4 s on 2 CPU cores, with --keep 64 2.6 s, and start-up some seconds. What a token costs against transformers and
+against the memory's bandwidth: benchmarks/bench_generate.py.
 """
 
 import itertools
@@ -28,7 +30,7 @@ import tyro
 from data_prep.codec import Codec
 from data_prep.errors import InputError, first_line, one_line_errors
 from model.continuation import Continuation
-from model.decoding import CachedPasses, Passes, Row, WholePasses, cast_matrices, generate_rows
+from model.decoding import CachedPasses, Passes, Row, WholePasses, generate_rows, make_ready
 from model.gpt import GPT
 from model.language_model import LanguageModel
 from model.sampling import Sampling
@@ -72,7 +74,7 @@ class Options:
     cache: bool = True
     """Keep keys and values; without, each token is a whole pass."""
     compile: bool = False
-    """Compile the one-token step: some minutes' start for a faster token."""
+    """Compile the one-token step: half a minute's start or more, for faster tokens."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Of the products, and of the keys and values that are kept."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
@@ -202,7 +204,7 @@ def main(args: list[str] | None = None) -> None:
         sampling = checked(options)
         trained = load_trained(options.path, device=options.device, dtype=DTYPES[options.dtype])
         passes = passes_of(trained.model, options)
-        cast_matrices(trained.model)
+        make_ready(trained.model)
         given = [("--prompt", options.prompt)] if options.prompts_file is None else read_prompts(options.prompts_file)
         spoken = speak(passes, jobs_of(given, trained.codec, options), options, sampling)
         if options.prompts_file is None:

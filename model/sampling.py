@@ -15,6 +15,8 @@ from torch import Tensor
 
 from data_prep.errors import InputError
 
+NUCLEUS_GUESS = 1024
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -58,21 +60,13 @@ def choices(logits_BV: Tensor, sampling: Sampling, vocab_size: int) -> Choices:
     if sampling.temperature == 0:
         ids_B1 = logits_BV.argmax(dim=1, keepdim=True)
         return Choices(torch.ones(ids_B1.shape, dtype=torch.float64, device=ids_B1.device), ids_B1)
-    ids_BN: Tensor | None = None
-    if sampling.top_k is not None and sampling.top_k < vocab_size:
-        ids_BN = _largest(logits_BV, sampling.top_k)
-    elif sampling.top_p is not None:
-        ids_BN = torch.arange(vocab_size, device=logits_BV.device).expand(logits_BV.shape)
+    ids_BN = None if sampling.top_k is None or sampling.top_k >= vocab_size else _largest(logits_BV, sampling.top_k)
     x_BN = (logits_BV if ids_BN is None else logits_BV.gather(1, ids_BN)).double()
     # In fp64, so that the nucleus of 50,000 tokens is exact; less their maximum first, for temperatures near 0.
     probabilities_BN = ((x_BN - x_BN.amax(dim=1, keepdim=True)) / sampling.temperature).softmax(dim=1)
-    if sampling.top_p is not None:
-        assert ids_BN is not None
-        probabilities_BN, order_BN = probabilities_BN.sort(dim=1, descending=True, stable=True)
-        ids_BN = ids_BN.gather(1, order_BN)
-        before_BN = F.pad(probabilities_BN.cumsum(dim=1)[:, :-1], (1, 0))
-        if sampling.top_p < 1:  # of 1 rounding could leave a tail out
-            probabilities_BN = probabilities_BN.masked_fill(before_BN >= sampling.top_p, 0)
+    if sampling.top_p is not None and sampling.top_p < 1:  # of 1 rounding could leave a tail out
+        columns_BN, probabilities_BN = _nucleus(x_BN, probabilities_BN, sampling.top_p)
+        ids_BN = columns_BN if ids_BN is None else ids_BN.gather(1, columns_BN)
     if sampling.min_p is not None:
         least_B1 = sampling.min_p * probabilities_BN.amax(dim=1, keepdim=True)
         probabilities_BN = probabilities_BN.masked_fill(probabilities_BN < least_B1, 0)
@@ -86,6 +80,24 @@ def _largest(logits_BV: Tensor, k: int) -> Tensor:
     room_B1 = k - above_BV.sum(dim=1, keepdim=True)
     kept_BV = above_BV | (ties_BV & (ties_BV.cumsum(dim=1) <= room_B1))
     return kept_BV.nonzero()[:, 1].view(-1, k)
+
+
+def _nucleus(x_BN: Tensor, probabilities_BN: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
+    """Columns that hold each row's nucleus, likeliest first, and their probabilities, 0 outside of it.
+
+    Sought among NUCLEUS_GUESS tokens first: to sort a whole vocabulary takes as long as a small model's pass.
+    """
+    for size in (NUCLEUS_GUESS, x_BN.shape[1]):
+        if size < x_BN.shape[1]:
+            columns_BN = _largest(x_BN, size)
+        else:
+            columns_BN = torch.arange(x_BN.shape[1], device=x_BN.device).expand(x_BN.shape)
+        sorted_BN, order_BN = probabilities_BN.gather(1, columns_BN).sort(dim=1, descending=True, stable=True)
+        reached_BN = sorted_BN.cumsum(dim=1)
+        if (reached_BN[:, -1] >= top_p).all():
+            break
+    before_BN = F.pad(reached_BN[:, :-1], (1, 0))
+    return columns_BN.gather(1, order_BN), sorted_BN.masked_fill(before_BN >= top_p, 0)
 
 
 def draw(found: Choices, generators: Sequence[torch.Generator | None]) -> list[int | None]:

@@ -10,9 +10,10 @@ import torch
 
 from model import ladder
 from model.config import ModelConfig
-from model.decoding import CachedPasses, Passes, Row, WholePasses, cast_matrices, generate_rows
+from model.decoding import CachedPasses, Passes, Row, WholePasses, generate_rows, make_ready
 from model.gpt import GPT, build_model
 from model.language_model import init_weights
+from model.layers import Linear
 from model.sampling import Sampling
 from tests.test_switches import MODERN, moved
 
@@ -107,15 +108,19 @@ def test_the_rungs_below_go_without(name: Any) -> None:
                 assert row[end] == int(model(torch.tensor([row[max(0, end - 8) : end]]))[0, -1].argmax())
 
 
-def test_matrices_held_in_bfloat16_give_the_same_numbers() -> None:
-    model = build_model(SMALL, seed=1, compute_dtype=torch.bfloat16)
-    tokens_BT = torch.tensor([PROMPTS[2]])
-    with torch.no_grad():
-        before = model(tokens_BT)
-        cast_matrices(model)
-        assert torch.equal(model(tokens_BT), before)
-    assert model.lm_head.weight.dtype == model.blocks[0].mlp.c_fc.weight.dtype == torch.bfloat16  # type: ignore[union-attr]
-    assert model.transformer["wte"].weight.dtype == torch.float32
+def test_a_model_made_ready_gives_the_same_numbers() -> None:
+    tokens_BT, last_B = torch.tensor(PROMPTS[:1] * 3), torch.tensor([0, 1, 2])
+    for dtype in (torch.float32, torch.bfloat16):
+        other = dataclasses.replace(SMALL, vocab_multiple=1, logit_softcap=5.0, tie=False)
+        for config in (SMALL, other):
+            model = build_model(config, seed=1, compute_dtype=dtype)
+            with torch.no_grad():
+                before, before_last = model(tokens_BT), model.logits_at(tokens_BT, last_B)
+                make_ready(model)
+                assert torch.equal(model(tokens_BT), before)
+                torch.testing.assert_close(model.logits_at(tokens_BT, last_B), before_last, rtol=0, atol=1e-6)
+            assert {module.weight.dtype for module in model.modules() if isinstance(module, Linear)} == {dtype}
+            assert model.transformer["wte"].weight.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
@@ -126,6 +131,7 @@ def test_a_compiled_step_is_compiled_once_and_says_the_same(backend: str) -> Non
     """Rows of all lengths, fewer rows than there is room for, and past the context."""
     torch.compiler.reset()
     model = small(num_layers=1)
+    make_ready(model)
     passes = CachedPasses(model, num_rows=4, keep=4, compile_backend=backend)
     first = rows_of(PROMPTS[:3])
     found = generate_rows(passes, first, sampling=GREEDY)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from data_prep.errors import InputError
-from model.sampling import Sampling, choices, draw
+from model.sampling import NUCLEUS_GUESS, Sampling, choices, draw
 
 LOGITS = torch.randn(128, generator=torch.Generator().manual_seed(1)) * 3
 VOCAB_SIZE = 100  # the others are padding
@@ -129,13 +129,16 @@ def test_the_nucleus_is_the_smallest_set_that_reaches_p() -> None:
 
 
 def test_the_nucleus_of_a_large_vocabulary_is_exact() -> None:
-    """Every smaller set misses p, in fp64, for many p."""
+    """Every smaller set misses p, in fp64, for sets of some tokens and of almost all."""
     logits_V = torch.randn(50_257, generator=torch.Generator().manual_seed(2)) * 2
     probabilities = np.exp(logits_V.double().numpy())
     probabilities = -np.sort(-probabilities / probabilities.sum())
-    for top_p in (0.1, 0.5, 0.9, 0.99, 0.99999):
+    sizes = []
+    for top_p in (0.1, 0.3, 0.5, 0.9, 0.99, 0.99999):
         size = int((choices(logits_V[None], Sampling(1.0, None, top_p), 50_257).probabilities_BN > 0).sum())
         assert probabilities[: size - 1].sum() < top_p <= probabilities[:size].sum()
+        sizes.append(size)
+    assert sizes[0] < NUCLEUS_GUESS < sizes[-1]
 
 
 def test_min_p_is_measured_by_the_likeliest() -> None:
