@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from model.config import ModelConfig
+from model.kv_cache import BlockCache
 from model.layers import NORM_EPS, Linear, RMSNorm
 
 ROPE_BASE = 10_000.0  # Su et al. 2021, section 3.2.2
-Rotation = tuple[Tensor, Tensor]  # cosines and sines, fp32 [T, K]
+Rotation = tuple[Tensor, Tensor]  # cosines and sines, fp32 [T, K], or [B, 1, T, K] where rows stand elsewhere
 
 
 class Shared(NamedTuple):
@@ -27,6 +28,8 @@ class Shared(NamedTuple):
     rotation: Rotation | None = None
     mask: BlockMask | None = None
     first_values_BHTK: Tensor | None = None
+    cache: BlockCache | None = None
+    visible_B1TS: Tensor | None = None
 
 
 class Attention(nn.Module):
@@ -56,7 +59,10 @@ class Attention(nn.Module):
         if self.value_mix is not None:
             assert shared.first_values_BHTK is not None
             v_BHTK = torch.lerp(v_BHTK, shared.first_values_BHTK, self.value_mix.to(v_BHTK.dtype))
-        if self.kind == "naive":
+        kept_BHSK = None if shared.cache is None else shared.cache.update(k_BHTK, v_BHTK)
+        if kept_BHSK is not None and shared.visible_B1TS is not None:
+            y_BHTK = F.scaled_dot_product_attention(q_BHTK, *kept_BHSK, attn_mask=shared.visible_B1TS)
+        elif self.kind == "naive":
             y_BHTK = naive_attention(q_BHTK, k_BHTK, v_BHTK)
         elif self.kind == "flex":
             # In heads' own order: compiled for a CPU, torch 2.13 gave wrong numbers for operands computed in another.
@@ -77,15 +83,15 @@ def naive_attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor) -> Tensor:
     return weights_BHTT.to(v_BHTK.dtype) @ v_BHTK
 
 
-def rope_rotation(T: int, head_size: int, device: torch.device) -> Rotation:
+def rope_rotation(places_T: Tensor, head_size: int) -> Rotation:
     """Cosines and sines of position t times frequency base^(-2i / K), for element i and again for element i + K/2.
 
     Su et al. 2021 pair neighbours (equation 34); pairing an element with the one half a head on is the same up to the
     order of the rows of c_attn, and is what Llama's weights are for.
     """
-    frequency_k = ROPE_BASE ** (-torch.arange(0, head_size, 2, device=device, dtype=torch.float32) / head_size)
-    angle_Tk = torch.outer(torch.arange(T, device=device, dtype=torch.float32), frequency_k)
-    angle_TK = torch.cat([angle_Tk, angle_Tk], dim=1)
+    exponent_k = torch.arange(0, head_size, 2, device=places_T.device, dtype=torch.float32) / head_size
+    angle_Tk = places_T.float()[..., None] * ROPE_BASE**-exponent_k
+    angle_TK = torch.cat([angle_Tk, angle_Tk], dim=-1)
     return angle_TK.cos(), angle_TK.sin()
 
 

@@ -1,18 +1,25 @@
 """Let a trained model speak.
 
     python model/generate.py runs/NAME --prompt "The " --temperature 0.8 --top-k 50 --num-samples 3 --seed 1
+    python model/generate.py runs/NAME --prompts-file prompts.jsonl --top-p 0.9 --stop "." > said.jsonl
+    echo '"The "' | python model/generate.py runs/NAME --prompts-file -
 
-Streams as it samples: 1,000 characters of the quickstart's model take 5 s on 2 CPU cores, start-up included. Each
-token is one pass over the whole context (there is no cache yet).
+A prompt streams as it is continued. A file of prompts, a JSON string or {"prompt": "..."} on each line, comes back as
+JSON lines, in its order: prompt, sample (from 1), text, tokens, stopped_by (eot, stop or max_tokens).
+
+Past the context a token costs a whole pass, see --keep: 1,000 characters of a model of the quickstart's shape take
+5.4 s on 2 CPU cores, with --keep 64 2.6 s, and start-up some seconds. What a token costs against transformers and
+against the memory's bandwidth: benchmarks/bench_generate.py.
 """
 
-import codecs
 import itertools
+import json
 import sys
 from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -21,9 +28,15 @@ import torch
 import tyro
 
 from data_prep.codec import Codec
-from data_prep.errors import InputError, one_line_errors
-from model.sampling import Sampling, generate_tokens
+from data_prep.errors import InputError, first_line, one_line_errors
+from model.continuation import Continuation
+from model.decoding import CachedPasses, Passes, Row, WholePasses, generate_rows, make_ready
+from model.gpt import GPT
+from model.language_model import LanguageModel
+from model.sampling import Sampling
 from model.trained import load_trained
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 @dataclass(frozen=True)
@@ -34,16 +47,36 @@ class Options:
     """RUN directory, RUN@STEP, the path of one checkpoint, or a Hugging Face folder of GPT-2's."""
     prompt: str = ""
     """What to continue; empty: a new document."""
+    prompts_file: str | None = None
+    """JSON lines of prompts; -: standard input. JSON lines come out."""
     num_samples: int = 1
-    """Continuations, each from the same prompt."""
+    """Continuations of each prompt."""
     max_tokens: int = 200
     """Longest continuation."""
     temperature: float = 0.8
     """Divides the logits; 0 always takes the likeliest token."""
     top_k: int | None = 50
     """Choose among the k likeliest tokens; None: among all."""
+    top_p: float | None = None
+    """Of those, among the fewest whose probability reaches p (the nucleus)."""
+    min_p: float | None = None
+    """Among those at least p times as likely as the likeliest."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a continuation, which then ends before them."""
     seed: int = 1
-    """Sample i of a seed is the same however many are asked for."""
+    """Sample i of prompt n is the same however many are asked for, and whatever is computed beside it (but for
+    rounding)."""
+    batch_size: int = 8
+    """Continuations computed together."""
+    keep: int | None = None
+    """How many tokens of a full context go on when one more comes. None: all but the oldest; each token is then a whole
+    pass. Half a context is far faster, and the model sees between half and all of it."""
+    cache: bool = True
+    """Keep keys and values; without, each token is a whole pass."""
+    compile: bool = False
+    """Compile the one-token step: half a minute's start or more, for faster tokens."""
+    dtype: Literal["fp32", "bf16"] = "fp32"
+    """Of the products, and of the keys and values that are kept."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
     """Where to run."""
 
@@ -55,47 +88,129 @@ def encode_prompt(codec: Codec, prompt: str) -> list[int]:
     return tokens or [int(index) for index in codec.encode("\n")]
 
 
-def stream_text(codec: Codec, tokens: Iterable[int]) -> Iterator[str]:
-    """Text as soon as its bytes are whole characters; broken ones become U+FFFD."""
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    for token in tokens:
-        yield decoder.decode(codec.decode_bytes([token]))
-    yield decoder.decode(b"", final=True)
+def sample_generator(seed: int, index: int, prompt_index: int = 0) -> torch.Generator:
+    """The random numbers of sample `index` of a prompt, whatever other samples are drawn."""
+    # mt19937 takes 32 bits of a seed: prompts are spread over them by the golden ratio (Knuth, TAOCP 3, section 6.4).
+    return torch.Generator().manual_seed(seed * 1_000_003 + index + prompt_index * 2_654_435_761 % 2**32)
 
 
-def sample_generator(seed: int, index: int) -> torch.Generator:
-    """The random numbers of sample `index`, whatever other samples are drawn."""
-    return torch.Generator().manual_seed(seed * 1_000_003 + index)
+@dataclass(frozen=True)
+class Job:
+    """One continuation to come."""
+
+    prompt: str
+    sample: int  # from 0
+    row: Row
+    said: Continuation
+
+
+def jobs_of(prompts: Iterable[tuple[str, str]], codec: Codec, options: Options) -> Iterator[Job]:
+    """`num_samples` of each (where it stands, prompt)."""
+    for prompt_index, (place, prompt) in enumerate(prompts):
+        try:
+            tokens = encode_prompt(codec, prompt)
+        except InputError as error:
+            raise InputError(f"{place} {prompt!r}: {error}") from error
+        for sample in range(options.num_samples):
+            row = Row(list(tokens), sample_generator(options.seed, sample, prompt_index))
+            yield Job(prompt, sample, row, Continuation(codec, max_tokens=options.max_tokens, stops=options.stop))
+
+
+def read_prompts(name: str) -> Iterator[tuple[str, str]]:
+    """(where it stands, prompt) of each line that is not blank, as they come."""
+    with nullcontext(sys.stdin.buffer) if name == "-" else Path(name).open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                found = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"--prompts-file {name}:{number}: no JSON: {first_line(error)}") from error
+            prompt = found["prompt"] if isinstance(found, dict) and list(found) == ["prompt"] else found
+            if not isinstance(prompt, str):
+                raise InputError(f'--prompts-file {name}:{number}: give a JSON string, or {{"prompt": "..."}} alone')
+            yield f"--prompts-file {name}:{number}:", prompt
+
+
+def speak(passes: Passes, jobs: Iterator[Job], options: Options, sampling: Sampling) -> Iterator[list[Job]]:
+    """The jobs in batches; each batch again after each of its tokens, until all of it has been said."""
+    while batch := list(itertools.islice(jobs, options.batch_size)):
+        for tokens in generate_rows(passes, [job.row for job in batch], sampling=sampling):
+            for job, token in zip(batch, tokens, strict=True):
+                if token is not None:
+                    job.said.add(token)
+                    job.row.is_done = job.said.stopped_by is not None
+            yield batch
+
+
+def print_text(spoken: Iterable[list[Job]], num_samples: int) -> None:
+    """As it comes, one sample after the other: those beside the one that streams wait for its end."""
+    sample, length = 0, None  # which streams, and how much of it is out
+    for batch in spoken:
+        for job in batch[sample - batch[0].sample :]:
+            if length is None:
+                heading = f"--- sample {sample + 1}\n" if num_samples > 1 else ""
+                print(heading + job.prompt, end="")
+            print(job.said.text[length or 0 :], end="", flush=True)
+            length = len(job.said.text)
+            if not job.row.is_done:
+                break
+            print()
+            sample, length = sample + 1, None
+
+
+def print_json(spoken: Iterable[list[Job]]) -> None:
+    """A line for each, when its batch is done."""
+    for batch in spoken:
+        if all(job.row.is_done for job in batch):
+            for job in batch:
+                said = job.said
+                line = {"prompt": job.prompt, "sample": job.sample + 1, "text": said.text, "tokens": said.tokens}
+                print(json.dumps(line | {"stopped_by": said.stopped_by}), flush=True)
+
+
+def checked(options: Options) -> Sampling:
+    """How to choose; InputError for flags that cannot be."""
+    for flag in ("num_samples", "max_tokens", "batch_size"):
+        if getattr(options, flag) < 1:
+            raise InputError(f"--{flag.replace('_', '-')} {getattr(options, flag)} must be at least 1")
+    if "" in options.stop:
+        raise InputError("--stop '' is at the end of every text; give one that is not empty")
+    if options.prompt and options.prompts_file is not None:
+        raise InputError("--prompt and --prompts-file: give one of them")
+    if options.device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {options.device}: torch {torch.__version__} sees no GPU here; use --device cpu")
+    return Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
+
+
+def passes_of(model: LanguageModel, options: Options) -> Passes:
+    """With a KV cache, where the model and --no-cache allow it."""
+    context_len, rung = model.config.context_len, model.config.rung
+    if options.keep is not None and not 1 <= options.keep <= context_len:
+        raise InputError(f"--keep {options.keep} must be at least 1 and at most the model's context, {context_len}")
+    num_rows = options.batch_size if options.prompts_file else min(options.batch_size, options.num_samples)
+    if isinstance(model, GPT) and options.cache:
+        backend = "inductor" if options.compile else None
+        return CachedPasses(model, num_rows=num_rows, keep=options.keep, compile_backend=backend)
+    if options.compile:
+        odd = f"--model.rung {rung} has no cache" if options.cache else "not with --no-cache"
+        raise InputError(f"--compile compiles the step of one token after a cache: {odd}")
+    return WholePasses(model, keep=options.keep)
 
 
 def main(args: list[str] | None = None) -> None:
     with one_line_errors("generate"):
         options = tyro.cli(Options, args=args, description=__doc__)
-        for flag, value in (("--num-samples", options.num_samples), ("--max-tokens", options.max_tokens)):
-            if value < 1:
-                raise InputError(f"{flag} {value} must be at least 1")
-        if options.device.startswith("cuda") and not torch.cuda.is_available():
-            raise InputError(f"--device {options.device}: torch {torch.__version__} sees no GPU here; use --device cpu")
-        sampling = Sampling(options.temperature, options.top_k)
-        trained = load_trained(options.path, device=options.device)
-        try:
-            prompt = encode_prompt(trained.codec, options.prompt)
-        except InputError as error:
-            raise InputError(f"--prompt {options.prompt!r}: {error}") from error
-        for index in range(options.num_samples):
-            if options.num_samples > 1:
-                print(f"--- sample {index + 1}")
-            tokens = generate_tokens(
-                trained.model,
-                prompt,
-                sampling=sampling,
-                generator=sample_generator(options.seed, index),
-                stop_id=trained.codec.eot_id,
-            )
-            print(options.prompt, end="", flush=True)
-            for piece in stream_text(trained.codec, itertools.islice(tokens, options.max_tokens)):
-                print(piece, end="", flush=True)
-            print()
+        sampling = checked(options)
+        trained = load_trained(options.path, device=options.device, dtype=DTYPES[options.dtype])
+        passes = passes_of(trained.model, options)
+        make_ready(trained.model)
+        given = [("--prompt", options.prompt)] if options.prompts_file is None else read_prompts(options.prompts_file)
+        spoken = speak(passes, jobs_of(given, trained.codec, options), options, sampling)
+        if options.prompts_file is None:
+            print_text(spoken, options.num_samples)
+        else:
+            print_json(spoken)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from model.attention import Shared, document_mask, rope_rotation
 from model.blocks import Block
 from model.config import ModelConfig
+from model.kv_cache import Past
 from model.language_model import INIT_STD, LanguageModel, init_weights
 from model.layers import Linear, make_norm
 
@@ -55,18 +56,23 @@ class GPT(LanguageModel):
         """What is worth compiling by itself: the blocks, alike but for the first, and the last norm."""
         return [*self.blocks, *([self.transformer["ln_f"]] if self.config.has_last_norm else [])]
 
-    def features(self, tokens_BT: Tensor) -> Tensor:
-        """The residual stream after the last block, normalised."""
+    def features(self, tokens_BT: Tensor, past: Past | None = None) -> Tensor:
+        """The residual stream after the last block, normalised; of tokens that follow `past`, if it is given."""
         config, T = self.config, self.check_length(tokens_BT)
+        places = torch.arange(T, device=tokens_BT.device) if past is None else past.places_BT
         x_BTD = self.transformer["wte"](tokens_BT)
         if config.positions == "learned":
-            x_BTD = x_BTD + self.transformer["wpe"](torch.arange(T, device=tokens_BT.device))
+            x_BTD = x_BTD + self.transformer["wpe"](places)
         x_BTD = x_BTD.to(self.compute_dtype)
+        heads_places = places if past is None else places[:, None]  # [T], or [B, 1, T]
         shared = Shared(
-            rotation=rope_rotation(T, config.head_size, tokens_BT.device) if config.positions == "rope" else None,
-            mask=document_mask(tokens_BT, config.eot_id) if config.attention == "flex" else None,
+            rotation=rope_rotation(heads_places, config.head_size) if config.positions == "rope" else None,
+            mask=document_mask(tokens_BT, config.eot_id) if config.attention == "flex" and past is None else None,
+            visible_B1TS=None if past is None else past.visible(tokens_BT),
         )
-        for block in self.blocks:
+        for index, block in enumerate(self.blocks):
+            if past is not None:
+                shared = shared._replace(cache=past.of_block(index))
             x_BTD, values_BHTK = block(x_BTD, shared)
             if values_BHTK is not None:
                 shared = shared._replace(first_values_BHTK=values_BHTK)

@@ -42,7 +42,7 @@ from train.config import Config, settings_without_effect, with_vocabulary
 from train.main import run
 from train.mesh import Mesh
 
-BELOW = RUNGS[:-1]
+BELOW = tuple(RUNGS)[:-1]
 B, T, D, V = 3, 12, 32, 50
 
 
@@ -58,7 +58,7 @@ def some_tokens(seed: int = 0) -> Tensor:
 
 
 def test_the_rungs_are_the_ones_that_can_be_asked_for() -> None:
-    assert get_args(Rung) == tuple(ladder.MODELS) == RUNGS
+    assert get_args(Rung) == tuple(ladder.MODELS) == tuple(RUNGS)
 
 
 # --- Against torch's own modules --------------------------------------------------------------------------------------

@@ -1,141 +1,198 @@
-"""Distributions against numpy, and text from a trained run by the command line."""
-
-import subprocess
-import sys
-from pathlib import Path
+"""Distributions against numpy, by probability and by draws."""
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 import torch
+from torch import Tensor
 
-from data_prep.codec import ByteCodec, CharCodec
 from data_prep.errors import InputError
-from model.config import ModelConfig
-from model.generate import main as generate_main
-from model.generate import stream_text
-from model.gpt import GPT, build_model
-from model.sampling import Sampling, generate_tokens, next_token_probabilities
-from model.trained import load_trained
-from tests.runs import ROOT, called, tiny_config
-from train.main import run
-from train.mesh import Mesh
+from model.sampling import NUCLEUS_GUESS, Sampling, choices, draw
 
 LOGITS = torch.randn(128, generator=torch.Generator().manual_seed(1)) * 3
+VOCAB_SIZE = 100  # the others are padding
+Array = npt.NDArray[np.float64]
 
 
-def reference(temperature: float, top_k: int | None, vocab_size: int) -> np.ndarray:
-    logits = LOGITS[:vocab_size].double().numpy() / temperature
-    if top_k is not None:
-        logits[np.argsort(-logits, kind="stable")[top_k:]] = -np.inf
-    weights = np.exp(logits - logits.max())
-    return np.asarray(weights / weights.sum())
+def reference(
+    logits: npt.ArrayLike, temperature: float, top_k: int | None, top_p: float | None, min_p: float | None
+) -> Array:
+    """Token by token from the likeliest down: temperature, top-k, top-p of what is left, min-p of what is left."""
+    scaled = np.asarray(logits, dtype=np.float64)[:VOCAB_SIZE] / temperature
+    weights = np.exp(scaled - scaled.max())
+    order = sorted(range(len(weights)), key=lambda token: (-weights[token], token))[:top_k]
+    total, mass, kept = weights[order].sum(), 0.0, []
+    for token in order:
+        if top_p is None or top_p == 1 or mass / total < top_p:
+            kept.append(token)
+            mass += weights[token]
+    kept = [token for token in kept if min_p is None or weights[token] >= min_p * weights[order[0]]]
+    probabilities = np.zeros(len(weights))
+    probabilities[kept] = weights[kept] / weights[kept].sum()
+    return probabilities
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 2.0])
-@pytest.mark.parametrize("top_k", [None, 1, 5, 1000])
-def test_probabilities_equal_numpys(temperature: float, top_k: int | None) -> None:
-    found = next_token_probabilities(LOGITS, Sampling(temperature, top_k), vocab_size=100)
-    assert found.shape == (100,)  # no padding
-    np.testing.assert_allclose(found.numpy(), reference(temperature, top_k, 100), atol=1e-6)
+def found_for(logits: Tensor, sampling: Sampling) -> Array:
+    """`choices` as a probability for each token."""
+    probabilities_BN, ids_BN = choices(logits[None], sampling, min(VOCAB_SIZE, len(logits)))
+    dense_V = torch.zeros(min(VOCAB_SIZE, len(logits)), dtype=torch.float64)
+    ids_N = torch.arange(len(dense_V)) if ids_BN is None else ids_BN[0]
+    assert len(ids_N.unique()) == len(ids_N)
+    dense_V[ids_N] = probabilities_BN[0]
+    return dense_V.numpy()
 
 
-def test_draws_follow_the_probabilities() -> None:
-    probabilities = next_token_probabilities(LOGITS, Sampling(1.0, 8), vocab_size=100)
-    draws = torch.multinomial(probabilities, 100_000, replacement=True, generator=torch.Generator().manual_seed(1))
-    counts = np.bincount(draws.numpy(), minlength=100)
-    expected = reference(1.0, 8, 100) * 100_000
-    kept = expected > 0
-    assert counts[~kept].sum() == 0 and kept.sum() == 8
-    assert ((counts[kept] - expected[kept]) ** 2 / expected[kept]).sum() < 24  # chi-square, 7 degrees, p = 0.001
+CASES = [
+    (1.0, None, None, None),
+    (0.5, None, None, None),
+    (2.0, 5, None, None),
+    (1.0, 1, None, None),
+    (1.0, 1000, None, None),
+    (1.0, None, 0.9, None),
+    (1.5, 40, 0.8, None),
+    (1.0, None, 1e-9, None),
+    (1.0, None, 1.0, None),
+    (1.0, None, None, 0.05),
+    (3.0, None, None, 1.0),
+    (2.0, 60, 0.95, 0.02),
+    (1e-6, 50, None, None),
+    (1e-300, None, None, None),
+]
 
 
-def test_greedy_takes_the_likeliest() -> None:
-    probabilities = next_token_probabilities(LOGITS, Sampling(0.0, None), vocab_size=100)
-    assert probabilities.argmax() == LOGITS[:100].argmax() and probabilities.sum() == 1
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_probabilities_equal_numpys(case: tuple[float, int | None, float | None, float | None]) -> None:
+    with np.errstate(over="ignore"):
+        wanted = reference(LOGITS.numpy(), *case)
+    found = found_for(LOGITS, Sampling(*case))
+    np.testing.assert_array_equal(found > 0, wanted > 0)
+    np.testing.assert_allclose(found, wanted, atol=1e-12)
 
 
-def test_generation_equals_the_model_on_exact_lengths_past_the_context() -> None:
-    model = build_model(ModelConfig(2, 2, 32, vocab_size=50, context_len=8), seed=3).eval()
+@pytest.mark.parametrize("case", [case for case in CASES if case[0] >= 0.5], ids=str)
+def test_a_hundred_thousand_draws_follow_numpys_probabilities(
+    case: tuple[float, int | None, float | None, float | None],
+) -> None:
+    """As `draw` draws, many at once. Chi-square over the tokens that are expected ten times; nothing else is drawn."""
+    wanted = reference(LOGITS.numpy(), *case)
+    probabilities_BN, ids_BN = choices(LOGITS[None], Sampling(*case), VOCAB_SIZE)
     generator = torch.Generator().manual_seed(1)
-    found = generate_tokens(model, [1, 2, 3], sampling=Sampling(0.0, None), generator=generator)
-    tokens = [1, 2, 3]
-    for _ in range(12):
-        with torch.no_grad():
-            tokens.append(int(model(torch.tensor([tokens[-8:]]))[0, -1, :50].argmax()))
-    assert [next(found) for _ in range(12)] == tokens[3:]
+    columns = torch.multinomial(probabilities_BN[0], 100_000, replacement=True, generator=generator)
+    tokens = columns if ids_BN is None else ids_BN[0, columns]
+    counts = np.bincount(tokens.numpy(), minlength=VOCAB_SIZE)
+    assert counts[wanted == 0].sum() == 0
+    expected = wanted * 100_000
+    often = expected >= 10
+    degrees = max(1, often.sum() - 1)
+    statistic = ((counts[often] - expected[often]) ** 2 / expected[often]).sum()
+    # Chi-square's 0.999 quantile by Wilson & Hilferty 1931
+    assert statistic < degrees * (1 - 2 / (9 * degrees) + 3.09 * np.sqrt(2 / (9 * degrees))) ** 3
 
 
-def test_stop_token_ends_it() -> None:
-    model = build_model(ModelConfig(1, 1, 8, vocab_size=50, context_len=8), seed=3).eval()
-    likeliest = int(model(torch.tensor([[1]]))[0, -1, :50].argmax())
-    generator = torch.Generator().manual_seed(1)
-    found = generate_tokens(model, [1], sampling=Sampling(0.0, None), generator=generator, stop_id=likeliest)
-    assert list(found) == []
+def test_one_draw_at_a_time_follows_too() -> None:
+    """`draw` itself, a generator for each row: 5,000 rows at once."""
+    sampling = Sampling(1.0, 8, 0.9)
+    found = choices(LOGITS.expand(5_000, -1), sampling, VOCAB_SIZE)
+    generators = [torch.Generator().manual_seed(i) for i in range(2)] * 2_500
+    tokens = draw(found, generators)
+    counts = np.bincount(np.array(tokens), minlength=VOCAB_SIZE)
+    wanted = reference(LOGITS.numpy(), 1.0, 8, 0.9, None)
+    assert counts[wanted == 0].sum() == 0
+    assert np.abs(counts / 5_000 - wanted).sum() / 2 < 0.02  # total variation
 
 
-def test_streams_whole_characters_only() -> None:
-    text = "h\u00e9llo \U0001f600"
-    pieces = list(stream_text(ByteCodec(), text.encode()))
-    assert "".join(pieces) == text and "\ufffd" not in "".join(pieces)
-    assert list(stream_text(ByteCodec(), [0xE2, 0x82]))[-1] == "\ufffd"
-    assert "".join(stream_text(CharCodec("ab"), [0, 1, 1])) == "abb"
+def test_rows_are_drawn_by_their_own_generators() -> None:
+    found = choices(LOGITS.expand(3, -1), Sampling(2.0, None), VOCAB_SIZE)
+    seeds = (5, 6, 7)
+    together = draw(found, [torch.Generator().manual_seed(seed) for seed in seeds])
+    one = choices(LOGITS[None], Sampling(2.0, None), VOCAB_SIZE)
+    assert together == [draw(one, [torch.Generator().manual_seed(seed)])[0] for seed in seeds]
+    assert draw(found, [torch.Generator().manual_seed(5), None, None]) == [together[0], None, None]
 
 
-@pytest.mark.parametrize(("temperature", "top_k", "said"), [(-1.0, 5, "--temperature"), (1.0, 0, "--top-k")])
-def test_bad_settings_are_refused(temperature: float, top_k: int, said: str) -> None:
-    with pytest.raises(InputError, match=said):
-        Sampling(temperature, top_k)
+# --- The sets, exactly ------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def trained_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    run_dir = tmp_path_factory.mktemp("speak") / "run"
-    run(tiny_config(tiny_data, run_dir, steps=100), Mesh(0, 1, torch.device("cpu")))
-    return run_dir
+def kept(probabilities: list[float], **how: float) -> list[int]:
+    sampling = Sampling(1.0, None, how.get("top_p"), how.get("min_p"))
+    return np.flatnonzero(found_for(torch.tensor(probabilities).log(), sampling)).tolist()
 
 
-def generate(*args: str) -> "subprocess.CompletedProcess[str]":
-    return called(generate_main, *args)
+def test_the_nucleus_is_the_smallest_set_that_reaches_p() -> None:
+    quarters = [0.25] * 4  # whose probabilities are exact: reaching p is enough, and ties go to the lower id
+    assert kept(quarters, top_p=0.25) == [0]
+    assert kept(quarters, top_p=0.5) == [0, 1]
+    assert kept(quarters, top_p=0.500001) == [0, 1, 2]
+    assert kept(quarters, top_p=1.0) == [0, 1, 2, 3]
+    assert kept([0.125, 0.5, 0.125, 0.25], top_p=0.7) == [1, 3]
+    assert kept([0.125, 0.5, 0.125, 0.25], top_p=0.8) == [0, 1, 3]
 
 
-def test_a_trained_run_speaks(trained_run: Path) -> None:
-    """The script itself once, and what it does for other arguments without a new interpreter."""
-    args = [str(trained_run), "--prompt", "The cat", "--max-tokens", "60", "--seed", "4"]
-    script = [sys.executable, "model/generate.py", *args, "--num-samples", "3"]
-    three = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    samples = three.split("--- sample ")[1:]
-    assert len(samples) == 3 and len({sample[2:] for sample in samples}) == 3
-    assert all(sample[2:].startswith("The cat") and len(sample) >= 60 for sample in samples)
-    assert generate(*args).stdout == samples[0][2:], "sample 1 must not depend on how many are asked for"
-    assert generate(*args, "--temperature", "0").stdout != samples[0][2:]
+def test_the_nucleus_of_a_large_vocabulary_is_exact() -> None:
+    """Every smaller set misses p, in fp64, for sets of some tokens and of almost all."""
+    logits_V = torch.randn(50_257, generator=torch.Generator().manual_seed(2)) * 2
+    probabilities = np.exp(logits_V.double().numpy())
+    probabilities = -np.sort(-probabilities / probabilities.sum())
+    sizes = []
+    for top_p in (0.1, 0.3, 0.5, 0.9, 0.99, 0.99999):
+        size = int((choices(logits_V[None], Sampling(1.0, None, top_p), 50_257).probabilities_BN > 0).sum())
+        assert probabilities[: size - 1].sum() < top_p <= probabilities[:size].sum()
+        sizes.append(size)
+    assert sizes[0] < NUCLEUS_GUESS < sizes[-1]
 
 
-def test_a_single_checkpoint_speaks_as_its_run_does(trained_run: Path) -> None:
-    checkpoint = str(trained_run / "checkpoints" / "step_00000100")
-    args = ["--max-tokens", "20"]
-    assert generate(checkpoint, *args).stdout == generate(str(trained_run), *args).stdout != ""
+def test_min_p_is_measured_by_the_likeliest() -> None:
+    assert kept([0.5, 0.25, 0.125, 0.125], min_p=0.49) == [0, 1]
+    assert kept([0.5, 0.25, 0.125, 0.125], min_p=0.51) == [0]
+    assert kept([0.5, 0.25, 0.125, 0.125], min_p=0.24) == [0, 1, 2, 3]
+    assert kept([0.375, 0.25, 0.375], min_p=1.0) == [0, 2]  # as likely as the likeliest is likely enough
 
 
-def test_loaded_weights_are_the_trained_ones(trained_run: Path) -> None:
-    trained = load_trained(trained_run)
-    assert trained.step == 100
-    assert isinstance(trained.model, GPT) and trained.model.is_tied
-    assert trained.model.lm_head.weight is trained.model.transformer["wte"].weight
-    assert not trained.model.training
+def test_ties_go_to_the_lower_id() -> None:
+    logits = torch.tensor([0.0, 2.0, 1.0, 1.0, 2.0, 1.0])
+    for top_k, wanted in ((1, [1]), (2, [1, 4]), (3, [1, 2, 4]), (4, [1, 2, 3, 4]), (5, [1, 2, 3, 4, 5])):
+        assert np.flatnonzero(found_for(logits, Sampling(1.0, top_k))).tolist() == wanted
+    assert np.flatnonzero(found_for(logits, Sampling(0.0))).tolist() == [1]
+
+
+def test_greedy_takes_the_likeliest_whatever_else_is_asked() -> None:
+    for sampling in (Sampling(0.0, None), Sampling(0.0, 5, 0.5, 0.5)):
+        found = found_for(LOGITS, sampling)
+        assert found.argmax() == LOGITS[:VOCAB_SIZE].argmax() and found.sum() == 1
+
+
+def test_top_k_is_taken_before_top_p() -> None:
+    """0.4 of all is 0.53 of what top-k leaves, which reaches 0.5."""
+    logits = torch.tensor([0.4, 0.35, 0.25]).log()
+    assert np.flatnonzero(found_for(logits, Sampling(1.0, 2, 0.5))).tolist() == [0]
+    assert np.flatnonzero(found_for(logits, Sampling(1.0, None, 0.5))).tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_logits_that_are_not_finite_are_an_error(value: float) -> None:
+    logits_BV = LOGITS.expand(2, -1).clone()
+    logits_BV[1, 7] = value
+    for sampling in (Sampling(), Sampling(0.0)):
+        with pytest.raises(InputError, match="logits are not finite"):
+            choices(logits_BV, sampling, VOCAB_SIZE)
+    logits_BV[1, 7], logits_BV[1, 120] = 0.0, value  # padding is no token
+    choices(logits_BV, Sampling(), VOCAB_SIZE)
 
 
 @pytest.mark.parametrize(
-    ("args", "said"),
+    ("settings", "said"),
     [
-        (["nowhere"], "no such run directory"),
-        (["RUN", "--prompt", "\u00fc"], "not among this tokenizer's"),
-        (["RUN", "--top-k", "0"], "--top-k 0 must be at least 1"),
-        (["RUN", "--max-tokens", "0"], "--max-tokens 0 must be at least 1"),
-        (["EMPTY"], "no checkpoint in it yet"),
+        ({"temperature": -1.0}, "--temperature -1.0"),
+        ({"temperature": float("nan")}, "--temperature nan"),
+        ({"temperature": float("inf")}, "--temperature inf"),
+        ({"top_k": 0}, "--top-k 0 must be at least 1"),
+        ({"top_p": 0.0}, "--top-p 0.0 must be more than 0 and at most 1"),
+        ({"top_p": 1.1}, "--top-p 1.1"),
+        ({"top_p": float("nan")}, "--top-p nan"),
+        ({"min_p": 0.0}, "--min-p 0.0"),
+        ({"min_p": 2.0}, "--min-p 2.0"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(trained_run: Path, tmp_path: Path, args: list[str], said: str) -> None:
-    places = {"RUN": str(trained_run), "EMPTY": str(tmp_path)}
-    done = generate(*(places.get(arg, arg) for arg in args))
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1 and said in done.stderr
+def test_bad_settings_are_refused(settings: dict[str, float], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        Sampling(**settings)  # type: ignore[arg-type]

@@ -250,7 +250,7 @@ def test_the_ladder_shows_each_rung_from_the_first_loss_to_a_sample(
     assert done.returncode == 0, done.stderr
     header, *rungs = cells_of(tmp_path / "sweep")
     assert header == ["run", "parameters", "first loss", "val loss", "+-", "seconds", "", "sample"]
-    assert tuple(row[0] for row in rungs) == RUNGS
+    assert [row[0] for row in rungs] == list(RUNGS)
     vocab_size = read_manifest(tiny_data).vocab_size
     assert rungs[0][1] == f"{vocab_size**2:,}"
     for row in rungs:

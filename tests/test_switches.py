@@ -304,7 +304,7 @@ def test_rope_is_llamas() -> None:
     rope = llama.LlamaRotaryEmbedding(transformers().LlamaConfig(hidden_size=24, num_attention_heads=3))
     cos, sin = rope(x_BHTK, torch.arange(16)[None])
     assert_same_function(
-        lambda x: rotated(x, rope_rotation(16, 8, x.device)),
+        lambda x: rotated(x, rope_rotation(torch.arange(16), 8)),
         lambda x: llama.apply_rotary_pos_emb(x, x, cos, sin)[0],
         x_BHTK,
     )
@@ -312,14 +312,14 @@ def test_rope_is_llamas() -> None:
 
 def test_rope_turns_pairs_as_complex_numbers_and_only_differences_count() -> None:
     x_BHTK = torch.randn(1, 1, 16, 8, dtype=torch.float32)
-    turned = rotated(x_BHTK, rope_rotation(16, 8, x_BHTK.device))
+    turned = rotated(x_BHTK, rope_rotation(torch.arange(16), 8))
     pairs = torch.complex(x_BHTK[..., :4].double(), x_BHTK[..., 4:].double())
     angles = torch.outer(torch.arange(16).double(), 10_000.0 ** (-torch.arange(4).double() / 4))
     wanted = pairs * torch.polar(torch.ones_like(angles), angles)
     torch.testing.assert_close(turned.double(), torch.cat([wanted.real, wanted.imag], dim=3), rtol=0, atol=1e-5)
 
     same = x_BHTK[:, :, :1].expand(1, 1, 16, 8)
-    same = rotated(same, rope_rotation(16, 8, same.device))[0, 0]
+    same = rotated(same, rope_rotation(torch.arange(16), 8))[0, 0]
     products = same @ same.T
     for distance in range(16):
         diagonal = products.diagonal(distance)

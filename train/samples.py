@@ -5,8 +5,9 @@ from dataclasses import dataclass
 
 from data_prep.codec import Codec
 from data_prep.errors import InputError
+from model.decoding import Row, WholePasses, generate_rows
 from model.generate import encode_prompt, sample_generator
-from model.sampling import Sampling, generate_rows
+from model.sampling import Sampling
 from train.config import SampleConfig
 from train.losses import Objective
 
@@ -22,7 +23,7 @@ class Sample:
 class Sampler:
     """Continues --sample.prompts together. InputError if the tokenizer cannot encode one of them.
 
-    `num_rows` None: as many as there are prompts; else the rows of the model's every call (see generate_rows).
+    `num_rows` None: as many as there are prompts; else the rows of the model's every call (see WholePasses).
     """
 
     def __init__(self, config: SampleConfig, codec: Codec, *, seed: int, num_rows: int | None) -> None:
@@ -46,20 +47,16 @@ class Sampler:
         size = self._num_rows or len(self._prompts)
         for start in range(0, len(self._prompts), size):
             prompts = self._prompts[start : start + size]
-            rows = generate_rows(
-                objective,
-                prompts,
-                sampling=Sampling(),
-                generators=[sample_generator(self._seed, start + index) for index in range(len(prompts))],
-                num_rows=self._num_rows,
-            )
+            passes = WholePasses(objective, num_rows=self._num_rows or len(prompts))
+            rows = [Row(list(prompt), sample_generator(self._seed, start + i)) for i, prompt in enumerate(prompts)]
+            tokens_by_step = generate_rows(passes, rows, sampling=Sampling())
             drawn: list[list[int]] = [[] for _ in prompts]
             for _ in range(self._config.tokens):
                 if is_stopped():
                     objective.train()
                     return None
-                for end, token in zip(drawn, next(rows), strict=True):
-                    assert token is not None, "no stop_id was given"
+                for end, token in zip(drawn, next(tokens_by_step), strict=True):
+                    assert token is not None, "no row was said to be done"
                     end.append(token)
             ends += drawn
         objective.train()
