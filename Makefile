@@ -42,6 +42,7 @@ bench: .venv/.dev
 	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_memory.py
 	$(BIN)/python benchmarks/bench_batches.py
 	$(BIN)/python benchmarks/bench_attention.py
+	$(BIN)/python benchmarks/bench_speedups.py --without bf16
 	$(BIN)/python benchmarks/bench_generate.py
 	$(BIN)/python benchmarks/bench_data_prep.py
 

@@ -35,7 +35,7 @@ from model.budget import count_cache_bytes
 from model.config import ModelConfig
 from model.decoding import CachedPasses, Passes, Row, WholePasses, generate_rows, make_ready
 from model.gpt import GPT, build_model
-from model.hf_bridge import check_expressible, to_hugging_face
+from model.hf_format import check_expressible, to_hugging_face
 from model.sampling import Sampling
 from model.trained import load_trained
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import math
+import re
+import shlex
 from collections import Counter
 from collections.abc import Callable
 from functools import partial
@@ -17,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from data_prep.codec import load_codec
 from data_prep.manifest import open_split, read_manifest
+from data_prep.textfiles import Options, prepare
 from launch.experiments import RUNGS
 from model import budget, generate, ladder
 from model.config import ModelConfig, Rung
@@ -37,10 +40,12 @@ from tests.runs import (
     validations,
 )
 from tests.test_exact import cut_back
+from tests.test_readme import help_of
 from train import main as trainer
-from train.config import Config, settings_without_effect, with_vocabulary
+from train.config import Config, parse, settings_without_effect, with_vocabulary
 from train.main import run
 from train.mesh import Mesh
+from train.presets import PRESETS
 
 BELOW = tuple(RUNGS)[:-1]
 B, T, D, V = 3, 12, 32, 50
@@ -217,9 +222,7 @@ def test_the_command_shows_characters_as_numbers(tiny_data: Path, tmp_path: Path
     assert gone.returncode == 2 and gone.stderr.startswith(f"ladder: {tmp_path / 'gone'}: no such data directory")
 
 
-def test_the_command_wants_characters(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from data_prep.textfiles import Options, prepare
-
+def test_the_command_wants_characters(tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text("as bytes, please\n" * 100)
     prepare(Options(input=(str(tmp_path / "text.txt"),), out=tmp_path / "bytes", tokenizer="byte"))
     done = called(ladder.main, str(tmp_path / "bytes"))
@@ -306,3 +309,35 @@ def test_the_module_says_what_the_rungs_are() -> None:
     text = (ROOT / "model" / "ladder.py").read_text(encoding="utf-8")
     assert all(f"\n    {name} " in text for name in RUNGS)
     assert not settings_without_effect(Config(), "cuda", 1, "none")
+
+
+def test_the_course_shows_what_the_command_prints(shared_data: Path, tmp_path: Path) -> None:
+    prepare(Options(input=(str(shared_data / "tinyshakespeare.txt"),), out=tmp_path / "data", tokenizer="char"))
+    printed = called(ladder.main, str(tmp_path / "data")).stdout
+    course = (ROOT / "docs" / "ladder.md").read_text(encoding="utf-8")
+    shown = course.split("<!-- ladder data/tinyshakespeare -->\n")[1].split("<!-- end -->")[0]
+    assert shown == "".join(f"    {line}".rstrip() + "\n" for line in printed.splitlines())
+
+
+COMMANDS = [
+    line.strip().split("#")[0]
+    for line in (ROOT / "docs" / "ladder.md").read_text(encoding="utf-8").splitlines()
+    if line.startswith("    .venv/bin/") and "launch/" not in line  # tests/test_sweep.py has those
+]
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_the_courses_commands_name_what_there_is(line: str) -> None:
+    words = shlex.split(line)
+    script = next(index for index, word in enumerate(words) if word.endswith(".py"))
+    if words[script] == "train/main.py":
+        parse(words[script + 1 :], PRESETS)
+    else:
+        shown = help_of(words[script])
+        assert all(word in shown for word in words if word.startswith("--"))
+
+
+def test_what_the_course_names_is_there() -> None:
+    course = (ROOT / "docs" / "ladder.md").read_text(encoding="utf-8")
+    for name in re.findall(r"`((?:model|train|data_prep|tests|launch)/\w+\.py)`", course):
+        assert (ROOT / name).is_file(), name

@@ -175,11 +175,9 @@ def test_every_table_of_the_document_was_made() -> None:
     for page in ("experiments", "ladder"):
         text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
         made += re.findall(r"<!-- sweep (\w+) -->\n(.*?)<!-- end -->", text, re.DOTALL)
-    assert sorted(name for name, _ in made) == sorted(["descent", *NAMES])
+    assert [name for name, _ in made] == ["descent", "lr", "batch", "ablate", "ladder"]
     tables = dict(made)
     assert tables.pop("descent") == descent()
-    epochs = re.findall(r"^\| (\S+) ", tables.pop("epochs"), re.MULTILINE)
-    assert epochs[:3] == ["epoch", "0.0", "1.0"] and float(epochs[-1]) + 0.1 >= 10
     for name, table in tables.items():
         plan = sweep_named(name, PRESETS[PRESETS_SWEPT.get(name, CPU_PRESET)])
         shown = re.findall(r"^\| (\S+) ", table, re.MULTILINE)
@@ -256,7 +254,7 @@ def test_the_ladder_shows_each_rung_from_the_first_loss_to_a_sample(
     for row in rungs:
         assert float(row[2]) == pytest.approx(math.log(vocab_size), abs=0.02) and float(row[3]) < float(row[2])
         said = rows(tmp_path / "sweep" / row[0], "samples.jsonl")[-1]["samples"][0]["text"]
-        assert row[7] and said.split("\n")[0].strip()[:20] in row[7] and len(row[7]) <= 62
+        assert row[7] and " ".join(said.split("\n")[0].split())[:20] in row[7] and len(row[7]) <= 62
 
 
 def test_epochs_are_counted_by_the_data(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

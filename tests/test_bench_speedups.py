@@ -1,0 +1,44 @@
+"""Each row of benchmarks/bench_speedups.py adds one thing; one of them measured; what is refused."""
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from benchmarks import bench_speedups
+from benchmarks.bench_speedups import IMPROVEMENTS, START, Options, Setup, line_of, measure, setups
+from tests.runs import called
+
+
+def test_each_row_adds_one_thing_to_the_one_above() -> None:
+    rows = setups(())
+    assert list(rows) == [START, *(f"+ {name}" for name in IMPROVEMENTS)]
+    above = Setup()
+    for row in list(rows.values())[1:]:
+        changed = [f.name for f in dataclasses.fields(Setup) if getattr(row, f.name) != getattr(above, f.name)]
+        assert len(changed) == 1
+        above = row
+    assert setups(["bf16"])["+ chunked loss"] == dataclasses.replace(above, dtype="fp32")
+
+
+def test_a_row_is_measured(tmp_path: Path) -> None:
+    options = Options(layers=1, seq_len=16, windows=4, micro_batch=2, larger=4, vocab_size=300, blocks=2, block=1)
+    setup = setups(["bf16", "compile"])["+ chunked loss"]
+    found = measure(options, setup, tmp_path)
+    assert found["tokens"] == 64 and len(found["step_seconds"]) == 2 and min(found["step_seconds"]) > 0
+    # GPT-2 small's width, one block: 7.4M parameters with their gradients and AdamW's moments, 4 bytes each.
+    assert found["peak_bytes"] > 3 * 4 * 7.3e6
+    assert line_of(START, found, found, found).split()[-2:] == ["1.00", "1.00"]
+
+
+@pytest.mark.parametrize(
+    ("words", "line"),
+    [
+        (["--without", "magic"], "--without magic: there are bf16, fused attention, "),
+        (["--larger", "3"], "--larger 3 must divide --windows 4"),
+        (["--block", "0"], "--block 0 must be at least 1"),
+    ],
+)
+def test_wrong_input_is_one_line(words: list[str], line: str) -> None:
+    done = called(bench_speedups.main, *words)
+    assert done.returncode == 2 and done.stderr.startswith(f"bench_speedups: {line}") and done.stderr.count("\n") == 1
