@@ -75,9 +75,12 @@ class Attention(nn.Module):
 
 
 def naive_attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor) -> Tensor:
-    """Vaswani et al. 2017, equation 1, with a causal mask; the softmax is computed in fp32."""
+    """Vaswani et al. 2017, equation 1, with a causal mask; the softmax is computed in fp32.
+
+    The queries are scaled rather than the scores, which could leave the range of fp16 before they are.
+    """
     T, K = q_BHTK.shape[2:]
-    scores_BHTT = (q_BHTK @ k_BHTK.transpose(2, 3)).float() * K**-0.5
+    scores_BHTT = ((q_BHTK * K**-0.5) @ k_BHTK.transpose(2, 3)).float()
     is_future_TT = torch.ones(T, T, dtype=torch.bool, device=q_BHTK.device).triu(1)
     weights_BHTT = scores_BHTT.masked_fill(is_future_TT, -torch.inf).softmax(dim=3)
     return weights_BHTT.to(v_BHTK.dtype) @ v_BHTK

@@ -336,6 +336,12 @@ def test_written_out_attention_equals_sdpa() -> None:
     )
 
 
+def test_written_out_attention_stays_in_the_range_of_fp16() -> None:
+    """64 products of 40 x 40 are beyond 65,504, a head's scaled score is far below it."""
+    q = torch.full((1, 1, 3, 64), 40.0, dtype=torch.float16)
+    torch.testing.assert_close(naive_attention(q, q, q), q)
+
+
 @pytest.mark.parametrize("switches", [{}, MODERN], ids=["gpt2", "modern"])
 def test_models_with_written_out_attention_are_the_same_models(switches: dict[str, Any]) -> None:
     fused, naive = (build_model(switched(**switches, attention=kind), seed=1) for kind in ("sdpa", "naive"))
