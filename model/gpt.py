@@ -14,11 +14,10 @@ from model.attention import Shared, document_mask, rope_rotation
 from model.blocks import Block
 from model.config import ModelConfig
 from model.kv_cache import Past
-from model.language_model import INIT_STD, LanguageModel, init_weights
+from model.language_model import EMBEDDING, HEAD, INIT_STD, LanguageModel, init_weights
 from model.layers import Linear, make_norm
 
 VALUE_MIX = 0.5  # a block's own values and the first block's in equal parts
-VOCAB_NAMES = ("transformer.wte.weight", "lm_head.weight")
 
 
 class GPT(LanguageModel):
@@ -88,7 +87,7 @@ class GPT(LanguageModel):
         elif not name.endswith("bias") and not (config.zero_init_projections and name.endswith("c_proj.weight")):
             # Radford et al. 2019, section 2.3
             std = INIT_STD / math.sqrt(2 * config.num_layers) if name.endswith("c_proj.weight") else INIT_STD
-            rows = config.vocab_size if name in VOCAB_NAMES else shape[0]
+            rows = config.vocab_size if name in (EMBEDDING, HEAD) else shape[0]
             value[:rows].normal_(0.0, std, generator=generator)
         return value
 

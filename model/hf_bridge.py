@@ -29,8 +29,9 @@ from data_prep.errors import InputError, first_line, one_line_errors
 from data_prep.unfinished import put_in_place, unfinished_directory
 from model.config import ModelConfig
 from model.hf_folder import CONFIG_FILE, WEIGHTS_FILE, is_hugging_face, open_folder
-from model.hf_format import HEAD, to_hugging_face, to_json
+from model.hf_format import to_hugging_face, to_json
 from model.hf_tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, tokenizer_config, tokenizer_json
+from model.language_model import HEAD
 from model.model_card import model_card
 from model.trained import Trained, load_trained
 

@@ -27,8 +27,9 @@ from data_prep.codec import Codec
 from data_prep.errors import InputError, first_line
 from model.config import ModelConfig
 from model.gpt import GPT
-from model.hf_format import EMBEDDING, HEAD, POSITIONS, as_ours, from_json, read_json, to_hugging_face
+from model.hf_format import POSITIONS, as_ours, from_json, read_json, to_hugging_face
 from model.hf_tokenizer import read_codec
+from model.language_model import EMBEDDING, HEAD
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"

@@ -14,13 +14,14 @@ from torch import Tensor
 
 from data_prep.errors import InputError
 from model.config import GPT2, ModelConfig, flag_of
+from model.language_model import EMBEDDING, HEAD
 from model.layers import NORM_EPS
 
 # What GPT2Config can say in its own words: n_inner, activation_function, tie_word_embeddings. Or what is no part of the
 # trained model.
 EXPRESSIBLE = ("hidden_size", "tie", "zero_init_projections")
 CONV1D_SUFFIXES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
-EMBEDDING, HEAD, POSITIONS = "transformer.wte.weight", "lm_head.weight", "transformer.wpe.weight"
+POSITIONS = "transformer.wpe.weight"
 
 SIZES = {
     "num_layers": "n_layer",
@@ -146,8 +147,5 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path}: {path.stat().st_size:,} bytes, where at most {LARGEST_JSON_BYTES:,} make sense")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (
-        ValueError,
-        RecursionError,
-    ) as error:  # JSONDecodeError, UnicodeDecodeError and numbers too long are the first
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number too long; nested too deep
         raise InputError(f"{path}: damaged ({type(error).__name__}: {error})") from error

@@ -13,6 +13,8 @@ from model.config import ModelConfig
 from model.layers import Linear, softcapped
 
 INIT_STD = 0.02  # Radford et al. 2018, section 4.1
+# Parameters with a row for each id. Tied, they are one, which is saved once, under the first name.
+EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"
 
 
 class LanguageModel(nn.Module):

@@ -27,13 +27,12 @@ from model.config import ModelConfig
 from model.dcp_files import read_tensors
 from model.hf_folder import is_hugging_face, open_folder
 from model.ladder import make_model
-from model.language_model import LanguageModel
+from model.language_model import HEAD, LanguageModel
 
 CHECKPOINTS = "checkpoints"
 STATE_FILE = "state.json"
 SUMS_FILE = "SHA256SUMS"
 STEP_NAME = re.compile(r"step_(\d{8,})")
-HEAD_NAME = "lm_head.weight"  # where it is tied the same parameter as transformer.wte.weight, saved once
 
 
 def step_of(checkpoint: Path) -> int:
@@ -99,7 +98,7 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 def model_tensors(model: LanguageModel) -> dict[str, Tensor]:
     """The model's tensors by their names in a checkpoint."""
     state_dict, is_tied = model.state_dict(), model.is_tied
-    return {f"model.{name}": tensor for name, tensor in state_dict.items() if not (is_tied and name == HEAD_NAME)}
+    return {f"model.{name}": tensor for name, tensor in state_dict.items() if not (is_tied and name == HEAD)}
 
 
 @dataclass(frozen=True)

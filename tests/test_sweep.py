@@ -175,9 +175,12 @@ def test_every_table_of_the_document_was_made() -> None:
     for page in ("experiments", "ladder"):
         text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
         made += re.findall(r"<!-- sweep (\w+) -->\n(.*?)<!-- end -->", text, re.DOTALL)
-    assert [name for name, _ in made] == ["descent", "lr", "batch", "ablate", "ladder"]
+    assert [name for name, _ in made] == ["descent", "lr", "batch", "ablate", "budget", "ladder", "epochs"]
     tables = dict(made)
     assert tables.pop("descent") == descent()
+    header, *epochs = cells_in(tables.pop("epochs"))
+    assert header[:3] == ["epoch", "step", "val loss"] and [row[0] for row in epochs[:2]] == ["0.0", "1.0"]
+    assert int(epochs[-1][1]) == PRESETS["phase1"].train.steps and all(row[4] for row in epochs[1:])
     for name, table in tables.items():
         plan = sweep_named(name, PRESETS[PRESETS_SWEPT.get(name, CPU_PRESET)])
         shown = re.findall(r"^\| (\S+) ", table, re.MULTILINE)
@@ -234,7 +237,11 @@ def train_in_this_process(options: Options, base: Path, code: Path, points: Sequ
 
 
 def cells_of(folder: Path) -> list[list[str]]:
-    lines = (folder / "sweep.md").read_text().splitlines()
+    return cells_in((folder / "sweep.md").read_text())
+
+
+def cells_in(table: str) -> list[list[str]]:
+    lines = table.splitlines()
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in (lines[0], *lines[2:])]
 
 

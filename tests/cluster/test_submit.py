@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from launch.experiments import RUNGS
 from model.trained import list_checkpoints, step_of
 from tests.cluster.slurm import Cluster, Job, broken
 from tests.cluster.tiny import STEPS, assert_same_curve, flags, train_plainly
@@ -108,6 +109,28 @@ def test_a_sweep_by_sbatch_trains_each_point_in_a_task(cluster: Cluster, tiny_da
         log = (tmp_path / f"log_{task}").read_text()
         assert f"[job {first.id}_{task}.0" in log and "ends: done at step 10" in log, log
         assert status(base / f"seed={seed}")["state"] == "done"
+
+
+@pytest.mark.slow
+def test_an_experiment_is_an_array_of_jobs_and_ends_with_its_table(
+    cluster: Cluster, tiny_data: Path, tmp_path: Path
+) -> None:
+    base = tmp_path / "ladder"
+    given = flags(tiny_data, Path("unused"))
+    pairs = zip(given[::2], given[1::2], strict=True)
+    ours = [
+        word for pair in pairs if pair[0] not in ("--run-dir", "--optim.lr-peak", "--sample.every") for word in pair
+    ]
+    words = ["ladder", "--cluster", "slurm", *SHAPE, "--wait", "--run-dir", str(base), *ours]
+    done = cluster.run("python", "launch/sweep.py", *words)
+    assert done.returncode == 0, done.stderr
+    jobs = jobs_in(cluster, done.stdout)
+    assert len({str(job.id).partition("_")[0] for job in jobs}) == 1 and len(jobs) == len(RUNGS), done.stdout
+    assert [status(base / rung)["state"] for rung in RUNGS] == ["done"] * len(RUNGS)
+    table = (base / "sweep.md").read_text()
+    assert [line.split()[1] for line in table.splitlines()[2:]] == list(RUNGS) and table in done.stdout
+    again = cluster.run("python", "launch/sweep.py", *words)
+    assert again.returncode == 0 and not jobs_in(cluster, again.stdout) and table in again.stdout
 
 
 @pytest.mark.slow
