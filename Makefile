@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-long test-cluster test-slow lint bench
+.PHONY: quickstart test test-long test-cluster test-slow lint bench bench-gpu
 
 # The text inside CPython -> shards -> a GPT trained in two processes -> its loss curve and a sample.
 # On the CPU also where there is a GPU: two processes want two, and the numbers are then the same everywhere.
@@ -45,6 +45,29 @@ bench: .venv/.dev
 	$(BIN)/python benchmarks/bench_speedups.py --without bf16
 	$(BIN)/python benchmarks/bench_generate.py
 	$(BIN)/python benchmarks/bench_data_prep.py
+
+# The same questions at GPT-2 small's size, on one GPU; `make --keep-going` goes on after one that fails.
+SMALL := --preset gpt2-small --vocab-size 50257
+GPU := $(addprefix gpu-,step chunked parallel saves memory attention speedups generate)
+.PHONY: $(GPU)
+bench-gpu: $(GPU)
+$(GPU): .venv/.dev
+gpu-step:
+	$(BIN)/python benchmarks/bench_step.py $(SMALL) --windows 64
+gpu-chunked:
+	$(BIN)/python benchmarks/bench_step.py $(SMALL) --windows 64 --loss chunked
+gpu-parallel:
+	$(BIN)/python benchmarks/bench_parallel.py $(SMALL) --windows 64 --parallel fsdp
+gpu-saves:
+	$(BIN)/python benchmarks/bench_saves.py $(SMALL) --windows 64
+gpu-memory:
+	$(BIN)/python benchmarks/bench_memory.py $(SMALL) --seq-len 1024 --windows 16
+gpu-attention:
+	$(BIN)/python benchmarks/bench_attention.py --seq-lens 1024 4096 16384 --dtype bf16
+gpu-speedups:
+	$(BIN)/python benchmarks/bench_speedups.py --layers 12 --seq-len 1024 --windows 64 --micro-batch 4 --larger 32
+gpu-generate:
+	$(BIN)/python benchmarks/bench_generate.py
 
 .venv/.base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

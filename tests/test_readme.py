@@ -14,6 +14,7 @@ from train.presets import PRESETS
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 ABSENT = README.split("## What is not there yet")[1].split("## Results")[0]
 COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if line.startswith("    .venv/bin/")]
+MAKEFILE = (ROOT / "Makefile").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("line", [line for line in COMMANDS if "train/main.py" in line])
@@ -58,9 +59,17 @@ def test_the_files_it_sends_a_reader_to_exist() -> None:
     assert missing == set()
 
 
+def test_benchmarks_of_the_makefile_have_the_flags_it_gives_them() -> None:
+    given = re.findall(r"(benchmarks/\w+\.py)(.*)", MAKEFILE)
+    small = re.findall(r"^SMALL := (.*)$", MAKEFILE, re.MULTILINE)
+    assert len(small) == 1 and len(given) == 17
+    for script, words in given:
+        flags = [word for word in words.replace("$(SMALL)", small[0]).split() if word.startswith("--")]
+        assert [flag for flag in flags if flag not in help_of(script)] == [], script
+
+
 def test_make_targets_exist() -> None:
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     named = re.findall(r"(?:^    |`)make ([a-z-]+)", README, re.MULTILINE)
-    assert {"quickstart", "test", "test-long", "test-cluster", "test-slow", "lint", "bench"} <= set(named)
+    assert {"quickstart", "test", "test-long", "test-cluster", "test-slow", "lint", "bench", "bench-gpu"} <= set(named)
     for target in named:
-        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+        assert re.search(rf"^{target}:", MAKEFILE, re.MULTILINE), target
