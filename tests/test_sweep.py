@@ -180,7 +180,7 @@ def test_every_table_of_the_document_was_made() -> None:
     assert tables.pop("descent") == descent()
     header, *epochs = cells_in(tables.pop("epochs"))
     assert header[:3] == ["epoch", "step", "val loss"] and [row[0] for row in epochs[:2]] == ["0.0", "1.0"]
-    assert int(epochs[-1][1]) == PRESETS["phase1"].train.steps and all(row[4] for row in epochs[1:])
+    assert epochs[-1][1] == f"{PRESETS['phase1'].train.steps:,}" and all(row[4] for row in epochs[1:])
     for name, table in tables.items():
         plan = sweep_named(name, PRESETS[PRESETS_SWEPT.get(name, CPU_PRESET)])
         shown = re.findall(r"^\| (\S+) ", table, re.MULTILINE)
