@@ -1,9 +1,9 @@
-"""Looking inside a model: every number against a pass that is written out here, every switch, and the model untouched."""
+"""Looking inside a model: every number against a pass that is written out here, for every switch; nothing is left."""
 
+import dataclasses
 import hashlib
 import json
 import math
-import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,24 +12,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
 
 from data_prep.codec import ByteCodec
-from data_prep.errors import InputError
 from data_prep.textfiles import Options as TextOptions
 from data_prep.textfiles import prepare
 from model import hf_bridge, induction, lens, taps
 from model.gpt import GPT
 from model.trained import load_trained
-from tests.runs import ROOT, called, tiny_config, with_save
+from tests.runs import called, tiny_config, with_save
 from tests.test_kv_cache import FLEX
-from tests.test_readme import help_of
+from tests.test_ladder import BELOW, rung
 from tests.test_switches import ONE_BY_ONE, TINY, moved, named, some_tokens, switched
-from train.config import parse
 from train.main import run
 from train.mesh import Mesh
-from train.presets import PRESETS
 
 SWITCHES = [{}, *ONE_BY_ONE, FLEX | {"positions": "rope"}]
 every_switch = pytest.mark.parametrize("switches", SWITCHES, ids=named)
@@ -205,37 +201,31 @@ def test_a_part_left_out_is_one_whose_weights_are_zero(switches: dict[str, Any])
         close(found[layer, head], expected_BT)
 
 
-def test_by_mean_a_part_gives_its_mean_over_the_text() -> None:
+def test_by_mean_a_part_gives_its_mean_over_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(taps, "PASS_TOKENS", 10)  # a pass for each window
     model, windows_BS = moved(TINY), some_tokens()
-    heads, mlps = {}, {}
+    heads: dict[int, Tensor] = {}
 
     def keep(layer: int, y: Tensor) -> Tensor:
         heads[layer] = y.mean(dim=(0, 1))
         return y
 
     Written(model, windows_BS[:, :-1], change_heads=keep)
-    streams = Written(model, windows_BS[:, :-1])
     instead = taps.means(model, windows_BS)
     for layer in range(L):
         close(instead.heads_LD[layer], heads[layer])
-        mlp = taps.parts_of(model, layer).mlp
         seen: list[Tensor] = []
-        with torch.no_grad(), mlp.register_forward_hook(lambda _, __, y, seen=seen: seen.append(y)):
+        with taps.parts_of(model, layer).mlp.register_forward_hook(lambda _, __, y, seen=seen: seen.append(y)):
             model(windows_BS[:, :-1])
-        mlps[layer] = seen[0].mean(dim=(0, 1))
-        close(instead.mlp_LD[layer], mlps[layer])
-    assert len(streams.streams) == L + 1
+        close(instead.mlp_LD[layer], seen[0].detach().mean(dim=(0, 1)))
 
     def replaced(layer: int, y: Tensor) -> Tensor:
-        if layer != 1:
-            return y
-        return torch.cat([y[..., :16], heads[1][16:].expand(*y.shape[:2], 16)], dim=2)
+        return torch.cat([y[..., :16], heads[1][16:].expand(*y.shape[:2], 16)], dim=2) if layer == 1 else y
 
     expected = Written(model, windows_BS[:, :-1], change_heads=replaced).logits[-1]
     with taps.without_head(model, 1, 1, instead):
         found_BT = taps.losses(model, windows_BS)
     close(found_BT, F.cross_entropy(expected.transpose(1, 2), windows_BS[:, 1:], reduction="none"))
-    assert taps.PASS_TOKENS > windows_BS.numel()
 
 
 @every_switch
@@ -248,21 +238,19 @@ def test_patches_are_those_of_a_written_out_pass(switches: dict[str, Any], monke
     clean, corrupt = Written(model, clean_T[None]), Written(model, corrupt_T[None])
     found = taps.patch_stream(model, clean_T, corrupt_T)
     assert found.shape == (L + 1, 12, V)
-    for l, t in ((0, 4), (1, 4), (1, 7), (2, 11), (L, 11), (L, 3)):
+    for place, t in ((0, 4), (1, 4), (1, 7), (2, 11), (L, 11), (L, 3)):
 
-        def patched(layer: int, x: Tensor, l: int = l, t: int = t) -> Tensor:
-            if layer != l:
+        def patched(layer: int, x: Tensor, place: int = place, t: int = t) -> Tensor:
+            if layer != place:
                 return x
             x = x.clone()
-            x[:, t] = clean.streams[l][:, t]
+            x[:, t] = clean.streams[place][:, t]
             return x
 
-        close(found[l, t], Written(model, corrupt_T[None], change_stream=patched).logits[-1][0, -1])
+        close(found[place, t], Written(model, corrupt_T[None], change_stream=patched).logits[-1][0, -1])
     close(found[0, 4], clean.logits[-1][0, -1])
     close(found[L, 11], clean.logits[-1][0, -1])
-    before = corrupt.logits[-1][0, -1].expand(4, V)
-    for l in range(L + 1):
-        close(found[l, :4], before)
+    close(found[:, :4], corrupt.logits[-1][0, -1].expand(L + 1, 4, V))
     by_head = taps.patch_heads(model, clean_T, corrupt_T)
     assert by_head.shape == (L, H, V)
     heads_of_clean: dict[int, Tensor] = {}
@@ -279,19 +267,18 @@ def test_patches_are_those_of_a_written_out_pass(switches: dict[str, Any], monke
     close(by_head[1, 1], Written(model, corrupt_T[None], change_heads=one_head).logits[-1][0, -1])
 
 
-def test_every_token_patched_before_the_first_block_is_the_clean_prompt() -> None:
-    for switches in ({}, {"value_residual": True}):
-        model = moved(switched(**switches))
-        clean_BT, corrupt_BT = some_tokens(1), some_tokens(2)[1:]
-        clean_LBTD = taps.streams(model, clean_BT)
-        with torch.no_grad(), taps.reading(taps.stream_readers(model)[0], lambda _: clean_LBTD[0]):
-            assert torch.equal(model(corrupt_BT), model(clean_BT))
-        last_V = taps.last_logits(model, clean_BT)[0]
-        for found in (
-            taps.patch_stream(model, clean_BT[0], clean_BT[0]),
-            taps.patch_heads(model, clean_BT[0], clean_BT[0]),
-        ):
-            close(found, last_V.expand_as(found))
+@pytest.mark.parametrize("switches", [{}, {"value_residual": True}], ids=named)
+def test_every_token_patched_before_the_first_block_is_the_clean_prompt(switches: dict[str, Any]) -> None:
+    """And of two prompts that are one, nothing comes."""
+    model = moved(switched(**switches))
+    clean_BT, corrupt_BT = some_tokens(1), some_tokens(2)[1:]
+    clean_BTD = taps.streams(model, clean_BT)[0]
+    with torch.no_grad(), taps.reading(taps.stream_readers(model)[0], lambda _: clean_BTD):
+        assert torch.equal(model(corrupt_BT), model(clean_BT))
+    last_V = taps.last_logits(model, clean_BT)[0]
+    for patch in (taps.patch_stream, taps.patch_heads):
+        found = patch(model, clean_BT[0], clean_BT[0])
+        close(found, last_V.expand_as(found))
 
 
 @every_switch
@@ -387,6 +374,304 @@ def test_a_head_built_to_repeat_scores_one() -> None:
     # All but one of 8: the first token has none before it, carries itself, and is looked at beside the one after it.
     assert found.induction_LH[1, 0].item() == pytest.approx(7.5 / 8, abs=1e-3)
     first_loss, second_loss = induction.loss_of_halves(found.losses_BT)
-    assert second_loss == pytest.approx(math.log(2) / 7, abs=1e-3) and first_loss > 1
+    assert second_loss == pytest.approx(math.log(1 + math.e) / 7, abs=1e-3)  # of the token before it, a logit of 1
+    assert first_loss > 1
     for layer, _, losses_BT in taps.losses_without_each(model, tokens_BT, taps.zeros(model), mlps=False):
         assert induction.loss_of_halves(losses_BT)[1] > 1, f"both heads are needed, without that of layer {layer}"
+
+
+# --- The command ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trained_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = tmp_path_factory.mktemp("lens") / "run"
+    config = with_save(tiny_config(tiny_data, run_dir, steps=30), every=10)
+    run(config, Mesh(0, 1, torch.device("cpu")))
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def bytes_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run whose tokens are bytes: it can be a Hugging Face folder, and no prompt is unknown to it."""
+    folder = tmp_path_factory.mktemp("bytes")
+    (folder / "text.txt").write_text("as bytes, please; the cat | the dog\n" * 60)
+    prepare(TextOptions(input=(str(folder / "text.txt"),), out=folder / "data", tokenizer="byte"))
+    run(tiny_config(folder / "data", folder / "run", steps=2), Mesh(0, 1, torch.device("cpu")))
+    return folder / "run"
+
+
+PROMPT = ["model", "step", "tokens", "texts"]
+ABLATED = ["model", "step", "by", "num_tokens", "loss", "parts"]
+PATCHED = [*PROMPT, "part", "corrupt_tokens", "corrupt_texts", "answers", "clean", "corrupt", "patched", "restored"]
+REPEATED = ["model", "step", "half", "num_sequences", "seed", "checkpoints"]
+CAT_AND_DOG = ["--clean", "The cat", "--corrupt", "The dog", "--answers", "a", "b"]
+LOOKS: dict[str, tuple[list[str], list[str], str]] = {  # arguments, keys of the JSON and its name
+    "attention": (["attention", "RUN", "--prompt", "The cat"], [*PROMPT, "heads"], "attention"),
+    "one head": (
+        ["attention", "RUN", "--prompt", "The cat", "--layer", "1", "--head", "0"],
+        [*PROMPT, "heads"],
+        "attention-1.0",
+    ),
+    "logit lens": (["logit-lens", "RUN", "--prompt", "The cat", "--top-k", "3"], [*PROMPT, "layers"], "logit-lens"),
+    "ablate": (["ablate", "RUN", "--prompt", "The cat and the dog"], ABLATED, "ablate"),
+    "ablate by mean": (["ablate", "RUN", "--file", "FILE", "--by", "mean", "--max-tokens", "100"], ABLATED, "ablate"),
+    "patch": (["patch", "RUN", *CAT_AND_DOG], PATCHED, "patch"),
+    "patch heads": (["patch", "RUN", *CAT_AND_DOG, "--part", "heads"], PATCHED, "patch"),
+    "induction": (["induction", "RUN", "--num-sequences", "2", "--ablate"], REPEATED, "induction"),
+    "every checkpoint": (
+        ["induction", "RUN", "--num-sequences", "2", "--every-checkpoint"],
+        REPEATED,
+        "induction-checkpoints",
+    ),
+}
+
+
+def look(name: str, run_dir: Path, out: Path) -> tuple[str, dict[str, Any]]:
+    """What a look prints and its JSON, whose keys and picture are as they should be."""
+    args, keys, stem = LOOKS[name]
+    (out.parent / "some.txt").write_text("The cat and the dog and the cat. " * 9)
+    words = [{"RUN": str(run_dir), "FILE": str(out.parent / "some.txt")}.get(word, word) for word in args]
+    done = called(lens.main, *words, "--out", str(out), "--device", "cpu")
+    assert done.returncode == 0, done.stderr
+    assert (out / f"{stem}.png").read_bytes().startswith(b"\x89PNG") and str(out / f"{stem}.png") in done.stdout
+    record = json.loads((out / f"{stem}.json").read_text())
+    assert list(record) == keys
+    return done.stdout, record
+
+
+Looked = dict[str, tuple[str, dict[str, Any]]]
+
+
+@pytest.fixture(scope="module")
+def looked(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Looked:
+    """Each look, once."""
+    return {name: look(name, trained_run, tmp_path_factory.mktemp("looks") / "out") for name in LOOKS}
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_every_look_prints_a_table_and_leaves_numbers_and_a_picture(name: str, looked: Looked) -> None:
+    printed, record = looked[name]
+    table = [line for line in printed.splitlines() if line.startswith("|")]
+    assert len(table) > 3 and len({line.replace("\\|", "").count("|") for line in table}) == 1
+    assert record["step"] == 30
+
+
+def test_the_numbers_of_a_look_are_the_models(trained_run: Path, looked: Looked) -> None:
+    trained = load_trained(trained_run)
+    model = trained.model
+    assert isinstance(model, GPT)
+    tokens_BT = torch.tensor(trained.codec.encode("The cat").astype("int64"))[None]
+    _, record = looked["attention"]
+    assert record["tokens"] == tokens_BT[0].tolist() and record["texts"][:4] == ["'T'", "'h'", "'e'", "' '"]
+    assert [(each["layer"], each["head"]) for each in record["heads"]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    written = Written(model, tokens_BT)
+    for each in record["heads"]:
+        close(torch.tensor(each["weights"]), written.attention[each["layer"]][0, each["head"]])
+    _, one = looked["one head"]
+    assert one["heads"] == [record["heads"][2]]
+
+    printed, record = looked["logit lens"]
+    assert [layer["after"] for layer in record["layers"]] == ["embedding", "block 0", "block 1"]
+    with torch.no_grad():
+        logits_TV = model(tokens_BT)[0, :, : trained.codec.vocab_size]
+    most = logits_TV.softmax(dim=1).topk(3)
+    last = record["layers"][-1]
+    assert last["top_tokens"] == most.indices.tolist()
+    torch.testing.assert_close(torch.tensor(last["top_probabilities"]), most.values, rtol=0, atol=1e-6)
+    losses_t = F.cross_entropy(logits_TV[:-1], tokens_BT[0, 1:], reduction="none")
+    torch.testing.assert_close(torch.tensor(last["next_losses"]), losses_t, rtol=0, atol=2e-6)
+    order = logits_TV.argsort(dim=1, descending=True).tolist()
+    assert last["next_ranks"] == [row.index(token) for row, token in zip(order, record["tokens"][1:], strict=False)]
+    assert f"| block 1   | {losses_t.mean():.4f} |" in printed
+
+    _, record = looked["patch"]
+    assert len(record["patched"]) == 3 and len(record["patched"][0]) == 7
+    assert record["restored"][0][:4] == pytest.approx([0] * 4, abs=1e-4), "nothing differs so far"
+    assert record["restored"][2][6] == pytest.approx(1, abs=1e-4)
+    _, heads = looked["patch heads"]
+    assert len(heads["patched"]) == 2 and len(heads["patched"][0]) == 2 and heads["clean"] == record["clean"]
+
+    printed, record = looked["ablate by mean"]
+    assert record["by"] == "mean" and record["num_tokens"] == 96, "three windows of 32"
+    assert [(part["layer"], part["head"]) for part in record["parts"]] == [(i, h) for i in (0, 1) for h in (0, 1, None)]
+    for part in record["parts"]:
+        assert part["change"] == pytest.approx(part["loss"] - record["loss"], abs=3e-6)
+        assert part["standard_error"] > 0
+    assert f"Loss of 96 tokens: {record['loss']:.4f}" in printed
+
+    printed, record = looked["every checkpoint"]
+    assert [each["step"] for each in record["checkpoints"]] == [10, 20, 30]
+    _, alone = looked["induction"]
+    without = alone["checkpoints"][0]["loss_second_without"]
+    assert len(without) == 2 and len(without[0]) == 2
+    assert alone["checkpoints"] == [record["checkpoints"][-1] | {"loss_second_without": without}]
+    assert record["half"] == min(16, trained.codec.vocab_size) and printed.count("\n| ") == 4
+    best = max(score for row in record["checkpoints"][0]["induction"] for score in row)
+    assert f"{best:.3f}" in printed.splitlines()[4]
+
+
+def test_checkpoints_and_hugging_face_folders_are_looked_into_too(
+    trained_run: Path, bytes_run: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("safetensors")
+    for path in (f"{trained_run}@10", str(trained_run / "checkpoints" / "step_00000010")):
+        done = called(lens.main, "induction", path, "--num-sequences", "2", "--out", str(tmp_path))
+        assert done.returncode == 0 and json.loads((tmp_path / "induction.json").read_text())["step"] == 10
+    exported = called(hf_bridge.main, "export", str(bytes_run), "--out", str(tmp_path / "folder"))
+    assert exported.returncode == 0, exported.stderr
+    for name in ("attention", "patch heads"):
+        printed, record = look(name, tmp_path / "folder", tmp_path / "theirs")
+        expected, ours = look(name, bytes_run, tmp_path / "ours")
+        assert record["step"] is None and record | {"model": 0, "step": 0} == ours | {"model": 0, "step": 0}
+        assert printed.splitlines()[:-1] == expected.splitlines()[:-1]
+    done = called(lens.main, "induction", str(tmp_path / "folder"), "--every-checkpoint")
+    assert done.returncode == 2 and "--every-checkpoint needs a run directory with checkpoints in it" in done.stderr
+
+
+def test_odd_tokens_are_shown_in_a_table_and_a_picture(bytes_run: Path, tmp_path: Path) -> None:
+    """A bar, a backquote, a line break, half a character, dollars that are no formula."""
+    prompt = "a|b`c\n$\u00fc$ "
+    done = called(
+        lens.main,
+        "attention",
+        str(bytes_run),
+        "--prompt",
+        prompt,
+        "--layer",
+        "0",
+        "--head",
+        "0",
+        "--out",
+        str(tmp_path),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "'\\|'" in done.stdout and "'\\`'" in done.stdout and "'\\n'" in done.stdout and "\\xc3" in done.stdout
+    assert all(line.replace("\\|", "").count("|") == 4 for line in done.stdout.splitlines() if line.startswith("|"))
+    assert lens.shown(ByteCodec(), 0x41) == "'A'"
+    assert called(lens.main, "logit-lens", str(bytes_run), "--prompt", prompt, "--out", str(tmp_path)).returncode == 0
+
+
+def test_the_likeliest_tokens_are_the_answers_unless_they_are_the_same(trained_run: Path) -> None:
+    trained = load_trained(trained_run)
+    model = trained.model
+    assert isinstance(model, GPT)
+    for clean, corrupt in (("The cat", "The dog"), ("a", "T"), ("e ", "Th")):
+        args = ["patch", str(trained_run), "--clean", clean, "--corrupt", corrupt]
+        tokens = [torch.tensor(trained.codec.encode(text).astype("int64")) for text in (clean, corrupt)]
+        done = called(lens.main, *args)
+        if len(clean) < 2:
+            assert "--clean has 1 tokens; the model's context takes 2 to 32" in done.stderr
+            continue
+        likeliest = taps.last_logits(model, torch.stack(tokens)).argmax(dim=1).tolist()
+        names = [lens.shown(trained.codec, token) for token in likeliest]
+        if likeliest[0] == likeliest[1]:
+            assert f"both prompts are most likely continued by {names[0]}; give --answers A B" in done.stderr
+        else:
+            assert f"Logit of {names[0]} less that of {names[1]}" in done.stdout
+
+
+PATCH = ["patch", "RUN", "--clean", "The cat", "--corrupt", "The dog"]
+
+
+@pytest.mark.parametrize(
+    ("args", "line"),
+    [
+        (["attention", "nowhere", "--prompt", "a"], "nowhere: no such run directory"),
+        (["attention", "RUN@7", "--prompt", "a"], "no checkpoint of step 7; there are 10, 20, 30"),
+        (["attention", "RUN", "--prompt", ""], "--prompt is empty; give some text"),
+        (["attention", "RUN", "--prompt", "\u00fc"], "--prompt '\u00fc': character '\u00fc' at 0 is not among"),
+        (["attention", "RUN", "--prompt", "T"], "--prompt has 1 tokens; the model's context takes 2 to 32"),
+        (["logit-lens", "RUN", "--prompt", "T" * 33], "--prompt has 33 tokens; the model's context takes 2 to 32"),
+        (["logit-lens", "RUN", "--prompt", "The", "--top-k", "0"], "--top-k 0 must be at least 1"),
+        (["logit-lens", "RUN", "--prompt", "The", "--top-k", "999"], "--top-k 999 must be at least 1 and at most"),
+        (["attention", "RUN", "--prompt", "The", "--layer", "2"], "--layer 2: the model has 0 to 1"),
+        (["attention", "RUN", "--prompt", "The", "--head", "-1"], "--head -1: the model has 0 to 1"),
+        (["ablate", "RUN"], "give --prompt or --file, and not both"),
+        (["ablate", "RUN", "--prompt", "The", "--file", "FILE"], "give --prompt or --file, and not both"),
+        (["ablate", "RUN", "--prompt", "T"], "--prompt has 1 tokens; a loss needs at least 2"),
+        (["ablate", "RUN", "--prompt", ""], "--prompt has 0 tokens; a loss needs at least 2"),
+        (["ablate", "RUN", "--file", "gone.txt"], "gone.txt"),
+        (["ablate", "RUN", "--file", "LATIN"], "not UTF-8 (invalid start byte at byte 1)"),
+        (["ablate", "RUN", "--file", "FILE", "--max-tokens", "1"], "--max-tokens 1 must be at least 2"),
+        (
+            ["patch", "RUN", "--clean", "The cat", "--corrupt", "A dog"],
+            "--clean has 7 tokens, --corrupt 5; give prompts",
+        ),
+        (["patch", "RUN", "--clean", "The cat", "--corrupt", "The cat"], "--clean and --corrupt are the same tokens"),
+        ([*PATCH, "--answers", "ab", "c"], "--answers 'ab' is 2 tokens; each must be one"),
+        ([*PATCH, "--answers", "", "c"], "--answers '' is 0 tokens; each must be one"),
+        ([*PATCH, "--answers", "\u00fc", "c"], "--answers '\u00fc': character"),
+        ([*PATCH, "--answers", "c", "c"], "--answers must be two different tokens"),
+        (["induction", "RUN", "--half", "17"], "--half 17 must be at least 2 and at most 16: half the context of 32"),
+        (["induction", "RUN", "--num-sequences", "0"], "--num-sequences 0 must be at least 1"),
+        (["induction", "RUN@10", "--every-checkpoint"], "--every-checkpoint needs a run directory with checkpoints"),
+        (["induction", "RUN", "--every-checkpoint", "--ablate"], "--ablate is of one checkpoint"),
+        (["induction", "RUN", "--device", "cuda"], "--device cuda: torch"),
+        (["induction", "RUN", "--into", "gone.md"], "gone.md: --into needs one <!-- lens induction -->"),
+    ],
+)
+def test_what_cannot_be_looked_at_is_one_line(trained_run: Path, tmp_path: Path, args: list[str], line: str) -> None:
+    (tmp_path / "some.txt").write_text("The cat")
+    (tmp_path / "latin.txt").write_bytes("a\u00fc".encode("latin-1"))
+    places = {"FILE": str(tmp_path / "some.txt"), "LATIN": str(tmp_path / "latin.txt")}
+    words = [places.get(word, word.replace("RUN", str(trained_run))) for word in args]
+    done = called(lens.main, *words)
+    assert done.returncode == 2 and done.stderr.startswith("lens: ") and done.stderr.count("\n") == 1, done.stderr
+    assert line in done.stderr and done.stdout == ""
+
+
+def test_what_is_no_gpt_or_no_number_is_refused_by_name(trained_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trained = load_trained(trained_run)
+    broken = load_trained(trained_run)
+    with torch.no_grad():
+        broken.model.lm_head.weight[0, 0] = math.nan
+    loaded = {name: dataclasses.replace(trained, model=rung(name)) for name in BELOW}
+    for name, found in {**loaded, "nan": broken}.items():
+        monkeypatch.setattr("model.looks.load_trained", lambda *_, found=found, **__: found)
+        for args in (["logit-lens", "--prompt", "The"], ["ablate", "--prompt", "The"], ["induction"]):
+            done = called(lens.main, args[0], str(trained_run), *args[1:])
+            expected = (
+                "the model's numbers are not finite; take another checkpoint"
+                if name == "nan"
+                else f"--model.rung {name} has no blocks to look into; give a run of --model.rung gpt"
+            )
+            assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_without_matplotlib_there_are_numbers_but_no_picture(
+    trained_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Said before anything is computed."""
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    args = ["attention", str(trained_run), "--prompt", "The"]
+    assert called(lens.main, *args).returncode == 0
+    done = called(lens.main, *args, "--out", str(tmp_path / "out"))
+    assert done.returncode == 2 and done.stderr == "lens: the picture needs matplotlib: pip install -e '.[plots]'\n"
+    assert done.stdout == "" and not (tmp_path / "out").exists()
+
+
+def test_more_numbers_than_a_file_should_hold_are_refused(trained_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lens, "MAX_NUMBERS", 35)
+    args = ["attention", str(trained_run), "--prompt", "The"]
+    done = called(lens.main, *args)
+    assert done.returncode == 2 and "36 weights are more than 35; give --layer, --head or a shorter" in done.stderr
+    assert called(lens.main, *args, "--head", "1").returncode == 0
+
+
+def test_what_is_printed_goes_into_a_page(trained_run: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("before\n<!-- lens attention-1.0 -->\nold\n<!-- end -->\nafter\n")
+    args = ["attention", str(trained_run), "--prompt", "The", "--layer", "1", "--head", "0"]
+    done = called(lens.main, *args, "--into", str(page))
+    assert page.read_text() == f"before\n<!-- lens attention-1.0 -->\n{done.stdout.rstrip()}\n<!-- end -->\nafter\n"
+
+
+def test_bf16_is_near_fp32(trained_run: Path, tmp_path: Path) -> None:
+    records = []
+    for dtype in ("fp32", "bf16"):
+        args = ["attention", str(trained_run), "--prompt", "The cat", "--dtype", dtype, "--out", str(tmp_path / dtype)]
+        assert called(lens.main, *args).returncode == 0
+        record = json.loads((tmp_path / dtype / "attention.json").read_text())
+        records.append(torch.tensor([each["weights"] for each in record["heads"]]))
+    assert 0 < (records[0] - records[1]).abs().max() < 0.05
