@@ -59,7 +59,7 @@ def logit_lens(figure: Any, record: Mapping[str, Any]) -> None:
 
 def ablation(figure: Any, parts: Sequence[Mapping[str, Any]]) -> None:
     """How much worse the loss is without each head and MLP."""
-    num_columns = 1 + sum(part["layer"] == 0 for part in parts) - 1
+    num_columns = sum(part["layer"] == 0 for part in parts)
     names = [*(f"head {head}" for head in range(num_columns - 1)), "MLP"]
     change_LN = torch.tensor([part["change"] for part in parts]).view(-1, num_columns)
     layers = [f"layer {layer}" for layer in range(len(change_LN))]

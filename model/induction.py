@@ -21,6 +21,9 @@ from model.looks import Common, View, load, numbers
 from model.taps import losses_without_each, rows_per_pass, see_attention, zeros
 from model.trained import list_checkpoints
 
+COLUMNS = ("layer", "head", "induction", "previous token", "loss without it")
+COLUMNS_OVER_STEPS = ("step", "loss, first time", "second", "best induction head", "score", "best previous", "score")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Induction(Common):
@@ -140,7 +143,7 @@ def induction(options: Induction) -> View:
         return View(text, record, lambda figure: heatmaps.induction_over_steps(figure, looks))
     [look] = looks
     first = f"{what}: loss {look['loss_first']:.3f} the first time, {look['loss_second']:.3f} the second."
-    rows = [["layer", "head", "induction", "previous token", *(["loss without it"] if options.ablate else [])]]
+    rows = [list(COLUMNS if options.ablate else COLUMNS[:-1])]
     for layer, (scores, previous) in enumerate(zip(look["induction"], look["previous"], strict=True)):
         for head, pair in enumerate(zip(scores, previous, strict=True)):
             cells = [f"{score:.3f}" for score in pair]
@@ -150,7 +153,7 @@ def induction(options: Induction) -> View:
 
 
 def rows_over_steps(looks: Sequence[dict[str, Any]]) -> list[list[str]]:
-    rows = [["step", "loss, first time", "second", "best induction head", "score", "best previous-token head", "score"]]
+    rows = [list(COLUMNS_OVER_STEPS)]
     for look in looks:
         cells = []
         for kind in ("induction", "previous"):

@@ -51,6 +51,8 @@ from model.looks import Common, View, cell, encode, header, layer_names, load, n
 from model.trained import Trained
 
 MAX_NUMBERS = 10_000_000  # in a JSON file: 100 MB
+COLUMNS_OF_HEADS = ("layer", "head", "on itself", "on the one before", "on the first", "the last looks at (weight)")
+COLUMNS_OF_A_HEAD = ("place", "token", "looks at (weight)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -140,11 +142,11 @@ def attention(options: Attention) -> View:
     texts = record["texts"]
     record["heads"] = [{"layer": i, "head": h, "weights": numbers(w_TT)} for (i, h), w_TT in kept.items()]
     if len(kept) == 1:
-        rows = [["place", "token", "looks at (weight)"]]
+        rows = [list(COLUMNS_OF_A_HEAD)]
         for place, row_T in enumerate(next(iter(kept.values()))):
             rows.append([str(place), cell(texts[place]), looked_at(row_T[: place + 1], texts)])
     else:
-        rows = [["layer", "head", "on itself", "on the one before", "on the first", "the last token looks at (weight)"]]
+        rows = [list(COLUMNS_OF_HEADS)]
         for (layer, head), weights_TT in kept.items():
             means = weights_TT.diagonal().mean(), weights_TT.diagonal(-1).mean(), weights_TT[1:, 0].mean()
             rows.append([str(layer), str(head), *(f"{mean:.3f}" for mean in means), looked_at(weights_TT[-1], texts)])
@@ -350,23 +352,29 @@ def view_of(options: Options) -> View:
             return induction(options)
 
 
+def parse(args: Sequence[str] | None) -> Options:
+    command = (
+        Annotated[Attention, tyro.conf.subcommand("attention")]
+        | Annotated[LogitLens, tyro.conf.subcommand("logit-lens")]
+        | Annotated[Ablate, tyro.conf.subcommand("ablate")]
+        | Annotated[Patch, tyro.conf.subcommand("patch")]
+        | Annotated[Induction, tyro.conf.subcommand("induction")]
+    )
+    options: Options = tyro.cli(command, args=args, description=__doc__)
+    return options
+
+
 def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors("lens"):
-        command = (
-            Annotated[Attention, tyro.conf.subcommand("attention")]
-            | Annotated[LogitLens, tyro.conf.subcommand("logit-lens")]
-            | Annotated[Ablate, tyro.conf.subcommand("ablate")]
-            | Annotated[Patch, tyro.conf.subcommand("patch")]
-            | Annotated[Induction, tyro.conf.subcommand("induction")]
-        )
-        options: Options = tyro.cli(command, args=args, description=__doc__)
+        options = parse(args)
         figure: Any = None if options.out is None else heatmaps.new_figure()
+        mark = f"lens {options.name}"
         if options.into is not None:
-            put_into(options.into, f"lens {options.name}", None)
+            put_into(options.into, mark, None)
         view = view_of(options)
         print(view.text)
         if options.into is not None:
-            put_into(options.into, f"lens {options.name}", view.text)
+            put_into(options.into, mark, view.text)
         if options.out is not None:
             options.out.mkdir(parents=True, exist_ok=True)
             write_json_atomically(options.out / f"{options.name}.json", view.record)

@@ -4,6 +4,8 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
+import shlex
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -20,15 +22,21 @@ from data_prep.textfiles import prepare
 from model import hf_bridge, induction, lens, taps
 from model.gpt import GPT
 from model.trained import load_trained
-from tests.runs import called, tiny_config, with_save
+from tests.runs import ROOT, called, tiny_config, with_save
 from tests.test_kv_cache import FLEX
 from tests.test_ladder import BELOW, rung
+from tests.test_readme import help_of
 from tests.test_switches import ONE_BY_ONE, TINY, moved, named, some_tokens, switched
+from train.config import parse
 from train.main import run
 from train.mesh import Mesh
+from train.presets import PRESETS
 
 SWITCHES = [{}, *ONE_BY_ONE, FLEX | {"positions": "rope"}]
 every_switch = pytest.mark.parametrize("switches", SWITCHES, ids=named)
+# In eager flex compiles a mask for each pass, of which there are a dozen here.
+flex_is_long = pytest.param(SWITCHES[-1], marks=pytest.mark.long(reason="seconds; flex in the shorter tests above"))
+every_switch_but_flex_is_long = pytest.mark.parametrize("switches", [*SWITCHES[:-1], flex_is_long], ids=named)
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 L, H, V = TINY.num_layers, TINY.num_heads, TINY.vocab_size
 
@@ -54,7 +62,7 @@ class Written:
             x = x + self.weights["transformer.wpe.weight"][:T]
         is_hidden = torch.ones(T, T, dtype=torch.bool).triu(1).expand(B, 1, T, T)
         if config.attention == "flex":
-            document_BT = (tokens_BT == config.eot_id).cumsum(dim=1)
+            document_BT = tokens_BT.eq(config.eot_id or 0).cumsum(dim=1)
             is_hidden = is_hidden | (document_BT[:, None, :, None] != document_BT[:, None, None, :])
         self.streams, self.attention = list[Tensor](), list[Tensor]()
         first_values = None
@@ -179,7 +187,7 @@ def test_the_lens_of_the_last_layer_is_the_models_output(switches: dict[str, Any
         assert torch.equal(taps.lens_logits(model, streams[-1]), model(tokens_BT)[..., :V])
 
 
-@every_switch
+@every_switch_but_flex_is_long
 def test_a_part_left_out_is_one_whose_weights_are_zero(switches: dict[str, Any]) -> None:
     config = switched(**switches)
     model, windows_BS = moved(config), some_tokens()
@@ -192,7 +200,7 @@ def test_a_part_left_out_is_one_whose_weights_are_zero(switches: dict[str, Any])
         attention, mlp = taps.parts_of(cut, layer)
         with torch.no_grad():
             if head is None:
-                for parameter in mlp.c_proj.parameters():  # type: ignore[union-attr,operator]
+                for parameter in mlp.c_proj.parameters():  # type: ignore[union-attr]
                     parameter.zero_()
             else:
                 attention.c_proj.weight[:, head * 16 : (head + 1) * 16] = 0
@@ -228,7 +236,7 @@ def test_by_mean_a_part_gives_its_mean_over_the_text(monkeypatch: pytest.MonkeyP
     close(found_BT, F.cross_entropy(expected.transpose(1, 2), windows_BS[:, 1:], reduction="none"))
 
 
-@every_switch
+@every_switch_but_flex_is_long
 def test_patches_are_those_of_a_written_out_pass(switches: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """At every layer and token, in passes of some rows; also of tokens that are the same, of which nothing comes."""
     monkeypatch.setattr(taps, "PASS_TOKENS", 40)
@@ -281,7 +289,7 @@ def test_every_token_patched_before_the_first_block_is_the_clean_prompt(switches
         close(found, last_V.expand_as(found))
 
 
-@every_switch
+@every_switch_but_flex_is_long
 def test_the_model_is_left_as_it_was(switches: dict[str, Any]) -> None:
     """Its bits, its weights and no hook more, also where a pass breaks off."""
     model, tokens_BT = moved(switched(**switches)), some_tokens()
@@ -675,3 +683,51 @@ def test_bf16_is_near_fp32(trained_run: Path, tmp_path: Path) -> None:
         record = json.loads((tmp_path / dtype / "attention.json").read_text())
         records.append(torch.tensor([each["weights"] for each in record["heads"]]))
     assert 0 < (records[0] - records[1]).abs().max() < 0.05
+
+
+# --- What is shown of it ----------------------------------------------------------------------------------------------
+
+PAGE = (ROOT / "docs" / "inspect.md").read_text(encoding="utf-8")
+SHOWN = [
+    line.strip().split(" #")[0]
+    for text in ((ROOT / "README.md").read_text(encoding="utf-8"), PAGE, str(lens.__doc__))
+    for line in text.splitlines()
+    if re.match(r" +(\.venv/bin/)?python model/lens\.py ", line)
+]
+
+
+@pytest.mark.parametrize("line", SHOWN)
+def test_the_command_lines_that_are_shown_parse(line: str) -> None:
+    options = lens.parse(shlex.split(line)[2:])
+    assert options.into in (None, Path("docs/inspect.md"))
+    if options.into is not None:
+        assert f"<!-- lens {options.name} -->" in PAGE.split(line)[1].split("    .venv/bin/")[0]
+
+
+@pytest.mark.parametrize("line", [line.strip() for line in PAGE.splitlines() if line.startswith("    .venv/bin/")])
+def test_the_pages_other_commands_name_what_there_is(line: str) -> None:
+    words = shlex.split(line.split(" #")[0])
+    script = next(index for index, word in enumerate(words) if word.endswith(".py"))
+    if words[script] == "train/main.py":
+        parse(words[script + 1 :], PRESETS)
+    else:
+        assert all(word in help_of(words[script]) for word in words if word.startswith("--") and "lens" not in line)
+
+
+def test_every_table_of_the_page_was_made_by_its_command() -> None:
+    """The look's own columns, and a row for each head, checkpoint or token."""
+    blocks = dict(re.findall(r"<!-- lens ([\w.-]+) -->\n(.*?)<!-- end -->", PAGE, re.DOTALL))
+    assert len(blocks) == PAGE.count("<!-- end -->") >= 3
+    made = {lens.parse(shlex.split(line)[2:]).name for line in SHOWN if "--into" in line}
+    assert made == set(blocks)
+    for name, block in blocks.items():
+        header = next(line for line in block.splitlines() if line.startswith("|"))
+        cells = [cell.strip() for cell in header.strip("|").split("|")]
+        columns = {"induction": induction.COLUMNS, "induction-checkpoints": induction.COLUMNS_OVER_STEPS}
+        assert cells == list(columns.get(name, lens.COLUMNS_OF_A_HEAD)), name
+        assert block.count("\n| ") > 5
+
+
+def test_what_the_page_names_is_there() -> None:
+    for name in re.findall(r"`((?:model|train|data_prep|tests|launch)/\w+\.py)`", PAGE):
+        assert (ROOT / name).is_file(), name
