@@ -84,10 +84,16 @@ def see_repeats(model: GPT, tokens_BT: Tensor) -> Repeats:
     return Repeats(induction_LH / B, previous_LH / B, torch.cat(found))
 
 
-def loss_of_halves(losses_BT: Tensor) -> tuple[float, float]:
+def loss_of_halves(losses_BT: Tensor) -> list[float]:
     """The mean loss of the first half's tokens and of the second's, each but the first."""
     half = (losses_BT.shape[1] + 1) // 2
-    return losses_BT[:, : half - 1].mean().item(), losses_BT[:, half:].mean().item()
+    found: list[float] = numbers(torch.stack([losses_BT[:, : half - 1].mean(), losses_BT[:, half:].mean()]))
+    return found
+
+
+def even_score(half: int) -> float:
+    """The induction score of a head that looks at all tokens so far alike."""
+    return sum(1 / (place + 1) for place in range(half, 2 * half)) / half
 
 
 def checkpoints_of(options: Induction) -> list[str]:
@@ -137,12 +143,15 @@ def induction(options: Induction) -> View:
     looks, half = [look for look, _ in found], found[0][1]
     record = {"model": options.path, "step": looks[-1]["step"], "half": half, "num_sequences": options.num_sequences}
     record |= {"seed": options.seed, "checkpoints": looks}
-    what = f"{options.num_sequences} sequences of {half} random tokens, each twice"
+    what = (
+        f"{options.num_sequences} sequences of {half} random tokens, each twice. "
+        f"A head that looks everywhere alike has an induction score of {even_score(half):.3f}."
+    )
     if options.every_checkpoint:
-        text = f"{what}:\n\n{markdown(rows_over_steps(looks))}"
+        text = f"{what}\n\n{markdown(rows_over_steps(looks))}"
         return View(text, record, lambda figure: heatmaps.induction_over_steps(figure, looks))
     [look] = looks
-    first = f"{what}: loss {look['loss_first']:.3f} the first time, {look['loss_second']:.3f} the second."
+    first = f"{what} Loss {look['loss_first']:.3f} the first time, {look['loss_second']:.3f} the second."
     rows = [list(COLUMNS if options.ablate else COLUMNS[:-1])]
     for layer, (scores, previous) in enumerate(zip(look["induction"], look["previous"], strict=True)):
         for head, pair in enumerate(zip(scores, previous, strict=True)):

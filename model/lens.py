@@ -16,7 +16,8 @@ from 0; the stream after a layer is called "block 0" and so on, that before them
     attention    heads: [{layer, head, weights [T][T], rows are what looks}]; of one head attention-LAYER.HEAD.json
     logit-lens   layers: [{after, top_tokens, top_texts and top_probabilities [T][--top-k], next_ranks (0: likeliest)
                  and next_losses [T - 1]}]; the last layer is the model's own output
-    ablate       by, num_tokens, loss, parts: [{layer, head (null: the MLP), loss, change, standard_error of it}]
+    ablate       by, num_tokens, loss, parts: [{layer, head (null: the MLP), loss, change, standard_error of the change,
+                 over tokens}]
     patch        part, corrupt_tokens, corrupt_texts, answers [2], clean and corrupt (logit of the first answer less
                  that of the second, after the last token), patched [L + 1][T] or [L][H], and restored, which is
                  (patched - corrupt) / (clean - corrupt)
@@ -50,7 +51,8 @@ from model.induction import Induction, induction
 from model.looks import Common, View, cell, encode, header, layer_names, load, numbers, shown, texts_of
 from model.trained import Trained
 
-MAX_NUMBERS = 10_000_000  # in a JSON file: 100 MB
+MAX_NUMBERS = 10_000_000  # in a JSON file, which then has some 200 MB
+LEAST_DIFFERENCE = 1e-4  # of logits; less may be rounding
 COLUMNS_OF_HEADS = ("layer", "head", "on itself", "on the one before", "on the first", "the last looks at (weight)")
 COLUMNS_OF_A_HEAD = ("place", "token", "looks at (weight)")
 
@@ -183,14 +185,8 @@ def logit_lens(options: LogitLens) -> View:
         }
         record["layers"].append(layer)
         likeliest = list(zip(layer["top_texts"][-1], top_probabilities[-1], strict=True))[:3]
-        rows.append(
-            [
-                name,
-                f"{-next_t1.mean():.4f}",
-                f"{ranks_t.double().mean():.1f}",
-                ", ".join(f"{cell(text)} ({probability:.2f})" for text, probability in likeliest),
-            ]
-        )
+        said = ", ".join(f"{cell(text)} ({probability:.2f})" for text, probability in likeliest)
+        rows.append([name, f"{-next_t1.mean():.4f}", f"{ranks_t.double().mean():.1f}", said])
     return View(markdown(rows), record, lambda figure: heatmaps.logit_lens(figure, record))
 
 
@@ -235,25 +231,13 @@ def ablate(options: Ablate) -> View:
         error = numbers(change_BT.std() / math.sqrt(change_BT.numel())) if change_BT.numel() > 1 else 0.0
         loss, change = numbers(losses_BT.mean()), numbers(change_BT.mean())
         parts.append({"layer": layer, "head": head, "loss": loss, "change": change, "standard_error": error})
-    record: dict[str, Any] = {
-        "model": options.path,
-        "step": trained.step,
-        "by": options.by,
-        "num_tokens": whole_BT.numel(),
-    }
-    record |= {"loss": numbers(whole_BT.mean()), "parts": parts}
+    record: dict[str, Any] = {"model": options.path, "step": trained.step, "by": options.by}
+    record |= {"num_tokens": whole_BT.numel(), "loss": numbers(whole_BT.mean()), "parts": parts}
     rows = [["layer", "without", "loss", "change", "+-"]]
     for part in sorted(parts, key=lambda part: -part["change"]):
         name = "MLP" if part["head"] is None else f"head {part['head']}"
-        rows.append(
-            [
-                str(part["layer"]),
-                name,
-                f"{part['loss']:.4f}",
-                f"{part['change']:+.4f}",
-                f"{part['standard_error']:.4f}",
-            ]
-        )
+        change = [f"{part['loss']:.4f}", f"{part['change']:+.4f}", f"{part['standard_error']:.4f}"]
+        rows.append([str(part["layer"]), name, *change])
     first = f"Loss of {whole_BT.numel():,} tokens: {record['loss']:.4f}. Without one part each, by {options.by}:"
     return View(f"{first}\n\n{markdown(rows)}", record, lambda figure: heatmaps.ablation(figure, parts))
 
@@ -275,7 +259,7 @@ def patch(options: Patch) -> View:
         return (logits[..., answers[0]] - logits[..., answers[1]]).double().cpu()
 
     clean, corrupt = numbers(difference(last_BV))
-    if clean == corrupt:
+    if abs(clean - corrupt) < LEAST_DIFFERENCE:
         raise InputError(f"--answers: the logits of {' and '.join(names)} differ alike after both; name others")
     patch_part = taps.patch_stream if options.part == "stream" else taps.patch_heads
     patched = difference(patch_part(model, clean_T, corrupt_T))
@@ -293,8 +277,8 @@ def patch(options: Patch) -> View:
     if options.part == "stream":
         columns = layer_names(model.config.num_layers)
         places = [
-            f"{place} {clean}" if clean == corrupt else f"{place} {corrupt} -> {clean}"
-            for place, (clean, corrupt) in enumerate(zip(record["texts"], record["corrupt_texts"], strict=True))
+            f"{place} {new}" if new == old else f"{place} {old} -> {new}"
+            for place, (new, old) in enumerate(zip(record["texts"], record["corrupt_texts"], strict=True))
         ]
         rows = [["at", *columns], *([cell(p), *map(as_part, row)] for p, row in zip(places, restored.T, strict=True))]
     else:

@@ -21,6 +21,7 @@ from data_prep.textfiles import Options as TextOptions
 from data_prep.textfiles import prepare
 from model import hf_bridge, induction, lens, taps
 from model.gpt import GPT
+from model.looks import View
 from model.trained import load_trained
 from tests.runs import ROOT, called, tiny_config, with_save
 from tests.test_kv_cache import FLEX
@@ -349,8 +350,10 @@ def test_the_induction_score_is_a_mean_over_its_definition(
             assert found.previous_LH[layer, head].item() == pytest.approx(sum(before) / 15, rel=1e-4)
     losses_BT = F.cross_entropy(written.logits[-1][:, :-1].transpose(1, 2), tokens_BT[:, 1:], reduction="none")
     close(found.losses_BT, losses_BT)
-    halves = losses_BT[:, :7].mean().item(), losses_BT[:, 8:].mean().item()
-    assert induction.loss_of_halves(found.losses_BT) == pytest.approx(halves)
+    halves = [losses_BT[:, :7].mean().item(), losses_BT[:, 8:].mean().item()]
+    assert induction.loss_of_halves(found.losses_BT) == pytest.approx(halves, abs=1e-4)
+    everywhere_TT = torch.ones(16, 16).tril() / torch.arange(1, 17)[:, None]
+    assert induction.even_score(8) == pytest.approx(everywhere_TT.diagonal(-7)[1:].mean().item())
 
 
 def test_a_head_built_to_repeat_scores_one() -> None:
@@ -519,21 +522,33 @@ def test_the_numbers_of_a_look_are_the_models(trained_run: Path, looked: Looked)
     assert f"{best:.3f}" in printed.splitlines()[4]
 
 
+def view(*args: str) -> View:
+    return lens.view_of(lens.parse([*args, "--device", "cpu"]))
+
+
 def test_checkpoints_and_hugging_face_folders_are_looked_into_too(
     trained_run: Path, bytes_run: Path, tmp_path: Path
 ) -> None:
+    """Of the folder every look: what its run's model gives."""
     pytest.importorskip("safetensors")
     for path in (f"{trained_run}@10", str(trained_run / "checkpoints" / "step_00000010")):
-        done = called(lens.main, "induction", path, "--num-sequences", "2", "--out", str(tmp_path))
-        assert done.returncode == 0 and json.loads((tmp_path / "induction.json").read_text())["step"] == 10
-    exported = called(hf_bridge.main, "export", str(bytes_run), "--out", str(tmp_path / "folder"))
+        assert view("induction", path, "--num-sequences", "2").record["step"] == 10
+    folder = tmp_path / "folder"
+    exported = called(hf_bridge.main, "export", str(bytes_run), "--out", str(folder))
     assert exported.returncode == 0, exported.stderr
-    for name in ("attention", "patch heads"):
-        printed, record = look(name, tmp_path / "folder", tmp_path / "theirs")
-        expected, ours = look(name, bytes_run, tmp_path / "ours")
-        assert record["step"] is None and record | {"model": 0, "step": 0} == ours | {"model": 0, "step": 0}
-        assert printed.splitlines()[:-1] == expected.splitlines()[:-1]
-    done = called(lens.main, "induction", str(tmp_path / "folder"), "--every-checkpoint")
+    (tmp_path / "some.txt").write_text("The cat and the dog and the cat. " * 9)
+    for name, (args, *_) in LOOKS.items():
+        if name == "every checkpoint":
+            continue
+        ours, theirs = (
+            view(*({"RUN": str(path), "FILE": str(tmp_path / "some.txt")}.get(word, word) for word in args))
+            for path in (bytes_run, folder)
+        )
+        assert theirs.record["model"] == str(folder) and theirs.text == ours.text
+        for record in (ours.record, theirs.record):
+            (record["checkpoints"][0] if "induction" in name else record).pop("step")
+        assert theirs.record | {"model": 0, "step": 0} == ours.record | {"model": 0, "step": 0}
+    done = called(lens.main, "induction", str(folder), "--every-checkpoint")
     assert done.returncode == 2 and "--every-checkpoint needs a run directory with checkpoints in it" in done.stderr
 
 
@@ -659,6 +674,13 @@ def test_without_matplotlib_there_are_numbers_but_no_picture(
     assert done.stdout == "" and not (tmp_path / "out").exists()
 
 
+def test_answers_that_tell_nothing_apart_are_refused(trained_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lens, "LEAST_DIFFERENCE", 1e6)
+    done = called(lens.main, "patch", str(trained_run), *CAT_AND_DOG)
+    assert done.returncode == 2
+    assert done.stderr == "lens: --answers: the logits of 'a' and 'b' differ alike after both; name others\n"
+
+
 def test_more_numbers_than_a_file_should_hold_are_refused(trained_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lens, "MAX_NUMBERS", 35)
     args = ["attention", str(trained_run), "--prompt", "The"]
@@ -675,14 +697,13 @@ def test_what_is_printed_goes_into_a_page(trained_run: Path, tmp_path: Path) -> 
     assert page.read_text() == f"before\n<!-- lens attention-1.0 -->\n{done.stdout.rstrip()}\n<!-- end -->\nafter\n"
 
 
-def test_bf16_is_near_fp32(trained_run: Path, tmp_path: Path) -> None:
-    records = []
-    for dtype in ("fp32", "bf16"):
-        args = ["attention", str(trained_run), "--prompt", "The cat", "--dtype", dtype, "--out", str(tmp_path / dtype)]
-        assert called(lens.main, *args).returncode == 0
-        record = json.loads((tmp_path / dtype / "attention.json").read_text())
-        records.append(torch.tensor([each["weights"] for each in record["heads"]]))
-    assert 0 < (records[0] - records[1]).abs().max() < 0.05
+def test_bf16_is_near_fp32(trained_run: Path) -> None:
+    records = [
+        view("attention", str(trained_run), "--prompt", "The cat", "--dtype", dtype).record
+        for dtype in ("fp32", "bf16")
+    ]
+    exact, near = (torch.tensor([each["weights"] for each in record["heads"]]) for record in records)
+    assert 0 < (exact - near).abs().max() < 0.05
 
 
 # --- What is shown of it ----------------------------------------------------------------------------------------------
