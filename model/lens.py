@@ -54,6 +54,7 @@ from model.trained import Trained
 MAX_NUMBERS = 10_000_000  # in a JSON file, which then has some 200 MB
 LEAST_DIFFERENCE = 1e-4  # of logits; less may be rounding
 COLUMNS_OF_HEADS = ("layer", "head", "on itself", "on the one before", "on the first", "the last looks at (weight)")
+COLUMNS_OF_PARTS = ("layer", "without", "loss", "change", "+-")
 COLUMNS_OF_A_HEAD = ("place", "token", "looks at (weight)")
 
 
@@ -233,7 +234,7 @@ def ablate(options: Ablate) -> View:
         parts.append({"layer": layer, "head": head, "loss": loss, "change": change, "standard_error": error})
     record: dict[str, Any] = {"model": options.path, "step": trained.step, "by": options.by}
     record |= {"num_tokens": whole_BT.numel(), "loss": numbers(whole_BT.mean()), "parts": parts}
-    rows = [["layer", "without", "loss", "change", "+-"]]
+    rows = [list(COLUMNS_OF_PARTS)]
     for part in sorted(parts, key=lambda part: -part["change"]):
         name = "MLP" if part["head"] is None else f"head {part['head']}"
         change = [f"{part['loss']:.4f}", f"{part['change']:+.4f}", f"{part['standard_error']:.4f}"]
@@ -294,7 +295,7 @@ def patch(options: Patch) -> View:
 
 
 def as_part(value: Tensor) -> str:
-    return f"{value:.2f}"
+    return f"{round(value.item(), 2) + 0.0:.2f}"  # not -0.00
 
 
 def answers_of(options: Patch, codec: Codec, last_BV: Tensor) -> list[int]:

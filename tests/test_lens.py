@@ -744,9 +744,17 @@ def test_every_table_of_the_page_was_made_by_its_command() -> None:
     for name, block in blocks.items():
         header = next(line for line in block.splitlines() if line.startswith("|"))
         cells = [cell.strip() for cell in header.strip("|").split("|")]
-        columns = {"induction": induction.COLUMNS, "induction-checkpoints": induction.COLUMNS_OVER_STEPS}
-        assert cells == list(columns.get(name, lens.COLUMNS_OF_A_HEAD)), name
-        assert block.count("\n| ") > 5
+        columns = {
+            "induction": induction.COLUMNS,
+            "induction-checkpoints": induction.COLUMNS_OVER_STEPS,
+            "attention-1.2": lens.COLUMNS_OF_A_HEAD,
+            "ablate": lens.COLUMNS_OF_PARTS,
+            "patch": ("layer", "head 0", "head 1", "head 2", "head 3"),
+        }
+        assert cells == list(columns[name]), name
+        assert block.count("\n| ") >= 3
+    finding = blocks["induction-checkpoints"].splitlines()
+    assert [line.split("|")[4].strip() for line in finding[-5:]] == ["1.2"] * 5, "the head that the page follows"
 
 
 def test_what_the_page_names_is_there() -> None:
