@@ -21,7 +21,8 @@ from model.looks import Common, View, load, numbers
 from model.taps import losses_without_each, rows_per_pass, see_attention, zeros
 from model.trained import list_checkpoints
 
-COLUMNS = ("layer", "head", "induction", "previous token", "loss without it")
+COLUMNS = ("layer", "head", "induction", "previous token", "first time without it", "second")
+HALVES = ("first", "second")
 COLUMNS_OVER_STEPS = ("step", "loss, first time", "second", "best induction head", "score", "best previous", "score")
 
 
@@ -38,7 +39,7 @@ class Induction(Common):
     seed: int = 1
     """Of their tokens."""
     ablate: bool = False
-    """Also the loss of the second half without each head."""
+    """Also the losses of both halves without each head."""
 
     @property
     def name(self) -> str:
@@ -130,11 +131,10 @@ def looks_of(options: Induction) -> Iterator[tuple[dict[str, Any], int]]:
         look = {"step": trained.step, "induction": numbers(seen.induction_LH), "previous": numbers(seen.previous_LH)}
         look |= {"loss_first": first, "loss_second": second}
         if options.ablate:
-            without_LH = [[0.0] * model.config.num_heads for _ in range(model.config.num_layers)]
-            for layer, head, losses_BT in losses_without_each(model, tokens_BT, zeros(model), mlps=False):
-                assert head is not None
-                without_LH[layer][head] = loss_of_halves(losses_BT)[1]
-            look["loss_second_without"] = without_LH
+            each = losses_without_each(model, tokens_BT, zeros(model), mlps=False)
+            halves_N2 = torch.tensor([loss_of_halves(losses_BT) for _, _, losses_BT in each], dtype=torch.float64)
+            halves_LH2 = halves_N2.view(model.config.num_layers, model.config.num_heads, 2)
+            look |= {f"loss_{HALVES[i]}_without": numbers(halves_LH2[..., i]) for i in range(2)}
         yield look, half
 
 
@@ -152,11 +152,12 @@ def induction(options: Induction) -> View:
         return View(text, record, lambda figure: heatmaps.induction_over_steps(figure, looks))
     [look] = looks
     first = f"{what} Loss {look['loss_first']:.3f} the first time, {look['loss_second']:.3f} the second."
-    rows = [list(COLUMNS if options.ablate else COLUMNS[:-1])]
+    rows = [list(COLUMNS if options.ablate else COLUMNS[:-2])]
     for layer, (scores, previous) in enumerate(zip(look["induction"], look["previous"], strict=True)):
         for head, pair in enumerate(zip(scores, previous, strict=True)):
             cells = [f"{score:.3f}" for score in pair]
-            cells += [f"{look['loss_second_without'][layer][head]:.3f}"] if options.ablate else []
+            if options.ablate:
+                cells += [f"{look[f'loss_{name}_without'][layer][head]:.3f}" for name in HALVES]
             rows.append([str(layer), str(head), *cells])
     return View(f"{first}\n\n{markdown(rows)}", record, lambda figure: heatmaps.induction(figure, look))
 

@@ -22,7 +22,8 @@ from 0; the stream after a layer is called "block 0" and so on, that before them
                  that of the second, after the last token), patched [L + 1][T] or [L][H], and restored, which is
                  (patched - corrupt) / (clean - corrupt)
     induction    half, num_sequences, seed, and of each checkpoint: step, induction [L][H], previous [L][H], loss_first,
-                 loss_second; with --ablate loss_second_without [L][H]. Of many it is induction-checkpoints.json
+                 loss_second; with --ablate loss_first_without and loss_second_without [L][H]. Of many it is
+                 induction-checkpoints.json
 
 A model of a few million parameters takes some seconds, ablating its heads a pass for each.
 """

@@ -514,9 +514,12 @@ def test_the_numbers_of_a_look_are_the_models(trained_run: Path, looked: Looked)
     printed, record = looked["every checkpoint"]
     assert [each["step"] for each in record["checkpoints"]] == [10, 20, 30]
     _, alone = looked["induction"]
-    without = alone["checkpoints"][0]["loss_second_without"]
-    assert len(without) == 2 and len(without[0]) == 2
-    assert alone["checkpoints"] == [record["checkpoints"][-1] | {"loss_second_without": without}]
+    without = {f"loss_{half}_without": alone["checkpoints"][0][f"loss_{half}_without"] for half in ("first", "second")}
+    assert alone["checkpoints"] == [record["checkpoints"][-1] | without]
+    tokens_BT = induction.repeated_tokens(trained.codec.vocab_size, None, half=record["half"], num_rows=2, seed=1)
+    with taps.without_head(model, 1, 0, taps.zeros(model)):
+        halves = induction.loss_of_halves(taps.losses(model, tokens_BT))
+    assert [each[1][0] for each in without.values()] == pytest.approx(halves, abs=2e-6)
     assert record["half"] == min(16, trained.codec.vocab_size) and printed.count("\n| ") == 4
     best = max(score for row in record["checkpoints"][0]["induction"] for score in row)
     assert f"{best:.3f}" in printed.splitlines()[4]
