@@ -1,12 +1,15 @@
 """Looking inside a model: every number against a pass that is written out here, for every switch; nothing is left."""
 
+import contextlib
 import dataclasses
 import hashlib
+import io
 import json
 import math
 import re
 import shlex
 import sys
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,7 @@ from tests.runs import ROOT, called, tiny_config, with_save
 from tests.test_kv_cache import FLEX
 from tests.test_ladder import BELOW, rung
 from tests.test_readme import help_of
-from tests.test_switches import ONE_BY_ONE, TINY, moved, named, some_tokens, switched
+from tests.test_switches import MODERN, ONE_BY_ONE, TINY, moved, named, some_tokens, switched
 from train.config import parse
 from train.main import run
 from train.mesh import Mesh
@@ -290,7 +293,7 @@ def test_every_token_patched_before_the_first_block_is_the_clean_prompt(switches
         close(found, last_V.expand_as(found))
 
 
-@every_switch_but_flex_is_long
+@pytest.mark.parametrize("switches", [{}, MODERN, flex_is_long], ids=named)
 def test_the_model_is_left_as_it_was(switches: dict[str, Any]) -> None:
     """Its bits, its weights and no hook more, also where a pass breaks off."""
     model, tokens_BT = moved(switched(**switches)), some_tokens()
@@ -329,7 +332,7 @@ def test_repeats_are_two_halves_of_different_usable_tokens() -> None:
     assert set(induction.repeated_tokens(4, None, half=4, num_rows=1, seed=1)[0].tolist()) == {0, 1, 2, 3}
 
 
-@pytest.mark.parametrize("switches", [{}, {"positions": "rope", "qk_norm": True}, FLEX], ids=named)
+@pytest.mark.parametrize("switches", [{}, MODERN], ids=named)
 def test_the_induction_score_is_a_mean_over_its_definition(
     switches: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -758,6 +761,15 @@ def test_every_table_of_the_page_was_made_by_its_command() -> None:
         assert block.count("\n| ") >= 3
     finding = blocks["induction-checkpoints"].splitlines()
     assert [line.split("|")[4].strip() for line in finding[-5:]] == ["1.2"] * 5, "the head that the page follows"
+
+
+def test_the_pages_lines_of_python_run(trained_run: Path) -> None:
+    block = PAGE.split("\n\n    from model.induction")[1].split("\n\nIt prints")[0]
+    code = textwrap.dedent("    from model.induction" + block).replace('"runs/twice"', repr(str(trained_run)))
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(code.replace("[1, 2]", "[1, 1]"), {})
+    assert re.fullmatch(r"0 0\.\d+\n1 0\.\d+\n", printed.getvalue())
 
 
 def test_what_the_page_names_is_there() -> None:
