@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.atomic import write_atomically
 from data_prep.errors import InputError
+from data_prep.pages import markdown
 from launch.experiments import Entry, Sweep
 from launch.runs import Look
 from train.curves import Row, count_parameters_of, plot, read_rows, read_runs
@@ -127,14 +127,6 @@ def epochs_table(result: Result, data_tokens: int) -> str:
     return markdown(rows)
 
 
-def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A header and rows, padded so that they are also read in a terminal."""
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    rule = "|" + "|".join("-" * (width + 2) for width in widths) + "|"
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows]
-    return "\n".join([lines[0], rule, *lines[1:]]) + "\n"
-
-
 def draw(plan: Sweep, results: Sequence[Result], out: Path) -> None:
     """Validation loss by x, a line for each series, runs that diverged as crosses at the top; or the runs' curves."""
     if plan.x_label is None:
@@ -164,13 +156,3 @@ def draw(plan: Sweep, results: Sequence[Result], out: Path) -> None:
 def need_matplotlib() -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise InputError("the picture needs matplotlib: pip install -e '.[plots]'")
-
-
-def put_into(path: Path, name: str, text: str | None) -> None:
-    """Replace what stands between this sweep's two marks; None: only see whether they are there."""
-    content = path.read_text(encoding="utf-8") if path.is_file() else ""
-    marks = re.compile(rf"(<!-- sweep {name} -->\n).*?(<!-- end -->)", re.DOTALL)
-    if len(marks.findall(content)) != 1:
-        raise InputError(f"{path}: --into needs one <!-- sweep {name} --> with an <!-- end --> after it")
-    if text is not None:
-        write_atomically(path, marks.sub(lambda found: f"{found[1]}{text}{found[2]}", content))

@@ -32,6 +32,7 @@ import tyro
 from data_prep.atomic import write_atomically
 from data_prep.errors import InputError, one_line_errors
 from data_prep.manifest import read_manifest
+from data_prep.pages import put_into
 from launch.experiments import (
     CPU_PRESET,
     NAMES,
@@ -42,7 +43,7 @@ from launch.experiments import (
     sweep_named,
     timing_flags,
 )
-from launch.findings import DIVERGED, draw, need_matplotlib, put_into, result_of, table
+from launch.findings import DIVERGED, draw, need_matplotlib, result_of, table
 from launch.grid import Point
 from launch.lessons import descent
 from launch.options import Options
@@ -84,7 +85,7 @@ def main(args: Sequence[str] | None = None) -> None:
                 raise InputError(f"descent takes no flag but --into; given: {' '.join(words)}")
             text = descent()
             if options.into is not None:
-                put_into(options.into, name, text)
+                put_into(options.into, f"sweep {name}", text)
             print(text)
         else:
             sweep(name, options, flags)
@@ -104,7 +105,7 @@ def sweep(name: str, options: SweepOptions, flags: Sequence[str]) -> None:
     refuse_flags_of(sweep_named(name, config, world=world), name, flags)
     need_matplotlib()
     if options.into is not None:
-        put_into(options.into, name, None)
+        put_into(options.into, f"sweep {name}", None)
     manifest = read_manifest(config.data.dir)
     data_tokens = manifest.splits["train"].tokens
     plan = sweep_named(name, config, world=world, data_tokens=data_tokens)
@@ -132,7 +133,7 @@ def sweep(name: str, options: SweepOptions, flags: Sequence[str]) -> None:
     if unfinished:
         raise InputError(f"not finished: {', '.join(unfinished)}; the same command goes on with them")
     if options.into is not None:
-        put_into(options.into, name, text)
+        put_into(options.into, f"sweep {name}", text)
 
 
 def points_of(entries: Sequence[Entry], common: Sequence[str], base: Path) -> list[Point]:

@@ -47,7 +47,8 @@ class Attention(nn.Module):
         # Of one element rather than none, which FSDP2 cannot shard.
         self.value_mix = nn.Parameter(torch.empty(1)) if config.value_residual and not is_first else None
 
-    def forward(self, x_BTD: Tensor, shared: Shared) -> tuple[Tensor, Tensor | None]:
+    def queries_keys_values(self, x_BTD: Tensor, shared: Shared) -> tuple[Tensor, Tensor, Tensor]:
+        """As the scores and their mean read them: normalised, turned and mixed, each [B, H, T, K]."""
         B, T, D = x_BTD.shape
         q_BTD, k_BTD, v_BTD = self.c_attn(x_BTD).split(D, dim=2)
         q_BTHK, k_BTHK, v_BTHK = (y_BTD.view(B, T, self.num_heads, -1) for y_BTD in (q_BTD, k_BTD, v_BTD))
@@ -59,6 +60,10 @@ class Attention(nn.Module):
         if self.value_mix is not None:
             assert shared.first_values_BHTK is not None
             v_BHTK = torch.lerp(v_BHTK, shared.first_values_BHTK, self.value_mix.to(v_BHTK.dtype))
+        return q_BHTK, k_BHTK, v_BHTK
+
+    def forward(self, x_BTD: Tensor, shared: Shared) -> tuple[Tensor, Tensor | None]:
+        q_BHTK, k_BHTK, v_BHTK = self.queries_keys_values(x_BTD, shared)
         kept_BHSK = None if shared.cache is None else shared.cache.update(k_BHTK, v_BHTK)
         if kept_BHSK is not None and shared.visible_B1TS is not None:
             y_BHTK = F.scaled_dot_product_attention(q_BHTK, *kept_BHSK, attn_mask=shared.visible_B1TS)
@@ -70,20 +75,24 @@ class Attention(nn.Module):
             y_BHTK = flex_attention(q_BHTK, k_BHTK, v_BHTK, block_mask=shared.mask)
         else:
             y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True)
-        y_BTD = self.c_proj(y_BHTK.transpose(1, 2).reshape(B, T, D))
+        y_BTD = self.c_proj(y_BHTK.transpose(1, 2).reshape(x_BTD.shape))
         return y_BTD, v_BHTK if self.gives_values else None
 
 
 def naive_attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor) -> Tensor:
-    """Vaswani et al. 2017, equation 1, with a causal mask; the softmax is computed in fp32.
+    """Vaswani et al. 2017, equation 1, with a causal mask."""
+    T = q_BHTK.shape[2]
+    is_future_TT = torch.ones(T, T, dtype=torch.bool, device=q_BHTK.device).triu(1)
+    return attention_weights(q_BHTK, k_BHTK, is_future_TT).to(v_BHTK.dtype) @ v_BHTK
+
+
+def attention_weights(q_BHTK: Tensor, k_BHTK: Tensor, is_hidden_TT: Tensor) -> Tensor:
+    """What of each value is taken, [B, H, T, T]: rows add up to 1. The softmax is computed in fp32, and left in it.
 
     The queries are scaled rather than the scores, which could leave the range of fp16 before they are.
     """
-    T, K = q_BHTK.shape[2:]
-    scores_BHTT = ((q_BHTK * K**-0.5) @ k_BHTK.transpose(2, 3)).float()
-    is_future_TT = torch.ones(T, T, dtype=torch.bool, device=q_BHTK.device).triu(1)
-    weights_BHTT = scores_BHTT.masked_fill(is_future_TT, -torch.inf).softmax(dim=3)
-    return weights_BHTT.to(v_BHTK.dtype) @ v_BHTK
+    scores_BHTT = ((q_BHTK * q_BHTK.shape[3] ** -0.5) @ k_BHTK.transpose(2, 3)).float()
+    return scores_BHTT.masked_fill(is_hidden_TT, -torch.inf).softmax(dim=3)
 
 
 def rope_rotation(places_T: Tensor, head_size: int) -> Rotation:

@@ -34,7 +34,7 @@ from model.decoding import CachedPasses, Passes, Row, WholePasses, generate_rows
 from model.gpt import GPT
 from model.language_model import LanguageModel
 from model.sampling import Sampling
-from model.trained import load_trained
+from model.trained import check_device, load_trained
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -178,8 +178,7 @@ def checked(options: Options) -> Sampling:
         raise InputError("--stop '' is at the end of every text; give one that is not empty")
     if options.prompt and options.prompts_file is not None:
         raise InputError("--prompt and --prompts-file: give one of them")
-    if options.device.startswith("cuda") and not torch.cuda.is_available():
-        raise InputError(f"--device {options.device}: torch {torch.__version__} sees no GPU here; use --device cpu")
+    check_device(options.device)
     return Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
 
 

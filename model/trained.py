@@ -138,6 +138,12 @@ def find_checkpoint(name: str | Path) -> Path:
     return newest
 
 
+def check_device(device: str) -> None:
+    """InputError where torch does not see such a one."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {device}: torch {torch.__version__} sees no GPU here; use --device cpu")
+
+
 def load_trained(
     name: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Trained:

@@ -15,9 +15,9 @@ import torch
 import tyro
 
 from data_prep.manifest import read_manifest
+from data_prep.pages import put_into
 from launch import experiments, submit, sweep
 from launch.experiments import ABLATIONS, CPU_PRESET, NAMES, PRESETS_SWEPT, RUNGS, sweep_named
-from launch.findings import put_into
 from launch.grid import Point
 from launch.lessons import descend, descent
 from launch.options import Options
@@ -228,7 +228,7 @@ def test_wrong_input_is_one_line(tmp_path: Path) -> None:
         assert done.returncode == 2 and done.stderr.startswith(f"sweep: {line}") and done.stderr.count("\n") == 1
     (tmp_path / "page.md").write_text("no marks")
     with pytest.raises(ValueError, match="--into needs one <!-- sweep lr --> with an <!-- end --> after it"):
-        put_into(tmp_path / "page.md", "lr", "table")
+        put_into(tmp_path / "page.md", "sweep lr", "table")
 
 
 def train_in_this_process(options: Options, base: Path, code: Path, points: Sequence[Point]) -> None:

@@ -29,6 +29,7 @@ import tyro
 
 from data_prep.atomic import write_atomically
 from data_prep.errors import InputError, one_line_errors
+from data_prep.pages import markdown
 from model.budget import budget
 from model.config import ModelConfig
 from train.sinks import METRICS_FILE
@@ -178,16 +179,8 @@ def results(run: RunMetrics) -> tuple[str, ...]:
 
 
 def table(runs: Sequence[RunMetrics]) -> str:
-    """Markdown, padded so that it is also read in a terminal: names to the left, numbers to the right."""
-    cells = [COLUMNS, *(results(run) for run in runs)]
-    widths = [max(len(row[column]) for row in cells) for column in range(len(COLUMNS))]
-    rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
-
-    def line(row: Sequence[str]) -> str:
-        padded = [row[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(row[1:], widths[1:], strict=True))]
-        return "| " + " | ".join(padded) + " |"
-
-    return "\n".join([line(cells[0]), line(rule), *(line(row) for row in cells[1:])]) + "\n"
+    """Markdown: names to the left, numbers to the right."""
+    return markdown([COLUMNS, *map(results, runs)], right_from=1)
 
 
 def plot(runs: Sequence[RunMetrics], x: Axis, out: Path) -> None:
