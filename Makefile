@@ -52,5 +52,5 @@ bench: .venv/.dev
 	touch $@
 
 .venv/.dev: .venv/.base
-	$(BIN)/python -m pip install --quiet --editable '.[bpe,cluster,data,dev,fast,hf,plots]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable '.[bpe,cluster,data,dev,eval,fast,hf,plots]' --constraint constraints.txt
 	touch $@

@@ -16,9 +16,8 @@ import torch
 
 from data_prep.textfiles import Options, prepare
 from model.hf_bridge import main as bridge
-from model.trained import load_trained
 from tests.corpus import make_text
-from tests.hellaswag_items import plain_scores, write_items
+from tests.hellaswag_items import write_items
 from tests.runs import ROOT, called, rows, tiny_config, torchrun
 from train import hellaswag_score, validate
 from train.main import run
@@ -213,7 +212,7 @@ def test_a_hugging_face_folder_scores_as_its_run_and_nothing_is_written_there(
     run(tiny_config(data, tmp_path / "run", steps=5), Mesh(0, 1, torch.device("cpu")))
     assert called(bridge, "export", str(tmp_path / "run"), "--out", str(tmp_path / "folder")).returncode == 0
     before = sorted(path.name for path in (tmp_path / "folder").iterdir())
-    flags = ["--data", data, "--hellaswag", items, "--tokens", "1000"]
+    flags = ["--data", str(data), "--hellaswag", str(items), "--tokens", "1000"]
     _, wanted = evaluated(tmp_path / "run", *flags)
     _, found = evaluated(tmp_path / "folder", *flags)
     assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == before
@@ -221,9 +220,6 @@ def test_a_hugging_face_folder_scores_as_its_run_and_nothing_is_written_there(
     assert found["validation"]["loss"] == pytest.approx(wanted["validation"]["loss"], abs=1e-6)
     _, kept = evaluated(tmp_path / "folder", *flags, "--out", tmp_path / "kept")
     assert kept == found and len(list((tmp_path / "kept").iterdir())) == 3
-    trained = load_trained(tmp_path / "folder")
-    sums = plain_scores(trained.model, trained.codec, hellaswag_score.open_items(items).items[:5])
-    assert len(sums) == 5
     for args, said in {
         ("--step", "5"): "is no run directory",
         (): "says of no data; give --data or --hellaswag",
