@@ -3,6 +3,7 @@
 Local tasks of each kind of request; nothing here needs a network.
 """
 
+import importlib
 import json
 import os
 import subprocess
@@ -78,6 +79,13 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         head = f"task: {name}\ndataset_path: json\ndataset_kwargs: {kwargs}\nvalidation_split: validation\n"
         (folder / "tasks" / f"{name}.yaml").write_text(head + text)
     return folder
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    """HF_HUB_OFFLINE=1 and HF_DATASETS_OFFLINE=1, also where the libraries have read them already."""
+    for module in ("huggingface_hub.constants", "datasets.config"):
+        monkeypatch.setattr(importlib.import_module(module), "HF_HUB_OFFLINE", True)
 
 
 def evaluated(model: str, model_args: dict[str, Any], folder: Path, tasks: list[str]) -> dict[str, Any]:

@@ -68,7 +68,7 @@ def test_the_numbers_are_those_that_the_training_loop_logged(
     trained_run: Path, tiny_data: Path, tmp_path: Path, step: int
 ) -> None:
     items = trained_run.parent / "items.jsonl"
-    flags = ["--data", tiny_data, "--hellaswag", items, "--out", tmp_path]
+    flags = ["--data", str(tiny_data), "--hellaswag", str(items), "--out", str(tmp_path)]
     text, report = evaluated(trained_run, "--step", str(step), *flags)
     row = logged(trained_run, step)
     if step == 50:  # validated every 25 steps
@@ -209,8 +209,15 @@ def test_a_hugging_face_folder_scores_as_its_run_and_nothing_is_written_there(
     data = tmp_path / "data"
     prepare(Options(input=(str(tmp_path / "text.txt"),), out=data, tokenizer="byte"))
     items = write_items(tmp_path / "items.jsonl", NUM_ITEMS)
-    run(tiny_config(data, tmp_path / "run", steps=5), Mesh(0, 1, torch.device("cpu")))
+    config = tiny_config(data, tmp_path / "run", steps=5)
+    config = replace(config, validate=replace(config.validate, hellaswag=items))
+    run(config, Mesh(0, 1, torch.device("cpu")))
     assert called(bridge, "export", str(tmp_path / "run"), "--out", str(tmp_path / "folder")).returncode == 0
+    row = logged(tmp_path / "run", 5)
+    card = (tmp_path / "folder" / "README.md").read_text()
+    assert (
+        f"HellaSwag, {NUM_ITEMS} items in the completion style, at step 5: acc {row['hellaswag_acc']:.4f} +- " in card
+    )
     before = sorted(path.name for path in (tmp_path / "folder").iterdir())
     flags = ["--data", str(data), "--hellaswag", str(items), "--tokens", "1000"]
     _, wanted = evaluated(tmp_path / "run", *flags)
