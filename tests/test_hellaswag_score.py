@@ -65,11 +65,13 @@ def losses_of(model: LanguageModel, data: HellaSwag, *, chunked: bool = False) -
     return found
 
 
-def check_against_plain(model: LanguageModel, codec: Codec, items: list[Item], batch_tokens: int) -> None:
+def check_against_plain(
+    model: LanguageModel, codec: Codec, items: list[Item], batch_tokens: int, fixed_shapes: bool = True
+) -> None:
     """Losses alike, and every single choice."""
     context_len = model.config.context_len
     questions, _ = make_questions(items, codec, context_len)
-    data = HellaSwag(questions, context_len=context_len, batch_tokens=batch_tokens)
+    data = HellaSwag(questions, context_len=context_len, batch_tokens=batch_tokens, fixed_shapes=fixed_shapes)
     found_Q4 = losses_of(model, data)
     plain = torch.tensor(plain_scores(model, codec, items), dtype=torch.float64)
     sums_Q4, num_scored_Q4 = plain.unbind(dim=2)
@@ -93,10 +95,11 @@ def test_every_architecture_scores_as_one_row_at_a_time(tmp_path: Path, changed:
     check_against_plain(make(replace(SMALL, **changed)), ByteCodec(), items, batch_tokens=1000)
 
 
+@pytest.mark.parametrize("fixed_shapes", [True, False])
 @pytest.mark.parametrize("batch_tokens", [1, 20_000])
-def test_every_batch_size_scores_the_same(tmp_path: Path, batch_tokens: int) -> None:
+def test_every_batch_size_scores_the_same(tmp_path: Path, batch_tokens: int, fixed_shapes: bool) -> None:
     """Down to one question at a time; up to all of a length at once, which leaves most rows of a batch empty."""
-    check_against_plain(make(SMALL), ByteCodec(), items_of(tmp_path), batch_tokens)
+    check_against_plain(make(SMALL), ByteCodec(), items_of(tmp_path), batch_tokens, fixed_shapes)
 
 
 @pytest.mark.parametrize("every", [5, pytest.param(1, marks=pytest.mark.long(reason="4,000 passes; 800 do"))])
@@ -138,7 +141,7 @@ def test_what_is_too_long_is_cut_on_the_left_and_counted(tmp_path: Path) -> None
         b"ccc " + b"e" * 9,
         b"e" * 13,
     ]
-    data = open_hellaswag(path, ByteCodec(), context_len=12, batch_tokens=100)
+    data = open_hellaswag(path, ByteCodec(), context_len=12, batch_tokens=100, fixed_shapes=True)
     assert [remark.split(": ", 1)[1] for remark in data.remarks] == [
         "1 items, not the whole pinned set: compares with nobody's score",
         "1 items are longer than the model's context of 12: cut on the left",
@@ -149,18 +152,21 @@ def test_what_is_too_long_is_cut_on_the_left_and_counted(tmp_path: Path) -> None
 def test_there_are_few_shapes_and_each_batch_has_one(tmp_path: Path) -> None:
     items = items_of(tmp_path, 100)
     questions, _ = make_questions(items, ByteCodec(), 256)
-    data = HellaSwag(questions, context_len=256, batch_tokens=2048)
-    assert data.shapes == [(16, 128), (32, 64), (64, 32)]
-    assert [tuple(data.batch(index)[0].shape) in data.shapes for index in range(data.num_batches + 2)]
-    assert sorted(n for index in range(data.num_batches + 2) for n in data.questions_of(index)) == list(range(100))
-    assert (data.batch(data.num_batches)[1] == -100).all()
+    for fixed_shapes in (True, False):
+        data = HellaSwag(questions, context_len=256, batch_tokens=2048, fixed_shapes=fixed_shapes)
+        shapes = [tuple(data.batch(index)[0].shape) for index in range(data.num_batches + 2)]
+        assert set(shapes) == set(data.shapes)
+        assert not fixed_shapes or data.shapes == [(16, 128), (32, 64), (64, 32)]
+        assert sum(B * T for B, T in shapes) <= 2048 * len(shapes)
+        assert sorted(n for index in range(data.num_batches + 2) for n in data.questions_of(index)) == list(range(100))
+        assert (data.batch(data.num_batches)[1] == -100).all()
 
 
 def test_a_stop_ends_it(tmp_path: Path) -> None:
     stops = Stops(Path("none"), is_main=True)
     stops.reason = "test"
     questions, _ = make_questions(items_of(tmp_path), ByteCodec(), CONTEXT)
-    data = HellaSwag(questions, context_len=CONTEXT, batch_tokens=1)
+    data = HellaSwag(questions, context_len=CONTEXT, batch_tokens=1, fixed_shapes=True)
     assert ending_losses(Objective(make(SMALL), chunked=False), data, mesh=ALONE, stops=stops, beat=print) is None
 
 

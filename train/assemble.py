@@ -158,6 +158,7 @@ def open_data(
             codec,
             context_len=config.train.seq_len,
             batch_tokens=plan.micro_batch * config.train.seq_len,
+            fixed_shapes=config.train.compile,
             most=config.validate.hellaswag_items,
         )
     if config.sample.every is not None:

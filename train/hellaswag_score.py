@@ -93,30 +93,36 @@ def make_questions(items: Sequence[Item], codec: Codec, context_len: int) -> tup
 
 
 class HellaSwag:
-    """The questions in batches: those of about one length together, padded on the right, where causality hides it.
+    """The questions in batches, longest first, padded on the right, where causality hides it.
 
-    There are few shapes, so that a compiled model is compiled for few: rows of context_len, a half of it, a quarter and
-    so on, none under SHORTEST, as many at once as make up `batch_tokens`, but at least one question's.
-    `remarks`: what a reader of the score must know of the items.
+    As many at once as make up `batch_tokens`, but at least one. A compiled model wants few shapes: with `fixed_shapes`
+    rows are of context_len, a half of it, a quarter and so on, none under SHORTEST, and all batches of one length have
+    as many; without, they are as long as the batch's longest. `remarks`: what a reader of the score must know.
     """
 
     def __init__(
-        self, questions: Sequence[Question], *, context_len: int, batch_tokens: int, remarks: Sequence[str] = ()
+        self,
+        questions: Sequence[Question],
+        *,
+        context_len: int,
+        batch_tokens: int,
+        fixed_shapes: bool,
+        remarks: Sequence[str] = (),
     ) -> None:
         self.questions = questions
         self.remarks = remarks
-        lengths = [context_len]
-        while lengths[-1] // 2 >= SHORTEST:
-            lengths.append(lengths[-1] // 2)
         self._batches: list[tuple[int, int, list[int]]] = []  # rows, their length, questions
-        by_length = sorted(range(len(questions)), key=lambda number: questions[number].num_inputs)
-        longest_so_far = 0
-        for T in reversed(lengths):
-            numbers = [n for n in by_length if longest_so_far < questions[n].num_inputs <= T]
+        to_do = sorted(range(len(questions)), key=lambda number: -questions[number].num_inputs)
+        T = context_len
+        while to_do:
+            needed = questions[to_do[0]].num_inputs
+            while max(needed, SHORTEST) <= T // 2:
+                T //= 2
+            if not fixed_shapes:
+                T = needed
             at_once = max(1, batch_tokens // (NUM_ENDINGS * T))
-            for start in range(0, len(numbers), at_once):
-                self._batches.append((NUM_ENDINGS * at_once, T, numbers[start : start + at_once]))
-            longest_so_far = T
+            now, to_do = to_do[:at_once], to_do[at_once:]
+            self._batches.append((NUM_ENDINGS * (at_once if fixed_shapes else len(now)), T, now))
 
     def fingerprint(self) -> str:
         """Of what is scored, whatever file it came from: tokens and labels."""
@@ -153,7 +159,7 @@ class HellaSwag:
 
 
 def open_hellaswag(
-    path: Path, codec: Codec, *, context_len: int, batch_tokens: int, most: int | None = None
+    path: Path, codec: Codec, *, context_len: int, batch_tokens: int, fixed_shapes: bool, most: int | None = None
 ) -> HellaSwag:
     """What is at `path` (data_prep/hellaswag.py's directory, or a file in the original form), or its first items."""
     found = open_items(path, most=most)
@@ -165,7 +171,9 @@ def open_hellaswag(
         remarks.append(
             f"{path}: {num_cut:,} items are longer than the model's context of {context_len}: cut on the left"
         )
-    return HellaSwag(questions, context_len=context_len, batch_tokens=batch_tokens, remarks=remarks)
+    return HellaSwag(
+        questions, context_len=context_len, batch_tokens=batch_tokens, fixed_shapes=fixed_shapes, remarks=remarks
+    )
 
 
 def ending_losses(
