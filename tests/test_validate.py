@@ -14,8 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from data_prep.atomic import sha256_of_file
 from data_prep.textfiles import Options, prepare
 from model.hf_bridge import main as bridge
+from model.trained import STATE_FILE, SUMS_FILE
 from tests.corpus import make_text
 from tests.hellaswag_items import write_items
 from tests.runs import ROOT, called, rows, tiny_config, torchrun
@@ -290,17 +292,32 @@ def test_bad_input_is_one_line(own_run: Path, tiny_data: Path, tmp_path: Path) -
 
 def test_a_run_whose_data_is_gone_asks_for_some(own_run: Path, tmp_path: Path) -> None:
     checkpoint = own_run / "checkpoints" / "step_00000050"
-    state = checkpoint / "state.json"
-    content = json.loads(state.read_text())
-    content["config"]["data"]["dir"] = str(tmp_path / "gone")
-    state.write_text(json.dumps(content))
-    sums = subprocess.run(
-        "sha256sum * | grep -v SHA256SUMS; sha256sum .metadata",
-        shell=True,
-        cwd=checkpoint,
-        capture_output=True,
-        text=True,
-    )
-    (checkpoint / "SHA256SUMS").write_text(sums.stdout)
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["config"]["data"]["dir"] = str(tmp_path / "gone")
+    rewrite(checkpoint, state)
     done = called(main, str(own_run))
     assert "the data of this run is not here; give --data or --hellaswag" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("dtype", "fp8"), ("micro_batch", "6"), ("loss", None), ("deterministic", None)]
+)
+def test_a_state_of_other_code_is_refused(own_run: Path, name: str, value: Any) -> None:
+    """Its hashes in order, as of a later version of this code."""
+    checkpoint = own_run / "checkpoints" / "step_00000050"
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["config"]["train"][name] = value
+    if value is None:
+        del state["config"]["train"][name]
+    rewrite(checkpoint, state)
+    done = called(main, str(own_run))
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "its state.json has no configuration of this code" in done.stderr
+
+
+def rewrite(checkpoint: Path, state: dict[str, Any]) -> None:
+    """state.json, and the hashes that go with it."""
+    (checkpoint / STATE_FILE).write_text(json.dumps(state))
+    names = sorted(path.name for path in checkpoint.iterdir() if path.name != SUMS_FILE)
+    sums = "".join(f"{sha256_of_file(checkpoint / name)}  {name}\n" for name in names)
+    (checkpoint / SUMS_FILE).write_text(sums)

@@ -76,7 +76,7 @@ def main(args: Sequence[str] | None = None) -> None:
 
             with open_mesh(TIMEOUT_SECONDS, Path(tempfile.gettempdir())) as mesh:
                 harness_model.use(mesh)
-                if "--device" not in given:
+                if not any(flag.split("=")[0] == "--device" for flag in given):
                     options.device = str(mesh.device)  # else lm-eval's default, a GPU, whether there is one or not
                 try:
                     parser.execute(options)

@@ -111,14 +111,20 @@ def settings_of(checkpoint: Path) -> Settings:
     """From its state.json."""
     try:
         config = read_state(checkpoint)["config"]
-        train = config["train"]
-        is_settled = isinstance(train["micro_batch"], int)
+        train, tokens = config["train"], config["validate"]["tokens"]
+        micro_batch = Settings.micro_batch if train["micro_batch"] == "auto" else train["micro_batch"]
+        if (
+            train["dtype"] not in COMPUTE_DTYPES
+            or type(micro_batch) is not int
+            or type(tokens) not in (int, type(None))
+        ):
+            raise TypeError(f"{train['dtype']!r}, {micro_batch!r}, {tokens!r}")
         return Settings(
             dtype=train["dtype"],
-            micro_batch=train["micro_batch"] if is_settled else Settings.micro_batch,
+            micro_batch=micro_batch,
             is_chunked=train["loss"] == "chunked",
-            deterministic=train["deterministic"],
-            tokens=config["validate"]["tokens"],
+            deterministic=bool(train["deterministic"]),
+            tokens=tokens,
             data=Path(config["data"]["dir"]),
         )
     except (KeyError, TypeError) as error:
@@ -227,7 +233,7 @@ def validated(
     if kept is None:
         found = validate(subject.objective, data, mesh=mesh, stops=stops, beat=lambda where: None)
         if found is None:
-            raise StoppedError(stops.reason)
+            raise StoppedError
         kept = asdict(found)
         if path is not None:
             mesh.on_main(lambda: write_result(path, key, kept))
@@ -291,7 +297,7 @@ def answered(subject: Subject, data: HellaSwag, mesh: Mesh, stops: Stops) -> dic
         batches = to_do[start : start + stride]
         found_Q4 = ending_losses(subject.objective, data, batches, mesh=mesh, stops=stops, beat=lambda where: None)
         if found_Q4 is None:
-            raise StoppedError(stops.reason)
+            raise StoppedError
         found = {n: found_Q4[n].tolist() for b in batches for n in data.questions_of(b)}
         losses |= found
         if log is not None:
@@ -320,22 +326,25 @@ def say_progress(mesh: Mesh, num_done: int, num_items: int) -> None:
 
 
 class StoppedError(Exception):
-    """By a signal, or because the launcher died."""
+    """By a signal, or because the launcher died; on all ranks together."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors("validate"):
         options = tyro.cli(Options, args=args, description=__doc__)
         check(options)
+        reasons: list[str | None] = []
         with open_mesh(TIMEOUT_SECONDS, Path(tempfile.gettempdir())) as mesh:
-            try:
-                with Stops(None, is_main=mesh.is_main) as stops:
+            with Stops(None, is_main=mesh.is_main) as stops:
+                try:
                     say(mesh, json.dumps(evaluate(options, mesh, stops)))
-            except StoppedError as error:
-                if mesh.is_main:
-                    print(f"validate: stopped ({error}); the same command goes on", file=sys.stderr)
-                sys.exit(1)
+                except StoppedError:
+                    reasons = [reason for reason in mesh.gather(stops.reason) if reason]
             mesh.barrier()  # launchers kill the rest when the first process exits
+        if reasons:
+            if mesh.is_main:
+                print(f"validate: stopped ({reasons[0]}); the same command goes on", file=sys.stderr)
+            sys.exit(1)
 
 
 if __name__ == "__main__":
