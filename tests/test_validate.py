@@ -290,6 +290,14 @@ def test_bad_input_is_one_line(own_run: Path, tiny_data: Path, tmp_path: Path) -
     assert called(main, str(own_run)).returncode == 2
 
 
+def test_where_results_cannot_be_kept_they_are_said_all_the_same(own_run: Path) -> None:
+    """And HellaSwag's, which take long, are not begun."""
+    (own_run / "evaluations").write_text("in the way")
+    done = called(main, str(own_run))
+    assert done.returncode == 2 and "  perplexity  " in done.stdout
+    assert len(done.stderr.splitlines()) == 1 and "evaluations: cannot be written" in done.stderr
+
+
 def test_a_run_whose_data_is_gone_asks_for_some(own_run: Path, tmp_path: Path) -> None:
     checkpoint = own_run / "checkpoints" / "step_00000050"
     state = json.loads((checkpoint / "state.json").read_text())

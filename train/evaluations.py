@@ -5,8 +5,8 @@
         hellaswag_step_00000500_0123456789abcdef.jsonl   the endings' losses, a line for each question as it is scored
         hellaswag_step_00000500_0123456789abcdef.json    the result made of them
 
-The name ends in a hash of the key, which is all that the numbers depend on: weights, tokens scored, dtype. Each file
-carries its key, and each record a checksum: what was altered is refused, never read as a result.
+The name ends in a hash of the key, which is all that the numbers depend on but for rounding: weights, tokens scored,
+dtype. Each file carries its key, and each record a checksum: what was altered is refused, never read as a result.
 """
 
 import hashlib

@@ -172,10 +172,8 @@ def evaluate(options: Options, mesh: Mesh, stops: Stops) -> dict[str, Any]:
     trained = subject.trained
     validation = mesh.on_all(lambda: open_validation(options, subject))
     hellaswag = mesh.on_all(lambda: open_items_for(options, subject))
-    name = (
-        f"{trained.checkpoint}" if trained.step is None else f"{trained.checkpoint.parents[1]} at step {trained.step:,}"
-    )
-    say(mesh, f"{name}, {subject.key['dtype']}, processes: {mesh.world}, {mesh.device.type}")
+    at_step = "" if trained.step is None else f" at step {trained.step:,}"
+    say(mesh, f"{options.path}{at_step}, {subject.key['dtype']}, processes: {mesh.world}, {mesh.device.type}")
     report = {"model": str(trained.checkpoint), "step": trained.step, **subject.key}
     report |= {"validation": None, "hellaswag": None}
     if validation is not None:
@@ -230,19 +228,18 @@ def validated(
     key = subject.key | {name: about[name] for name in ("data", "split", "tokens")}
     path = None if subject.out is None else subject.out / f"{record_name('validation', subject.trained.step, key)}.json"
     kept = mesh.on_main(lambda: None if path is None else read_result(path, key))
+    is_new = kept is None
     if kept is None:
         found = validate(subject.objective, data, mesh=mesh, stops=stops, beat=lambda where: None)
         if found is None:
             raise StoppedError
         kept = asdict(found)
-        if path is not None:
-            mesh.on_main(lambda: write_result(path, key, kept))
-        say(mesh, f"validation  {about['directory']}, {about['split']}")
-    else:
-        say(mesh, f"validation  {about['directory']}, {about['split']}; from {path}")
+    say(mesh, f"validation  {about['directory']}, {about['split']}{'' if is_new else f'; from {path}'}")
     result = kept | with_perplexity(Validation(**kept))
     say(mesh, table_of({name: (result[name], result[error]) for name, error in VALIDATION_ROWS.items()}))
     say(mesh, f"  {'tokens':<16}{result['tokens']:>12,}")
+    if is_new and path is not None:  # once it is said: the directory may be another's to write
+        mesh.on_main(lambda: write_result(path, key, kept))
     return dict(about) | result
 
 
