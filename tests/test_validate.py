@@ -19,11 +19,13 @@ from data_prep.textfiles import Options, prepare
 from model.hf_bridge import main as bridge
 from model.trained import STATE_FILE, SUMS_FILE
 from tests.corpus import make_text
+from tests.groups import run_on_ranks
 from tests.hellaswag_items import write_items
 from tests.runs import ROOT, called, rows, tiny_config, torchrun
 from train import hellaswag_score, validate
 from train.main import run
 from train.mesh import Mesh
+from train.stops import Stops
 from train.validate import main
 
 NUM_ITEMS = 60
@@ -113,7 +115,14 @@ def test_the_runs_own_data_is_the_default_and_what_is_done_is_not_done_again(
         main([str(own_run), "--hellaswag", str(items), "--items", "59"])
 
 
-@pytest.mark.parametrize("flags", [["--micro-batch", "1"], ["--micro-batch", "40"], ["--compile"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--micro-batch", "1"],
+        ["--micro-batch", "40"],
+        pytest.param(["--compile"], marks=pytest.mark.long(reason="kernels to compile")),
+    ],
+)
 def test_micro_batch_and_compilation_change_nothing_but_rounding(
     own_run: Path, trained_run: Path, flags: list[str], tmp_path: Path
 ) -> None:
@@ -126,17 +135,32 @@ def test_micro_batch_and_compilation_change_nothing_but_rounding(
     assert report["hellaswag"]["acc_norm"] == row["hellaswag_acc_norm"]
 
 
-def test_two_processes_find_what_one_does(own_run: Path, trained_run: Path) -> None:
-    data = json.loads((own_run / "config.json").read_text())["config"]["data"]["dir"]
-    items = trained_run.parent / "items.jsonl"
-    flags = ["--data", data, "--hellaswag", str(items)]
-    process = torchrun(2, str(own_run), *flags, script="train/validate.py")
-    printed, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, printed
-    found, wanted = report_of(printed), evaluated(own_run, *flags, "--out", own_run / "other")[1]
+def in_ranks(mesh: Mesh, args: dict[str, Any]) -> dict[str, Any]:
+    return validate.evaluate(validate.Options(**args), mesh, Stops(None, is_main=mesh.is_main))
+
+
+def check_of_two_processes(found: dict[str, Any], wanted: dict[str, Any]) -> None:
     assert found["hellaswag"] == wanted["hellaswag"]
     assert found["validation"]["loss"] == pytest.approx(wanted["validation"]["loss"], abs=1e-6)
     assert found["weights"] == wanted["weights"]
+
+
+def test_two_processes_find_what_one_does(own_run: Path, trained_run: Path, tiny_data: Path) -> None:
+    """The second of them, too, and of batches that they cannot share evenly."""
+    items = trained_run.parent / "items.jsonl"
+    wanted = evaluated(own_run, "--data", tiny_data, "--hellaswag", items, "--out", own_run / "other")[1]
+    args = {"path": str(own_run), "data": tiny_data, "hellaswag": items, "micro_batch": 7}
+    for found in run_on_ranks(2, in_ranks, args):
+        check_of_two_processes(found, wanted)
+
+
+@pytest.mark.long(reason="three interpreters that import torch; processes forked from one are in `make test`")
+def test_torchruns_two_processes_find_what_one_does(own_run: Path, trained_run: Path, tiny_data: Path) -> None:
+    flags = ["--data", str(tiny_data), "--hellaswag", str(trained_run.parent / "items.jsonl")]
+    process = torchrun(2, str(own_run), *flags, script="train/validate.py")
+    printed, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, printed
+    check_of_two_processes(report_of(printed), evaluated(own_run, *flags, "--out", own_run / "other")[1])
 
 
 def test_a_killed_evaluation_goes_on(own_run: Path, trained_run: Path) -> None:
