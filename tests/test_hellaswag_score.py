@@ -110,11 +110,11 @@ def test_real_items_score_as_one_row_at_a_time(shared_data: Path, every: int) ->
     check_against_plain(make(replace(SMALL, context_len=512, num_layers=1)), ByteCodec(), items, batch_tokens=8192)
 
 
-@pytest.mark.long(reason="4,000 passes with 50,257 logits")
-def test_the_thousand_real_items_score_as_one_row_at_a_time_in_gpt2s_tokens(shared_data: Path) -> None:
-    items = open_items(shared_data / "hellaswag_val_1000.jsonl").items
+@pytest.mark.long(reason="200 passes with 50,257 logits each, whose memory takes longer than the arithmetic")
+def test_real_items_score_as_one_row_at_a_time_in_gpt2s_tokens(shared_data: Path) -> None:
+    items = open_items(shared_data / "hellaswag_val_1000.jsonl").items[::20]
     model = make(replace(SMALL, vocab_size=50_257, context_len=256, num_layers=1))
-    check_against_plain(model, make_codec("gpt2", ""), items, batch_tokens=1024)
+    check_against_plain(model, make_codec("gpt2", ""), items, batch_tokens=1024, fixed_shapes=False)
 
 
 def test_gpt2s_parts_have_the_ids_of_the_whole(shared_data: Path) -> None:
