@@ -75,5 +75,5 @@ gpu-generate:
 	touch $@
 
 .venv/.dev: .venv/.base
-	$(BIN)/python -m pip install --quiet --editable '.[bpe,cluster,data,dev,fast,hf,plots]' --constraint constraints.txt
+	$(BIN)/python -m pip install --quiet --editable '.[bpe,cluster,data,dev,eval,fast,hf,plots]' --constraint constraints.txt
 	touch $@

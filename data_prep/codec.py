@@ -74,6 +74,18 @@ def encode_or_fault(codec: Codec, text: str) -> Ids | InputError:
         return fault
 
 
+def gives_same_ids(one: Codec, other: Codec) -> bool:
+    """Does every text have the same ids in both? The name of a vocabulary decides nothing."""
+    first, second = ({k: v for k, v in codec.describe().items() if k != "name"} for codec in (one, other))
+    return first == second
+
+
+def name_of(codec: Codec) -> str:
+    """For people: gpt2 (50,257 ids, sha256 306cd27f)."""
+    about = codec.describe()
+    return f"{about.get('name', about['kind'])} ({codec.vocab_size:,} ids, sha256 {about['sha256'][:8]})"
+
+
 def alphabet_of(text: str) -> set[str]:
     """The distinct characters of `text`."""
     if len(text) < 2**18:

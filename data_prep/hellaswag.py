@@ -82,6 +82,27 @@ def read_items(path: Path) -> list[Item]:
     return _parse(path / ITEMS, is_pinned=manifest["source"]["is_pinned"])
 
 
+@dataclass(frozen=True)
+class Items:
+    """What a scorer is given: the items, and whether they are the whole pinned set."""
+
+    items: list[Item]
+    is_pinned: bool
+
+
+def open_items(path: Path, *, most: int | None = None) -> Items:
+    """Of a directory that this command made, or of a file in the original form; the first `most` of them."""
+    if path.is_dir():
+        items = read_items(path)
+        is_pinned = bool(_read_manifest(path)["source"]["is_pinned"])
+    elif path.is_file():
+        is_pinned = sha256_of_file(path) == SOURCE.sha256
+        items = _parse(path, is_pinned=is_pinned)
+    else:
+        raise InputError(f"{path}: no such HellaSwag file or directory; make one with data_prep/hellaswag.py")
+    return Items(items[:most], is_pinned and (most is None or most >= len(items)))
+
+
 def _read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
     if not path.is_file():

@@ -76,14 +76,16 @@ def _command_lines(run: dict[str, Any], provenance: dict[str, Any]) -> list[str]
 
 
 def _result_lines(path: Path, step: int | None) -> list[str]:
-    """The last validation up to the step that is exported."""
+    """The last validation and the last HellaSwag score up to the step that is exported."""
     whole_lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
     try:
-        rows = [row for row in map(json.loads, whole_lines) if "val_loss" in row and row["step"] <= step]
+        known = [row for row in map(json.loads, whole_lines) if row["step"] <= step]
+        rows = [row for row in known if "val_loss" in row]
+        scored = [_score_line(row) for row in known if "hellaswag_acc" in row][-1:]
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: damaged ({error}); the model card is made of it") from error
     if not rows:
-        return ["Not validated."]
+        return ["Not validated.", *scored]
     last = rows[-1]
     error_of_mean = "" if last["val_loss_stderr"] is None else f" +- {last['val_loss_stderr']:.4f}"
     return [
@@ -91,7 +93,20 @@ def _result_lines(path: Path, step: int | None) -> list[str]:
         "|---|---|---|---|",
         f"| {last['step']:,} | {last['tokens']:,} | {last['val_loss']:.4f}{error_of_mean} "
         f"| {last['val_bits_per_byte']:.4f} |",
+        *scored,
     ]
+
+
+def _score_line(row: dict[str, Any]) -> str:
+    shares = (
+        f"{name} {row[f'hellaswag_{name}']:.4f}"
+        + ("" if row[f"hellaswag_{name}_stderr"] is None else f" +- {row[f'hellaswag_{name}_stderr']:.4f}")
+        for name in ("acc", "acc_norm")
+    )
+    return (
+        f"\nHellaSwag, {row['hellaswag_items']:,} items in the completion style, at step {row['step']:,}: "
+        f"{', '.join(shares)} (by the mean loss per token)."
+    )
 
 
 def _record(path: Path) -> dict[str, Any]:

@@ -153,7 +153,13 @@ def load_trained(
     """
     if is_hugging_face(Path(name)):
         return _load_folder(Path(name), device=device, dtype=dtype)
-    checkpoint = find_checkpoint(name)
+    return load_checkpoint(find_checkpoint(name), device=device, dtype=dtype)
+
+
+def load_checkpoint(
+    checkpoint: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Trained:
+    """The same of a checkpoint that `find_checkpoint` found sound."""
     model = make_model(model_config(read_state(checkpoint), checkpoint), compute_dtype=dtype)
     read_tensors(checkpoint, model_tensors(model))
     codec = load_codec(checkpoint.resolve().parents[1])

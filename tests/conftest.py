@@ -39,6 +39,8 @@ LONGEST = (
     "test_modes",
     "test_fineweb",
     "test_loop",
+    "test_validate",
+    "test_harness",
     "test_soak",
     "test_parallel",
     "test_watchdog",

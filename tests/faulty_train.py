@@ -89,7 +89,7 @@ def visit_deletion(path: Any, **kwargs: Any) -> None:
 def wrap_engine() -> None:
     import torch.distributed.checkpoint as dcp
 
-    from train import loop, main, resume, run_dir, saves, stops, validate
+    from train import loop, main, resume, run_dir, saves, stops, validation
 
     visit_before(main, "open_mesh", "process group")
     visit_before(run_dir, "provenance", "claim")  # the lock is held, status.json still the last attempt's
@@ -98,7 +98,7 @@ def wrap_engine() -> None:
     visit_before(loop, "warm_up", "warm-up")
     visit_before(loop, "take_step", "step")
     visit_before(loop.optim, "update", "update")  # gradients are reduced, the weights not yet changed
-    visit_before(validate.ValidationSet, "batch", "validation")
+    visit_before(validation.ValidationSet, "batch", "validation")
     visit_before(saves.Saver, "_write", "save")
     visit_after(dcp.FileSystemWriter, "write_data", "writing")  # this rank's tensors are there, .metadata is not
     visit_after(saves, "write_atomically", "commit")  # all is written, the rename comes next

@@ -119,6 +119,12 @@ def test_a_setting_without_effect_is_named() -> None:
         ("--trace-ranks 1", "--trace-ranks has no effect without --trace"),
         ("--track.wandb disabled --track.tags a b", "have no effect with --track.wandb disabled"),
         ("--sample.every None --sample.tokens 5", "have no effect with --sample.every None"),
+        ("--validate.hellaswag-every 5", "have no effect without --validate.hellaswag"),
+        ("--validate.hellaswag-items 5", "have no effect without --validate.hellaswag"),
+        (
+            "--validate.hellaswag x --validate.hellaswag-every None",
+            "has no effect with --validate.hellaswag-every None",
+        ),
         ("--optim.warmdown-fraction 0.5", "has no effect with --optim.schedule cosine"),
         ("--train.dtype tf32", "--train.dtype tf32 has no effect on a CPU"),
         ("--preflight --dry-run", "--preflight has no effect with --dry-run"),

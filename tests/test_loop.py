@@ -14,8 +14,21 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
+from data_prep.hellaswag import open_items
+from model.trained import load_trained
 from tests.groups import run_on_ranks
-from tests.runs import ROOT, called, curve, rows, status, tiny_config, tiny_flags
+from tests.hellaswag_items import plain_scores, write_items
+from tests.runs import (
+    ROOT,
+    assert_same_tensors,
+    called,
+    curve,
+    final_tensors,
+    rows,
+    status,
+    tiny_config,
+    tiny_flags,
+)
 from tests.test_exact import cut_back
 from train import loop
 from train import losses as train_losses
@@ -54,6 +67,16 @@ def counts_before_each_step(config: Config, monkeypatch: pytest.MonkeyPatch) -> 
     return [*counts, graphs_compiled()]
 
 
+def scoring(config: Config, folder: Path, every: int = 5, num_items: int = 12) -> Config:
+    path = write_items(folder / "items.jsonl", num_items)
+    check = dataclasses.replace(config.validate, hellaswag=path, hellaswag_every=every)
+    return dataclasses.replace(config, validate=check)
+
+
+def scores(run_dir: Path) -> list[dict[str, Any]]:
+    return [row for row in rows(run_dir) if "hellaswag_acc" in row]
+
+
 LONG_KERNELS = pytest.mark.long(reason="kernels of its own to compile; each option is in `make test` once")
 
 
@@ -71,18 +94,95 @@ def test_nothing_is_compiled_once_training_has_begun(
 ) -> None:
     """Steps, validations (the last batch of each is short), samples and saves all meet graphs that are there.
 
-    Three with gradients (all blocks, the last norm, the loss) and three without; after a resume too.
+    Three with gradients (all blocks, the last norm, the loss) and three without; after a resume too. HellaSwag's
+    batches, 4 rows of 32 tokens, bring three more, but that chunks of the loss are all of one size.
     """
     monkeypatch.setattr(train_losses, "CHUNK_TOKENS", 64)
     options: dict[str, Any] = {"loss": loss, "activation_checkpointing": activation_checkpointing}
     config = sampling(tiny_config(tiny_data, tmp_path / "run", steps=20, compile=True, **options))
     config = dataclasses.replace(config, validate=dataclasses.replace(config.validate, every=5))
-    assert counts_before_each_step(config, monkeypatch) == [6] * 21
+    config = scoring(config, tmp_path)
+    graphs = 9 if loss == "plain" else 8
+    assert counts_before_each_step(config, monkeypatch) == [graphs] * 21
     assert len([row for row in rows(tmp_path / "run") if "val_loss" in row]) == 5
+    assert len(scores(tmp_path / "run")) == 4
     assert len((tmp_path / "run" / "samples.jsonl").read_text().splitlines()) == 4
     cut_back(tmp_path / "run", tmp_path / "resumed", step=10)
     resumed = dataclasses.replace(config, run_dir=tmp_path / "resumed")
-    assert counts_before_each_step(resumed, monkeypatch) == [6] * 11
+    assert counts_before_each_step(resumed, monkeypatch) == [graphs] * 11
+
+
+def test_hellaswag_is_scored_at_its_own_interval_and_changes_nothing(tiny_data: Path, tmp_path: Path) -> None:
+    """As one row at a time, and training is bit for bit what it is without; a stop in the middle leaves the score to
+    the next start."""
+    plain = tiny_config(tiny_data, tmp_path / "plain", steps=20)
+    run(plain, ALONE)
+    config = scoring(tiny_config(tiny_data, tmp_path / "run", steps=20), tmp_path, every=8)
+    run(config, ALONE)
+    assert curve(tmp_path / "run") == curve(tmp_path / "plain")
+    assert_same_tensors(final_tensors(tmp_path / "run"), final_tensors(tmp_path / "plain"))
+    found = scores(tmp_path / "run")
+    assert [row["step"] for row in found] == [8, 16, 20]
+    axes = ["step", "tokens", "seconds", "flops"]
+    names = ["acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "items"]
+    assert list(found[0]) == [*axes, *(f"hellaswag_{name}" for name in names)]
+    trained = load_trained(tmp_path / "run")
+    items = open_items(tmp_path / "items.jsonl").items
+    sums = plain_scores(trained.model, trained.codec, items)
+    right = [min(range(4), key=lambda i: each[i][0]) == item.label for each, item in zip(sums, items, strict=True)]
+    assert found[-1]["hellaswag_acc"] == pytest.approx(sum(right) / 12)
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "items.jsonl: 12 items, not the whole pinned set: compares with nobody's score" in log
+    assert f"step      20  hellaswag acc {sum(right) / 12:.4f} +- 0.1" in log
+
+
+def test_a_stop_while_hellaswag_is_scored_leaves_it_to_the_next_start(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = scoring(tiny_config(tiny_data, tmp_path / "run", steps=8), tmp_path, every=4)
+    sound = loop.hellaswag_score.ending_losses
+
+    def interrupted(*args: Any, stops: Any, **options: Any) -> Any:
+        stops.reason = "test"
+        return sound(*args, stops=stops, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.hellaswag_score, "ending_losses", interrupted)
+        run(config, ALONE)
+    assert status(tmp_path / "run") == {"state": "stopped", "step": 4, "reason": "test", "attempt": 1}
+    assert scores(tmp_path / "run") == []
+    run(config, ALONE)
+    assert [row["step"] for row in scores(tmp_path / "run")] == [4, 8]
+
+
+def score_here(mesh: Mesh, config: Config, folder: Path) -> None:
+    for mode in ("ddp", "fsdp"):
+        parallel = dataclasses.replace(config.parallel, mode=mode)
+        run(dataclasses.replace(config, parallel=parallel, run_dir=folder / f"{mode}{mesh.world}"), mesh)
+
+
+def test_hellaswag_has_the_same_score_in_every_mode(tiny_data: Path, tmp_path: Path) -> None:
+    """Eleven questions in batches of one, two and three ranks: the last rank has one batch less."""
+    config = scoring(tiny_config(tiny_data, tmp_path / "one", steps=4), tmp_path, every=2, num_items=11)
+    run(config, ALONE)
+    wanted = scores(tmp_path / "one")
+    assert len(wanted) == 2
+    for world in (2, 3):
+        run_on_ranks(world, score_here, config, tmp_path)
+        for mode in ("ddp", "fsdp"):
+            found = scores(tmp_path / f"{mode}{world}")
+            assert [row | {"seconds": 0} for row in found] == [row | {"seconds": 0} for row in wanted]
+
+
+def test_a_bad_hellaswag_file_is_refused_before_the_first_step(tiny_data: Path, tmp_path: Path) -> None:
+    path = tmp_path / "items.jsonl"
+    path.write_text('{"ind": 1}\n')
+    flags = [*tiny_flags(tiny_data, tmp_path / "run"), "--train.steps", "2", "--validate.hellaswag", str(path)]
+    for extra in ([], ["--dry-run"]):
+        done = called(main, *flags, *extra)
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+        assert f"{path}:1: no field activity_label" in done.stderr
+    assert rows(tmp_path / "run") == []
 
 
 @pytest.mark.parametrize("compiled", [False, pytest.param(True, marks=LONG_KERNELS)])
@@ -177,7 +277,7 @@ def test_a_stop_in_the_last_validation_leaves_the_last_samples_to_the_next_start
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = sampling(tiny_config(tiny_data, tmp_path / "run", steps=20), every=20)
-    validate = loop.validate.validate
+    validate = loop.validation.validate
 
     def interrupted(*args: Any, stops: Any, **options: Any) -> Any:
         if any(row["step"] == 20 for row in rows(tmp_path / "run")):
@@ -185,7 +285,7 @@ def test_a_stop_in_the_last_validation_leaves_the_last_samples_to_the_next_start
         return validate(*args, stops=stops, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.validate, "validate", interrupted)
+        patch.setattr(loop.validation, "validate", interrupted)
         run(config, ALONE)
     assert status(tmp_path / "run")["state"] == "stopped"
     assert not (tmp_path / "run" / "samples.jsonl").exists()
@@ -198,7 +298,7 @@ def test_rates_are_of_training_alone_and_data_wait_is_part_of_them(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A slow disk shows in data_wait_fraction, a slow validation nowhere, and MFU is FLOPs done over FLOPs possible."""
-    read, validate = Windows.read, loop.validate.validate
+    read, validate = Windows.read, loop.validation.validate
 
     def slowly_read(self: Windows, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         time.sleep(0.4)  # longer than a step's own work, also on a busy machine
@@ -209,7 +309,7 @@ def test_rates_are_of_training_alone_and_data_wait_is_part_of_them(
         return validate(*args, **options)
 
     monkeypatch.setattr(Windows, "read", slowly_read)
-    monkeypatch.setattr(loop.validate, "validate", slowly_validate)
+    monkeypatch.setattr(loop.validation, "validate", slowly_validate)
     config = tiny_config(tiny_data, tmp_path / "run", steps=6, batch_tokens=192)
     config = dataclasses.replace(
         config,

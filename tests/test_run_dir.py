@@ -178,7 +178,7 @@ def test_a_stop_file_made_before_the_start_is_honoured_and_the_next_start_runs(t
 def test_a_stop_in_the_last_validation_is_no_end(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, sound = tiny_config(tiny_data, tmp_path / "run", steps=5), loop.validate.validate
+    config, sound = tiny_config(tiny_data, tmp_path / "run", steps=5), loop.validation.validate
 
     def stopping(*args: Any, stops: Stops, **kwargs: Any) -> Any:
         if any(row["step"] == 5 for row in rows(tmp_path / "run")):
@@ -186,7 +186,7 @@ def test_a_stop_in_the_last_validation_is_no_end(
         return sound(*args, stops=stops, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.validate, "validate", stopping)
+        patch.setattr(loop.validation, "validate", stopping)
         run(config, ALONE)
     assert status(tmp_path / "run")["state"] == "stopped" and status(tmp_path / "run")["step"] == 5
     run(config, ALONE)

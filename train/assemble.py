@@ -12,6 +12,7 @@ from train import parallel, resume
 from train.batches import BatchPlan, Prefetcher, Windows, plan_batches
 from train.config import Config, settings_without_effect
 from train.fit import settle_micro_batch
+from train.hellaswag_score import HellaSwag, open_hellaswag
 from train.layout import Layout
 from train.loop import Run
 from train.mesh import Mesh
@@ -27,7 +28,7 @@ from train.stops import Stops
 from train.stragglers import Stragglers
 from train.traces import open_trace, parse_steps
 from train.tracking import Tracking, open_tracking
-from train.validate import ValidationSet
+from train.validation import ValidationSet
 from train.watchdog import Watchdog
 
 
@@ -49,7 +50,7 @@ def assemble(
     if config.train.micro_batch == "auto":
         config = settle_micro_batch(config, objective, layout, directory, mesh)
     plan = plan_batches(config, mesh.world)
-    windows, validation, sampler = mesh.on_all(lambda: open_data(config, plan, codec))
+    windows, validation, hellaswag, sampler = mesh.on_all(lambda: open_data(config, plan, codec))
     module = parallel.wrap(objective, layout)
     loss_scale = LossScale(mesh.device) if config.train.dtype == "fp16" else None
 
@@ -66,6 +67,8 @@ def assemble(
     warnings += settings_without_effect(config, mesh.device.type, mesh.world, layout.mode)
     if validation is not None and config.validate.tokens is not None and validation.num_tokens < config.validate.tokens:
         warnings.append(f"--validate.tokens {config.validate.tokens}: the split has only {validation.num_tokens}")
+    if hellaswag is not None:
+        warnings += hellaswag.remarks
     if mesh.device.type == "cuda" and device_peak_flops(config, mesh.device) is None:
         warnings.append(
             f"no peak is known for {torch.cuda.get_device_name(mesh.device)} at {config.train.dtype}, so there is no "
@@ -90,6 +93,7 @@ def assemble(
         plan=plan,
         batches=Prefetcher(windows, plan, rank=mesh.rank, device=mesh.device),
         validation=validation,
+        hellaswag=hellaswag,
         sampler=sampler,
         model=model,
         objective=objective,
@@ -133,11 +137,13 @@ def assemble(
     )
 
 
-def open_data(config: Config, plan: BatchPlan, codec: Codec) -> tuple[Windows, ValidationSet | None, Sampler | None]:
-    """The training windows, what is validated on and what is sampled; None for what the config switches off."""
+def open_data(
+    config: Config, plan: BatchPlan, codec: Codec
+) -> tuple[Windows, ValidationSet | None, HellaSwag | None, Sampler | None]:
+    """The training windows, and what the model is looked at with; None for what the config switches off."""
     stream = open_split(config.data.dir, "train")
     windows = Windows(stream, config.train.seq_len, config.seed, config.data.leave_out)
-    validation = sampler = None
+    validation = hellaswag = sampler = None
     if config.validate.every is not None:
         validation = ValidationSet(
             open_split(config.data.dir, "val"),
@@ -146,11 +152,20 @@ def open_data(config: Config, plan: BatchPlan, codec: Codec) -> tuple[Windows, V
             num_tokens=config.validate.tokens,
             byte_lengths=codec.byte_lengths(),
         )
+    if config.validate.hellaswag is not None and config.validate.hellaswag_every is not None:
+        hellaswag = open_hellaswag(
+            config.validate.hellaswag,
+            codec,
+            context_len=config.train.seq_len,
+            batch_tokens=plan.micro_batch * config.train.seq_len,
+            fixed_shapes=config.train.compile,
+            most=config.validate.hellaswag_items,
+        )
     if config.sample.every is not None:
         # A compiled model is called in validation's shape, which it knows already.
         num_rows = plan.micro_batch if config.train.compile else None
         sampler = Sampler(config.sample, codec, seed=config.seed, num_rows=num_rows)
-    return windows, validation, sampler
+    return windows, validation, hellaswag, sampler
 
 
 def start_tracking(config: Config, wandb_id: str, directory: RunDirectory, sinks: Sinks) -> Tracking | None:

@@ -91,6 +91,12 @@ class ValidateConfig:
     """Steps between validations, beside the first and the last; None for no validation at all."""
     tokens: int | None = 10_485_760
     """Validation tokens, from the start of the split and the same each time; None for all of them."""
+    hellaswag: Path | None = None
+    """Score HellaSwag, too: data_prep/hellaswag.py's directory, or a file in the original form. None: do not."""
+    hellaswag_every: int | None = 1000
+    """Steps between its scores, beside the last; None for none."""
+    hellaswag_items: int | None = None
+    """Score the first so many of its items; None for all."""
 
 
 @dataclass(frozen=True)
@@ -271,6 +277,8 @@ def faults_of(config: Config) -> list[str]:
         "--save.keep-every": config.save.keep_every,
         "--validate.every": config.validate.every,
         "--validate.tokens": config.validate.tokens,
+        "--validate.hellaswag-every": config.validate.hellaswag_every,
+        "--validate.hellaswag-items": config.validate.hellaswag_items,
         "--sample.every": config.sample.every,
         "--sample.tokens": config.sample.tokens,
         "--track.every": config.track.every,
@@ -368,6 +376,14 @@ def settings_without_effect(config: Config, device_type: str, world: int, mode: 
         said.append("--track.project, --track.group and --track.tags have no effect with --track.wandb disabled")
     if sample.every is None and (sample.prompts, sample.tokens) != (SampleConfig.prompts, SampleConfig.tokens):
         said.append("--sample.prompts and --sample.tokens have no effect with --sample.every None")
+    if config.validate.hellaswag is None and (
+        config.validate.hellaswag_every != ValidateConfig.hellaswag_every or config.validate.hellaswag_items is not None
+    ):
+        said.append(
+            "--validate.hellaswag-every and --validate.hellaswag-items have no effect without --validate.hellaswag"
+        )
+    if config.validate.hellaswag is not None and config.validate.hellaswag_every is None:
+        said.append("--validate.hellaswag has no effect with --validate.hellaswag-every None")
     if config.train.dtype == "tf32" and device_type != "cuda":
         said.append("--train.dtype tf32 has no effect on a CPU: it computes in fp32")
     if config.trace is None and config.trace_ranks != (0,):

@@ -10,14 +10,14 @@ import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from model.language_model import LanguageModel
-from train import nonfinite, optim, parallel, validate
+from train import hellaswag_score, nonfinite, optim, parallel, validation
 from train.batches import BatchPlan, Prefetcher
 from train.config import Config
 from train.layout import Layout
@@ -54,7 +54,8 @@ class Run:
     directory: RunDirectory
     plan: BatchPlan
     batches: Prefetcher
-    validation: validate.ValidationSet | None
+    validation: validation.ValidationSet | None
+    hellaswag: hellaswag_score.HellaSwag | None
     sampler: Sampler | None
     model: LanguageModel
     objective: Objective
@@ -109,7 +110,7 @@ def train(run: Run) -> tuple[str, str | None]:
         while run.progress.step < num_steps and not run.asked.stop:
             reports.append(take_step(run))
             run.progress = reports[-1].progress
-            is_boundary = is_due_to_validate(run) or is_due_to_sample(run) or is_due_to_save(run)
+            is_boundary = is_due_to_look(run) or is_due_to_save(run)
             while len(reports) > (0 if is_boundary else 1):
                 record(run, reports.popleft())
             if run.progress.step % config.track.every == 0:
@@ -135,7 +136,7 @@ def train(run: Run) -> tuple[str, str | None]:
     if run.failure is not None:
         raise run.failure
     run.mesh.on_main(run.stops.remove_file)
-    if run.progress.step == num_steps and not is_due_to_validate(run) and not is_due_to_sample(run):
+    if run.progress.step == num_steps and not is_due_to_look(run):
         return "done", None
     reasons = [reason for reason in run.mesh.gather(run.stops.reason) if reason]
     return "stopped", reasons[0]
@@ -214,8 +215,12 @@ def warm_up(run: Run) -> bool:
             return True
         accumulate_gradients(run, [(zeros_BT, zeros_BT)], run.mean)
         parallel.zero_gradients(run.module)
-    if run.config.train.compile and (run.validation is not None or run.sampler is not None):
-        run.objective.token_losses(zeros_BT, zeros_BT)
+    if run.config.train.compile:
+        shapes = [shape] if run.validation is not None or run.sampler is not None else []
+        for shape in [*shapes, *(run.hellaswag.shapes if run.hellaswag is not None else [])]:
+            run.watchdog.beat()
+            zeros_BT = torch.zeros(shape, dtype=torch.int64, device=run.mesh.device)
+            run.objective.token_losses(zeros_BT, zeros_BT)
         parallel.free_gathered(run.module)
     return is_stopped(run)
 
@@ -331,10 +336,20 @@ def is_finite(run: Run, inputs_BT: Tensor, targets_BT: Tensor) -> bool:
 
 
 def look(run: Run) -> bool:
-    """Validate and sample where it is their turn; True if a stop was asked for meanwhile, and the rest left undone."""
-    stopped = (is_due_to_validate(run) and validate_now(run)) or (is_due_to_sample(run) and sample_now(run))
+    """Validate, score HellaSwag and sample where it is their turn; True if a stop was asked for meanwhile, and the rest
+    left undone."""
+    stopped = (
+        (is_due_to_validate(run) and validate_now(run))
+        or (is_due_to_score(run) and score_now(run))
+        or (is_due_to_sample(run) and sample_now(run))
+    )
     parallel.free_gathered(run.module)
     return stopped
+
+
+def is_due_to_look(run: Run) -> bool:
+    """Has anything its turn that looks at the model and changes nothing?"""
+    return is_due_to_validate(run) or is_due_to_score(run) or is_due_to_sample(run)
 
 
 def is_due_to_validate(run: Run) -> bool:
@@ -343,6 +358,14 @@ def is_due_to_validate(run: Run) -> bool:
     if run.validation is None or every is None or step in run.sinks.validated_steps:
         return False
     return step % every == 0 or step == run.config.train.steps
+
+
+def is_due_to_score(run: Run) -> bool:
+    """HellaSwag, at every interval of its own and at the end, unless this very step was scored before a restart."""
+    step, every = run.progress.step, run.config.validate.hellaswag_every
+    if run.hellaswag is None or every is None or step in run.sinks.scored_steps:
+        return False
+    return step > 0 and (step % every == 0 or step == run.config.train.steps)
 
 
 def is_due_to_sample(run: Run) -> bool:
@@ -362,7 +385,7 @@ def is_due_to_save(run: Run) -> bool:
 def validate_now(run: Run) -> bool:
     """Validate and log; True, and nothing logged, if a stop was asked for meanwhile."""
     assert run.validation is not None
-    found = validate.validate(run.objective, run.validation, mesh=run.mesh, stops=run.stops, beat=run.watchdog.beat)
+    found = validation.validate(run.objective, run.validation, mesh=run.mesh, stops=run.stops, beat=run.watchdog.beat)
     if found is None:
         return True
     progress = run.progress
@@ -371,6 +394,22 @@ def validate_now(run: Run) -> bool:
     run.sinks.row(
         axes | {"val_loss": found.loss, "val_loss_stderr": found.stderr, "val_bits_per_byte": found.bits_per_byte}
     )
+    return False
+
+
+def score_now(run: Run) -> bool:
+    """Score HellaSwag and log it; True, and nothing logged, if a stop was asked for meanwhile."""
+    assert run.hellaswag is not None
+    losses_Q4 = hellaswag_score.ending_losses(
+        run.objective, run.hellaswag, mesh=run.mesh, stops=run.stops, beat=run.watchdog.beat
+    )
+    if losses_Q4 is None:
+        return True
+    found = hellaswag_score.score(run.hellaswag.questions, losses_Q4)
+    progress = run.progress
+    run.sinks.scored_steps.add(progress.step)
+    axes = run.meters.axes(step=progress.step, tokens=progress.tokens, seconds=run.meters.seconds)
+    run.sinks.row(axes | {f"hellaswag_{name}": value for name, value in asdict(found).items()})
     return False
 
 

@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from model.attention import Shared
 from model.blocks import Block
 from model.ladder import make_model
-from model.language_model import init_weights
+from model.language_model import LanguageModel, init_weights
 from train.config import Config
 from train.layout import Layout
 from train.losses import Objective
@@ -29,9 +29,9 @@ def build_objective(config: Config, layout: Layout, mesh: Mesh) -> Objective:
     2. Activation checkpointing, block by block: the compiler must see it to plan what is computed again.
     3. compile, in place and block by block: one graph serves all blocks (with a value residual two). A block's forward
        is compiled, not its call, so that FSDP's hooks, which run around it, break no graph. Shapes are static:
-       training, validation and sampling call the model in one and the same. Dynamo's own cutting at DDP's buckets is
-       switched off: blocks are pieces enough to overlap communication with, and every world size then compiles the
-       same graph.
+       training, validation and sampling call the model in one and the same, HellaSwag in a few. Dynamo's own cutting at
+       DDP's buckets is switched off: blocks are pieces enough to overlap communication with, and every world size then
+       compiles the same graph.
     4. FSDP2, so that what it gathers and frees is a block with all that was done to it.
     5. Memory and initial values, each drawn whole and cut: the same numbers however the model is spread.
     6. DDP, in `wrap`, so that it sees the final parameters. The optimizer comes after sharding: it is made of shards.
@@ -44,9 +44,7 @@ def build_objective(config: Config, layout: Layout, mesh: Mesh) -> Objective:
         for block in model.blocks:
             block.forward = types.MethodType(recomputed, block)
     if train.compile:
-        torch._dynamo.config.optimize_ddp = False
-        for part in model.compiled_parts:
-            part.forward = torch.compile(part.forward, dynamic=False)
+        compile_parts(model)
     if layout.is_sharded:
         shard(objective, layout, mesh)
         mesh.set_timeout(config.parallel.init_timeout_seconds)  # of the groups that were made for it, too
@@ -56,6 +54,15 @@ def build_objective(config: Config, layout: Layout, mesh: Mesh) -> Objective:
     holders = [p for _, p in model.named_parameters(remove_duplicate=False) if p is model.lm_head.weight]
     assert (len(holders) == 2) == model.is_tied
     return objective
+
+
+def compile_parts(model: LanguageModel) -> None:
+    """3. Of graphs for one function torch keeps 8, and computes what comes after them without compiling: too few for
+    the shapes of training, validation and HellaSwag together, of which a value residual needs each twice."""
+    torch._dynamo.config.optimize_ddp = False
+    torch._dynamo.config.recompile_limit = 32
+    for part in model.compiled_parts:
+        part.forward = torch.compile(part.forward, dynamic=False)
 
 
 def recomputed(block: Block, x_BTD: Tensor, shared: Shared) -> tuple[Tensor, Tensor | None]:

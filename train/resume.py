@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from data_prep.codec import Codec, load_codec
+from data_prep.codec import Codec, gives_same_ids, load_codec
 from data_prep.errors import InputError
 from model.config import ModelConfig
 from model.dcp_files import read_tensors
@@ -143,15 +143,10 @@ def _refuse_misfit(name: str, theirs: ModelConfig, their_codec: Codec, ours: Mod
         for key in here
         if there[key] != here[key] and key not in NOT_IN_WEIGHTS
     ]
-    if _ids_of(their_codec) != _ids_of(codec):
+    if not gives_same_ids(their_codec, codec):
         found.append("another tokenizer")
     if found:
         raise InputError(f"--from-checkpoint {name}: its model does not fit this run: {', '.join(found)}")
-
-
-def _ids_of(codec: Codec) -> dict[str, Any]:
-    """What decides which text has which ids. The name of a vocabulary does not."""
-    return {key: value for key, value in codec.describe().items() if key != "name"}
 
 
 def _restore_random_state(states: dict[str, str], device: torch.device) -> None:

@@ -55,6 +55,7 @@ class Sinks:
 
         rows, samples = mesh.on_main(open_files)
         self.validated_steps = {row["step"] for row in rows if "val_loss" in row}
+        self.scored_steps = {row["step"] for row in rows if "hellaswag_acc" in row}
         self.sampled_steps = {row["step"] for row in samples}
 
     def say(self, text: str) -> None:
@@ -172,6 +173,13 @@ def line_of(row: dict[str, Any]) -> str:
         return (
             f"step {row['step']:>7}  val loss {row['val_loss']:.4f}{stderr}  bits/byte {row['val_bits_per_byte']:.4f}"
         )
+    if "hellaswag_acc" in row:
+        shares = [
+            f"{name} {row[f'hellaswag_{name}']:.4f}"
+            + ("" if (stderr := row[f"hellaswag_{name}_stderr"]) is None else f" +- {stderr:.4f}")
+            for name in ("acc", "acc_norm")
+        ]
+        return f"step {row['step']:>7}  hellaswag {'  '.join(shares)}  of {row['hellaswag_items']:,}"
     mfu = "    -" if row["mfu"] is None else f"{row['mfu']:5.1%}"
     loss = "     nan" if row["loss"] is None else f"{row['loss']:8.4f}"
     norm = "skipped" if row["grad_norm"] is None else f"{row['grad_norm']:7.3f}"

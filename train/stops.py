@@ -29,14 +29,15 @@ def is_there(path: Path) -> bool:
 class Stops:
     """Install with `with`; the previous handlers come back at the end. `reason` is None until there is one.
 
-    `after`: a duration as --stop-after has it, from the moment `started` of time.perf_counter().
+    `run_dir` None: there is no file to look for. `after`: a duration as --stop-after has it, from the moment `started`
+    of time.perf_counter().
     """
 
-    def __init__(self, run_dir: Path, *, is_main: bool, after: str | None = None, started: float = 0.0) -> None:
+    def __init__(self, run_dir: Path | None, *, is_main: bool, after: str | None = None, started: float = 0.0) -> None:
         self.reason: str | None = None
         self._after = after
         self._deadline = None if after is None else started + parse_duration(after)
-        self._file = run_dir / FILE_NAME
+        self._file = None if run_dir is None else run_dir / FILE_NAME
         self._is_main = is_main
         self._next_look = 0.0
 
@@ -55,7 +56,7 @@ class Stops:
         """Has anything asked this rank to stop? Cheap enough for every step."""
         if self.reason is None and time.monotonic() >= self._next_look:
             self._next_look = time.monotonic() + SECONDS_BETWEEN_LOOKS
-            if self._is_main and is_there(self._file):
+            if self._is_main and self._file is not None and is_there(self._file):
                 self.reason = f"{FILE_NAME} file"
             elif self._is_main and self._deadline is not None and time.perf_counter() >= self._deadline:
                 self.reason = f"--stop-after {self._after}"
@@ -65,7 +66,8 @@ class Stops:
 
     def remove_file(self) -> None:
         """So that the next start runs. For rank 0."""
-        self._file.unlink(missing_ok=True)
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.reason = self.reason or signal.Signals(number).name

@@ -1,127 +1,348 @@
-"""Validation loss and bits per byte on fixed tokens, shared among all ranks, the same at every world size."""
+"""What a trained model is worth: validation loss, perplexity, bits per byte, and HellaSwag.
 
+    python train/validate.py runs/NAME                                     # on the run's own validation tokens
+    python train/validate.py runs/NAME --step 500 --hellaswag data/hellaswag
+    torchrun --nproc_per_node=8 train/validate.py runs/NAME --data data/other --tokens all --hellaswag data/hellaswag
+    python train/validate.py FOLDER --data data/mine --out results         # a Hugging Face folder of GPT-2's
+
+As its training loop does it, with the same numbers: on all processes, each with the whole model. Prints a table with
+standard errors, and all of it as JSON in the last line. What is done is kept in RUN/evaluations (or --out), and not
+done again; killed while it scores HellaSwag, the same command goes on. HellaSwag is scored in the completion style,
+which train/hellaswag_score.py describes; train/harness.py has lm-evaluation-harness's.
+
+1,000 items of HellaSwag take a model of the quickstart's shape 22 to 30 s on one CPU core; start-up takes 5 s.
+"""
+
+import sys
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from train import launcher
+
+launcher.remember()
+
+import functools
+import json
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Annotated, Any, Literal
 
-import numpy as np
 import torch
-from torch import Tensor
+import tyro
 
-from data_prep.errors import InputError
-from data_prep.shards import TokenStream
-from train.batches import pinned
-from train.losses import IGNORED, Objective
-from train.mesh import Mesh
+from data_prep.codec import gives_same_ids, load_codec, name_of
+from data_prep.errors import InputError, one_line_errors
+from data_prep.hellaswag import NUM_ENDINGS
+from data_prep.manifest import open_split, read_manifest
+from model.hf_folder import is_hugging_face
+from model.peaks import DType
+from model.trained import Trained, find_checkpoint, load_checkpoint, load_trained, read_state
+from train.config import TrainConfig, ValidateConfig
+from train.evaluations import FOLDER, Key, ScoreLog, fingerprint_of, read_result, record_name, write_result
+from train.hellaswag_score import STYLE, HellaSwag, ending_losses, open_hellaswag, score
+from train.losses import Objective
+from train.mesh import Mesh, open_mesh
+from train.numerics import COMPUTE_DTYPES, set_numerics
+from train.parallel import compile_parts
 from train.stops import Stops
+from train.validation import Validation, ValidationSet, validate
+
+TIMEOUT_SECONDS = 1800.0
+LARGEST_EXPONENT = 700  # e^709 is the largest that a float holds
+BATCHES_BETWEEN_LOGS = 4  # of each process, while HellaSwag is scored: what a kill may cost
 
 
 @dataclass(frozen=True)
-class Validation:
-    """Mean loss in nats per token, its standard error, and bits per UTF-8 byte of exactly the tokens scored.
+class Options:
+    """Validation loss, perplexity and bits per byte of a trained model, and its HellaSwag score."""
 
-    The standard error is over windows, since the tokens of one window are not independent of each other (windows of
-    one document are not either, so it is a little low). It is that of the text, not of the seed. None with one window.
-    """
-
-    loss: float
-    stderr: float | None
-    bits_per_byte: float
-    tokens: int
-
-
-class ValidationSet:
-    """The first `num_tokens` predictions of a split (None: all), in windows of seq_len.
-
-    The last window may be short; it is padded with ignored targets, so that every forward pass has one shape.
-    byte_lengths: int64 [vocab_size], UTF-8 bytes of each id.
-    """
-
-    def __init__(
-        self,
-        stream: TokenStream,
-        *,
-        seq_len: int,
-        micro_batch: int,
-        num_tokens: int | None,
-        byte_lengths: np.ndarray,
-    ) -> None:
-        available = len(stream) - 1
-        if available < 1:
-            raise InputError(f"the validation split has {len(stream)} tokens; prepare it with a larger --val-fraction")
-        self.num_tokens = available if num_tokens is None else min(num_tokens, available)
-        self._stream = stream
-        self._seq_len = seq_len
-        self._micro_batch = micro_batch
-        self._byte_lengths = byte_lengths
-
-    @property
-    def num_batches(self) -> int:
-        return -(-self.num_tokens // (self._seq_len * self._micro_batch))
-
-    def batch(self, index: int) -> tuple[Tensor, Tensor, int]:
-        """inputs_BT, targets_BT with IGNORED beyond the end, and the bytes that the scored targets stand for."""
-        B, T = self._micro_batch, self._seq_len
-        start = index * B * T
-        stop = max(start, min(start + B * T, self.num_tokens))
-        inputs, targets = np.zeros(B * T, dtype=np.int64), np.full(B * T, IGNORED, dtype=np.int64)
-        if stop > start:
-            tokens = self._stream.read(start, stop + 1).astype(np.int64)
-            inputs[: stop - start] = tokens[:-1]
-            targets[: stop - start] = tokens[1:]
-        num_bytes = int(self._byte_lengths[targets[: stop - start]].sum())
-        return torch.from_numpy(inputs).view(B, T), torch.from_numpy(targets).view(B, T), num_bytes
+    path: Annotated[str, tyro.conf.Positional]
+    """RUN directory, RUN@STEP, the path of one checkpoint, or a Hugging Face folder of GPT-2's."""
+    step: int | None = None
+    """Of the run, the checkpoint of this step; None: the newest."""
+    data: Path | None = None
+    """Data directory to validate on; None: the run's own, or none at all with --hellaswag."""
+    split: str = "val"
+    """Of the data."""
+    tokens: int | Literal["all"] | None = None
+    """Tokens to validate on, from the start of the split; None: as many as the run does, else 10,485,760."""
+    hellaswag: Path | None = None
+    """Score HellaSwag, too: data_prep/hellaswag.py's directory, or a file in the original form."""
+    items: int | None = None
+    """The first so many of its items; None: all."""
+    micro_batch: int | None = None
+    """Windows of one forward pass; None: the run's, else 8."""
+    dtype: DType | None = None
+    """Of the products; None: what the run trained in, else fp32."""
+    compile: bool = False
+    """torch.compile, block by block, as in training."""
+    out: Path | None = None
+    """The directory that keeps results; None: RUN/evaluations, and for a Hugging Face folder nowhere."""
 
 
-def validate(
-    objective: Objective, data: ValidationSet, *, mesh: Mesh, stops: Stops, beat: Callable[[str], None]
-) -> Validation | None:
-    """Score the set on all ranks, batch i on rank i mod W; None if a stop was asked for meanwhile. Collective.
+@dataclass(frozen=True)
+class Settings:
+    """How the run that a model is of computes and validates, or what stands for that where there was none."""
 
-    Each window is summed in fp32, the windows in fp64: how they are shared out changes the loss by its rounding only.
-    `beat` hears before each batch which it is.
-    """
-    objective.eval()
-    totals = torch.zeros(6, dtype=torch.float64, device=mesh.device)
-    num_bytes = 0
-    asked: Tensor | None = None  # to stop, by any rank; read a batch late, so that no batch waits for it
-    for first in range(0, data.num_batches, mesh.world):
-        beat(f"validation, batches from {first} of {data.num_batches}")
-        inputs_BT, targets_BT, batch_bytes = data.batch(first + mesh.rank)
-        inputs_BT = pinned(inputs_BT, mesh.device).to(mesh.device, non_blocking=True)
-        targets_BT = pinned(targets_BT, mesh.device).to(mesh.device, non_blocking=True)
-        losses_BT = objective.token_losses(inputs_BT, targets_BT)
-        totals += window_sums(losses_BT.sum(dim=1).double(), (targets_BT != IGNORED).sum(dim=1))
-        num_bytes += batch_bytes
-        if asked is not None and asked.item():
-            break
-        asked = mesh.sum_(torch.full((), float(stops.wanted()), device=mesh.device))
-    objective.train()
-    if asked is not None and asked.item():
+    dtype: DType = "fp32"
+    micro_batch: int = 8
+    is_chunked: bool = True
+    deterministic: bool = False
+    tokens: int | None = ValidateConfig.tokens
+    data: Path | None = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model, ready, and what its results are kept under."""
+
+    trained: Trained
+    settings: Settings
+    objective: Objective
+    out: Path | None
+    key: dict[str, Any]
+
+
+def settings_of(checkpoint: Path) -> Settings:
+    """From its state.json."""
+    try:
+        config = read_state(checkpoint)["config"]
+        train, tokens = config["train"], config["validate"]["tokens"]
+        micro_batch = Settings.micro_batch if train["micro_batch"] == "auto" else train["micro_batch"]
+        if (
+            train["dtype"] not in COMPUTE_DTYPES
+            or type(micro_batch) is not int
+            or type(tokens) not in (int, type(None))
+        ):
+            raise TypeError(f"{train['dtype']!r}, {micro_batch!r}, {tokens!r}")
+        return Settings(
+            dtype=train["dtype"],
+            micro_batch=micro_batch,
+            is_chunked=train["loss"] == "chunked",
+            deterministic=bool(train["deterministic"]),
+            tokens=tokens,
+            data=Path(config["data"]["dir"]),
+        )
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{checkpoint}: its state.json has no configuration of this code ({error!r})") from error
+
+
+def check(options: Options) -> None:
+    for flag in ("tokens", "items", "micro_batch"):
+        value = getattr(options, flag)
+        if isinstance(value, int) and value < 1:
+            raise InputError(f"--{flag.replace('_', '-')} {value} must be at least 1")
+    if options.items is not None and options.hellaswag is None:
+        raise InputError("--items counts HellaSwag's; give --hellaswag too")
+    if options.hellaswag is not None and options.data is None and (options.tokens, options.split) != (None, "val"):
+        raise InputError("--tokens and --split are of the data to validate on; with --hellaswag give --data too")
+
+
+def prepare(options: Options, mesh: Mesh) -> Subject:
+    """Load the model. InputError for whatever is unusable; on each rank, without collectives."""
+    name = options.path if options.step is None else f"{options.path}@{options.step}"
+    is_folder = is_hugging_face(Path(options.path))
+    if options.step is not None and (
+        is_folder or "@" in options.path or not Path(options.path, "checkpoints").is_dir()
+    ):
+        raise InputError(f"--step {options.step}: {options.path} is no run directory, of which there may be more steps")
+    checkpoint = None if is_folder else find_checkpoint(name)
+    settings = Settings() if checkpoint is None else settings_of(checkpoint)
+    dtype = options.dtype or settings.dtype
+    set_numerics(TrainConfig(dtype=dtype, deterministic=settings.deterministic), mesh.device)
+    load = functools.partial(load_trained if checkpoint is None else load_checkpoint, checkpoint or Path(name))
+    trained = load(device=mesh.device, dtype=COMPUTE_DTYPES[dtype])
+    objective = Objective(trained.model, chunked=settings.is_chunked, compiled=options.compile)
+    if options.compile:
+        compile_parts(trained.model)
+    out = options.out
+    if out is None and checkpoint is not None:
+        out = checkpoint.resolve().parents[1] / FOLDER
+    key = {"weights": fingerprint_of(trained.model), "dtype": dtype}
+    return Subject(trained, settings, objective, out, key)
+
+
+def evaluate(options: Options, mesh: Mesh, stops: Stops) -> dict[str, Any]:
+    """All that was asked for. Collective. InputError, on all ranks, before anything is scored if some of it is bad."""
+    subject = mesh.on_all(lambda: prepare(options, mesh))
+    trained = subject.trained
+    validation = mesh.on_all(lambda: open_validation(options, subject))
+    hellaswag = mesh.on_all(lambda: open_items_for(options, subject))
+    at_step = "" if trained.step is None else f" at step {trained.step:,}"
+    say(mesh, f"{options.path}{at_step}, {subject.key['dtype']}, processes: {mesh.world}, {mesh.device.type}")
+    report = {"model": str(trained.checkpoint), "step": trained.step, **subject.key}
+    report |= {"validation": None, "hellaswag": None}
+    if validation is not None:
+        report["validation"] = validated(subject, *validation, mesh, stops)
+    if hellaswag is not None:
+        report["hellaswag"] = answered(subject, hellaswag, mesh, stops)
+    return report
+
+
+def say(mesh: Mesh, text: str) -> None:
+    if mesh.is_main:
+        print(text, flush=True)
+
+
+# --- Validation -------------------------------------------------------------------------------------------------------
+
+
+def open_validation(options: Options, subject: Subject) -> tuple[ValidationSet, dict[str, Any]] | None:
+    """What to validate on and what it is; None: nothing was asked for."""
+    directory = options.data
+    if directory is None and options.hellaswag is not None:
         return None
-    loss, tokens, num_windows, *squares = mesh.sum_(totals).tolist()
-    all_bytes = sum(mesh.gather(num_bytes))
-    return Validation(
-        loss / tokens,
-        standard_error(loss, tokens, num_windows, *squares),
-        loss / math.log(2) / all_bytes,
-        int(tokens),
+    if directory is None:
+        directory = subject.settings.data
+        if directory is None:
+            raise InputError(f"{options.path}: says of no data; give --data or --hellaswag")
+        if not directory.is_dir():
+            raise InputError(f"{directory}: the data of this run is not here; give --data or --hellaswag")
+    manifest, codec = read_manifest(directory), load_codec(directory)
+    ours = subject.trained.codec
+    if not gives_same_ids(codec, ours):
+        raise InputError(
+            f"--data {directory}: its tokenizer is {name_of(codec)}, the model's is {name_of(ours)}; "
+            "prepare the data with the model's"
+        )
+    given = options.tokens if options.tokens is not None else subject.settings.tokens
+    data = ValidationSet(
+        open_split(directory, options.split),
+        seq_len=subject.trained.model.config.context_len,
+        micro_batch=options.micro_batch or subject.settings.micro_batch,
+        num_tokens=None if given == "all" else given,
+        byte_lengths=ours.byte_lengths(),
+    )
+    about = {"data": manifest.fingerprint, "split": options.split, "tokens": data.num_tokens}
+    return data, {"directory": str(directory), **about}
+
+
+def validated(
+    subject: Subject, data: ValidationSet, about: Mapping[str, Any], mesh: Mesh, stops: Stops
+) -> dict[str, Any]:
+    """Found before, or now, printed and kept."""
+    key = subject.key | {name: about[name] for name in ("data", "split", "tokens")}
+    path = None if subject.out is None else subject.out / f"{record_name('validation', subject.trained.step, key)}.json"
+    kept = mesh.on_main(lambda: None if path is None else read_result(path, key))
+    is_new = kept is None
+    if kept is None:
+        found = validate(subject.objective, data, mesh=mesh, stops=stops, beat=lambda where: None)
+        if found is None:
+            raise StoppedError
+        kept = asdict(found)
+    say(mesh, f"validation  {about['directory']}, {about['split']}{'' if is_new else f'; from {path}'}")
+    result = kept | with_perplexity(Validation(**kept))
+    say(mesh, table_of({name: (result[name], result[error]) for name, error in VALIDATION_ROWS.items()}))
+    say(mesh, f"  {'tokens':<16}{result['tokens']:>12,}")
+    if is_new and path is not None:  # once it is said: the directory may be another's to write
+        mesh.on_main(lambda: write_result(path, key, kept))
+    return dict(about) | result
+
+
+VALIDATION_ROWS = {"loss": "stderr", "perplexity": "perplexity_stderr", "bits_per_byte": "bits_per_byte_stderr"}
+
+
+def with_perplexity(found: Validation) -> dict[str, float | None]:
+    """e^loss, and its standard error: that of the loss times the slope."""
+    perplexity = math.exp(found.loss) if not found.loss > LARGEST_EXPONENT else math.inf
+    return {
+        "perplexity": perplexity,
+        "perplexity_stderr": None if found.stderr is None else perplexity * found.stderr,
+    }
+
+
+def table_of(rows: Mapping[str, tuple[float, float | None]]) -> str:
+    """A line for each number and its standard error."""
+    lines = []
+    for name, (value, stderr) in rows.items():
+        error = "" if stderr is None else f" +- {stderr:.4f}"
+        lines.append(f"  {name.replace('_', ' ') if name != 'acc_norm' else name:<16}{value:>12.4f}{error}")
+    return "\n".join(lines)
+
+
+# --- HellaSwag --------------------------------------------------------------------------------------------------------
+
+
+def open_items_for(options: Options, subject: Subject) -> HellaSwag | None:
+    if options.hellaswag is None:
+        return None
+    context_len = subject.trained.model.config.context_len
+    return open_hellaswag(
+        options.hellaswag,
+        subject.trained.codec,
+        context_len=context_len,
+        batch_tokens=(options.micro_batch or subject.settings.micro_batch) * context_len,
+        fixed_shapes=options.compile,
+        most=options.items,
     )
 
 
-def window_sums(losses_B: Tensor, tokens_B: Tensor) -> Tensor:
-    """Sums over windows of: loss l, tokens n, windows with tokens, l^2, l n, n^2. fp64 [6]."""
-    tokens_B = tokens_B.double()
-    columns = (losses_B, tokens_B, (tokens_B > 0).double(), losses_B**2, losses_B * tokens_B, tokens_B**2)
-    return torch.stack([column.sum() for column in columns])
+def answered(subject: Subject, data: HellaSwag, mesh: Mesh, stops: Stops) -> dict[str, Any]:
+    """Scored from where an evaluation before this one was cut off; printed and kept."""
+    key = subject.key | {"questions": data.fingerprint()}
+    base = None if subject.out is None else subject.out / record_name("hellaswag", subject.trained.step, key)
+    log = None if base is None else mesh.on_main(lambda: open_log(Path(f"{base}.jsonl"), key, data))
+    losses = {} if log is None else dict(log.losses)
+    to_do = [b for b in range(data.num_batches) if not losses.keys() >= set(data.questions_of(b))]
+    num_before = len(losses)
+    stride = BATCHES_BETWEEN_LOGS * mesh.world
+    for start in range(0, len(to_do), stride):
+        batches = to_do[start : start + stride]
+        found_Q4 = ending_losses(subject.objective, data, batches, mesh=mesh, stops=stops, beat=lambda where: None)
+        if found_Q4 is None:
+            raise StoppedError
+        found = {n: found_Q4[n].tolist() for b in batches for n in data.questions_of(b)}
+        losses |= found
+        if log is not None:
+            mesh.on_main(functools.partial(log.add, found))
+        say_progress(mesh, len(losses), len(data.questions))
+    result = score(data.questions, torch.tensor([losses[n] for n in range(len(data.questions))], dtype=torch.float64))
+    kept = asdict(result) | {"style": STYLE, "remarks": list(data.remarks)}
+    if base is not None:
+        mesh.on_main(lambda: write_result(Path(f"{base}.json"), key, kept))
+    before = f"; {num_before:,} of its items from {base}.jsonl" if num_before else ""
+    say(mesh, f"hellaswag   {STYLE}{before}")
+    say(mesh, "\n".join(f"  note: {remark}" for remark in data.remarks) or "  the whole pinned set")
+    say(mesh, table_of({"acc": (result.acc, result.acc_stderr), "acc_norm": (result.acc_norm, result.acc_norm_stderr)}))
+    say(mesh, f"  {'items':<16}{result.items:>12,}")
+    return {"questions": key["questions"]} | kept
 
 
-def standard_error(
-    loss: float, tokens: float, num_windows: float, loss_squared: float, loss_tokens: float, tokens_squared: float
-) -> float | None:
-    """Of the ratio loss / tokens, with windows as the sample (Cochran 1977, "Sampling Techniques", chapter 6)."""
-    if num_windows < 2:
-        return None
-    mean = loss / tokens
-    residual = max(0.0, loss_squared - 2 * mean * loss_tokens + mean**2 * tokens_squared)
-    return math.sqrt(num_windows / (num_windows - 1) * residual) / tokens
+def open_log(path: Path, key: Key, data: HellaSwag) -> ScoreLog:
+    return ScoreLog(path, key, num_questions=len(data.questions), num_endings=NUM_ENDINGS)
+
+
+def say_progress(mesh: Mesh, num_done: int, num_items: int) -> None:
+    """Where a person waits at a terminal."""
+    if mesh.is_main and sys.stderr.isatty():
+        print(f"hellaswag: {num_done:,} of {num_items:,} items", file=sys.stderr)
+
+
+class StoppedError(Exception):
+    """By a signal, or because the launcher died; on all ranks together."""
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    with one_line_errors("validate"):
+        options = tyro.cli(Options, args=args, description=__doc__)
+        check(options)
+        reasons: list[str | None] = []
+        with open_mesh(TIMEOUT_SECONDS, Path(tempfile.gettempdir())) as mesh:
+            with Stops(None, is_main=mesh.is_main) as stops:
+                try:
+                    say(mesh, json.dumps(evaluate(options, mesh, stops)))
+                except StoppedError:
+                    reasons = [reason for reason in mesh.gather(stops.reason) if reason]
+            mesh.barrier()  # launchers kill the rest when the first process exits
+        if reasons:
+            if mesh.is_main:
+                print(f"validate: stopped ({reasons[0]}); the same command goes on", file=sys.stderr)
+            sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()

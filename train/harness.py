@@ -1,0 +1,93 @@
+"""EleutherAI's lm-evaluation-harness on a model of ours. Needs lm-eval: pip install -e '.[eval]'.
+
+    python train/harness.py runs/NAME --tasks hellaswag
+    python train/harness.py runs/NAME@500 --tasks lambada_openai,piqa --num_fewshot 0 --batch_size 16 --limit 100
+    python train/harness.py runs/NAME --tasks mine --include_path tasks --output_path results
+    torchrun --nproc_per_node=8 train/harness.py runs/NAME --tasks hellaswag
+
+All after the model is for lm-eval's own command line, `lm_eval run`; --dtype alone is ours: fp32 (the default) or bf16.
+Tasks come from the Hub, but for your own of --include_path. The same numbers as `--model hf` has for the folder that
+model/hf_bridge.py exports, for any architecture and tokenizer that we have, and any number of processes.
+
+The harness's HellaSwag rewrites the text and divides by an ending's characters: OpenAI's GPT-2 small has 0.2892 and
+0.3114 there (published with build-nanogpt, not measured here). train/validate.py has the other style.
+"""
+
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+from train import launcher
+
+launcher.remember()
+
+from data_prep.errors import InputError, first_line, one_line_errors
+from train.mesh import open_mesh
+
+USAGE = f"usage: train/harness.py MODEL [--dtype fp32|bf16] --tasks TASK [lm-eval's flags]\n\n{__doc__}"
+TIMEOUT_SECONDS = 3600.0  # one process's part of all tasks may take so much longer than another's
+
+
+def command_line(args: Sequence[str]) -> list[str]:
+    """lm-eval's for ours. JSON, since a path may hold commas."""
+    model, *rest = args
+    dtype = "fp32"
+    if "--dtype" in rest:
+        place = rest.index("--dtype")
+        dtype = rest[place + 1] if place + 1 < len(rest) else ""
+        del rest[place : place + 2]
+    return [
+        "lm_eval",
+        "run",
+        "--model",
+        "gpt-ladder",
+        "--model_args",
+        json.dumps({"path": model, "dtype": dtype}),
+        *rest,
+    ]
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    with one_line_errors("harness"):
+        given = list(sys.argv[1:] if args is None else args)
+        wants_help = not given or bool({"-h", "--help"} & set(given))
+        if wants_help:
+            print(USAGE)
+        elif given[0].startswith("-"):
+            raise InputError(f"{given[0]}: the model comes first: train/harness.py MODEL --tasks ...")
+        try:
+            from lm_eval._cli import HarnessCLI
+        except ImportError as error:
+            if wants_help:
+                print("Its flags cannot be listed: it is not installed.")
+                return
+            raise InputError("the harness needs lm-eval: pip install -e '.[eval]'") from error
+        before = sys.argv
+        try:
+            sys.argv = ["lm_eval", "run", "--help"] if wants_help else command_line(given)
+            parser = HarnessCLI()
+            options = parser.parse_args()
+            from train import harness_model
+
+            with open_mesh(TIMEOUT_SECONDS, Path(tempfile.gettempdir())) as mesh:
+                harness_model.use(mesh)
+                if not any(flag.split("=")[0] == "--device" for flag in given):
+                    options.device = str(mesh.device)  # else lm-eval's default, a GPU, whether there is one or not
+                try:
+                    parser.execute(options)
+                except ValueError as error:  # an unknown task, for one
+                    raise (
+                        error if isinstance(error, InputError) else InputError(f"lm-eval: {first_line(error)}")
+                    ) from error
+                mesh.barrier()  # launchers kill the rest when the first process exits
+        finally:
+            sys.argv = before
+
+
+if __name__ == "__main__":
+    main()
