@@ -175,7 +175,7 @@ def test_every_table_of_the_document_was_made() -> None:
     for page in ("experiments", "ladder"):
         text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
         made += re.findall(r"<!-- sweep (\w+) -->\n(.*?)<!-- end -->", text, re.DOTALL)
-    assert [name for name, _ in made] == ["descent", "lr", "batch", "ablate", "ladder", "epochs"]
+    assert [name for name, _ in made] == ["descent", "lr", "batch", "ablate", "budget", "ladder", "epochs"]
     tables = dict(made)
     assert tables.pop("descent") == descent()
     header, *epochs = cells_in(tables.pop("epochs"))
