@@ -544,6 +544,7 @@ def test_max_tokens_that_duplicates_leave_too_few_of_is_told(ranks: str, tmp_pat
     )
 
 
+@pytest.mark.long(reason="several starts; test_disk.py has full disks in `make test`")
 def test_a_full_disk_keeps_the_parts(pages: tuple[Path, list[Text]], tmp_path: Path) -> None:
     given = [*arguments(pages[0], tmp_path / "out", "byte"), "--shard-tokens", "1000000", "--workers", "1"]
     command = [sys.executable, "-B", "-c", WITH_SMALL_FILES, "60000", "-B", SCRIPT, *given]
@@ -604,6 +605,7 @@ def test_one_machine_may_change_its_mind(
     assert contents(out) == contents(finished)
 
 
+@pytest.mark.long(reason="two commands at once, of several interpreters each")
 def test_two_at_once_into_the_same_place(many: tuple[Path, Path], ranks: str, tmp_path: Path) -> None:
     first = start(many[0], tmp_path / "out", ranks, "--workers", "2")
     wait_for_parts(tmp_path / ".out.partial" / "parts", 1, first)

@@ -25,8 +25,10 @@ from train import harness
 from train.main import run
 from train.mesh import Mesh
 
-# Warnings of lm-eval, datasets and transformers about each other.
-pytestmark = pytest.mark.filterwarnings("ignore")
+pytestmark = [
+    pytest.mark.long(reason="lm-eval takes ten seconds to import"),
+    pytest.mark.filterwarnings("ignore"),  # of lm-eval, datasets and transformers about each other
+]
 ALONE = Mesh(0, 1, torch.device("cpu"))
 TASKS = {
     "tiny_choice": """
@@ -134,7 +136,6 @@ def test_our_model_has_the_numbers_of_the_exported_folder(folder: Path) -> None:
                 assert ours["results"][task][metric] == pytest.approx(value, rel=1e-5), (task, metric)
 
 
-@pytest.mark.long(reason="half a minute, most of it lm-eval's index of 10,000 tasks")
 def test_the_command(folder: Path, tmp_path: Path) -> None:
     """lm-eval's own command line, for our model; in an interpreter of its own, since both set up the process."""
     command = [sys.executable, "train/harness.py", str(folder / "run"), "--tasks", "tiny_choice", "--limit", "3"]
@@ -155,7 +156,6 @@ def in_ranks(mesh: Mesh, folder: Path) -> Any:
     return found["results"] if found is not None else None
 
 
-@pytest.mark.long(reason="three interpreters that import lm-eval")
 def test_two_processes_share_the_requests(folder: Path) -> None:
     first, second = run_on_ranks(2, in_ranks, folder)
     assert second is None

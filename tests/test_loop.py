@@ -77,14 +77,14 @@ def scores(run_dir: Path) -> list[dict[str, Any]]:
     return [row for row in rows(run_dir) if "hellaswag_acc" in row]
 
 
-LONG_KERNELS = pytest.mark.long(reason="kernels of its own to compile; each option is in `make test` once")
+LONG_KERNELS = pytest.mark.long(reason="kernels of its own to compile; test_precision.py has them in `make test`")
 
 
 @pytest.mark.parametrize(
     ("activation_checkpointing", "loss"),
     [
         (False, "plain"),
-        (True, "chunked"),
+        pytest.param(True, "chunked", marks=LONG_KERNELS),
         pytest.param(False, "chunked", marks=LONG_KERNELS),
         pytest.param(True, "plain", marks=LONG_KERNELS),
     ],
@@ -161,6 +161,7 @@ def score_here(mesh: Mesh, config: Config, folder: Path) -> None:
         run(dataclasses.replace(config, parallel=parallel, run_dir=folder / f"{mode}{mesh.world}"), mesh)
 
 
+@pytest.mark.long(reason="five processes; test_validate.py has two in `make test`")
 def test_hellaswag_has_the_same_score_in_every_mode(tiny_data: Path, tmp_path: Path) -> None:
     """Eleven questions in batches of one, two and three ranks: the last rank has one batch less."""
     config = scoring(tiny_config(tiny_data, tmp_path / "one", steps=4), tmp_path, every=2, num_items=11)
@@ -328,6 +329,7 @@ def test_rates_are_of_training_alone_and_data_wait_is_part_of_them(
         assert row["flops"] > 6 * 27_552 * row["tokens"]  # at least 6 per parameter and token
 
 
+@pytest.mark.long(reason="two processes that compile")
 def test_two_compiled_processes_train_the_same_run_and_hold_their_gradients_once(
     tiny_data: Path, tmp_path: Path
 ) -> None:

@@ -194,6 +194,7 @@ def test_a_stop_in_the_last_validation_is_no_end(
     assert [row["step"] for row in rows(tmp_path / "run") if "val_loss" in row] == [0, 5]
 
 
+@pytest.mark.long(reason="an interpreter of its own")
 def test_a_console_that_goes_away_does_not_end_the_run(tiny_data: Path, tmp_path: Path) -> None:
     flags = [*tiny_flags(tiny_data, tmp_path / "run"), "--train.steps", "30"]
     train = subprocess.Popen([sys.executable, "train/main.py", *flags], cwd=ROOT, stdout=subprocess.PIPE)

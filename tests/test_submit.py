@@ -206,6 +206,7 @@ def test_what_each_run_does_is_seen_from_outside(
     assert [run.doing for run in look([done, killed])] == ["done", "failed"]
 
 
+@pytest.mark.long(reason="a living run of its own; test_stops.py has STOP files in `make test`")
 def test_stop_asks_a_living_run_and_waits_for_its_checkpoint(tiny_data: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     words = [

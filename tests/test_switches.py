@@ -540,7 +540,9 @@ def test_it_is_causal_and_learns(switches: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     "switches", [MODERN, {"norm": "rmsnorm", "norm_place": "post", "mlp": "relu2", "attention": "naive"}], ids=named
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.long(reason="the same graphs"))], ids=str
+)
 def test_compiled_equals_eager(switches: dict[str, Any], dtype: torch.dtype, backend: str) -> None:
     torch.compiler.reset()
     found = []

@@ -310,6 +310,7 @@ def test_a_full_disk_gives_one_line_and_keeps_the_earlier_data(finished: Path, t
     assert names(tmp_path) == ["alice.txt", "big.txt", "data"]
 
 
+@pytest.mark.long(reason="all of CPython's documentation is collected")
 def test_python_docs_are_large(tmp_path: Path) -> None:
     prepare(Options(("python-docs",), tmp_path / "one", "char"))
     text = decoded(tmp_path / "one").decode("utf-8")

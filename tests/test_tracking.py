@@ -269,6 +269,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[int, dict[str, Any]
         thread.join()
 
 
+@pytest.mark.long(reason="five starts of W&B's service; one attempt after another is in `make test`")
 def test_attempts_online_and_offline_become_one_run_on_the_server(
     start: Any, server: dict[int, dict[str, Any]], tmp_path: Path
 ) -> None:

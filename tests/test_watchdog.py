@@ -207,6 +207,7 @@ def finish_them(mesh_: Mesh, configs: list[Config]) -> list[float]:
     return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]  # type: ignore[union-attr]
 
 
+@pytest.mark.long(reason="a whole run after the hang")
 def test_the_same_command_then_goes_on_to_the_bits_of_the_run_that_never_hung(
     hung: Hung, tiny_data: Path, tmp_path: Path
 ) -> None:
