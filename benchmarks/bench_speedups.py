@@ -1,6 +1,6 @@
 """Where the speed comes from: a plain training loop, and one improvement after the other on top of it.
 
-    python benchmarks/bench_speedups.py --without bf16        # 2 layers of GPT-2 small on a CPU; 5 minutes of 2 cores
+    python benchmarks/bench_speedups.py --without bf16        # 2 layers of GPT-2 small on a CPU; 7 minutes of 2 cores
     python benchmarks/bench_speedups.py --layers 12 --seq-len 1024 --windows 64 --micro-batch 4 --larger 32   # on a GPU
 
 Each row adds one thing to the row above and runs in a process of its own: the same model, the same tokens in a step,
