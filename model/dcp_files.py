@@ -73,12 +73,15 @@ class SafeReader(dcp.FileSystemReader):
         return metadata
 
 
-def read_tensors(checkpoint: Path, into: dict[str, Tensor]) -> None:
-    """Fill the tensors of `into`, plain or sharded, from a checkpoint of any layout. Collective if there is a group."""
+def read_tensors(checkpoint: Path, into: dict[str, Tensor], *, alone: bool = False) -> None:
+    """Fill the tensors of `into` from a checkpoint of any layout.
+
+    Plain or sharded ones, and collective if there is a group; `alone`: plain ones, and this process by itself.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         try:
-            dcp.load(dict(into), storage_reader=SafeReader(checkpoint), no_dist=not dist.is_initialized())
+            dcp.load(dict(into), storage_reader=SafeReader(checkpoint), no_dist=alone or not dist.is_initialized())
         except (CheckpointException, RuntimeError, ValueError) as error:
             if isinstance(error, InputError):
                 raise

@@ -21,9 +21,9 @@ from 0; the stream after a layer is called "block 0" and so on, that before them
     patch        part, corrupt_tokens, corrupt_texts, answers [2], clean and corrupt (logit of the first answer less
                  that of the second, after the last token), patched [L + 1][T] or [L][H], and restored, which is
                  (patched - corrupt) / (clean - corrupt)
-    induction    half, num_sequences, seed, and of each checkpoint: step, induction [L][H], previous [L][H], loss_first,
-                 loss_second; with --ablate loss_first_without and loss_second_without [L][H]. Of many it is
-                 induction-checkpoints.json
+    induction    half, num_sequences, seed, checkpoints: [{step, induction [L][H], previous [L][H], loss_first,
+                 loss_second; with --ablate loss_first_without and loss_second_without [L][H]}]. Of many it is
+                 induction-checkpoints.json, and the step beside them the last one's
 
 A model of a few million parameters takes some seconds, ablating its heads a pass for each.
 """
@@ -264,7 +264,8 @@ def patch(options: Patch) -> View:
     if abs(clean - corrupt) < LEAST_DIFFERENCE:
         raise InputError(f"--answers: the logits of {' and '.join(names)} differ alike after both; name others")
     patch_part = taps.patch_stream if options.part == "stream" else taps.patch_heads
-    patched = difference(patch_part(model, clean_T, corrupt_T))
+    of_first, of_second = patch_part(model, clean_T, corrupt_T, answers).unbind(-1)
+    patched = (of_first - of_second).double().cpu()
     restored = (patched - corrupt) / (clean - corrupt)
     record = header(options, trained, clean_T) | {
         "part": options.part,

@@ -99,13 +99,16 @@ def _result_lines(path: Path, step: int | None) -> list[str]:
 
 def _score_line(row: dict[str, Any]) -> str:
     shares = (
-        f"{name} {row[f'hellaswag_{name}']:.4f}"
+        f"{name} nan"
+        if row[f"hellaswag_{name}"] is None
+        else f"{name} {row[f'hellaswag_{name}']:.4f}"
         + ("" if row[f"hellaswag_{name}_stderr"] is None else f" +- {row[f'hellaswag_{name}_stderr']:.4f}")
         for name in ("acc", "acc_norm")
     )
     return (
         f"\nHellaSwag, {row['hellaswag_items']:,} items in the completion style, at step {row['step']:,}: "
         f"{', '.join(shares)} (by the mean loss per token)."
+        + ("" if row["hellaswag_pinned"] else " Not the whole validation set, so it compares with nobody's score.")
     )
 
 

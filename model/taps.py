@@ -234,17 +234,18 @@ def losses_without_each(
 
 
 @torch.no_grad()
-def patch_stream(model: GPT, clean_T: Tensor, corrupt_T: Tensor) -> Tensor:
-    """The corrupt prompt's last logits, [L + 1, T, vocabulary], when the stream at l of token t is the clean prompt's:
-    activation patching (Meng et al. 2022, "causal tracing"; Zhang & Nanda 2023). The first block's values, which
-    --model.value-residual hands to the others beside the stream, are the clean prompt's at l = 0 alone."""
+def patch_stream(model: GPT, clean_T: Tensor, corrupt_T: Tensor, answers: Sequence[int]) -> Tensor:
+    """The corrupt prompt's last logits of some ids, [L + 1, T, answers], when the stream at l of token t is the clean
+    prompt's: activation patching (Meng et al. 2022, "causal tracing"; Zhang & Nanda 2023). The first block's values,
+    which --model.value-residual hands to the others beside the stream, are the clean prompt's at l = 0 alone."""
     T = len(clean_T)
     clean_LTD = streams(model, clean_T[None])[:, 0]
     found = []
     for module, clean_TD in zip(stream_readers(model), clean_LTD, strict=True):
         by_place = []
         for places in torch.arange(T, device=clean_T.device).split(rows_per_pass(T)):
-            by_place.append(_last_logits(model, corrupt_T, module, places, _patch_places(clean_TD, places)))
+            logits_RV = _last_logits(model, corrupt_T, module, places, _patch_places(clean_TD, places))
+            by_place.append(logits_RV[:, list(answers)])
         found.append(torch.cat(by_place))
     return torch.stack(found)
 
@@ -259,15 +260,16 @@ def _patch_places(clean_TD: Tensor, places: Tensor) -> Edit:
 
 
 @torch.no_grad()
-def patch_heads(model: GPT, clean_T: Tensor, corrupt_T: Tensor) -> Tensor:
-    """The same, [L, H, vocabulary], when a head's results at all tokens are the clean prompt's."""
+def patch_heads(model: GPT, clean_T: Tensor, corrupt_T: Tensor, answers: Sequence[int]) -> Tensor:
+    """The same, [L, H, answers], when a head's results at all tokens are the clean prompt's."""
     projections = [parts_of(model, layer).attention.c_proj for layer in range(len(model.blocks))]
     clean_LTD = inputs_of(model, projections, clean_T[None])[:, 0]
     found = []
     for module, clean_TD in zip(projections, clean_LTD, strict=True):
         by_head = []
         for heads in torch.arange(model.config.num_heads).split(rows_per_pass(len(clean_T))):
-            by_head.append(_last_logits(model, corrupt_T, module, heads, _patch_columns(model, clean_TD, heads)))
+            logits_RV = _last_logits(model, corrupt_T, module, heads, _patch_columns(model, clean_TD, heads))
+            by_head.append(logits_RV[:, list(answers)])
         found.append(torch.cat(by_head))
     return torch.stack(found)
 

@@ -159,9 +159,9 @@ def load_trained(
 def load_checkpoint(
     checkpoint: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Trained:
-    """The same of a checkpoint that `find_checkpoint` found sound."""
+    """The same of a checkpoint that `find_checkpoint` found sound. Not a collective, whatever group there is."""
     model = make_model(model_config(read_state(checkpoint), checkpoint), compute_dtype=dtype)
-    read_tensors(checkpoint, model_tensors(model))
+    read_tensors(checkpoint, model_tensors(model), alone=True)
     codec = load_codec(checkpoint.resolve().parents[1])
     if codec.vocab_size != model.config.vocab_size:
         raise InputError(

@@ -248,7 +248,7 @@ def test_patches_are_those_of_a_written_out_pass(switches: dict[str, Any], monke
     clean_T, corrupt_T = some_tokens(1, 12)[0], some_tokens(1, 12)[0].clone()
     corrupt_T[4] = (corrupt_T[4] + 1) % 90 + 5
     clean, corrupt = Written(model, clean_T[None]), Written(model, corrupt_T[None])
-    found = taps.patch_stream(model, clean_T, corrupt_T)
+    found = taps.patch_stream(model, clean_T, corrupt_T, range(V))
     assert found.shape == (L + 1, 12, V)
     for place, t in ((0, 4), (1, 4), (1, 7), (2, 11), (L, 11), (L, 3)):
 
@@ -263,7 +263,7 @@ def test_patches_are_those_of_a_written_out_pass(switches: dict[str, Any], monke
     close(found[0, 4], clean.logits[-1][0, -1])
     close(found[L, 11], clean.logits[-1][0, -1])
     close(found[:, :4], corrupt.logits[-1][0, -1].expand(L + 1, 4, V))
-    by_head = taps.patch_heads(model, clean_T, corrupt_T)
+    by_head = taps.patch_heads(model, clean_T, corrupt_T, range(V))
     assert by_head.shape == (L, H, V)
     heads_of_clean: dict[int, Tensor] = {}
 
@@ -289,8 +289,8 @@ def test_every_token_patched_before_the_first_block_is_the_clean_prompt(switches
         assert torch.equal(model(corrupt_BT), model(clean_BT))
     last_V = taps.last_logits(model, clean_BT)[0]
     for patch in (taps.patch_stream, taps.patch_heads):
-        found = patch(model, clean_BT[0], clean_BT[0])
-        close(found, last_V.expand_as(found))
+        found = patch(model, clean_BT[0], clean_BT[0], [7, 3])
+        close(found, last_V[[7, 3]].expand_as(found))
 
 
 @pytest.mark.parametrize("switches", [{}, MODERN, flex_is_long], ids=named)
@@ -303,8 +303,8 @@ def test_the_model_is_left_as_it_was(switches: dict[str, Any]) -> None:
     attention_of(model, tokens_BT)
     taps.streams(model, tokens_BT)
     list(taps.losses_without_each(model, tokens_BT, taps.means(model, tokens_BT)))
-    taps.patch_stream(model, tokens_BT[0], tokens_BT[1])
-    taps.patch_heads(model, tokens_BT[0], tokens_BT[1])
+    taps.patch_stream(model, tokens_BT[0], tokens_BT[1], [0])
+    taps.patch_heads(model, tokens_BT[0], tokens_BT[1], [0])
     induction.see_repeats(model, tokens_BT)
 
     def fails(layer: int, weights_BHTT: Tensor) -> None:

@@ -124,7 +124,7 @@ def test_hellaswag_is_scored_at_its_own_interval_and_changes_nothing(tiny_data: 
     found = scores(tmp_path / "run")
     assert [row["step"] for row in found] == [8, 16, 20]
     axes = ["step", "tokens", "seconds", "flops"]
-    names = ["acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "items"]
+    names = ["acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "items", "pinned"]
     assert list(found[0]) == [*axes, *(f"hellaswag_{name}" for name in names)]
     trained = load_trained(tmp_path / "run")
     items = open_items(tmp_path / "items.jsonl").items

@@ -7,7 +7,8 @@
 
 All after the model is for lm-eval's own command line, `lm_eval run`; --dtype alone is ours: fp32 (the default) or bf16.
 Tasks come from the Hub, but for your own of --include_path. The same numbers as `--model hf` has for the folder that
-model/hf_bridge.py exports, for any architecture and tokenizer that we have, and any number of processes.
+model/hf_bridge.py exports, for any architecture and tokenizer that we have, and on as many processes as the smallest
+task has documents.
 
 The harness's HellaSwag rewrites the text and divides by an ending's characters: OpenAI's GPT-2 small has 0.2892 and
 0.3114 there (published with build-nanogpt, not measured here). train/validate.py has the other style.
@@ -30,6 +31,7 @@ from data_prep.errors import InputError, first_line, one_line_errors
 from train.mesh import open_mesh
 
 USAGE = f"usage: train/harness.py MODEL [--dtype fp32|bf16] --tasks TASK [lm-eval's flags]\n\n{__doc__}"
+BATCH_SIZE = "8"  # lm-eval's own is 1
 TIMEOUT_SECONDS = 3600.0  # one process's part of all tasks may take so much longer than another's
 
 
@@ -37,10 +39,13 @@ def command_line(args: Sequence[str]) -> list[str]:
     """lm-eval's for ours. JSON, since a path may hold commas."""
     model, *rest = args
     dtype = "fp32"
-    if "--dtype" in rest:
-        place = rest.index("--dtype")
-        dtype = rest[place + 1] if place + 1 < len(rest) else ""
-        del rest[place : place + 2]
+    words = [word for flag in rest for word in (flag.split("=", 1) if flag.startswith("--dtype=") else [flag])]
+    if "--dtype" in words:
+        place = words.index("--dtype")
+        dtype = words[place + 1] if place + 1 < len(words) else ""
+        rest = [*words[:place], *words[place + 2 :]]
+    if not any(flag.split("=")[0] in ("--batch_size", "-b", "--config", "-C") for flag in rest):
+        rest += ["--batch_size", BATCH_SIZE]
     return [
         "lm_eval",
         "run",
@@ -74,16 +79,20 @@ def main(args: Sequence[str] | None = None) -> None:
             options = parser.parse_args()
             from train import harness_model
 
-            with open_mesh(TIMEOUT_SECONDS, Path(tempfile.gettempdir())) as mesh:
+            with open_mesh(TIMEOUT_SECONDS, Path(tempfile.gettempdir()), program="harness") as mesh:
                 harness_model.use(mesh)
                 if not any(flag.split("=")[0] == "--device" for flag in given):
                     options.device = str(mesh.device)  # else lm-eval's default, a GPU, whether there is one or not
                 try:
                     parser.execute(options)
-                except ValueError as error:  # an unknown task, for one
-                    raise (
-                        error if isinstance(error, InputError) else InputError(f"lm-eval: {first_line(error)}")
-                    ) from error
+                except InputError as error:
+                    if not mesh.is_main:  # it may be this process's alone, in its share of the requests
+                        print(f"harness: rank {mesh.rank}: {error}", file=sys.stderr)
+                    raise
+                except ValueError as error:
+                    if not str(error).startswith("Tasks not found"):
+                        raise
+                    raise InputError(f"lm-eval: {first_line(error)}") from error
                 mesh.barrier()  # launchers kill the rest when the first process exits
         finally:
             sys.argv = before

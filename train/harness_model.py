@@ -7,6 +7,7 @@ end-of-text token stands for one.
 
 import itertools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,12 +25,12 @@ from model.continuation import Continuation
 from model.decoding import CachedPasses, Row, WholePasses, generate_rows
 from model.generate import DTYPES
 from model.gpt import GPT
+from model.hf_folder import is_hugging_face
 from model.sampling import Sampling
-from model.trained import load_trained
+from model.trained import check_device, find_checkpoint, load_trained
 from train.losses import token_losses
 from train.mesh import Mesh
 
-DEFAULT_BATCH_SIZE = 8
 DEFAULT_MAX_TOKENS = 256  # of a continuation whose task does not say: lm-eval's own
 UNDERSTOOD = {"do_sample", "temperature", "top_k", "top_p", "min_p"}
 
@@ -57,17 +58,18 @@ class LadderLM(TemplateLM):
         super().__init__()
         if dtype not in DTYPES:
             raise InputError(f"--dtype {dtype!r} must be {' or '.join(DTYPES)}")
-        if not str(batch_size or DEFAULT_BATCH_SIZE).isdigit() or int(batch_size or DEFAULT_BATCH_SIZE) < 1:
+        if not str(batch_size or 1).isdigit() or int(batch_size or 1) < 1:
             raise InputError(f"--batch_size {batch_size} must be a number from 1: what fits is not looked for")
         if max_batch_size is not None:
             raise InputError(f"--max_batch_size {max_batch_size}: is of --batch_size auto, which this model has not")
-        if device is not None and device.startswith("cuda") and not torch.cuda.is_available():
-            raise InputError(f"--device {device}: torch {torch.__version__} sees no GPU here; use --device cpu")
+        check_device(device or "cpu")
         self._mesh = _mesh
         self._rank, self._world_size = _mesh.rank, _mesh.world
         self._device = torch.device(device) if device is not None else _mesh.device
-        self.trained = load_trained(path, device=self._device, dtype=DTYPES[dtype])
-        self.batch_size = int(batch_size or DEFAULT_BATCH_SIZE)
+        found = self._mesh.on_main(lambda: path if is_hugging_face(Path(path)) else str(find_checkpoint(path)))
+        self.trained = load_trained(found, device=self._device, dtype=DTYPES[dtype])
+        self.batch_size = int(batch_size or 1)
+        self._seeds = itertools.count(_mesh.rank, _mesh.world)  # of what is sampled: no two alike
 
     @property
     def max_length(self) -> int:
@@ -179,13 +181,14 @@ class LadderLM(TemplateLM):
                 "set --gen_kwargs max_gen_toks=N"
             )
         rows, said = [], []
-        for number, context in enumerate(contexts):
+        for context in contexts:
             tokens = self.tok_encode(context)[-room:] or [self.prefix_token_id]
-            rows.append(Row(tokens, torch.Generator().manual_seed(number)))
+            rows.append(Row(tokens, torch.Generator().manual_seed(next(self._seeds))))
             said.append(Continuation(self.trained.codec, max_tokens=max_tokens, stops=stops))
         model = self.trained.model
         passes = CachedPasses(model, num_rows=len(rows)) if isinstance(model, GPT) else WholePasses(model)
-        sampling = Sampling(asked["temperature"], asked.get("top_k"), asked.get("top_p"), asked.get("min_p"))
+        temperature = asked.get("temperature", 1.0 if asked["do_sample"] else 0.0)
+        sampling = Sampling(temperature, asked.get("top_k"), asked.get("top_p"), asked.get("min_p"))
         for tokens_B in generate_rows(passes, rows, sampling=sampling):
             for row, each, token in zip(rows, said, tokens_B, strict=True):
                 if token is not None:

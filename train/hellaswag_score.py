@@ -97,7 +97,8 @@ class HellaSwag:
 
     As many at once as make up `batch_tokens`, but at least one. A compiled model wants few shapes: with `fixed_shapes`
     rows are of context_len, a half of it, a quarter and so on, none under SHORTEST, and all batches of one length have
-    as many; without, they are as long as the batch's longest. `remarks`: what a reader of the score must know.
+    as many; without, they are as long as the batch's longest. `is_pinned`: these are all items of the
+    pinned set. `remarks`: what a reader of the score must know.
     """
 
     def __init__(
@@ -107,9 +108,11 @@ class HellaSwag:
         context_len: int,
         batch_tokens: int,
         fixed_shapes: bool,
+        is_pinned: bool = False,
         remarks: Sequence[str] = (),
     ) -> None:
         self.questions = questions
+        self.is_pinned = is_pinned
         self.remarks = remarks
         self._batches: list[tuple[int, int, list[int]]] = []  # rows, their length, questions
         to_do = sorted(range(len(questions)), key=lambda number: -questions[number].num_inputs)
@@ -172,7 +175,12 @@ def open_hellaswag(
             f"{path}: {num_cut:,} items are longer than the model's context of {context_len}: cut on the left"
         )
     return HellaSwag(
-        questions, context_len=context_len, batch_tokens=batch_tokens, fixed_shapes=fixed_shapes, remarks=remarks
+        questions,
+        context_len=context_len,
+        batch_tokens=batch_tokens,
+        fixed_shapes=fixed_shapes,
+        is_pinned=found.is_pinned,
+        remarks=remarks,
     )
 
 

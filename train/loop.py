@@ -409,7 +409,9 @@ def score_now(run: Run) -> bool:
     progress = run.progress
     run.sinks.scored_steps.add(progress.step)
     axes = run.meters.axes(step=progress.step, tokens=progress.tokens, seconds=run.meters.seconds)
-    run.sinks.row(axes | {f"hellaswag_{name}": value for name, value in asdict(found).items()})
+    values = {name: value if value is None or math.isfinite(value) else None for name, value in asdict(found).items()}
+    values["pinned"] = run.hellaswag.is_pinned
+    run.sinks.row(axes | {f"hellaswag_{name}": value for name, value in values.items()})
     return False
 
 

@@ -31,6 +31,8 @@ class Mesh:
     rank: int
     world: int
     device: torch.device
+    program: str = "train"
+    """What its error messages begin with."""
 
     def __enter__(self) -> "Mesh":
         return self
@@ -47,7 +49,7 @@ class Mesh:
         if not is_input_error:
             traceback.print_exception(kind, error, trace)
         elif self.is_main:
-            print(f"train: {error}", file=sys.stderr)
+            print(f"{self.program}: {error}", file=sys.stderr)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(2 if is_input_error else 1)
@@ -138,7 +140,7 @@ def group_timeout(seconds: float) -> datetime.timedelta:
     return datetime.timedelta(seconds=seconds + LATER_SECONDS)
 
 
-def open_mesh(timeout_seconds: float, run_dir: Path) -> Mesh:
+def open_mesh(timeout_seconds: float, run_dir: Path, *, program: str = "train") -> Mesh:
     """The world of this process (train/place.py).
 
     CUDA and NCCL where there are GPUs, else the CPU and gloo. A collective may last `timeout_seconds`, until
@@ -153,7 +155,7 @@ def open_mesh(timeout_seconds: float, run_dir: Path) -> Mesh:
             fault = f"process {local_rank} of this host has no GPU: there are {torch.cuda.device_count()}"
             if local_rank == torch.cuda.device_count():  # rank 0 has its GPU and cannot say it
                 advice = f"torchrun --nproc_per_node={local_rank} or srun --ntasks-per-node={local_rank}"
-                print(f"train: {fault}; use {advice}, and --gpus-per-node", file=sys.stderr, flush=True)
+                print(f"{program}: {fault}; use {advice}, and --gpus-per-node", file=sys.stderr, flush=True)
             raise InputError(fault)
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
@@ -165,7 +167,7 @@ def open_mesh(timeout_seconds: float, run_dir: Path) -> Mesh:
                 timeout=group_timeout(timeout_seconds),
                 device_id=device if device.type == "cuda" else None,
             )
-    return Mesh(rank, world, device)
+    return Mesh(rank, world, device, program)
 
 
 def refuse_broken_restarts() -> None:

@@ -28,7 +28,7 @@ def set_numerics(config: TrainConfig, device: torch.device) -> None:
     """
     if device.type == "cuda":
         if config.dtype == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
-            raise InputError(f"{torch.cuda.get_device_name(device)} has no bf16; use --train.dtype fp16")
+            raise InputError(f"{torch.cuda.get_device_name(device)} has no bf16; use fp16 (--train.dtype, or --dtype)")
         torch.backends.cuda.matmul.allow_tf32 = config.dtype == "tf32"
         torch.backends.cudnn.allow_tf32 = config.dtype == "tf32"
         if config.deterministic:

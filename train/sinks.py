@@ -175,7 +175,9 @@ def line_of(row: dict[str, Any]) -> str:
         )
     if "hellaswag_acc" in row:
         shares = [
-            f"{name} {row[f'hellaswag_{name}']:.4f}"
+            f"{name} nan"
+            if (share := row[f"hellaswag_{name}"]) is None
+            else f"{name} {share:.4f}"
             + ("" if (stderr := row[f"hellaswag_{name}_stderr"]) is None else f" +- {stderr:.4f}")
             for name in ("acc", "acc_norm")
         ]
