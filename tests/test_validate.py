@@ -331,6 +331,17 @@ def test_a_run_whose_data_is_gone_asks_for_some(own_run: Path, tmp_path: Path) -
     assert "the data of this run is not here; give --data or --hellaswag" in done.stderr, done.stderr
 
 
+def test_other_data_in_its_place_is_not_the_runs_own(own_run: Path, tiny_data: Path) -> None:
+    checkpoint = own_run / "checkpoints" / "step_00000050"
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["data"] = "0" * 64
+    rewrite(checkpoint, state)
+    done = called(main, str(own_run))
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert f"{tiny_data}: other data than this run was trained on; --data {tiny_data} takes it" in done.stderr
+    assert called(main, str(own_run), "--data", str(tiny_data)).returncode == 0
+
+
 @pytest.mark.parametrize(
     ("name", "value"), [("dtype", "fp8"), ("micro_batch", "6"), ("loss", None), ("deterministic", None)]
 )
