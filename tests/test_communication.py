@@ -202,6 +202,10 @@ def counted_on(world: int, cases: list[Case], data: Path, folder: Path) -> dict[
     return {case: [rank[case] for rank in ranks] for case in cases}
 
 
+ON_GLOO_IS_LONG = pytest.mark.long(reason="two dozen runs; `make test` has 512 ranks that are not there")
+
+
+@ON_GLOO_IS_LONG
 @pytest.mark.parametrize(("world", "case"), [(w, case) for w, cases in ON_GLOO.items() for case in cases], ids=str)
 def test_a_step_communicates_what_the_formula_says(
     on_gloo: dict[tuple[int, Case], list[Counted]], world: int, case: Case
@@ -210,11 +214,13 @@ def test_a_step_communicates_what_the_formula_says(
         check(counted, case, world)
 
 
+@ON_GLOO_IS_LONG
 def test_more_gradients_are_reduced_in_more_buckets(on_gloo: dict[tuple[int, Case], list[Counted]]) -> None:
     small, large = (on_gloo[2, Case("ddp", 1, model=model)][0].expected for model in (ODD, WIDE))
     assert small.all_reduces.count == 2 and large.all_reduces.count == 4
 
 
+@ON_GLOO_IS_LONG
 def test_validation_gathers_each_block_in_each_round(on_gloo: dict[tuple[int, Case], list[Counted]]) -> None:
     for (_, case), ranks in on_gloo.items():
         for counted in ranks:
@@ -232,7 +238,7 @@ def check_validation(counted: Counted, case: Case) -> None:
     assert "_reduce_scatter_base_" not in counted.validation
 
 
-@pytest.mark.long(reason="four processes each; `make test` has one of them, and 512 ranks that are not there")
+@pytest.mark.long(reason="four processes each")
 def test_four_ranks_communicate_what_the_formula_says(tiny_data: Path, tmp_path: Path) -> None:
     for case, ranks in counted_on(4, ALSO_ON_4, tiny_data, tmp_path).items():
         for counted in ranks:

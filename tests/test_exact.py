@@ -4,6 +4,8 @@ import math
 import os
 import shutil
 import signal
+import tempfile
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,8 +15,8 @@ from torch import Tensor
 
 from data_prep.manifest import open_split
 from model.trained import list_checkpoints
-from tests.groups import leaving_no_group, run_on_ranks
-from tests.runs import losses, status, tiny_config, validations
+from tests.groups import leaving_no_group, run_on_ranks, start_on_ranks
+from tests.runs import assert_same_tensors, curve, final_tensors, losses, status, tiny_config, validations
 from train.batches import Prefetcher, Windows
 from train.config import Config, ParallelConfig
 from train.main import run
@@ -130,6 +132,26 @@ def test_one_run_in_every_world_in_turn_reads_each_window_once(
     assert difference[0] <= 2e-6 and difference[:6].max() <= 4e-6 and difference.max() <= 1e-5
     found, wanted = validations(config.directory), validations(whole)
     torch.testing.assert_close(torch.tensor(found), torch.tensor(wanted), rtol=0, atol=1e-5)
+
+
+def test_killed_it_goes_on_to_the_bits_of_the_run_that_never_was(
+    trained: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    """kill -9 of both processes, wherever they are after twenty steps; tests/test_soak.py aims."""
+    config = tiny_config(tiny_data, tmp_path / "run")
+    with tempfile.TemporaryDirectory() as folder:
+        processes = start_on_ranks(2, folder, train_all, [config])
+        metrics = config.directory / "metrics.jsonl"
+        while not metrics.exists() or metrics.read_bytes().count(b"\n") < 20:
+            time.sleep(0.01)
+        for process in processes.processes:
+            process.kill()
+            process.join()
+    assert status(config.directory)["state"] == "running"
+    run_on_ranks(2, train_all, [config])
+    assert status(config.directory) == {"state": "done", "step": 50, "reason": None, "attempt": 2}
+    assert curve(config.directory) == curve(trained / "w1")
+    assert_same_tensors(final_tensors(config.directory), final_tensors(trained / "w1"))
 
 
 def test_the_loss_falls(trained: Path) -> None:

@@ -389,6 +389,7 @@ def test_an_out_of_memory_error_ends_with_what_to_set(
     assert "the same command then goes on from the beginning" in caught.value.__notes__[0]
 
 
+@pytest.mark.long(reason="the command itself, traced; test_traces.py has the rest in `make test`")
 def test_the_command_says_how_long_it_took_to_the_first_step_and_traces(tiny_data: Path, tmp_path: Path) -> None:
     """The command line end to end, with a trace and offline tracking."""
     line = [sys.executable, "train/main.py", *tiny_flags(tiny_data, tmp_path / "run"), "--train.steps", "12"]

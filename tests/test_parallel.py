@@ -194,6 +194,7 @@ def check_sharded_and_copied(trained: Path, options: str, mode: str) -> None:
     assert validations(sharded) == validations(copied)
 
 
+SHARES_ARE_LONG = pytest.mark.long(reason="four processes; test_async_saves.py has two in `make test`")
 SHARDED = {"fsdp": ParallelConfig(mode="fsdp"), "hsdp": ParallelConfig(mode="hsdp", shard_size=2)}
 
 
@@ -209,9 +210,7 @@ def save_both_ways(mesh: Mesh, data: Path, folder: Path, mode: str) -> int:
         return sum(local(tensor).numel() for tensor in own.values())
 
 
-@pytest.mark.parametrize(
-    "mode", ["hsdp", pytest.param("fsdp", marks=pytest.mark.long(reason="hsdp has shards too, and copies of them"))]
-)
+@pytest.mark.parametrize("mode", [pytest.param(mode, marks=SHARES_ARE_LONG) for mode in ("hsdp", "fsdp")])
 def test_saves_beside_training_and_each_element_written_once(tiny_data: Path, tmp_path: Path, mode: str) -> None:
     """Of a sharded model each rank writes its shards; where replicas hold the same, one of them does."""
     shares = run_on_ranks(4, save_both_ways, tiny_data, tmp_path, mode)

@@ -120,6 +120,7 @@ def test_what_is_no_clone_or_holds_data_is_refused(
     )
 
 
+@pytest.mark.long(reason="a whole copy that trains")
 def test_a_full_copy_of_ours_trains_itself_and_says_which_it_is(tiny_data: Path, tmp_path: Path) -> None:
     """Through a link that is named after the job, started in another folder."""
     done = called(snapshot.main, "take", str(tmp_path / "run"), "--job", "7")

@@ -26,6 +26,7 @@ SAMPLE = (
 IN_PLACE = Episode((Fault("committed", (Strike("kill rank", 0),), visit=2),), in_place=True)
 
 
+@pytest.mark.long(reason="a start of torchrun; test_exact.py kills forked processes in `make test`")
 @pytest.mark.timeout(600)
 def test_a_kill_in_the_midst_of_a_save_and_the_run_is_bitwise_the_uninterrupted_one(
     tiny_data: Path, tmp_path: Path

@@ -188,6 +188,7 @@ def test_every_table_of_the_document_was_made() -> None:
         assert shown[0] == "run" and (sorted(shown[1:]) == sorted(names) if plan.is_ranked else shown[1:] == names)
 
 
+@pytest.mark.long(reason="five runs; the ladder's and the budget's are in `make test`")
 def test_an_ablation_is_held_against_the_first_run(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

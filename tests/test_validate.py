@@ -145,6 +145,7 @@ def check_of_two_processes(found: dict[str, Any], wanted: dict[str, Any]) -> Non
     assert found["weights"] == wanted["weights"]
 
 
+@pytest.mark.long(reason="two processes; test_exact.py validates in several in `make test`")
 def test_two_processes_find_what_one_does(own_run: Path, trained_run: Path, tiny_data: Path) -> None:
     """The second of them, too, and of batches that they cannot share evenly."""
     items = trained_run.parent / "items.jsonl"

@@ -88,6 +88,11 @@ class Hung:
     blocked_codes: list[int | None]
 
 
+HANGS = pytest.mark.long(
+    reason="eight processes that hang for seconds, some under torchrun; verdicts are in `make test`"
+)
+
+
 @pytest.fixture(scope="module")
 def hung(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hung]:
     """Three runs at once, since what they do is wait."""
@@ -155,6 +160,7 @@ def report_of(run_dir: Path, rank: int) -> tuple[dict[str, Any], str]:
     return json.loads(header), stacks
 
 
+@HANGS
 def test_a_stopped_rank_is_named_with_its_host_and_torchrun_ends(hung: Hung) -> None:
     reason = status(hung.stopped)["reason"]
     assert reason.startswith(f"hang: rank 1 on {HOST} gave no sign, stopped or gone, while rank 0 waited at ")
@@ -165,6 +171,7 @@ def test_a_stopped_rank_is_named_with_its_host_and_torchrun_ends(hung: Hung) -> 
     assert not (hung.stopped / "lock.json").exists(), "rank 0 gave it up"
 
 
+@HANGS
 def test_the_living_leave_their_stacks_and_their_last_collectives(hung: Hung) -> None:
     for rank in (0, 2):
         report, stacks = report_of(hung.stopped, rank)
@@ -178,6 +185,7 @@ def test_the_living_leave_their_stacks_and_their_last_collectives(hung: Hung) ->
     assert not (hung.stopped / "hang" / "attempt_1" / "rank_00001.txt").exists()
 
 
+@HANGS
 def test_rank_0_itself_silent_is_named_by_the_next_and_sleep_longer_than_the_limit_is_no_hang(hung: Hung) -> None:
     assert hung.silent_codes == [1, 1]
     found = status(hung.silent)
@@ -189,6 +197,7 @@ def test_rank_0_itself_silent_is_named_by_the_next_and_sleep_longer_than_the_lim
     assert "step 16" in report["where"] and "in accumulate_gradients" in stacks
 
 
+@HANGS
 def test_a_rank_that_waits_for_its_data_is_furthest_behind(hung: Hung) -> None:
     assert hung.blocked_codes == [1, 1, 1]
     reason = status(hung.blocked)["reason"]
@@ -207,7 +216,7 @@ def finish_them(mesh_: Mesh, configs: list[Config]) -> list[float]:
     return [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]  # type: ignore[union-attr]
 
 
-@pytest.mark.long(reason="a whole run after the hang")
+@HANGS
 def test_the_same_command_then_goes_on_to_the_bits_of_the_run_that_never_hung(
     hung: Hung, tiny_data: Path, tmp_path: Path
 ) -> None:
