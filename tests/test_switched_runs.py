@@ -50,6 +50,9 @@ def train_ways(mesh: Mesh, data: Path, folder: Path, names: list[str]) -> None:
         run(again, mesh)
 
 
+RUNS_ARE_LONG = pytest.mark.long(reason="runs with many switches; test_switches.py has each, test_modes.py the layouts")
+
+
 @pytest.fixture(scope="module")
 def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("switched")
@@ -58,6 +61,7 @@ def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@RUNS_ARE_LONG
 @pytest.mark.parametrize("name", QUICK)
 def test_two_processes_train_the_run_of_one(trained: Path, name: str) -> None:
     check_same_run(trained, name)
@@ -76,11 +80,13 @@ def check_same_run(trained: Path, name: str) -> None:
     assert difference[0] <= 2e-6 and difference.max() <= 4e-6
 
 
+@RUNS_ARE_LONG
 def test_it_resumes_bit_for_bit(trained: Path) -> None:
     assert curve(trained / "again") == curve(trained / "fsdp")
     assert_same_tensors(final_tensors(trained / "again"), final_tensors(trained / "fsdp"))
 
 
+@RUNS_ARE_LONG
 def test_a_checkpoint_holds_the_untied_head_and_reads_back(trained: Path) -> None:
     tensors = final_tensors(trained / "fsdp")
     names = {name for name in tensors if name.startswith("model.")}
@@ -103,6 +109,7 @@ def train_compiled(mesh: Mesh, data: Path, folder: Path) -> None:
     run(replace(config, run_dir=folder / "compiled"), mesh)
 
 
+@RUNS_ARE_LONG
 def test_scalars_and_norms_do_not_decay(trained: Path, tiny_data: Path) -> None:
     config = configured(tiny_data, trained, "none")
     model = build_model(config.model, seed=1)
