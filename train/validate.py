@@ -153,11 +153,9 @@ def find(options: Options) -> Path | None:
         is_folder or "@" in options.path or not Path(options.path, "checkpoints").is_dir()
     ):
         raise InputError(f"--step {options.step}: {options.path} is no run directory, of which there may be more steps")
-    return (
-        None
-        if is_folder
-        else find_checkpoint(options.path if options.step is None else f"{options.path}@{options.step}")
-    )
+    if is_folder:
+        return None
+    return find_checkpoint(options.path if options.step is None else f"{options.path}@{options.step}")
 
 
 def prepare(options: Options, checkpoint: Path | None, mesh: Mesh) -> Subject:
