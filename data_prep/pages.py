@@ -1,8 +1,9 @@
-"""Tables that a command prints and puts into a page of docs/, between two marks that name it."""
+"""What a command shows: tables, printed and put into a page of docs/ between two marks that name it; pictures."""
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from data_prep.atomic import write_atomically
 from data_prep.errors import InputError
@@ -31,3 +32,12 @@ def put_into(path: Path, mark: str, text: str | None) -> None:
         raise InputError(f"{path}: --into needs one <!-- {mark} --> with an <!-- end --> after it")
     if text is not None:
         write_atomically(path, marks.sub(lambda found: f"{found[1]}{text}{found[2]}", content))
+
+
+def new_figure(*, figsize: tuple[float, float] | None = None) -> Any:
+    """Of matplotlib, inches wide and high; InputError where it is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("the picture needs matplotlib: pip install -e '.[plots]'") from error
+    return Figure(figsize=figsize, layout="constrained")

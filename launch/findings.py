@@ -1,6 +1,5 @@
 """What a sweep found: its Markdown table and its picture."""
 
-import importlib.util
 import json
 import math
 import re
@@ -9,8 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import InputError
-from data_prep.pages import markdown
+from data_prep.pages import markdown, new_figure
 from launch.experiments import Entry, Sweep
 from launch.runs import Look
 from train.curves import Row, count_parameters_of, plot, read_rows, read_runs
@@ -132,9 +130,7 @@ def draw(plan: Sweep, results: Sequence[Result], out: Path) -> None:
     if plan.x_label is None:
         plot(read_runs([each.run.run_dir for each in results if each.trained or each.validated]), "step", out)
         return
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = new_figure(figsize=(7, 4.5))
     axes: Any = figure.subplots()
     for series in dict.fromkeys(entry.series for entry in plan.entries):
         found = [each for each in results if each.entry.series == series]
@@ -151,8 +147,3 @@ def draw(plan: Sweep, results: Sequence[Result], out: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(out, dpi=120)
-
-
-def need_matplotlib() -> None:
-    if importlib.util.find_spec("matplotlib") is None:
-        raise InputError("the picture needs matplotlib: pip install -e '.[plots]'")

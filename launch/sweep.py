@@ -32,7 +32,7 @@ import tyro
 from data_prep.atomic import write_atomically
 from data_prep.errors import InputError, one_line_errors
 from data_prep.manifest import read_manifest
-from data_prep.pages import put_into
+from data_prep.pages import new_figure, put_into
 from launch.experiments import (
     CPU_PRESET,
     NAMES,
@@ -43,7 +43,7 @@ from launch.experiments import (
     sweep_named,
     timing_flags,
 )
-from launch.findings import DIVERGED, draw, need_matplotlib, result_of, table
+from launch.findings import DIVERGED, draw, result_of, table
 from launch.grid import Point
 from launch.lessons import descent
 from launch.options import Options
@@ -103,7 +103,7 @@ def sweep(name: str, options: SweepOptions, flags: Sequence[str]) -> None:
     config = parse([preset, *flags], PRESETS)
     world = options.how.nodes * options.how.gpus_per_node
     refuse_flags_of(sweep_named(name, config, world=world), name, flags)
-    need_matplotlib()
+    new_figure()  # refuses now, not after all runs
     if options.into is not None:
         put_into(options.into, f"sweep {name}", None)
     manifest = read_manifest(config.data.dir)

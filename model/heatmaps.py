@@ -7,18 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from data_prep.errors import InputError
-
 MAX_LABELS = 64  # tokens along an axis; with more there is no room for their texts
 INCHES_PER_CELL = 0.35
-
-
-def new_figure() -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError("the picture needs matplotlib: pip install -e '.[plots]'") from error
-    return Figure(layout="constrained")
 
 
 def attention(figure: Any, weights: Mapping[tuple[int, int], Tensor], texts: Sequence[str]) -> None:

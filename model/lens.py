@@ -45,7 +45,7 @@ from torch import Tensor
 from data_prep.atomic import write_json_atomically
 from data_prep.codec import Codec
 from data_prep.errors import InputError, one_line_errors
-from data_prep.pages import markdown, put_into
+from data_prep.pages import markdown, new_figure, put_into
 from model import heatmaps, taps
 from model.generate import encode_prompt
 from model.induction import Induction, induction
@@ -354,7 +354,7 @@ def parse(args: Sequence[str] | None) -> Options:
 def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors("lens"):
         options = parse(args)
-        figure: Any = None if options.out is None else heatmaps.new_figure()
+        figure: Any = None if options.out is None else new_figure()
         mark = f"lens {options.name}"
         if options.into is not None:
             put_into(options.into, mark, None)

@@ -216,6 +216,15 @@ def test_what_is_sampled_differs_and_comes_again(folder: Path) -> None:
     assert len(set(first)) == 4 and again == first
 
 
+def test_the_line_that_lm_eval_is_given() -> None:
+    for words in (["--dtype", "bf16"], ["--dtype=bf16"]):
+        *_, model_args, _, tasks, flag, size = harness.command_line(["RUN", *words, "--tasks", "x"])
+        assert json.loads(model_args) == {"path": "RUN", "dtype": "bf16"}
+        assert (tasks, flag, size) == ("x", "--batch_size", "8")
+    for own in (["--batch_size", "2"], ["--batch_size=2"], ["-b", "2"], ["--config", "c.yaml"]):
+        assert harness.command_line(["RUN", *own])[-len(own) :] == own
+
+
 def test_the_commands_errors(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     done = called(harness.main, "--tasks", "x")
     assert (done.returncode, done.stderr) == (

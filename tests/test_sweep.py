@@ -7,6 +7,7 @@ import math
 import re
 import shlex
 import statistics
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -230,6 +231,16 @@ def test_wrong_input_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "page.md").write_text("no marks")
     with pytest.raises(ValueError, match="--into needs one <!-- sweep lr --> with an <!-- end --> after it"):
         put_into(tmp_path / "page.md", "sweep lr", "table")
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_before_anything_is_trained(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    words = ["lr", "--preset", "shakespeare-char-cpu", "--run-dir", str(tmp_path / "sweep"), *tiny(tiny_data)]
+    done = called(sweep.main, *words)
+    assert (done.returncode, done.stderr) == (2, "sweep: the picture needs matplotlib: pip install -e '.[plots]'\n")
+    assert not (tmp_path / "sweep").exists()
 
 
 def train_in_this_process(options: Options, base: Path, code: Path, points: Sequence[Point]) -> None:

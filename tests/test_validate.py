@@ -1,6 +1,7 @@
 """The command that evaluates a trained model: the loop's numbers again, and from where a kill cut it off."""
 
 import json
+import math
 import random
 import shutil
 import signal
@@ -27,6 +28,7 @@ from train.main import run
 from train.mesh import Mesh
 from train.stops import Stops
 from train.validate import main
+from train.validation import Validation
 
 NUM_ITEMS = 60
 
@@ -245,6 +247,7 @@ def test_a_hugging_face_folder_scores_as_its_run_and_nothing_is_written_there(
     assert (
         f"HellaSwag, {NUM_ITEMS} items in the completion style, at step 5: acc {row['hellaswag_acc']:.4f} +- " in card
     )
+    assert "Not the whole validation set, so it compares with nobody's score." in card
     before = sorted(path.name for path in (tmp_path / "folder").iterdir())
     flags = ["--data", str(data), "--hellaswag", str(items), "--tokens", "1000"]
     _, wanted = evaluated(tmp_path / "run", *flags)
@@ -330,6 +333,18 @@ def test_a_run_whose_data_is_gone_asks_for_some(own_run: Path, tmp_path: Path) -
     rewrite(checkpoint, state)
     done = called(main, str(own_run))
     assert "the data of this run is not here; give --data or --hellaswag" in done.stderr, done.stderr
+
+
+def test_a_model_that_diverged_still_ends_with_json(own_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nowhere = Validation(loss=math.nan, stderr=math.nan, bits_per_byte=math.inf, bits_per_byte_stderr=None, tokens=5)
+    monkeypatch.setattr("train.validate.validate", lambda *args, **given: nowhere)
+    done = called(main, str(own_run))
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    found = json.loads(done.stdout.splitlines()[-1], parse_constant=refuse)["validation"]
+    assert (found["loss"], found["perplexity"], found["bits_per_byte"], found["tokens"]) == (None, None, None, 5)
 
 
 def test_other_data_in_its_place_is_not_the_runs_own(own_run: Path, tiny_data: Path) -> None:

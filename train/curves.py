@@ -29,7 +29,7 @@ import tyro
 
 from data_prep.atomic import write_atomically
 from data_prep.errors import InputError, one_line_errors
-from data_prep.pages import markdown
+from data_prep.pages import markdown, new_figure
 from model.budget import budget
 from model.config import ModelConfig
 from train.sinks import METRICS_FILE
@@ -185,11 +185,7 @@ def table(runs: Sequence[RunMetrics]) -> str:
 
 def plot(runs: Sequence[RunMetrics], x: Axis, out: Path) -> None:
     """Draw every run into one picture at `out`."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise InputError("the picture needs matplotlib: pip install -e '.[plots]'") from error
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = new_figure(figsize=(8, 5))
     axes = figure.subplots()
     for index, run in enumerate(runs):
         color = f"C{index % 10}"

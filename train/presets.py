@@ -126,7 +126,7 @@ def phase1() -> Config:
     """A first model, on a CPU: Tiny Shakespeare by characters, 2 layers, 4 heads, 128 wide, 0.4M parameters, 10 epochs.
 
     `python launch/sweep.py epochs` trains it and prints a row for each epoch: loss and sample.
-    Cost: 2.9e13 FLOPs; 10 minutes on 2 cores.
+    Cost: 2.9e13 FLOPs; 12 minutes of one core.
     """
     return Config(
         preset="phase1",
