@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-long test-cluster test-slow lint bench bench-gpu
+.PHONY: quickstart test test-long test-cluster test-slow golden mutations lint bench bench-gpu
 
 # The text inside CPython -> shards -> a GPT trained in two processes -> its loss curve and a sample.
 # On the CPU also where there is a GPU: two processes want two, and the numbers are then the same everywhere.
@@ -29,6 +29,14 @@ test-cluster: .venv/.dev
 
 test-slow: .venv/.dev
 	$(BIN)/python -m pytest -m slow
+
+# Record the golden numbers anew, in a commit that means to change them.
+golden: .venv/.dev
+	$(BIN)/python -m tests.golden.measure
+
+# Break twenty and more places that matter, one at a time in a copy of the tree: a test must fail for each.
+mutations: .venv/.dev
+	$(BIN)/python -m tests.golden.mutations
 
 lint: .venv/.dev
 	$(BIN)/ruff format --check .

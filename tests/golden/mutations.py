@@ -1,0 +1,248 @@
+"""Break the places that matter, one at a time, and see that a test fails for each.
+
+    python -m tests.golden.mutations                 # all of them, in a copy of the tree; some ten minutes on one core
+    python -m tests.golden.mutations "loss scale"    # those whose names contain this
+
+The exit status is 1 if any mutation survives.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+class Mutation(NamedTuple):
+    """Replace `old` by `new` in `file`; one of `tests` (arguments of pytest) must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTATIONS = [
+    Mutation(
+        "loss scaled twice",
+        "train/losses.py",
+        "return torch.stack([loss * scale, loss.detach()])",
+        "return torch.stack([loss * scale * scale, loss.detach()])",
+        "tests/test_losses.py",
+    ),
+    Mutation(
+        "padding scored",
+        "train/losses.py",
+        "loss = F.cross_entropy(logits_NV, targets_N,",
+        "loss = F.cross_entropy(F.pad(logits_NV, (0, 7)), targets_N,",
+        "tests/test_losses.py",
+    ),
+    Mutation(
+        "loss divided by this rank's share",
+        "train/assemble.py",
+        "mesh.world / config.train.batch_tokens",
+        "1 / config.train.batch_tokens",
+        "tests/test_modes.py -k gradient",
+    ),
+    Mutation(
+        "DDP never synchronises",
+        "train/parallel.py",
+        "module.require_backward_grad_sync = is_last",
+        "module.require_backward_grad_sync = False",
+        "tests/test_modes.py -k gradient",
+    ),
+    Mutation(
+        "FSDP2 reduces every micro-batch",
+        "train/parallel.py",
+        "module.set_requires_gradient_sync(is_last)",
+        "module.set_requires_gradient_sync(True)",
+        "tests/test_communication.py",
+    ),
+    Mutation(
+        "replicas counted twice in the norm",
+        "train/loop.py",
+        "/ run.layout.replicas",
+        "/ 1",
+        "tests/test_modes.py",
+    ),
+    Mutation(
+        "order of sequences without the epoch",
+        "train/batches.py",
+        "key=(self._seed << 32) + epoch",
+        "key=(self._seed << 32)",
+        "tests/test_batches.py",
+    ),
+    Mutation(
+        "one round fewer in the permutation",
+        "train/batches.py",
+        "NUM_ROUNDS = 6",
+        "NUM_ROUNDS = 5",
+        "tests/golden",
+    ),
+    Mutation(
+        "every rank reads the first rank's sequences",
+        "train/batches.py",
+        "position + rank * plan.windows_per_rank",
+        "position + 0 * plan.windows_per_rank",
+        "tests/test_batches.py",
+    ),
+    Mutation(
+        "initial values do not depend on the name",
+        "model/language_model.py",
+        'hashlib.sha256(f"{seed}/{name}".encode())',
+        'hashlib.sha256(f"{seed}".encode())',
+        "tests/golden",
+    ),
+    Mutation(
+        "biases and norms decay",
+        "train/optim.py",
+        'if p.dim() < 2], "weight_decay": 0.0}',
+        'if p.dim() < 2], "weight_decay": config.weight_decay}',
+        "tests/test_optim.py",
+    ),
+    Mutation(
+        "the warm-up begins at 0",
+        "train/optim.py",
+        "config.lr_peak * (step + 1) / config.warmup_steps",
+        "config.lr_peak * step / config.warmup_steps",
+        "tests/test_optim.py",
+    ),
+    Mutation(
+        "small gradients are blown up to the clipping norm",
+        "train/optim.py",
+        "excess = (norm / clip_norm).clamp(min=1.0)",
+        "excess = norm / clip_norm",
+        "tests/test_optim.py tests/golden",
+    ),
+    Mutation(
+        "steps after a bad one are made",
+        "train/nonfinite.py",
+        "is_finite = is_finite & ~self.is_halted",
+        "is_finite = is_finite",
+        "tests/test_nonfinite.py",
+    ),
+    Mutation(
+        "a step that is not finite is made",
+        "train/optim.py",
+        "optimizer.found_inf = (~is_finite).float()",
+        "optimizer.found_inf = torch.zeros_like(norm)",
+        "tests/test_optim.py tests/test_nonfinite.py",
+    ),
+    Mutation(
+        "the oldest checkpoint is resumed",
+        "model/trained.py",
+        "for checkpoint in reversed(list_checkpoints(run_dir)):",
+        "for checkpoint in list_checkpoints(run_dir):",
+        "tests/test_saves.py tests/test_run_dir.py tests/test_exact.py",
+    ),
+    Mutation(
+        "hashes of checkpoints are not compared",
+        "model/trained.py",
+        "if sha256_of_file(checkpoint / name) != sha256:",
+        "if False:",
+        "tests/test_saves.py",
+    ),
+    Mutation(
+        "metadata's pickle runs anything",
+        "model/dcp_files.py",
+        "if (module, name) not in self.ALLOWED:",
+        "if False:",
+        "tests/test_saves.py",
+    ),
+    Mutation(
+        "a checkpoint gets its name though a rank failed",
+        "train/saves.py",
+        "        if errors:\n",
+        "        if False:\n",
+        "tests/test_saves.py tests/test_async_saves.py tests/test_disk.py",
+    ),
+    Mutation(
+        "an atomic write is not",
+        "data_prep/atomic.py",
+        "        temporary.replace(path)\n        fsync_directory(path.parent)\n    except OSError",
+        "        path.write_text(content)\n        fsync_directory(path.parent)\n    except OSError",
+        "tests/test_disk.py tests/test_run_dir.py",
+    ),
+    Mutation(
+        "the optimizer's state is not restored",
+        "train/resume.py",
+        "    read_tensors(checkpoint, tensors)\n",
+        "    read_tensors(checkpoint, {n: t for n, t in tensors.items() if 'exp_avg' not in n})\n",
+        "tests/test_exact.py",
+    ),
+    Mutation(
+        "rows after the restored step stay",
+        "train/sinks.py",
+        'if row["step"] <= step:',
+        "if True:",
+        "tests/test_loop.py tests/test_exact.py",
+    ),
+    Mutation(
+        "another optimizer is the same run",
+        "train/run_dir.py",
+        '    "optim",\n',
+        "",
+        "tests/test_run_dir.py",
+    ),
+    Mutation(
+        "two writers in one run directory",
+        "train/lock.py",
+        "os.link(mine, self._path)",
+        "shutil.copy(mine, self._path)",
+        "tests/test_run_dir.py",
+    ),
+    Mutation(
+        "documents of both splits",
+        "data_prep/selection.py",
+        "def drop_duplicates(documents: Documents) -> None:\n",
+        "def drop_duplicates(documents: Documents) -> None:\n    return\n",
+        "tests/test_selection.py tests/test_fineweb.py",
+    ),
+]
+
+
+def copy_tree(folder: Path) -> None:
+    """Copy what git would keep of the tree."""
+    command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in listed.stdout.splitlines():
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+
+
+def is_caught(mutation: Mutation, tree: Path) -> bool:
+    """Apply the mutation, run its tests, and put the file back."""
+    path = tree / mutation.file
+    content = path.read_text(encoding="utf-8")
+    if content.count(mutation.old) != 1:
+        raise SystemExit(f"{mutation.name}: {mutation.file} has {content.count(mutation.old)} places like that, not 1")
+    path.write_text(content.replace(mutation.old, mutation.new), encoding="utf-8")
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutation.tests.split()]
+    done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
+    path.write_text(content, encoding="utf-8")
+    if done.returncode not in (0, 1):  # pytest's own faults, such as a test file that is not there
+        raise SystemExit(f"{mutation.name}: pytest ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr}")
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    print(f"{'caught  ' if failed else 'SURVIVES'} {mutation.name}  {failed[0][:150] if failed else ''}", flush=True)
+    return bool(failed)
+
+
+def main() -> None:
+    wanted = [mutation for mutation in MUTATIONS if not sys.argv[1:] or sys.argv[1] in mutation.name]
+    with tempfile.TemporaryDirectory() as temporary:
+        tree = Path(temporary) / "tree"
+        copy_tree(tree)
+        if (ROOT.parent / "shared").is_dir():
+            (Path(temporary) / "shared").symlink_to(ROOT.parent / "shared")
+        survivors = [mutation.name for mutation in wanted if not is_caught(mutation, tree)]
+    print(f"{len(wanted) - len(survivors)} of {len(wanted)} caught")
+    sys.exit(1 if survivors else 0)
+
+
+if __name__ == "__main__":
+    main()
