@@ -170,8 +170,8 @@ MUTATIONS = [
     Mutation(
         "the optimizer's state is not restored",
         "train/resume.py",
-        "    read_tensors(checkpoint, tensors)\n",
-        "    read_tensors(checkpoint, {n: t for n, t in tensors.items() if 'exp_avg' not in n})\n",
+        "read_tensors(checkpoint, checkpoint_tensors(model, optimizer, loss_scale))",
+        "read_tensors(checkpoint, model_tensors(model))",
         "tests/test_exact.py",
     ),
     Mutation(
@@ -192,7 +192,7 @@ MUTATIONS = [
         "two writers in one run directory",
         "train/lock.py",
         "os.link(mine, self._path)",
-        "shutil.copy(mine, self._path)",
+        "mine.replace(self._path)",
         "tests/test_run_dir.py",
     ),
     Mutation(
