@@ -61,19 +61,19 @@ GPU := $(addprefix gpu-,step chunked parallel saves memory attention speedups ge
 bench-gpu: $(GPU)
 $(GPU): .venv/.dev
 gpu-step:
-	$(BIN)/python benchmarks/bench_step.py $(SMALL) --windows 64
+	$(BIN)/python benchmarks/bench_step.py $(SMALL) --sequences 64
 gpu-chunked:
-	$(BIN)/python benchmarks/bench_step.py $(SMALL) --windows 64 --loss chunked
+	$(BIN)/python benchmarks/bench_step.py $(SMALL) --sequences 64 --loss chunked
 gpu-parallel:
-	$(BIN)/python benchmarks/bench_parallel.py $(SMALL) --windows 64 --parallel fsdp
+	$(BIN)/python benchmarks/bench_parallel.py $(SMALL) --sequences 64 --parallel fsdp
 gpu-saves:
-	$(BIN)/python benchmarks/bench_saves.py $(SMALL) --windows 64
+	$(BIN)/python benchmarks/bench_saves.py $(SMALL) --sequences 64
 gpu-memory:
-	$(BIN)/python benchmarks/bench_memory.py $(SMALL) --seq-len 1024 --windows 16
+	$(BIN)/python benchmarks/bench_memory.py $(SMALL) --seq-len 1024 --sequences 16
 gpu-attention:
 	$(BIN)/python benchmarks/bench_attention.py --seq-lens 1024 4096 16384 --dtype bf16
 gpu-speedups:
-	$(BIN)/python benchmarks/bench_speedups.py --layers 12 --seq-len 1024 --windows 64 --micro-batch 4 --larger 32
+	$(BIN)/python benchmarks/bench_speedups.py --layers 12 --seq-len 1024 --sequences 64 --micro-batch 4 --larger 32
 gpu-generate:
 	$(BIN)/python benchmarks/bench_generate.py
 

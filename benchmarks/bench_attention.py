@@ -28,8 +28,8 @@ import tyro
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from data_prep.errors import InputError, one_line_errors
-from model.attention import naive_attention
+from common.errors import InputError, one_line_errors
+from model.gpt import naive_attention
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 USABLE = 0.8  # of the memory that is free
@@ -46,7 +46,7 @@ class Options:
     head_size: int = 64
     """Elements of a head."""
     batch: int = 1
-    """Windows."""
+    """Sequences."""
     dtype: Literal["fp32", "bf16"] = "fp32"
     """Of queries, keys and values."""
     rounds: int = 3

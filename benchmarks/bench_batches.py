@@ -1,20 +1,20 @@
-"""Windows per second out of shards: cold and warm page cache, one to four reading processes.
+"""Sequences per second out of shards: cold and warm page cache, one to four reading processes.
 
     python benchmarks/bench_batches.py                           # 1 GB of random tokens; 65 s on 2 CPU cores
     python benchmarks/bench_batches.py --data data/fineweb-edu   # your shards, on your file system
     TMPDIR=/scratch python benchmarks/bench_batches.py           # random tokens on another file system
 
 Expect on 2 CPU cores (torch 2.13, ext4 on a virtual disk with read_ahead_kb 8192, other work on the machine, so that
-warm rounds differ by 3 to 4 times): cold 190 windows/s (0.2 M tokens/s), whatever the readers, until the first step
+warm rounds differ by 3 to 4 times): cold 190 sequences/s (0.2 M tokens/s), whatever the readers, until the first step
 has brought in half of the data; warm 26,000 with one reader (18,000 to 33,000; 39,000 when quieter), no more with four.
 Eight H100 at 470,000 tokens/s each, the best known for GPT-2 small, need 3.8 M tokens/s.
 
-Each reader is a process with one thread that reads its rank's contiguous part of every step as train/batches.py
+Each reader is a process with one thread that reads its rank's contiguous part of every step as train/data.py
 does, without a model and without waiting for the others. What the trainer needs is its tokens/s.
 
 Cold: before each round the shards' pages are dropped from the page cache (posix_fadvise), and mincore counts how
 many are left; where they stay (tmpfs, some network file systems), the round is reported as warm. The kernel brings in
-far more than a window's 2 KiB (read_ahead_kb of the device), so a few reads cache everything: a cold round stops, at
+far more than a sequence's 2 KiB (read_ahead_kb of the device), so a few reads cache everything: a cold round stops, at
 a whole step, when a quarter of the data may be in, and `resident` says how much was cached before and after. On a
 virtual machine the host may have a cache of its own. Warm: the shards are read through first.
 
@@ -45,9 +45,9 @@ import numpy as np
 import torch
 import tyro
 
-from data_prep.errors import InputError, one_line_errors
+from common.errors import InputError, one_line_errors
 from data_prep.shards import HEADER_INTS, MAGIC, VERSION, TokenStream, open_shard
-from train.batches import Windows
+from train.data import TrainingSequences
 
 MB, GB = 10**6, 10**9
 SHARD_TOKENS = 100_000_000  # as data_prep cuts them
@@ -63,16 +63,16 @@ COLD_SHARE = 0.25  # of the data, in read-arounds, that a cold round may bring i
 
 @dataclass(frozen=True)
 class Options:
-    """Windows per second out of shards: cold and warm page cache, one to four reading processes."""
+    """Sequences per second out of shards: cold and warm page cache, one to four reading processes."""
 
     data: Path | None = None
     """Directory with train_*.bin; None: random tokens in a temporary folder (of TMPDIR)."""
     gigabytes: float = 1.0
     """Size of the random tokens."""
     seq_len: int = 1024
-    """Tokens per window."""
-    windows: int = 96
-    """Windows per step, of all readers together; each number of readers must divide it."""
+    """Tokens per sequence."""
+    sequences: int = 96
+    """Sequences per step, of all readers together; each number of readers must divide it."""
     readers: tuple[int, ...] = (1, 2, 3, 4)
     """Numbers of processes to time."""
     seconds: float = 1.0
@@ -97,22 +97,22 @@ class Round:
     resident_before: float
     resident_after: float
 
-    def windows_per_second(self, windows_per_reader: int) -> float:
-        return sum(reading.steps * windows_per_reader / reading.seconds for reading in self.readings)
+    def sequences_per_second(self, sequences_per_reader: int) -> float:
+        return sum(reading.steps * sequences_per_reader / reading.seconds for reading in self.readings)
 
 
 def check(options: Options) -> None:
-    for name in ("gigabytes", "seq_len", "windows", "seconds", "rounds"):
+    for name in ("gigabytes", "seq_len", "sequences", "seconds", "rounds"):
         if getattr(options, name) <= 0:
             raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)} must be above 0")
     if not options.readers or min(options.readers) < 1:
         raise InputError(f"--readers {list(options.readers)} must be one or more numbers of at least 1")
     for readers in options.readers:
-        if options.windows % readers:
+        if options.sequences % readers:
             fitting = math.lcm(*options.readers)
             raise InputError(
-                f"--windows {options.windows} is not divisible by --readers {readers}; "
-                f"try --windows {-(-options.windows // fitting) * fitting}"
+                f"--sequences {options.sequences} is not divisible by --readers {readers}; "
+                f"try --sequences {-(-options.sequences // fitting) * fitting}"
             )
 
 
@@ -189,13 +189,13 @@ def read_for(
 
     The shards are opened anew, so that nothing of the round before is still mapped.
     """
-    windows = Windows(TokenStream([open_shard(path) for path in paths]), options.seq_len, SEED)
-    per_reader = options.windows // readers
+    sequences = TrainingSequences(TokenStream([open_shard(path) for path in paths]), options.seq_len, SEED)
+    per_reader = options.sequences // readers
     START_LINES[readers].wait(START_SECONDS)
     started, steps = time.perf_counter(), 0
     while (seconds := time.perf_counter() - started) < options.seconds and steps != max_steps:
-        position = (first_step + steps) * options.windows + rank * per_reader
-        inputs_BT, targets_BT = windows.read(windows.ids_at(position, per_reader))
+        position = (first_step + steps) * options.sequences + rank * per_reader
+        inputs_BT, targets_BT = sequences.read(sequences.ids_at(position, per_reader))
         assert inputs_BT.shape == targets_BT.shape == (per_reader, options.seq_len)
         steps += 1
     return Reading(steps, seconds)
@@ -209,9 +209,9 @@ def read_around_kb(path: Path) -> int:
 
 
 def cold_steps(paths: Sequence[Path], options: Options) -> int:
-    """Steps that bring in COLD_SHARE of the data when every window costs one read-around; at least one."""
+    """Steps that bring in COLD_SHARE of the data when every sequence costs one read-around; at least one."""
     num_bytes = sum(path.stat().st_size for path in paths)
-    step_bytes = options.windows * max(1, read_around_kb(paths[0])) * 1024
+    step_bytes = options.sequences * max(1, read_around_kb(paths[0])) * 1024
     return max(1, int(COLD_SHARE * num_bytes / step_bytes))
 
 
@@ -254,17 +254,17 @@ def name_of_state(rounds: Sequence[Round]) -> str:
 
 
 def summary(asked: str, readers: int, rounds: Sequence[Round], options: Options) -> dict[str, object]:
-    per_reader = options.windows // readers
-    rates = [one.windows_per_second(per_reader) for one in rounds]
+    per_reader = options.sequences // readers
+    rates = [one.sequences_per_second(per_reader) for one in rounds]
     steps = [[reading.steps for reading in one.readings] for one in rounds]
     return {
         "asked": asked,
         "cache": name_of_state(rounds),
         "readers": readers,
-        "windows_per_reader_step": per_reader,
+        "sequences_per_reader_step": per_reader,
         "steps": steps,
-        "windows": [sum(counts) * per_reader for counts in steps],
-        "windows_per_second": spread(rates),
+        "sequences": [sum(counts) * per_reader for counts in steps],
+        "sequences_per_second": spread(rates),
         "tokens_per_second": spread([rate * options.seq_len for rate in rates], 0),
         "megabytes_per_second": spread([rate * (options.seq_len + 1) * TOKEN_BYTES / MB for rate in rates]),
         "resident_before": spread([one.resident_before for one in rounds], 4),
@@ -273,12 +273,12 @@ def summary(asked: str, readers: int, rounds: Sequence[Round], options: Options)
 
 
 def line_of(case: dict[str, object]) -> str:
-    rate, tokens = case["windows_per_second"], case["tokens_per_second"]
+    rate, tokens = case["sequences_per_second"], case["tokens_per_second"]
     megabytes, before, after = case["megabytes_per_second"], case["resident_before"], case["resident_after"]
     assert isinstance(rate, dict) and isinstance(tokens, dict) and isinstance(megabytes, dict)
     assert isinstance(before, dict) and isinstance(after, dict)
     return (
-        f"{case['cache']:<13}  readers {case['readers']}  {rate['median']:>9,.0f} windows/s "
+        f"{case['cache']:<13}  readers {case['readers']}  {rate['median']:>9,.0f} sequences/s "
         f"({rate['low']:,.0f} to {rate['high']:,.0f})  {tokens['median'] / 1e6:7.1f} M tokens/s  "
         f"{megabytes['median']:7.1f} MB/s  resident {before['median']:.0%} -> {after['median']:.0%}"
     )
@@ -307,7 +307,7 @@ def measure(options: Options, directory: Path) -> dict[str, object]:
         "shards": len(paths),
         "read_around_kb": read_around_kb(paths[0]),
         "seq_len": options.seq_len,
-        "windows_per_step": options.windows,
+        "sequences_per_step": options.sequences,
         "seconds": options.seconds,
         "rounds": options.rounds,
         "cpus": os.cpu_count(),

@@ -50,9 +50,9 @@ import tiktoken
 import tyro
 
 from benchmarks import fineweb_like
-from data_prep.encode import Backend
-from data_prep.errors import InputError, one_line_errors
+from common.errors import InputError, one_line_errors
 from data_prep.manifest import read_manifest
+from data_prep.pipeline.encode import Backend
 
 ROOT = Path(__file__).resolve().parents[1]
 MB = 10**6
@@ -122,10 +122,10 @@ def gigatoken(folder: Path) -> Any:
     """One for all measurements of a process: the words that it keeps make it fast."""
     from gigatoken.gigatoken_rs import BPETokenizer
 
-    from data_prep.codec import FOLDER, RANKS_FILE, make_codec
+    from data_prep.tokenizer import FOLDER, RANKS_FILE, make_tokenizer
 
     with tempfile.TemporaryDirectory(dir=folder) as own:
-        make_codec("gpt2", "").save(Path(own))
+        make_tokenizer("gpt2", "").save(Path(own))
         return BPETokenizer.from_tiktoken(Path(own) / FOLDER / RANKS_FILE, "gpt2", None)
 
 

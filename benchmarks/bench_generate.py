@@ -30,14 +30,14 @@ import torch
 import tyro
 from torch import Tensor
 
-from data_prep.errors import InputError, one_line_errors
-from model.budget import count_cache_bytes
+from common.errors import InputError, one_line_errors
+from model.checkpoint import load_model
 from model.config import ModelConfig
-from model.decoding import CachedPasses, Passes, Row, WholePasses, generate_rows, make_ready
+from model.cost import count_cache_bytes
+from model.generation.decoding import CachedPasses, Passes, Row, WholePasses, generate_rows, make_ready
+from model.generation.sampling import Sampling
 from model.gpt import GPT, build_model
-from model.hf_format import check_expressible, to_hugging_face
-from model.sampling import Sampling
-from model.trained import load_trained
+from model.hf.format import check_expressible, to_hugging_face
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 WARM_UP_TOKENS = 2  # a prefill and a step, which may be compiled
@@ -91,9 +91,9 @@ def model_of(options: Options, device: torch.device) -> GPT:
         if config.faults():
             raise InputError("; ".join(config.faults()).replace("--model.", "--"))
         return build_model(config, seed=1, device=device, compute_dtype=dtype).eval()
-    model = load_trained(options.path, device=device, dtype=dtype).model
+    model = load_model(options.path, device=device, dtype=dtype).model
     if not isinstance(model, GPT):
-        raise InputError(f"{options.path}: --model.rung {model.config.rung} has no cache to time")
+        raise InputError(f"{options.path}: --model.kind {model.config.kind} has no cache to time")
     return model
 
 
@@ -144,7 +144,7 @@ def load_transformers(model: GPT, dtype: torch.dtype) -> Any | str:
             n_embd=config.width,
             n_layer=config.num_layers,
             n_head=config.num_heads,
-            n_inner=config.mlp_width,
+            n_inner=config.resolved_mlp_width,
             activation_function={"gelu": "gelu_new"}.get(config.mlp, config.mlp),
             tie_word_embeddings=config.tie,
             layer_norm_epsilon=1e-5,

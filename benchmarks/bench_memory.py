@@ -1,8 +1,8 @@
-"""The peak memory of a rank, measured, against what model/memory.py counts; for every way to spread the model.
+"""The peak memory of a rank, measured, against what model/costs/memory.py counts; for every way to spread the model.
 
     OMP_NUM_THREADS=1 python benchmarks/bench_memory.py            # every case; 20 minutes of 2 CPU cores, 3 GB
     python benchmarks/bench_memory.py --only "fsdp sharded"        # one of them
-    python benchmarks/bench_memory.py --preset gpt2-small --vocab-size 50257 --seq-len 1024 --windows 16 --processes 8
+    python benchmarks/bench_memory.py --preset gpt2-small --vocab-size 50257 --seq-len 1024 --sequences 16 --processes 8
 
 Each case is a run of its own, from its assembly over the warm-up to the end of its second step, in processes of its
 own. On a GPU the peak is torch's count of allocated bytes. On a CPU it is the resident set, less what it was before the
@@ -28,11 +28,11 @@ import torch
 import tyro
 
 from benchmarks.steps import configured, opened_run
-from data_prep.errors import InputError, one_line_errors
+from common.errors import InputError, one_line_errors
 from model.config import ModelConfig
 from train.config import Config, ParallelConfig, resolve
-from train.mesh import Mesh, open_mesh
-from train.run_card import step_memory
+from train.processes.group import ProcessGroup, open_process_group
+from train.run.card import step_memory
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ModelConfig(num_layers=2, num_heads=1, width=32)
@@ -47,13 +47,13 @@ class Case:
     processes: int
     parallel: ParallelConfig
     accumulation: int = 2
-    shorter: int = 1  # windows, by this factor: bf16 is slow on a CPU
+    shorter: int = 1  # sequences, by this factor: bf16 is slow on a CPU
     train: tuple[tuple[str, Any], ...] = ()
 
 
 DDP, FSDP = ParallelConfig(mode="ddp"), ParallelConfig(mode="fsdp")
 BF16, RECOMPUTED, CHUNKED = ("dtype", "bf16"), ("activation_checkpointing", True), ("loss", "chunked")
-WHOLE, SHARDED = replace(FSDP, accumulate="whole"), replace(FSDP, accumulate="sharded")
+WHOLE, SHARDED = replace(FSDP, reduce_gradients="step"), replace(FSDP, reduce_gradients="micro_batch")
 CASES = {
     "none": Case(0, ParallelConfig(mode="none")),
     "none, 1 micro-batch": Case(0, ParallelConfig(mode="none"), accumulation=1),
@@ -76,7 +76,7 @@ CASES = {
 
 @dataclass(frozen=True)
 class Options:
-    """The peak memory of a rank, measured, against what model/memory.py counts."""
+    """The peak memory of a rank, measured, against what model/costs/memory.py counts."""
 
     preset: str | None = None
     """Model and precision, for GPUs; None: GPT-2 small's width, few layers and a small vocabulary, in fp32."""
@@ -86,10 +86,10 @@ class Options:
     """Without a preset: of the model."""
     vocab_size: int = 8192
     """The model's vocabulary. The tokens that are read are bytes, whatever it is."""
-    windows: int = 2
-    """Windows in a micro-batch."""
+    sequences: int = 2
+    """Sequences in a micro-batch."""
     seq_len: int = 256
-    """Tokens in a window."""
+    """Tokens in a sequence."""
     processes: int = 2
     """Of the cases of several; some take twice as many."""
     only: tuple[str, ...] = ()
@@ -101,11 +101,13 @@ class Options:
 
 
 def config_of(options: Options, case: Case, world: int, folder: Path) -> Config:
-    windows = options.windows * case.accumulation * world
-    config = configured(folder, preset=options.preset or "gpt2-small", windows=windows, vocab_size=options.vocab_size)
+    sequences = options.sequences * case.accumulation * world
+    config = configured(
+        folder, preset=options.preset or "gpt2-small", sequences=sequences, vocab_size=options.vocab_size
+    )
     seq_len = options.seq_len // case.shorter
-    train = replace(config.train, seq_len=seq_len, batch_tokens=windows * seq_len)
-    train = replace(train, micro_batch=options.windows, **dict(case.train))
+    train = replace(config.train, seq_len=seq_len, batch_tokens=sequences * seq_len)
+    train = replace(train, micro_batch=options.sequences, **dict(case.train))
     parallel = replace(case.parallel, shard_size=world // 2) if case.parallel.mode == "hsdp" else case.parallel
     if options.preset is None:
         model = replace(config.model, num_layers=options.layers, width=options.width, num_heads=options.width // 64)
@@ -115,24 +117,24 @@ def config_of(options: Options, case: Case, world: int, folder: Path) -> Config:
     return resolve(replace(config, train=train, parallel=parallel, validate=replace(config.validate, every=None)))
 
 
-def measure(config: Config, mesh: Mesh) -> dict[str, Any]:
+def measure(config: Config, group: ProcessGroup) -> dict[str, Any]:
     """What the rank that holds most had at its peak, and what is counted."""
     tiny = replace(
         config, run_dir=config.directory.with_name("tiny"), model=replace(TINY, context_len=config.train.seq_len)
     )
-    run_two_steps(replace(tiny, model=replace(tiny.model, vocab_size=256)), mesh)
+    run_two_steps(replace(tiny, model=replace(tiny.model, vocab_size=256)), group)
     gc.collect()
-    before = begin_peak(mesh.device)
-    counted = run_two_steps(config, mesh)
-    measured = mesh.gather(peak_bytes(mesh.device) - before)
-    return counted | {"processes": mesh.world, "measured_bytes": max(measured), "least_measured_bytes": min(measured)}
+    before = begin_peak(group.device)
+    counted = run_two_steps(config, group)
+    measured = group.gather(peak_bytes(group.device) - before)
+    return counted | {"processes": group.world, "measured_bytes": max(measured), "least_measured_bytes": min(measured)}
 
 
-def run_two_steps(config: Config, mesh: Mesh) -> dict[str, Any]:
-    with opened_run(config, mesh) as (run, step):
+def run_two_steps(config: Config, group: ProcessGroup) -> dict[str, Any]:
+    with opened_run(config, group) as (run, step):
         for _ in range(2):
             step()
-        memory = step_memory(run.config, run.plan, run.layout, on_cpu=mesh.device.type == "cpu")
+        memory = step_memory(run.config, run.plan, run.parallel_plan, on_cpu=group.device.type == "cpu")
         return {"counted_bytes": memory.peak_bytes, "phase": memory.peak_phase, "parts": memory.peak}
 
 
@@ -162,12 +164,15 @@ def give_memory_back_at_once() -> None:
 
 def be_a_rank(options: Options, name: str) -> None:
     give_memory_back_at_once()
-    with tempfile.TemporaryDirectory() as own, open_mesh(ParallelConfig.init_timeout_seconds, Path(own)) as mesh:
-        config = mesh.on_main(lambda: config_of(options, CASES[name], mesh.world, Path(own)))
-        found = measure(config, mesh)
-        if mesh.is_main and options.found is not None:
+    with (
+        tempfile.TemporaryDirectory() as own,
+        open_process_group(ParallelConfig.init_timeout_seconds, Path(own)) as group,
+    ):
+        config = group.on_main(lambda: config_of(options, CASES[name], group.world, Path(own)))
+        found = measure(config, group)
+        if group.is_main and options.found is not None:
             options.found.write_text(json.dumps(found), encoding="ascii")
-        mesh.barrier()
+        group.barrier()
 
 
 def start(options: Options, name: str, world: int) -> dict[str, Any]:
@@ -176,7 +181,7 @@ def start(options: Options, name: str, world: int) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "found.json"
         line = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={world}", __file__]
-        for field in ("preset", "layers", "width", "vocab_size", "windows", "seq_len", "case"):
+        for field in ("preset", "layers", "width", "vocab_size", "sequences", "seq_len", "case"):
             if given[field] is not None:
                 line += [f"--{field.replace('_', '-')}", str(given[field])]
         done = subprocess.run([*line, "--found", str(found)], cwd=ROOT, capture_output=True, text=True, check=False)

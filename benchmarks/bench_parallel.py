@@ -1,13 +1,13 @@
 """Our step with DDP and with FSDP2 against a bare loop of the same model, spread the same way.
 
     OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node=2 benchmarks/bench_parallel.py   # minutes on 2 CPU cores
-    python benchmarks/bench_parallel.py --parallel fsdp --preset gpt2-small --windows 64 --vocab-size 50257 # on a GPU
-    torchrun --standalone --nproc_per_node=8 benchmarks/bench_parallel.py --preset gpt2-xl --windows 128 \
+    python benchmarks/bench_parallel.py --parallel fsdp --preset gpt2-small --sequences 64 --vocab-size 50257 # on a GPU
+    torchrun --standalone --nproc_per_node=8 benchmarks/bench_parallel.py --preset gpt2-xl --sequences 128 \
         --micro-batch 4 --vocab-size 50257 --parallel fsdp
 
 For each way to spread the model, the two run in turn, in blocks of steps after a warm-up, and the bare loop runs twice
 in each round: its ratio to itself (the A/A control) tells how far the machine can be trusted. whole and sharded are
-FSDP2's two ways to accumulate gradients (--parallel.accumulate). Where the preset compiles, the losses of the first
+FSDP2's two ways to reduce gradients (--parallel.reduce-gradients). Where the preset compiles, the losses of the first
 steps are held against those without. Last line: JSON. Expect the 95 % interval of ours / bare below 1.05 with every
 way, and that of bare / bare around 1; on a machine that others use, look at the ratio of CPU seconds.
 """
@@ -27,12 +27,12 @@ import torch
 import tyro
 
 from benchmarks.steps import bare_step, compare, conditions, configured, opened_run, seconds_of
-from data_prep.errors import InputError, one_line_errors
-from model.budget import budget
+from common.errors import InputError, one_line_errors
+from model.cost import model_cost
 from train.config import Config, ParallelConfig
 from train.loop import take_step
-from train.mesh import Mesh, open_mesh
-from train.meters import device_peak_flops, peak_memory_gib
+from train.metrics.meters import device_peak_flops, peak_memory_gib
+from train.processes.group import ProcessGroup, open_process_group
 
 COMPARED_STEPS = 10  # whose losses are held against those of eager mode
 
@@ -43,17 +43,17 @@ class Options:
 
     preset: str = "quickstart"
     """Model, batch and precision to time."""
-    windows: int = 64
-    """Windows per step of all processes."""
+    sequences: int = 64
+    """Sequences per step of all processes."""
     micro_batch: int | None = None
-    """Windows of one process's forward pass; None: the preset's."""
+    """Sequences of one process's forward pass; None: the preset's."""
     vocab_size: int = 256
     """The model's vocabulary. The tokens that are read are bytes, whatever it is."""
     loss: Literal["plain", "chunked"] = "plain"
     """Our side's cross-entropy; the bare loop's is always plain."""
     parallel: tuple[Literal["ddp", "fsdp"], ...] = ("ddp", "fsdp")
     """How the model is spread; one process has fsdp alone."""
-    accumulate: tuple[Literal["whole", "sharded"], ...] = ("whole", "sharded")
+    reduce_gradients: tuple[Literal["step", "micro_batch"], ...] = ("step", "micro_batch")
     """fsdp: gradients added up whole and reduced once a step, or reduced after every micro-batch."""
     rounds: int = 12
     """Rounds of: bare, ours, bare, for each way."""
@@ -63,7 +63,7 @@ class Options:
 
 def ways_of(options: Options, folder: Path) -> dict[str, Config]:
     """What to time, by name."""
-    config = configured(folder, preset=options.preset, windows=options.windows, vocab_size=options.vocab_size)
+    config = configured(folder, preset=options.preset, sequences=options.sequences, vocab_size=options.vocab_size)
     micro_batch = options.micro_batch or config.train.micro_batch
     if micro_batch == "auto":
         raise InputError(f"--preset {options.preset} fills the GPU, which holds two models here: give --micro-batch")
@@ -71,7 +71,9 @@ def ways_of(options: Options, folder: Path) -> dict[str, Config]:
     spreads = dict[str, ParallelConfig]()
     for mode in options.parallel:
         if mode == "fsdp":
-            spreads |= {f"fsdp {way}": ParallelConfig(mode=mode, accumulate=way) for way in options.accumulate}
+            spreads |= {
+                f"fsdp {way}": ParallelConfig(mode=mode, reduce_gradients=way) for way in options.reduce_gradients
+            }
         else:
             spreads[mode] = ParallelConfig(mode=mode)
     return {
@@ -80,39 +82,39 @@ def ways_of(options: Options, folder: Path) -> dict[str, Config]:
     }
 
 
-def measure(options: Options, config: Config, mesh: Mesh) -> dict[str, Any]:
+def measure(options: Options, config: Config, group: ProcessGroup) -> dict[str, Any]:
     """One way: ours against bare; and ours' rate, share of the GPUs' peak and memory."""
-    is_on_gpu, peak_flops = mesh.device.type == "cuda", device_peak_flops(config, mesh.device)
-    with opened_run(config, mesh) as (run, ours):
+    is_on_gpu, peak_flops = group.device.type == "cuda", device_peak_flops(config, group.device)
+    with opened_run(config, group) as (run, ours):
         if is_on_gpu:
             torch.cuda.reset_peak_memory_stats()
-        seconds_of(ours, options.block, mesh)
-        memory = peak_memory_gib(mesh.device) if is_on_gpu else None  # before there is a bare model beside ours
-        bare = bare_step(run.config, run.layout, mesh)
-        found = compare(ours, bare, rounds=options.rounds, block=options.block, mesh=mesh)
+        seconds_of(ours, options.block, group)
+        memory = peak_memory_gib(group.device) if is_on_gpu else None  # before there is a bare model beside ours
+        bare = bare_step(run.config, run.parallel_plan, group)
+        found = compare(ours, bare, rounds=options.rounds, block=options.block, group=group)
     tokens_per_second = config.train.batch_tokens / found["ours_step_ms"] * 1e3
-    flops_per_second = tokens_per_second * budget(config.model).flops_per_token
+    flops_per_second = tokens_per_second * model_cost(config.model).flops_per_token
     return found | {
         "tokens_per_second": round(tokens_per_second),
-        "mfu": None if peak_flops is None else round(flops_per_second / peak_flops / mesh.world, 4),
-        "peak_memory_gib": None if memory is None else round(max(mesh.gather(memory)), 3),
+        "mfu": None if peak_flops is None else round(flops_per_second / peak_flops / group.world, 4),
+        "peak_memory_gib": None if memory is None else round(max(group.gather(memory)), 3),
     }
 
 
-def largest_difference(config: Config, mesh: Mesh) -> float:
+def largest_difference(config: Config, group: ProcessGroup) -> float:
     """Between the compiled and the eager losses of the first steps."""
-    compiled = first_losses(config, mesh)
+    compiled = first_losses(config, group)
     eager = dataclasses.replace(
         config,
         run_dir=config.directory.with_name(f"{config.directory.name} eager"),
         train=dataclasses.replace(config.train, compile=False),
     )
-    return max(abs(one - other) for one, other in zip(compiled, first_losses(eager, mesh), strict=True))
+    return max(abs(one - other) for one, other in zip(compiled, first_losses(eager, group), strict=True))
 
 
-def first_losses(config: Config, mesh: Mesh) -> list[float]:
+def first_losses(config: Config, group: ProcessGroup) -> list[float]:
     losses = list[float]()
-    with opened_run(config, mesh) as (run, _):
+    with opened_run(config, group) as (run, _):
         for _ in range(COMPARED_STEPS):
             report = take_step(run)
             run.progress = report.progress
@@ -150,22 +152,22 @@ def main(args: list[str] | None = None) -> None:
         options = tyro.cli(Options, args=args, description=__doc__)
         with (
             tempfile.TemporaryDirectory() as own,
-            open_mesh(ParallelConfig.init_timeout_seconds, Path(own)) as mesh,
+            open_process_group(ParallelConfig.init_timeout_seconds, Path(own)) as group,
         ):
-            if mesh.world == 1 and "ddp" in options.parallel:
+            if group.world == 1 and "ddp" in options.parallel:
                 raise InputError(
                     "ddp needs several processes: torchrun --standalone --nproc_per_node=2 "
                     "benchmarks/bench_parallel.py; or set --parallel fsdp"
                 )
             ways = dict[str, dict[str, Any]]()
-            for name, config in mesh.on_main(lambda: ways_of(options, Path(own))).items():
-                ways[name] = measure(options, config, mesh)
+            for name, config in group.on_main(lambda: ways_of(options, Path(own))).items():
+                ways[name] = measure(options, config, group)
                 if config.train.compile:
-                    ways[name]["compiled_minus_eager"] = round(largest_difference(config, mesh), 6)
-            if mesh.is_main:
+                    ways[name]["compiled_minus_eager"] = round(largest_difference(config, group), 6)
+            if group.is_main:
                 print(table(ways))
-                print(json.dumps(conditions(config, mesh) | {"ways": ways}))
-            mesh.barrier()
+                print(json.dumps(conditions(config, group) | {"ways": ways}))
+            group.barrier()
 
 
 if __name__ == "__main__":

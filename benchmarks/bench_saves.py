@@ -1,9 +1,9 @@
 """What a checkpoint costs: the steps beside an asynchronous one, waiting for one, and a stop.
 
     python benchmarks/bench_saves.py                                       # a small model; 2 minutes on 2 CPU cores
-    python benchmarks/bench_saves.py --preset gpt2-small --windows 1 --vocab-size 50257 --on-cpu --rounds 3
-    python benchmarks/bench_saves.py --preset gpt2-small --windows 64 --vocab-size 50257     # on a GPU
-    torchrun --standalone --nproc_per_node=8 benchmarks/bench_saves.py --preset gpt2-medium --windows 512
+    python benchmarks/bench_saves.py --preset gpt2-small --sequences 1 --vocab-size 50257 --on-cpu --rounds 3
+    python benchmarks/bench_saves.py --preset gpt2-small --sequences 64 --vocab-size 50257     # on a GPU
+    torchrun --standalone --nproc_per_node=8 benchmarks/bench_saves.py --preset gpt2-medium --sequences 512
 
 A round is: the steps beside an asynchronous save, from its beginning to its name; as many without a save, twice (the
 second over the first is the A/A control); one save that is waited for. In a world of one a real run, with a vocabulary
@@ -32,12 +32,12 @@ import torch
 import tyro
 
 from benchmarks.steps import configured, opened_run, seconds_of, summary
-from data_prep.errors import InputError, one_line_errors
-from model.trained import list_checkpoints
+from common.errors import InputError, one_line_errors
+from model.checkpoint import list_checkpoints
 from train.config import Config, ParallelConfig, SaveConfig
 from train.loop import Run, finish_save, save_now
-from train.mesh import Mesh, open_mesh
-from train.run_dir import read_status
+from train.processes.group import ProcessGroup, open_process_group
+from train.run.directory import read_status
 
 MOST_STEPS = 500  # that a save may last
 STOPS = ("in a step", "in validation", "at the start")
@@ -49,8 +49,8 @@ class Options:
 
     preset: str = "quickstart"
     """Model, batch and precision to time."""
-    windows: int = 32
-    """Windows per step of all processes."""
+    sequences: int = 32
+    """Sequences per step of all processes."""
     vocab_size: int = 256
     """The model's vocabulary. The tokens that are read are bytes, whatever it is."""
     on_cpu: bool = False
@@ -67,7 +67,7 @@ def steps_beside_a_save(run: Run, step: Callable[[], None]) -> int:
         if run.asked.finish_save:
             finish_save(run)
             return count
-    raise InputError(f"the save took more than {MOST_STEPS} steps; choose a larger --windows")
+    raise InputError(f"the save took more than {MOST_STEPS} steps; choose a larger --sequences")
 
 
 def wait_for_a_save(run: Run) -> None:
@@ -75,21 +75,21 @@ def wait_for_a_save(run: Run) -> None:
     finish_save(run)
 
 
-def measure(options: Options, config: Config, mesh: Mesh) -> dict[str, object]:
+def measure(options: Options, config: Config, group: ProcessGroup) -> dict[str, object]:
     ratios, controls, whole = list[float](), list[float](), list[float]()
     counts = list[int]()
-    with opened_run(config, mesh) as (run, step):
+    with opened_run(config, group) as (run, step):
         steps_beside_a_save(run, step)  # allocates what it stages into, once
         for _ in range(options.rounds):
-            beside, _ = seconds_of(lambda: counts.append(steps_beside_a_save(run, step)), 1, mesh)
-            (first, _), (second, _) = (seconds_of(step, counts[-1], mesh) for _ in range(2))
+            beside, _ = seconds_of(lambda: counts.append(steps_beside_a_save(run, step)), 1, group)
+            (first, _), (second, _) = (seconds_of(step, counts[-1], group) for _ in range(2))
             ratios.append(2 * beside / (first + second))
             controls.append(second / first)
-            whole.append(seconds_of(lambda: wait_for_a_save(run), 1, mesh)[0])
+            whole.append(seconds_of(lambda: wait_for_a_save(run), 1, group)[0])
     size = sum(path.stat().st_size for path in list_checkpoints(config.directory)[-1].iterdir())
     return {
         "preset": options.preset,
-        "processes": mesh.world,
+        "processes": group.world,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
         "checkpoint_gb": round(size / 1e9, 3),
@@ -129,20 +129,20 @@ def main(args: list[str] | None = None) -> None:
         options = tyro.cli(Options, args=args, description=__doc__)
         with (
             tempfile.TemporaryDirectory() as own,
-            open_mesh(ParallelConfig.init_timeout_seconds, Path(own)) as mesh,
+            open_process_group(ParallelConfig.init_timeout_seconds, Path(own)) as group,
         ):
-            config = mesh.on_main(lambda: config_of(options, Path(own)))
-            found = measure(options, config, mesh)
-            if mesh.world == 1:
+            config = group.on_main(lambda: config_of(options, Path(own)))
+            found = measure(options, config, group)
+            if group.world == 1:
                 torch.cuda.empty_cache()
                 found["stop_seconds"] = {where: seconds_to_stop(options, config, Path(own), where) for where in STOPS}
-            if mesh.is_main:
+            if group.is_main:
                 print(json.dumps(found))
-            mesh.barrier()
+            group.barrier()
 
 
 def config_of(options: Options, folder: Path) -> Config:
-    config = configured(folder, preset=options.preset, windows=options.windows, vocab_size=options.vocab_size)
+    config = configured(folder, preset=options.preset, sequences=options.sequences, vocab_size=options.vocab_size)
     train = dataclasses.replace(config.train, compile=False, dtype="fp32") if options.on_cpu else config.train
     save = SaveConfig(every=10**9, keep=1, mode="async")
     return dataclasses.replace(config, train=train, save=save)

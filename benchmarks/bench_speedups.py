@@ -1,7 +1,7 @@
 """Where the speed comes from: a plain training loop, and one improvement after the other on top of it.
 
     python benchmarks/bench_speedups.py --without bf16        # 2 layers of GPT-2 small on a CPU; 7 minutes of 2 cores
-    python benchmarks/bench_speedups.py --layers 12 --seq-len 1024 --windows 64 --micro-batch 4 --larger 32   # on a GPU
+    python benchmarks/bench_speedups.py --layers 12 --seq-len 1024 --sequences 64 --micro-batch 4 --larger 32  # GPU
 
 Each row adds one thing to the row above and runs in a process of its own: the same model, the same tokens in a step,
 a warm-up, then blocks of steps. Memory is the peak of those steps, the model and its optimizer included: torch's count
@@ -33,15 +33,15 @@ import tyro
 
 from benchmarks.bench_memory import begin_peak, give_memory_back_at_once, peak_bytes
 from benchmarks.steps import configured
-from data_prep.errors import InputError, one_line_errors
+from common.errors import InputError, one_line_errors
 from data_prep.manifest import open_split
 from model.config import NAMED_SHAPES
-from train.batches import Prefetcher, Windows, plan_batches
 from train.config import Config, TrainConfig, faults_of, resolve
-from train.layout import agree_on_layout
-from train.mesh import Mesh
-from train.numerics import set_numerics
-from train.parallel import build_objective
+from train.data import Prefetcher, TrainingSequences, plan_batches
+from train.parallel.apply import build_loss_model
+from train.parallel.plan import agree_on_parallel_plan
+from train.parallel.precision import set_numerics
+from train.processes.group import ProcessGroup
 
 ROOT = Path(__file__).resolve().parents[1]
 START = "fp32, attention written out"
@@ -80,11 +80,11 @@ class Options:
     layers: int = 2
     """Blocks of GPT-2 small."""
     seq_len: int = 256
-    """Tokens in a window."""
-    windows: int = 4
+    """Tokens in a sequence."""
+    sequences: int = 4
     """In a step."""
     micro_batch: int = 1
-    """Windows in a forward pass, at first."""
+    """Sequences in a forward pass, at first."""
     larger: int = 4
     """And from the row "larger micro-batch" on."""
     vocab_size: int = 50_257
@@ -114,7 +114,7 @@ def setups(without: Sequence[str]) -> dict[str, Setup]:
 
 
 def config_of(options: Options, setup: Setup, folder: Path) -> Config:
-    config = configured(folder, preset="gpt2-small", windows=options.windows, vocab_size=options.vocab_size)
+    config = configured(folder, preset="gpt2-small", sequences=options.sequences, vocab_size=options.vocab_size)
     model = replace(
         NAMED_SHAPES["gpt2-small"],
         num_layers=options.layers,
@@ -125,7 +125,7 @@ def config_of(options: Options, setup: Setup, folder: Path) -> Config:
     )
     train = TrainConfig(
         seq_len=options.seq_len,
-        batch_tokens=options.windows * options.seq_len,
+        batch_tokens=options.sequences * options.seq_len,
         micro_batch=options.larger if setup.is_larger else options.micro_batch,
         dtype=setup.dtype,
         compile=setup.compile,
@@ -138,18 +138,18 @@ def config_of(options: Options, setup: Setup, folder: Path) -> Config:
     return config
 
 
-def make_step(config: Config, setup: Setup, mesh: Mesh, closing: contextlib.ExitStack) -> Callable[[], None]:
+def make_step(config: Config, setup: Setup, group: ProcessGroup, closing: contextlib.ExitStack) -> Callable[[], None]:
     """A step as a short script has it: read, forward, backward, clip, AdamW."""
-    objective = build_objective(config, agree_on_layout(config, mesh), mesh)
+    loss_model = build_loss_model(config, agree_on_parallel_plan(config, group), group)
     optimizer = torch.optim.AdamW(
-        objective.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=setup.fused_adamw
+        loss_model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=setup.fused_adamw
     )
-    plan = plan_batches(config, mesh.world)
-    windows = Windows(open_split(config.data.dir, "train"), config.train.seq_len, config.seed)
-    ahead = Prefetcher(windows, plan, rank=0, device=mesh.device) if setup.prefetch else None
+    plan = plan_batches(config, group.world)
+    sequences = TrainingSequences(open_split(config.data.dir, "train"), config.train.seq_len, config.seed)
+    ahead = Prefetcher(sequences, plan, rank=0, device=group.device) if setup.prefetch else None
     if ahead is not None:
         closing.callback(ahead.close)
-    scale = torch.full((), 1 / config.train.batch_tokens, device=mesh.device)
+    scale = torch.full((), 1 / config.train.batch_tokens, device=group.device)
     position = 0
 
     def step() -> None:
@@ -157,12 +157,12 @@ def make_step(config: Config, setup: Setup, mesh: Mesh, closing: contextlib.Exit
         if ahead is not None:
             batches = ahead.take(position)
         else:
-            pairs = windows.micro_batches(position, plan, rank=0)
-            batches = [(inputs.to(mesh.device), targets.to(mesh.device)) for inputs, targets in pairs]
-        position += plan.windows
+            pairs = sequences.micro_batches(position, plan, rank=0)
+            batches = [(inputs.to(group.device), targets.to(group.device)) for inputs, targets in pairs]
+        position += plan.sequences
         for inputs_BT, targets_BT in batches:
-            objective(inputs_BT, targets_BT, scale)[0].backward()
-        torch.nn.utils.clip_grad_norm_(objective.parameters(), 1.0)
+            loss_model(inputs_BT, targets_BT, scale)[0].backward()
+        torch.nn.utils.clip_grad_norm_(loss_model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -172,12 +172,12 @@ def make_step(config: Config, setup: Setup, mesh: Mesh, closing: contextlib.Exit
 def measure(options: Options, setup: Setup, folder: Path) -> dict[str, Any]:
     """Seconds of a step, block by block, and the peak's bytes."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    mesh, config = Mesh(0, 1, device), config_of(options, setup, folder)
+    group, config = ProcessGroup(0, 1, device), config_of(options, setup, folder)
     set_numerics(config.train, device)
     gc.collect()
     before = begin_peak(device)
     with contextlib.ExitStack() as closing:
-        step = make_step(config, setup, mesh, closing)
+        step = make_step(config, setup, group, closing)
         step()  # compiles, and makes the optimizer's state
         begin_peak(device)
         seconds = [timed(step, options.block, device) for _ in range(options.blocks)]
@@ -232,13 +232,13 @@ def line_of(name: str, found: dict[str, Any], above: dict[str, Any], first: dict
 def main(args: list[str] | None = None) -> None:
     with one_line_errors("bench_speedups"):
         options = tyro.cli(Options, args=args, description=__doc__)
-        for flag in ("layers", "seq_len", "windows", "micro_batch", "larger", "blocks", "block"):
+        for flag in ("layers", "seq_len", "sequences", "micro_batch", "larger", "blocks", "block"):
             if getattr(options, flag) < 1:
                 raise InputError(f"--{flag.replace('_', '-')} {getattr(options, flag)} must be at least 1")
         for flag in ("micro_batch", "larger"):
-            if options.windows % getattr(options, flag):
+            if options.sequences % getattr(options, flag):
                 name = flag.replace("_", "-")
-                raise InputError(f"--{name} {getattr(options, flag)} must divide --windows {options.windows}")
+                raise InputError(f"--{name} {getattr(options, flag)} must divide --sequences {options.sequences}")
         rows = setups(options.without)
         if options.row is not None:
             give_memory_back_at_once()
@@ -259,7 +259,7 @@ def main(args: list[str] | None = None) -> None:
             "torch": torch.__version__,
             "layers": options.layers,
             "seq_len": options.seq_len,
-            "windows": options.windows,
+            "sequences": options.sequences,
         }
         print(json.dumps(conditions | {"rows": measured}))
 

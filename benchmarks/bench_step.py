@@ -1,7 +1,7 @@
 """Our training step against a bare loop of the same model, in one process.
 
     python benchmarks/bench_step.py                                        # a minute and a half on 2 CPU cores
-    python benchmarks/bench_step.py --preset gpt2-small --windows 64 --vocab-size 50257      # on a GPU
+    python benchmarks/bench_step.py --preset gpt2-small --sequences 64 --vocab-size 50257      # on a GPU
 
 The two run in turn, in blocks of steps after a warm-up, and the bare loop runs twice in each round: its ratio to
 itself (the A/A control) tells how far the machine can be trusted. Last line: JSON. Expect the 95 % interval of
@@ -22,9 +22,9 @@ if not __package__:
 import tyro
 
 from benchmarks.steps import bare_step, compare, conditions, configured, opened_run
-from data_prep.errors import InputError, one_line_errors
+from common.errors import InputError, one_line_errors
 from train.config import Config, ParallelConfig
-from train.mesh import Mesh, open_mesh
+from train.processes.group import ProcessGroup, open_process_group
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class Options:
 
     preset: str = "quickstart"
     """Model, batch and precision to time."""
-    windows: int = 32
-    """Windows per step (a micro-batch is at most the preset's)."""
+    sequences: int = 32
+    """Sequences per step (a micro-batch is at most the preset's)."""
     vocab_size: int = 256
     """The model's vocabulary. The tokens that are read are bytes, whatever it is."""
     loss: Literal["plain", "chunked"] = "plain"
@@ -45,12 +45,12 @@ class Options:
     """Steps timed together."""
 
 
-def measure(options: Options, config: Config, mesh: Mesh) -> dict[str, object]:
-    with opened_run(config, mesh) as (run, ours):
-        bare = bare_step(run.config, run.layout, mesh)
-        found = compare(ours, bare, rounds=options.rounds, block=options.block, mesh=mesh)
+def measure(options: Options, config: Config, group: ProcessGroup) -> dict[str, object]:
+    with opened_run(config, group) as (run, ours):
+        bare = bare_step(run.config, run.parallel_plan, group)
+        found = compare(ours, bare, rounds=options.rounds, block=options.block, group=group)
     print(f"bare {found['bare_step_ms']:.2f} ms, ours {found['ours_step_ms']:.2f} ms per step")
-    return conditions(config, mesh) | found
+    return conditions(config, group) | found
 
 
 def main(args: list[str] | None = None) -> None:
@@ -58,15 +58,15 @@ def main(args: list[str] | None = None) -> None:
         options = tyro.cli(Options, args=args, description=__doc__)
         with (
             tempfile.TemporaryDirectory() as own,
-            open_mesh(ParallelConfig.init_timeout_seconds, Path(own)) as mesh,
+            open_process_group(ParallelConfig.init_timeout_seconds, Path(own)) as group,
         ):
-            if mesh.world > 1:
-                raise InputError(f"{mesh.world} processes: this times one; benchmarks/bench_parallel.py times several")
+            if group.world > 1:
+                raise InputError(f"{group.world} processes: this times one; benchmarks/bench_parallel.py times several")
             config = configured(
-                Path(own), preset=options.preset, windows=options.windows, vocab_size=options.vocab_size
+                Path(own), preset=options.preset, sequences=options.sequences, vocab_size=options.vocab_size
             )
             config = dataclasses.replace(config, train=dataclasses.replace(config.train, loss=options.loss))
-            print(json.dumps(measure(options, config, mesh)))
+            print(json.dumps(measure(options, config, group)))
 
 
 if __name__ == "__main__":

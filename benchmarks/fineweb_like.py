@@ -30,8 +30,8 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import tyro
 
-from data_prep.errors import InputError, one_line_errors
-from data_prep.python_docs import docstrings, topics
+from common.errors import InputError, one_line_errors
+from data_prep.pipeline.python_docs import docstrings, topics
 
 MB = 10**6
 MEAN_BYTES = 4_860  # sample-10BT: 47 GB of text in 9.67 million pages

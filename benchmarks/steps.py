@@ -16,29 +16,29 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
-from data_prep.errors import InputError
+from common.errors import InputError
 from data_prep.manifest import read_manifest
 from data_prep.textfiles import Options as TextOptions
 from data_prep.textfiles import prepare
 from model.gpt import GPT, build_model
-from train.assemble import assemble
-from train.batches import plan_batches
 from train.config import Config, DataConfig, SampleConfig, TrackConfig, resolve, with_vocabulary
-from train.layout import Layout, agree_on_layout
+from train.data import plan_batches
+from train.guards.watchdog import Watchdog
 from train.loop import Run, garbage_collected_by_hand, record, take_step, warm_up
-from train.mesh import Mesh
-from train.meters import Startup
-from train.numerics import compute_dtype, set_numerics
+from train.metrics.meters import Startup
+from train.parallel.plan import ParallelPlan, agree_on_parallel_plan
+from train.parallel.precision import compute_dtype, set_numerics
 from train.presets import PRESETS
-from train.run_dir import RunDirectory
-from train.stops import Stops
-from train.watchdog import Watchdog
+from train.processes.group import ProcessGroup
+from train.processes.stop_requests import StopRequests
+from train.run.directory import RunDirectory
+from train.setup import assemble
 
 Step = Callable[[], None]
 
 
-def configured(folder: Path, *, preset: str, windows: int, vocab_size: int) -> Config:
-    """The preset on generated text of its own, with so many windows in a step."""
+def configured(folder: Path, *, preset: str, sequences: int, vocab_size: int) -> Config:
+    """The preset on generated text of its own, with so many sequences in a step."""
     if vocab_size < 256:
         raise InputError(f"--vocab-size {vocab_size} must be at least 256: the text is read as bytes")
     if preset not in PRESETS:
@@ -51,7 +51,7 @@ def configured(folder: Path, *, preset: str, windows: int, vocab_size: int) -> C
         config,
         run_dir=folder / "run",
         data=DataConfig(folder / "data"),
-        train=dataclasses.replace(config.train, batch_tokens=windows * config.train.seq_len, steps=10**6),
+        train=dataclasses.replace(config.train, batch_tokens=sequences * config.train.seq_len, steps=10**6),
         sample=SampleConfig(every=None),
         track=TrackConfig(wandb="disabled"),
     )
@@ -59,21 +59,23 @@ def configured(folder: Path, *, preset: str, windows: int, vocab_size: int) -> C
 
 
 @contextlib.contextmanager
-def opened_run(config: Config, mesh: Mesh) -> Iterator[tuple[Run, Step]]:
+def opened_run(config: Config, group: ProcessGroup) -> Iterator[tuple[Run, Step]]:
     """A run as train/main.py puts it together, warmed up, and its step. Collective; it saves only when told to."""
     gc.collect()  # the models of the run before are full of cycles
     torch.compiler.reset()  # what it compiled counts towards Dynamo's limit of recompilations
-    if mesh.device.type == "cuda":
+    if group.device.type == "cuda":
         torch.cuda.empty_cache()
-    manifest, layout = read_manifest(config.data.dir), agree_on_layout(config, mesh)
-    set_numerics(config.train, mesh.device)
+    manifest, parallel_plan = read_manifest(config.data.dir), agree_on_parallel_plan(config, group)
+    set_numerics(config.train, group.device)
     with (
-        Stops(config.directory, is_main=mesh.is_main) as stops,
-        RunDirectory(config, manifest.fingerprint, mesh) as directory,
-        Watchdog(config.parallel, mesh, directory) as watchdog,
+        StopRequests(config.directory, is_main=group.is_main) as stop_requests,
+        RunDirectory(config, manifest.fingerprint, group) as directory,
+        Watchdog(config.parallel, group, directory) as watchdog,
     ):
-        run = assemble(config, mesh, layout, manifest, directory, stops, watchdog, Startup(time.perf_counter()))
-        with contextlib.closing(run.batches), run.saver, run.sinks, garbage_collected_by_hand() as collect:
+        run = assemble(
+            config, group, parallel_plan, manifest, directory, stop_requests, watchdog, Startup(time.perf_counter())
+        )
+        with contextlib.closing(run.batches), run.checkpoint_writer, run.logger, garbage_collected_by_hand() as collect:
             warm_up(run)
             run.meters.start()
             yield run, our_step(run, collect)
@@ -96,22 +98,22 @@ def our_step(run: Run, collect: Callable[[int], int]) -> Step:
     return step
 
 
-def bare_step(config: Config, layout: Layout, mesh: Mesh) -> Step:
+def bare_step(config: Config, parallel_plan: ParallelPlan, group: ProcessGroup) -> Step:
     """A step of a loop without anything of ours around the model: forward, backward, clip, AdamW, on fixed tokens.
 
     It is spread as `layout` says, in as few lines as torch needs, and communicates what ours does.
     """
-    plain = build_model(config.model, seed=1, device=mesh.device, compute_dtype=compute_dtype(config.train))
+    plain = build_model(config.model, seed=1, device=group.device, compute_dtype=compute_dtype(config.train))
     score = mean_loss
     if config.train.compile:
         for part in plain.compiled_parts:
             part.forward = torch.compile(part.forward)
         score = torch.compile(score)
-    model = bare_spread(plain, layout)
+    model = bare_spread(plain, parallel_plan)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    plan = plan_batches(config, mesh.world)
+    plan = plan_batches(config, group.world)
     shape = (plan.accumulation, plan.micro_batch, config.train.seq_len + 1)
-    tokens = torch.randint(config.model.vocab_size, shape, device=mesh.device)
+    tokens = torch.randint(config.model.vocab_size, shape, device=group.device)
 
     def step() -> None:
         for index, rows in enumerate(tokens):
@@ -120,7 +122,7 @@ def bare_step(config: Config, layout: Layout, mesh: Mesh) -> Step:
                 model.require_backward_grad_sync = is_last
             elif isinstance(model, FSDPModule):
                 model.set_reshard_after_backward(is_last, recurse=False)
-                if layout.whole_gradients:
+                if parallel_plan.whole_gradients:
                     model.set_requires_gradient_sync(is_last)
             loss = score(model(rows[:, :-1]), rows[:, 1:], config.model.vocab_size)
             (loss / len(tokens)).backward()
@@ -135,44 +137,44 @@ def mean_loss(logits_BTV: Tensor, targets_BT: Tensor, vocab_size: int) -> Tensor
     return F.cross_entropy(logits_BTV[..., :vocab_size].float().flatten(0, 1), targets_BT.flatten())
 
 
-def bare_spread(model: GPT, layout: Layout) -> nn.Module:
+def bare_spread(model: GPT, parallel_plan: ParallelPlan) -> nn.Module:
     """DDP; or FSDP2, each block and then the rest, in the dtypes that ours has: the rest in fp32, and the last block
     not freed between its passes."""
-    if layout.mode == "ddp":
+    if parallel_plan.mode == "ddp":
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
-    if layout.mode == "fsdp":
+    if parallel_plan.mode == "fsdp":
         policy = MixedPrecisionPolicy(
             param_dtype=None if model.compute_dtype == torch.float32 else model.compute_dtype,
             reduce_dtype=torch.float32,
         )
         for block in model.blocks:
-            reshard = layout.reshard_after_forward and block is not model.blocks[-1]
+            reshard = parallel_plan.reshard_after_forward and block is not model.blocks[-1]
             fully_shard(block, mp_policy=policy, reshard_after_forward=reshard)
         fully_shard(model, reshard_after_forward=False)
-    assert layout.mode != "hsdp", "no bare loop of it is here"
+    assert parallel_plan.mode != "hsdp", "no bare loop of it is here"
     return model
 
 
-def seconds_of(step: Step, count: int, mesh: Mesh) -> tuple[float, float]:
+def seconds_of(step: Step, count: int, group: ProcessGroup) -> tuple[float, float]:
     """By the clock, and of this process's threads on CPUs."""
-    mesh.barrier()
+    group.barrier()
     started, started_cpu = time.perf_counter(), time.process_time()
     for _ in range(count):
         step()
-    if mesh.device.type == "cuda":
+    if group.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter() - started, time.process_time() - started_cpu
 
 
-def compare(ours: Step, bare: Step, *, rounds: int, block: int, mesh: Mesh) -> dict[str, Any]:
+def compare(ours: Step, bare: Step, *, rounds: int, block: int, group: ProcessGroup) -> dict[str, Any]:
     """Rounds of: bare, ours, bare, each `block` steps, after one of each that is not counted.
 
     bare_over_bare, the A/A control, tells how far the machine can be trusted. The ratio of rank 0's CPU seconds says
     more where others use the same CPUs.
     """
     for step in (ours, bare):
-        seconds_of(step, block, mesh)
-    both = [[seconds_of(step, block, mesh) for step in (bare, ours, bare)] for _ in range(rounds)]
+        seconds_of(step, block, group)
+    both = [[seconds_of(step, block, group) for step in (bare, ours, bare)] for _ in range(rounds)]
     seconds, cpu_seconds = ([[times[clock] for times in times_of_round] for times_of_round in both] for clock in (0, 1))
     return {
         "ours_over_bare": summary([2 * middle / (first + last) for first, middle, last in seconds]),
@@ -196,11 +198,11 @@ def summary(ratios: list[float]) -> dict[str, float]:
     }
 
 
-def conditions(config: Config, mesh: Mesh) -> dict[str, Any]:
+def conditions(config: Config, group: ProcessGroup) -> dict[str, Any]:
     """What a figure depends on, for the JSON line."""
     return {
         "preset": config.preset,
-        "processes": mesh.world,
+        "processes": group.world,
         "vocab_size": config.model.vocab_size,
         "loss": config.train.loss,
         "tokens_per_step": config.train.batch_tokens,

@@ -9,7 +9,7 @@ on held-out text. 32,000 ids from 15 MB of mixed text: 4 to 5 s, 5 to 7 s in all
 (two cores, not alone on them). --trainer reference: 0.7 s for the first, 11 s for the second.
 
 Input is what data_prep/textfiles.py reads: text, .jsonl, .parquet, .gz, folders. All of it is read, and at most
---sample-bytes of it, spread over all documents, are trained on (data_prep/text_sample.py); a small part that is never
+--sample-bytes of it, spread over all documents, are trained on (pipeline/text_sample.py); a small part that is never
 trained on measures bytes per token and speed.
 
 The vocabulary is the 256 bytes in GPT-2's order, then the merges, then EOT, the last id, which text never becomes.
@@ -42,16 +42,16 @@ if not __package__:
 
 import tyro
 
+from common.errors import InputError, one_line_errors
+from common.files import write_json_atomically
 from data_prep import bpe_reference
-from data_prep.atomic import write_json_atomically
-from data_prep.codec import BYTE_ORDER, EOT, FOLDER, GPT2_PATTERN, BpeCodec, Codec, load_codec
-from data_prep.encode import describe_file
-from data_prep.errors import InputError, one_line_errors
+from data_prep.pipeline.encode import describe_file
+from data_prep.pipeline.partial_dir import put_in_place, unfinished_directory
+from data_prep.pipeline.sources import InputFile, Reading, file_state, find_files
+from data_prep.pipeline.text_sample import HELD_OUT_BYTES, RULE, Drawn, draw, pieces, read_texts, spread
+from data_prep.pipeline.workers import Progress
 from data_prep.shards import MAX_VOCAB_SIZE
-from data_prep.sources import InputFile, Reading, file_state, find_files
-from data_prep.text_sample import HELD_OUT_BYTES, RULE, Drawn, draw, pieces, read_texts, spread
-from data_prep.unfinished import put_in_place, unfinished_directory
-from data_prep.workers import Progress
+from data_prep.tokenizer import BYTE_ORDER, EOT, FOLDER, GPT2_PATTERN, BpeTokenizer, Tokenizer, load_tokenizer
 
 RECORD_FILE = "training.json"
 # Gao et al. 2020, arXiv:2101.00027, table 1: 825.18 GiB of text.
@@ -90,15 +90,16 @@ class Options:
 def train_by_tokenizers(texts: Iterable[str], num_tokens: int) -> Any:
     """A Hugging Face tokenizers.Tokenizer whose ids are ours: bytes in GPT-2's order, then merges."""
     try:
-        from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
+        from tokenizers import Regex, models, pre_tokenizers, trainers
+        from tokenizers import Tokenizer as HfTokenizer
     except ImportError as error:
         raise InputError(
             "--trainer tokenizers needs Hugging Face tokenizers: pip install -e '.[bpe]'; or use --trainer reference"
         ) from error
-    tokenizer = Tokenizer(models.BPE())
+    hf_tokenizer = HfTokenizer(models.BPE())
     words = pre_tokenizers.Split(Regex(GPT2_PATTERN), behavior="isolated")
     as_characters = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, as_characters])
+    hf_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, as_characters])
     trainer = trainers.BpeTrainer(
         vocab_size=num_tokens,
         min_frequency=1,
@@ -106,13 +107,13 @@ def train_by_tokenizers(texts: Iterable[str], num_tokens: int) -> Any:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(texts, trainer=trainer)
-    return tokenizer
+    hf_tokenizer.train_from_iterator(texts, trainer=trainer)
+    return hf_tokenizer
 
 
-def tokens_of(tokenizer: Any) -> list[bytes]:
+def tokens_of(hf_tokenizer: Any) -> list[bytes]:
     """The bytes of every id of a byte-level Hugging Face tokenizer, whose vocabulary shows a byte as a character."""
-    vocabulary = tokenizer.get_vocab()
+    vocabulary = hf_tokenizer.get_vocab()
     alphabet = sorted(token for token in vocabulary if len(token) == 1)  # which is GPT-2's order of the bytes
     byte_of = dict(zip(alphabet, BYTE_ORDER, strict=True))
     return [
@@ -120,7 +121,7 @@ def tokens_of(tokenizer: Any) -> list[bytes]:
     ]
 
 
-def train(sample: list[bytes], options: Options) -> BpeCodec:
+def train(sample: list[bytes], options: Options) -> BpeTokenizer:
     """The trained codec. InputError if the sample holds too few different pairs for the vocabulary."""
     texts = pieces(sample)
     num_tokens = options.vocab_size - 1  # without EOT
@@ -137,7 +138,7 @@ def train(sample: list[bytes], options: Options) -> BpeCodec:
         )
     ranks = {token: rank for rank, token in enumerate(tokens)}
     assert len(ranks) == num_tokens  # no two merges have the same bytes: see above
-    return BpeCodec(ranks, name=options.out.name)
+    return BpeTokenizer(ranks, name=options.out.name)
 
 
 def print_seconds(seconds: dict[str, float]) -> None:
@@ -146,18 +147,18 @@ def print_seconds(seconds: dict[str, float]) -> None:
         print(f"  reference: {stage:22} {spent:8.2f} s  {spent / total:4.0%}")
 
 
-def count_tokens(codec: Codec, documents: list[bytes]) -> int:
-    return sum(len(codec.encode(text)) for text in pieces(documents))
+def count_tokens(tokenizer: Tokenizer, documents: list[bytes]) -> int:
+    return sum(len(tokenizer.encode(text)) for text in pieces(documents))
 
 
-def measure_speed(codec: Codec, documents: list[bytes]) -> float:
+def measure_speed(tokenizer: Tokenizer, documents: list[bytes]) -> float:
     """Bytes per second of one core: the median of as many passes as TIMED_SECONDS hold, after `count_tokens`' one."""
     texts = list(pieces(documents))
     passes: list[float] = []
     while sum(passes) < TIMED_SECONDS:
         started = time.perf_counter()
         for text in texts:
-            codec.encode(text)
+            tokenizer.encode(text)
         passes.append(time.perf_counter() - started)
     return sum(map(len, documents)) / statistics.median(passes)
 
@@ -185,7 +186,7 @@ def check_options(options: Options) -> None:
 
 
 def made_of(options: Options, described: list[dict[str, Any]]) -> dict[str, Any]:
-    """The part of training.json that decides the tokenizer."""
+    """The part of training.json that decides the hf_tokenizer."""
     names = ("vocab_size", "trainer", "sample_bytes", "split_documents_on", "text_column")
     return {"inputs": described, "options": {name: getattr(options, name) for name in names}}
 
@@ -216,7 +217,7 @@ def check_existing(options: Options, wanted: dict[str, Any]) -> dict[str, Any] |
             "replace it with --overwrite"
         )
     try:
-        found = load_codec(options.out).describe()
+        found = load_tokenizer(options.out).describe()
     except InputError as error:
         raise InputError(f"--out {options.out}: {error}; --overwrite makes it anew") from error
     if found != tokenizer:
@@ -224,12 +225,12 @@ def check_existing(options: Options, wanted: dict[str, Any]) -> dict[str, Any] |
     return record
 
 
-def save(codec: Codec, record: dict[str, Any], options: Options) -> None:
+def save(tokenizer: Tokenizer, record: dict[str, Any], options: Options) -> None:
     """All files of the tokenizer under their final name, at once."""
     with unfinished_directory(options.out) as partial:
         if check_existing(options, record) is not None:
             raise InputError(f"--out {options.out}: another process has made it meanwhile")
-        codec.save(partial)
+        tokenizer.save(partial)
         for path in (partial / FOLDER).iterdir():
             path.rename(partial / path.name)
         (partial / FOLDER).rmdir()
@@ -245,10 +246,10 @@ def make(options: Options, drawn: Drawn, wanted: dict[str, Any], read_seconds: f
         f"trained on {sample_bytes:,} bytes, {len(drawn.sample):,} documents"
     )
     started = time.perf_counter()
-    codec = train(drawn.sample, options)
+    tokenizer = train(drawn.sample, options)
     print(f"  train     {time.perf_counter() - started:.2f} s, peak memory {peak_bytes() / 1e9:.2f} GB")
-    num_tokens = count_tokens(codec, drawn.held_out)
-    rate = measure_speed(codec, drawn.held_out)
+    num_tokens = count_tokens(tokenizer, drawn.held_out)
+    rate = measure_speed(tokenizer, drawn.held_out)
     hours = PILE_BYTES / rate / 3600
     print(
         f"  encode    {rate / 1e6:.1f} MB/s on one core; The Pile (825.18 GiB) would take {hours:.1f} hours on one "
@@ -259,14 +260,14 @@ def make(options: Options, drawn: Drawn, wanted: dict[str, Any], read_seconds: f
         "read": {"documents": drawn.documents, "bytes": drawn.num_bytes},
         "sample": {"rule": RULE, "documents": len(drawn.sample), "bytes": sample_bytes},
         "held_out": {"documents": len(drawn.held_out), "bytes": held_out_bytes, "tokens": num_tokens},
-        "merges": codec.vocab_size - 257,
-        "tokenizer": codec.describe(),
+        "merges": tokenizer.vocab_size - 257,
+        "tokenizer": tokenizer.describe(),
     }
-    save(codec, record, options)
+    save(tokenizer, record, options)
     return record
 
 
-def prepare(options: Options) -> BpeCodec:
+def prepare(options: Options) -> BpeTokenizer:
     """The whole command: the tokenizer that is there if it is of exactly this, else made now; what there is to tell."""
     check_options(options)
     if options.out.is_symlink():  # what it points to is made or replaced, not the link
@@ -292,13 +293,13 @@ def prepare(options: Options) -> BpeCodec:
             raise InputError("a file of --input changed while it was read; run the same command again")
         warn_of_marks(drawn.eot_marks, reading)
         record = make(options, drawn, wanted, time.perf_counter() - started)
-    codec = load_codec(options.out)
-    assert isinstance(codec, BpeCodec)
-    print(f"  longest   {longest_tokens(codec)}")
+    tokenizer = load_tokenizer(options.out)
+    assert isinstance(tokenizer, BpeTokenizer)
+    print(f"  longest   {longest_tokens(tokenizer)}")
     print(compression("held out", record["held_out"]["bytes"], record["held_out"]["tokens"]))
     for name, documents in compared.items():
-        print(compression("compare", sum(map(len, documents)), count_tokens(codec, documents)), f"of {name}")
-    return codec
+        print(compression("compare", sum(map(len, documents)), count_tokens(tokenizer, documents)), f"of {name}")
+    return tokenizer
 
 
 def warn_of_no_effect(reading: Reading, files: list[InputFile]) -> None:
@@ -324,11 +325,11 @@ def sample_of(name: str, files: list[InputFile], reading: Reading) -> list[bytes
     return documents
 
 
-def longest_tokens(codec: BpeCodec) -> str:
+def longest_tokens(tokenizer: BpeTokenizer) -> str:
     """The NUM_LONGEST longest, in bytes, the earlier learnt first; none is shown at more than 40 characters."""
-    lengths = codec.byte_lengths()
-    longest = sorted(range(codec.vocab_size), key=lambda index: (-lengths[index], index))[:NUM_LONGEST]
-    texts = [codec.decode_bytes([index]).decode("utf-8", "replace") for index in longest]
+    lengths = tokenizer.byte_lengths()
+    longest = sorted(range(tokenizer.vocab_size), key=lambda index: (-lengths[index], index))[:NUM_LONGEST]
+    texts = [tokenizer.decode_bytes([index]).decode("utf-8", "replace") for index in longest]
     return " ".join(repr(text if len(text) <= 40 else f"{text[:37]}...") for text in texts)
 
 

@@ -20,20 +20,20 @@ from dataclasses import dataclass
 
 import regex
 
-from data_prep.codec import BYTE_ORDER, GPT2_PATTERN
+from data_prep.tokenizer import BYTE_ORDER, GPT2_PATTERN
 
 WORD = regex.compile(GPT2_PATTERN)
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedModel:
     """tokens: the bytes of every id, 256 of them single. seconds: where the time went, by stage."""
 
     tokens: list[bytes]
     seconds: dict[str, float]
 
 
-def train(texts: Iterable[str], num_tokens: int) -> Trained:
+def train(texts: Iterable[str], num_tokens: int) -> TrainedModel:
     """Byte pairs learnt from `texts`, at most num_tokens <= 65,536 of them; fewer where no word has a pair left."""
     clock = _Clock()
     word_counts = count_words(texts, clock)
@@ -67,7 +67,7 @@ def train(texts: Iterable[str], num_tokens: int) -> Trained:
         for neighbours in made:
             heapq.heappush(heap, (-pair_counts[neighbours], neighbours))
     clock.lap("merging")
-    return Trained(tokens, clock.seconds)
+    return TrainedModel(tokens, clock.seconds)
 
 
 def count_words(texts: Iterable[str], clock: "_Clock") -> Counter[str]:

@@ -36,10 +36,7 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data_prep import hub
-from data_prep.codec import Codec, load_codec, make_codec
-from data_prep.encode import EncodeTask, Part, describe_file, hash_of, make_parts, read_part
-from data_prep.errors import InputError, one_line_errors
+from common.errors import InputError, one_line_errors
 from data_prep.fineweb_plan import (
     Options,
     byte_options,
@@ -55,13 +52,16 @@ from data_prep.fineweb_plan import (
     units_of,
 )
 from data_prep.fineweb_report import dry_run, report
-from data_prep.hub import HubListing
+from data_prep.hub import files as hub
+from data_prep.hub.files import HubListing
 from data_prep.manifest import Manifest, read_manifest
-from data_prep.pack import documents_in_order, pack_split
-from data_prep.selection import Rules, Selection, select
-from data_prep.sources import FileState, InputFile, Unit, file_state
-from data_prep.unfinished import PARTS, existing_data, free_other_parts, put_in_place, unfinished_directory
-from data_prep.workers import Progress, Workers, available_cores
+from data_prep.pipeline.encode import EncodeTask, Part, describe_file, hash_of, make_parts, read_part
+from data_prep.pipeline.pack import documents_in_order, pack_split
+from data_prep.pipeline.partial_dir import PARTS, existing_data, free_other_parts, put_in_place, unfinished_directory
+from data_prep.pipeline.selection import Rules, Selection, select
+from data_prep.pipeline.sources import FileState, InputFile, Unit, file_state
+from data_prep.pipeline.workers import Progress, Workers, available_cores
+from data_prep.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Job:
     """
 
     options: Options
-    codec: Codec
+    tokenizer: Tokenizer
     partial: Path
     listing: HubListing | None
     known: dict[InputFile, tuple[dict[str, Any], FileState]] = field(default_factory=dict)
@@ -113,11 +113,18 @@ class Job:
 
     def tasks(self, units: list[Unit]) -> list[EncodeTask]:
         """One for each unit, whose files are known."""
-        tokenizer = hash_of(self.codec.describe())
+        tokenizer_hash = hash_of(self.tokenizer.describe())
         parts = self.partial / PARTS
         return [
             EncodeTask(
-                unit, self.options.reading, described["sha256"], state, parts, tokenizer, parts, self.options.backend
+                unit,
+                self.options.reading,
+                described["sha256"],
+                state,
+                parts,
+                tokenizer_hash,
+                parts,
+                self.options.backend,
             )
             for unit in units
             for described, state in [self.known[unit.file]]
@@ -128,11 +135,11 @@ def tokenize(job: Job) -> tuple[list[EncodeTask], list[Part]]:
     """This task's share of the parts."""
     options = job.options
     files = job.files()
-    keep_plan(job.partial, part_options(options, files, job.codec), replace=options.stage == "all")
+    keep_plan(job.partial, part_options(options, files, job.tokenizer), replace=options.stage == "all")
     index, count = share(options)
     units = units_of(files, options)
     units = units[len(units) * index // count : len(units) * (index + 1) // count]
-    job.codec.save(job.partial / PARTS)
+    job.tokenizer.save(job.partial / PARTS)
     warn_of_disk(job, units)
     with job.workers(len(units)) as workers:
         job.describe(list(dict.fromkeys(unit.file for unit in units)), workers)
@@ -157,7 +164,7 @@ def warn_of_disk(job: Job, units: list[Unit]) -> None:
 def finished_parts(job: Job) -> tuple[list[EncodeTask], list[Part]]:
     """Every part, made by whichever task."""
     files = job.files()
-    keep_plan(job.partial, part_options(job.options, files, job.codec), replace=False)
+    keep_plan(job.partial, part_options(job.options, files, job.tokenizer), replace=False)
     units = units_of(files, job.options)
     progress = Progress("check parts", sum(unit.num_bytes for unit in units))
     found: dict[int, Part] = {}
@@ -183,7 +190,7 @@ def read_finished(task: EncodeTask) -> Part | None:
 
 def pack(job: Job, tasks: list[EncodeTask], parts: list[Part]) -> Manifest:
     """All parts -> the data directory, in its place."""
-    options, codec, partial = job.options, job.codec, job.partial
+    options, tokenizer, partial = job.options, job.tokenizer, job.partial
     free_other_parts(partial, {task.stem for task in tasks})
     order = partial / "order"
     order.mkdir()
@@ -194,7 +201,7 @@ def pack(job: Job, tasks: list[EncodeTask], parts: list[Part]) -> Manifest:
             name,
             documents_in_order(chosen, parts),
             num_tokens=chosen.tokens,
-            codec=codec,
+            tokenizer=tokenizer,
             shard_tokens=options.shard_tokens,
         )
         for name, chosen in (("train", selection.train), ("val", selection.val))
@@ -207,8 +214,8 @@ def pack(job: Job, tasks: list[EncodeTask], parts: list[Part]) -> Manifest:
         "files": [job.known[file][0] for file in files],
         "documents": counts(tasks, parts, selection),
     }
-    codec.save(partial)
-    manifest = Manifest(source, byte_options(options), codec.describe(), splits)
+    tokenizer.save(partial)
+    manifest = Manifest(source, byte_options(options), tokenizer.describe(), splits)
     manifest.write(partial)
     put_in_place(partial, options.directory)
     kept = selection.train.tokens + selection.val.tokens
@@ -254,7 +261,7 @@ def verify(options: Options) -> None:
     from data_prep.verify import faults_of  # which imports tyro, and workers import this module
 
     directory = options.directory
-    faults = faults_of(directory, read_manifest(directory), load_codec(directory))
+    faults = faults_of(directory, read_manifest(directory), load_tokenizer(directory))
     if faults:
         raise InputError(f"{len(faults)} faults: {faults[0]}; prepare it again with --overwrite")
     print(f"fineweb: {directory}: sound")
@@ -306,13 +313,13 @@ def is_same_request(options: Options, source: dict[str, Any]) -> bool:
         return source["files"] == [described for _, described in sorted(workers.run(describe_file, files))]
 
 
-def finished(options: Options, codec: Codec) -> Manifest | None:
+def finished(options: Options, tokenizer: Tokenizer) -> Manifest | None:
     """The manifest of exactly this in --out, if it is there; InputError if something else is, unless --overwrite."""
     return existing_data(
         options.directory,
         lambda source: is_same_request(options, source),
         byte_options(options),
-        codec,
+        tokenizer,
         overwrite=options.overwrite,
     )
 
@@ -325,17 +332,17 @@ def prepare(options: Options) -> None:
     share(options)
     if stage == "verify":
         return verify(options)
-    codec = make_codec(options.tokenizer, "")
+    tokenizer = make_tokenizer(options.tokenizer, "")
     if options.dry_run:
-        return dry_run(options, codec)
-    if finished(options, codec) is not None:
+        return dry_run(options, tokenizer)
+    if finished(options, tokenizer) is not None:
         print(f"{directory}: already complete, nothing to do")
         return None
     with unfinished_directory(directory, shared=stage in ("download", "tokenize")) as partial:
-        if finished(options, codec) is not None:
+        if finished(options, tokenizer) is not None:
             raise InputError(f"--out {directory}: another process has made it meanwhile")
         listing = keep_listing(partial, options) if options.source == "hub" else None
-        job = Job(options, codec, partial, listing)
+        job = Job(options, tokenizer, partial, listing)
         if stage in ("all", "download"):
             if listing is not None:
                 hub.download(listing, needed(listing, options), downloads_of(options, listing))

@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data_prep import hub
-from data_prep.atomic import write_json_atomically
-from data_prep.codec import Codec
-from data_prep.encode import Backend, hash_of
-from data_prep.errors import InputError
-from data_prep.hub import HubFile, HubListing
-from data_prep.selection import Split
-from data_prep.sources import InputFile, Reading, Unit, plan_units
-from data_prep.unfinished import KEPT, PARTS, differences
+from common.errors import InputError
+from common.files import write_json_atomically
+from data_prep.hub import files as hub
+from data_prep.hub.files import HubFile, HubListing
+from data_prep.pipeline.encode import Backend, hash_of
+from data_prep.pipeline.partial_dir import KEPT, PARTS, differences
+from data_prep.pipeline.selection import Split
+from data_prep.pipeline.sources import InputFile, Reading, Unit, plan_units
+from data_prep.tokenizer import Tokenizer
 
 PLAN, LISTING = KEPT
 ARRAY_VARIABLES = ("ID", "COUNT", "MIN", "MAX")
@@ -122,13 +122,13 @@ def request(options: Options, files: Sequence[InputFile] = ()) -> dict[str, Any]
     return {"data_files": [[file.name, Path(file.path).stat().st_size] for file in files]}
 
 
-def part_options(options: Options, files: Sequence[InputFile], codec: Codec) -> dict[str, Any]:
+def part_options(options: Options, files: Sequence[InputFile], tokenizer: Tokenizer) -> dict[str, Any]:
     """What all tasks with one --out must have alike, since parts depend on it."""
-    tokenizer = codec.describe()
+    description = tokenizer.describe()
     return request(options, files) | {
         "max_tokens": options.max_tokens,
         "text_column": options.text_column,
-        "tokenizer": f"{tokenizer.get('name', tokenizer['kind'])} ({hash_of(tokenizer)[:8]})",
+        "tokenizer": f"{description.get('name', description['kind'])} ({hash_of(description)[:8]})",
         "backend": options.backend,
     }
 

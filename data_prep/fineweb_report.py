@@ -6,10 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from data_prep import hub, python_docs
-from data_prep.codec import FOLDER, RANKS_FILE, Codec
-from data_prep.encode import HASH_BYTES, encoder
-from data_prep.errors import InputError
+from common.errors import InputError
 from data_prep.fineweb_plan import (
     BYTES_FOR_A_TOKEN,
     UNIT_BYTES,
@@ -20,11 +17,15 @@ from data_prep.fineweb_plan import (
     needed,
     units_of,
 )
-from data_prep.giga import GigaEncoder
+from data_prep.hub import files as hub
 from data_prep.manifest import Manifest
-from data_prep.selection import RECORD
-from data_prep.sources import Document, InputFile, read_documents
-from data_prep.workers import available_cores, clock
+from data_prep.pipeline import python_docs
+from data_prep.pipeline.encode import HASH_BYTES, encoder
+from data_prep.pipeline.gigatoken_encoder import GigaEncoder
+from data_prep.pipeline.selection import RECORD
+from data_prep.pipeline.sources import Document, InputFile, read_documents
+from data_prep.pipeline.workers import available_cores, clock
+from data_prep.tokenizer import FOLDER, RANKS_FILE, Tokenizer
 
 SAMPLE_CHARACTERS = 2**21
 # sample-10BT: 28.5 GB of parquet are 9.67 million pages and about 10e9 of GPT-2's tokens, by its page on the Hub, each
@@ -34,7 +35,7 @@ GPT2_BYTES_PER_TOKEN = 4.7
 TOKENS_PER_DOCUMENT = 1_000
 
 
-def dry_run(options: Options, codec: Codec) -> None:
+def dry_run(options: Options, tokenizer: Tokenizer) -> None:
     """Print files, bytes, disk and time, and write nothing. The Hub is asked for its list of files."""
     files, num_bytes, missing_bytes = _input(options)
     is_here = not missing_bytes
@@ -44,7 +45,7 @@ def dry_run(options: Options, codec: Codec) -> None:
         sample = _take(text for unit in units[:1] for _, text in read_documents(unit, options.reading))
     else:
         sample = [python_docs.topics()]
-    rate, bytes_per_token = _measure(options, codec, sample)
+    rate, bytes_per_token = _measure(options, tokenizer, sample)
     if not is_here:
         text_bytes = int(num_bytes * TEXT_PER_PARQUET_BYTE)
         bytes_per_token = GPT2_BYTES_PER_TOKEN if options.tokenizer == "gpt2" else bytes_per_token
@@ -96,15 +97,15 @@ def _take(texts: Iterator[str]) -> list[str]:
     return some
 
 
-def _measure(options: Options, codec: Codec, texts: list[str]) -> tuple[float, float]:
+def _measure(options: Options, tokenizer: Tokenizer, texts: list[str]) -> tuple[float, float]:
     """(bytes of text per second in one process, bytes per token) of some text, with this backend."""
     documents = [Document.of(0, text) for text in texts if text]
     if not documents:
         raise InputError("the first row groups hold no text (--text-column)")
     with tempfile.TemporaryDirectory() as folder:
-        codec.save(Path(folder))
+        tokenizer.save(Path(folder))
         ranks = Path(folder) / FOLDER / RANKS_FILE
-        encode = encoder(codec, GigaEncoder(codec, ranks) if options.backend == "gigatoken" else None)
+        encode = encoder(tokenizer, GigaEncoder(tokenizer, ranks) if options.backend == "gigatoken" else None)
         started = time.perf_counter()
         encoded = [
             (len(ids), len(document.utf8))

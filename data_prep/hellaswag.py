@@ -22,11 +22,11 @@ if not __package__:
 
 import tyro
 
-from data_prep.atomic import sha256_of_file, write_blocks_atomically, write_json_atomically
-from data_prep.corpora import RemoteFile
-from data_prep.download import fetch
-from data_prep.errors import InputError, one_line_errors
-from data_prep.unfinished import put_in_place, unfinished_directory
+from common.errors import InputError, one_line_errors
+from common.files import sha256_of_file, write_blocks_atomically, write_json_atomically
+from data_prep.hub.corpora import RemoteFile
+from data_prep.hub.download import fetch
+from data_prep.pipeline.partial_dir import put_in_place, unfinished_directory
 
 SOURCE = RemoteFile(
     "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",

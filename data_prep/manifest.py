@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.atomic import write_json_atomically
-from data_prep.errors import InputError
+from common.errors import InputError
+from common.files import write_json_atomically
 from data_prep.shards import Shard, ShardInfo, TokenStream, open_shard
 
 FORMAT_VERSION = 2

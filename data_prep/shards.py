@@ -23,8 +23,8 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from data_prep.atomic import write_blocks_atomically
-from data_prep.errors import InputError
+from common.errors import InputError
+from common.files import write_blocks_atomically
 
 MAGIC = 20240520
 VERSION = 1

@@ -5,7 +5,7 @@
     python data_prep/textfiles.py --input FILE|FOLDER... --out data/NAME --tokenizer char|byte|gpt2|FILE
     python data_prep/textfiles.py --input python-docs --out data/python-docs --tokenizer char
 
-Presets (data_prep/corpora.py), whose files are fetched and checked: tinyshakespeare, tinystories, openwebtext-1of80;
+Presets (hub/corpora.py), whose files are fetched and checked: tinyshakespeare, tinystories, openwebtext-1of80;
 openwebtext checks the 80 files that --input gives.
 
 100 MB of short stories with `gpt2` take 12 s in one process and 7.6 s in two on two cores, 0.16 GB of memory each;
@@ -36,10 +36,11 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data_prep.codec import EOT, Codec, make_codec
-from data_prep.corpora import CORPORA
-from data_prep.download import fetch
-from data_prep.encode import (
+from common.errors import InputError, one_line_errors
+from data_prep.hub.corpora import CORPORA
+from data_prep.hub.download import fetch
+from data_prep.manifest import Manifest
+from data_prep.pipeline.encode import (
     EncodeTask,
     Part,
     Survey,
@@ -49,10 +50,9 @@ from data_prep.encode import (
     make_parts,
     survey_unit,
 )
-from data_prep.errors import InputError, one_line_errors
-from data_prep.manifest import Manifest
-from data_prep.pack import pack_split, parts_in_turn
-from data_prep.sources import (
+from data_prep.pipeline.pack import pack_split, parts_in_turn
+from data_prep.pipeline.partial_dir import PARTS, existing_data, free_other_parts, put_in_place, unfinished_directory
+from data_prep.pipeline.sources import (
     FileState,
     InputFile,
     Reading,
@@ -63,8 +63,8 @@ from data_prep.sources import (
     plan_units,
     read_documents,
 )
-from data_prep.unfinished import PARTS, existing_data, free_other_parts, put_in_place, unfinished_directory
-from data_prep.workers import Progress, Workers, available_cores
+from data_prep.pipeline.workers import Progress, Workers, available_cores
+from data_prep.tokenizer import EOT, Tokenizer, make_tokenizer
 
 # Below this, starting processes (0.5 s) costs more than it saves.
 FEW_BYTES = 2**24
@@ -241,15 +241,15 @@ def encode(
     units: list[Unit],
     hashes: dict[InputFile, tuple[str, FileState]],
     partial: Path,
-    codec: Codec,
+    tokenizer: Tokenizer,
     source: Source,
     workers: Workers,
 ) -> list[Part]:
     """Every unit's part, in order. Equal units (a file given twice) share one."""
-    codec.save(partial)
-    tokenizer = hash_of(codec.describe())
+    tokenizer.save(partial)
+    tokenizer_hash = hash_of(tokenizer.describe())
     tasks = [
-        EncodeTask(unit, source.reading, *hashes[unit.file], partial, tokenizer, partial / PARTS) for unit in units
+        EncodeTask(unit, source.reading, *hashes[unit.file], partial, tokenizer_hash, partial / PARTS) for unit in units
     ]
     free_other_parts(partial, {task.stem for task in tasks})
     return make_parts(tasks, workers, "textfiles")
@@ -291,30 +291,30 @@ def prepare(options: Options, preset: str | None = None) -> Manifest:
         train, val = divide(units, found, options, source.reading)
     elif not all(sum(result.characters for result in part) for part in (found[: len(train)], found[len(train) :])):
         raise InputError("--input and --val-input must both hold text")
-    codec = make_codec(options.tokenizer, "".join(sorted(set().union(*(result.alphabet for result in found)))))
+    tokenizer = make_tokenizer(options.tokenizer, "".join(sorted(set().union(*(result.alphabet for result in found)))))
     about = describe_source(described, found, source)
-    existing = existing_data(options.out, about.__eq__, byte_options(options), codec, overwrite=options.overwrite)
+    existing = existing_data(options.out, about.__eq__, byte_options(options), tokenizer, overwrite=options.overwrite)
     if existing is not None:
         print(f"{options.out}: already complete, nothing to do")
         return existing
     with unfinished_directory(options.out) as partial:
-        if existing_data(options.out, about.__eq__, byte_options(options), codec, overwrite=options.overwrite):
+        if existing_data(options.out, about.__eq__, byte_options(options), tokenizer, overwrite=options.overwrite):
             raise InputError(f"--out {options.out}: another process has made it meanwhile")
         hashes = {file: (result["sha256"], states[file]) for file, result in zip(source.files, described, strict=True)}
         with Workers(processes) as workers:  # others: these are gone before a failure clears up after them
-            parts = encode(train + val, hashes, partial, codec, source, workers)
+            parts = encode(train + val, hashes, partial, tokenizer, source, workers)
         splits = {
             name: pack_split(
                 partial,
                 name,
                 parts_in_turn(some),
                 num_tokens=sum(part.tokens for part in some),
-                codec=codec,
+                tokenizer=tokenizer,
                 shard_tokens=options.shard_tokens,
             )
             for name, some in (("train", parts[: len(train)]), ("val", parts[len(train) :]))
         }
-        manifest = Manifest(about, byte_options(options), codec.describe(), splits)
+        manifest = Manifest(about, byte_options(options), tokenizer.describe(), splits)
         manifest.write(partial)
         put_in_place(partial, options.out)
     report(options, manifest, sum(unit.num_bytes for unit in units), time.perf_counter() - started)

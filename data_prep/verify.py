@@ -1,7 +1,7 @@
 """Is a data directory what its manifest says? Re-hash, recount, decode a sample.
 
     python data_prep/verify.py data/NAME [--samples 3]
-    python data_prep/verify.py data/NAME --window 7 1200 --seq-len 1024
+    python data_prep/verify.py data/NAME --sequence 7 1200 --seq-len 1024
     python data_prep/verify.py --adopt DIRECTORY --tokenizer gpt2
 
 Reads every byte once (about 3 s per gigabyte, from memory). Ends with `sound` and exit status 0, or with
@@ -11,7 +11,7 @@ one line per fault and exit status 1 (2 when the manifest or the tokenizer canno
 llm.c and modded-nanogpt (*_train_*.bin), nanoGPT's train.bin and val.bin, build-nanogpt's *.npy. Then they can be
 trained on and verified like any other data. That reads every byte three times.
 
-`--window` prints the text of these training windows and does nothing else.
+`--sequence` prints the text of these training sequences and does nothing else.
 """
 
 import hashlib
@@ -26,14 +26,15 @@ if not __package__:
 import numpy as np
 import tyro
 
-from data_prep.atomic import sha256_of_file
-from data_prep.codec import Codec, load_codec, make_codec
-from data_prep.errors import InputError, one_line_errors
-from data_prep.foreign import add_tokens, adopt
+from common.errors import InputError, one_line_errors
+from common.files import sha256_of_file
+from common.former_flags import refuse_former_flags
+from data_prep.adopt import add_tokens, adopt
 from data_prep.manifest import Manifest, SplitInfo, read_manifest
+from data_prep.pipeline.workers import Progress
+from data_prep.sequence_text import show_sequences
 from data_prep.shards import ShardInfo
-from data_prep.window_text import show_windows
-from data_prep.workers import Progress
+from data_prep.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 
 
 @dataclass(frozen=True)
@@ -48,18 +49,18 @@ class Options:
     """First give the token files of another project, which lie there, a manifest and a tokenizer."""
     tokenizer: str | None = None
     """With --adopt, what made the ids: gpt2, a .tiktoken rank file, or a folder with a saved tokenizer."""
-    window: tuple[int, ...] = ()
-    """Print the text of these training windows, numbered from 0, and do nothing else."""
+    sequence: tuple[int, ...] = ()
+    """Print the text of these training sequences, numbered from 0, and do nothing else."""
     seq_len: int = 1024
-    """With --window, the run's --train.seq-len."""
+    """With --sequence, the run's --train.seq-len."""
     split: str = "train"
-    """With --window, the split."""
+    """With --sequence, the split."""
 
 
-def faults_of(directory: Path, manifest: Manifest, codec: Codec) -> list[str]:
+def faults_of(directory: Path, manifest: Manifest, tokenizer: Tokenizer) -> list[str]:
     """Every way in which the files differ from the manifest, one line each."""
     faults = []
-    if codec.describe() != manifest.tokenizer:
+    if tokenizer.describe() != manifest.tokenizer:
         faults.append(f"{directory}: its tokenizer is not the one in the manifest")
     for split in manifest.splits.values():
         faults += faults_of_split(directory, split, manifest)
@@ -113,21 +114,21 @@ def faults_of_shard(directory: Path, info: ShardInfo, manifest: Manifest, stream
     return faults
 
 
-def print_samples(directory: Path, manifest: Manifest, codec: Codec, num_samples: int) -> None:
+def print_samples(directory: Path, manifest: Manifest, tokenizer: Tokenizer, num_samples: int) -> None:
     """The first tokens of documents spread over each split, as text."""
     for name, split in manifest.splits.items():
         shard = manifest.open_shard(directory, split.shards[0])
         starts = shard.document_starts()
         for start in starts[:: max(1, len(starts) // max(1, num_samples))][:num_samples]:
             ids = shard.tokens[int(start) : int(start) + 60].tolist()
-            print(f"{name} at {int(start):,}: {codec.decode_bytes(ids).decode('utf-8', errors='replace')!r}")
+            print(f"{name} at {int(start):,}: {tokenizer.decode_bytes(ids).decode('utf-8', errors='replace')!r}")
 
 
 def adopt_directory(options: Options) -> None:
     if options.tokenizer in (None, "char"):
         raise InputError("--adopt needs the --tokenizer that made the ids: gpt2, byte, a rank file or a saved folder")
-    codec = make_codec(options.tokenizer, "")
-    is_new = adopt(options.directory, codec)
+    tokenizer = make_tokenizer(options.tokenizer, "")
+    is_new = adopt(options.directory, tokenizer)
     print(f"{options.directory}: {'adopted' if is_new else 'already adopted, nothing to do'}")
 
 
@@ -136,43 +137,44 @@ def settings_without_effect(options: Options) -> list[str]:
     said = []
     if options.tokenizer is not None and not options.adopt:
         said.append("--tokenizer has no effect without --adopt")
-    if options.samples != Options.samples and options.window:
-        said.append("--samples has no effect with --window")
+    if options.samples != Options.samples and options.sequence:
+        said.append("--samples has no effect with --sequence")
     for flag, is_set in (
         ("--seq-len", options.seq_len != Options.seq_len),
         ("--split", options.split != Options.split),
     ):
-        if is_set and not options.window:
-            said.append(f"{flag} has no effect without --window")
+        if is_set and not options.sequence:
+            said.append(f"{flag} has no effect without --sequence")
     return said
 
 
 def main(args: list[str] | None = None) -> None:
     with one_line_errors("verify"):
+        refuse_former_flags(sys.argv[1:] if args is None else args)
         options = tyro.cli(Options, args=args, description=__doc__)
         for line in settings_without_effect(options):
             print(f"verify: warning: {line}", file=sys.stderr, flush=True)
-        if options.adopt and options.window:
-            raise InputError("--adopt and --window are two things: adopt first, then look at windows")
+        if options.adopt and options.sequence:
+            raise InputError("--adopt and --sequence are two things: adopt first, then look at sequences")
         if options.adopt:
             adopt_directory(options)
         manifest = read_manifest(options.directory)
-        codec = load_codec(options.directory)
-        if options.window:
-            show_windows(
+        tokenizer = load_tokenizer(options.directory)
+        if options.sequence:
+            show_sequences(
                 options.directory,
                 manifest,
-                codec,
+                tokenizer,
                 split=options.split,
-                windows=options.window,
+                sequences=options.sequence,
                 seq_len=options.seq_len,
             )
             return
-        faults = faults_of(options.directory, manifest, codec)
+        faults = faults_of(options.directory, manifest, tokenizer)
         if faults:
             print("\n".join(faults), file=sys.stderr)
             sys.exit(1)
-        print_samples(options.directory, manifest, codec, options.samples)
+        print_samples(options.directory, manifest, tokenizer, options.samples)
         totals = ", ".join(f"{name} {split.tokens:,} tokens" for name, split in manifest.splits.items())
         print(f"sound: {totals}; fingerprint {manifest.fingerprint[:16]}")
 

@@ -3,11 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from data_prep.errors import InputError
+from common.errors import InputError
 from train.config import Config
 
 LR = (3e-4, 6e-4, 1e-3, 2e-3, 3e-3, 6e-3, 1e-2, 3e-2, 1e-1)  # the published seven, and two past the edge
-BATCH = (1, 8, 32, 64, 128, 256, 512)  # windows
+BATCH = (1, 8, 32, 64, 128, 256, 512)  # sequences
 CPU_BATCH = (1, 4, 16, 64)
 CPU_PRESET = "stories-cpu"
 NAMES = ("lr", "batch", "ablate", "budget", "ladder", "epochs")
@@ -18,13 +18,13 @@ READ = {
     "budget": ("--optim.lr-peak", "--train.batch-tokens", "--train.micro-batch", "--model.num-layers"),
 }
 # The published ablations' model, and what each takes out of it; their differences are of perplexity.
-MODERN = ("--model.norm", "rmsnorm", "--model.positions", "rope", "--model.mlp", "swiglu", "--model.no-bias")
+MODERN = ("--model.norm", "rmsnorm", "--model.position-embedding", "rope", "--model.mlp", "swiglu", "--model.no-bias")
 BASELINE = (*MODERN, "--model.no-tie")
 ABLATIONS = {
     "baseline": ("", ""),
     "no-norm": ("--model.norm none", "diverges"),
     "post-norm": ("--model.norm-place post", "+46 %"),
-    "no-positions": ("--model.positions none", "+3 %"),
+    "no-positions": ("--model.position-embedding none", "+3 %"),
     "silu": ("--model.mlp silu", "+0.7 %"),
 }
 # The better of 1e-2 and 4e-3 for each, on Tiny Shakespeare: the more layers, the smaller the rate.
@@ -76,7 +76,7 @@ def sweep_named(name: str, config: Config, *, world: int = 1, data_tokens: int =
             plain,
             lesson="The same tokens in batches of different size",
             entries=batch_entries(config, world=world),
-            x_label="windows per step",
+            x_label="sequences per step",
         )
     if name == "ablate":
         return replace(
@@ -107,22 +107,22 @@ def lr_entries() -> tuple[Entry, ...]:
 
 
 def batch_entries(config: Config, *, world: int) -> tuple[Entry, ...]:
-    """The same number of tokens, within a step, in batches of so many windows; the rate as it is, or by the square root
-    of the batch (Malladi et al. 2022, for Adam)."""
-    train, at_batch = config.train, config.windows_per_step
+    """The same number of tokens, within a step, in batches of so many sequences; the rate as it is, or by the square
+    root of the batch (Malladi et al. 2022, for Adam)."""
+    train, at_batch = config.train, config.sequences_per_step
     largest = train.micro_batch if isinstance(train.micro_batch, int) else 1
     found = []
     for series, exponent in (("fixed rate", 0.0), ("rate by square root", 0.5)):
-        for windows in CPU_BATCH if config.preset == CPU_PRESET else BATCH:
-            rate = config.optim.lr_peak * (windows / at_batch) ** exponent
+        for sequences in CPU_BATCH if config.preset == CPU_PRESET else BATCH:
+            rate = config.optim.lr_peak * (sequences / at_batch) ** exponent
             words = (
-                *("--train.batch-tokens", str(windows * train.seq_len)),
-                *("--train.micro-batch", str(max(1, min(windows // world, largest)))),
+                *("--train.batch-tokens", str(sequences * train.seq_len)),
+                *("--train.micro-batch", str(max(1, min(sequences // world, largest)))),
                 *("--optim.lr-peak", f"{rate:.4g}"),
-                *length_flags(train.steps * train.batch_tokens // (windows * train.seq_len)),
+                *length_flags(train.steps * train.batch_tokens // (sequences * train.seq_len)),
             )
-            if exponent == 0.0 or windows != at_batch:  # there both are one
-                found.append(Entry(f"batch={windows},{series.replace(' ', '-')}", words, x=windows, series=series))
+            if exponent == 0.0 or sequences != at_batch:  # there both are one
+                found.append(Entry(f"batch={sequences},{series.replace(' ', '-')}", words, x=sequences, series=series))
     return tuple(found)
 
 
@@ -136,7 +136,7 @@ def ladder_entries(config: Config) -> tuple[Entry, ...]:
     """A sample of each at the end; the last validation is there anyway."""
     sampled = ("--sample.every", str(config.train.steps), "--sample.tokens", str(SAMPLED_TOKENS))
     return tuple(
-        Entry(rung, ("--model.rung", rung, "--optim.lr-peak", f"{rate:g}", *sampled)) for rung, rate in RUNGS.items()
+        Entry(kind, ("--model.kind", kind, "--optim.lr-peak", f"{rate:g}", *sampled)) for kind, rate in RUNGS.items()
     )
 
 
@@ -149,7 +149,7 @@ def epoch_entries(config: Config, data_tokens: int) -> tuple[Entry, ...]:
 def budget_entries(config: Config) -> tuple[Entry, ...]:
     """What may be had for the same time: other parts, another size, another batch, another rate."""
     model = config.model
-    quarter = max(1, config.windows_per_step // 4) * config.train.seq_len
+    quarter = max(1, config.sequences_per_step // 4) * config.train.seq_len
     given = {
         "gpt2": (),
         "modern": MODERN,

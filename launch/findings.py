@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_prep.pages import markdown, new_figure
+from common.tables import markdown, new_figure
 from launch.experiments import Entry, Sweep
 from launch.runs import Look
 from train.curves import Row, count_parameters_of, plot, read_rows, read_runs
-from train.sinks import METRICS_FILE, SAMPLES_FILE
+from train.metrics.logger import METRICS_FILE, SAMPLES_FILE
 
 ABSENT = "-"
 DIVERGED = "diverged"

@@ -20,7 +20,7 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data_prep.errors import InputError, one_line_errors
+from common.errors import InputError, one_line_errors
 
 
 @dataclass(frozen=True)

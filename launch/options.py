@@ -8,8 +8,8 @@ from typing import Literal, TypeGuard
 
 import tyro
 
+from common.errors import InputError
 from data_prep import fineweb_plan
-from data_prep.errors import InputError
 
 
 @dataclass(frozen=True)

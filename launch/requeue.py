@@ -24,8 +24,8 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data_prep.errors import InputError, one_line_errors
-from train.place import slurm_job
+from common.errors import InputError, one_line_errors
+from train.processes.ranks import slurm_job
 
 # Reasons in status.json that came from a person: a STOP file that is not this job's, W&B's stop button, --stop-after.
 ASKED_BY_PEOPLE = ("STOP file", "SIGINT", "--stop-after")

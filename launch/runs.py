@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from data_prep.atomic import write_json_atomically
-from data_prep.errors import InputError, writing_to
+from common.errors import InputError, writing_to
+from common.files import write_json_atomically
 from launch.grid import Point
 from launch.requeue import ask_slurm, read_json
-from train.lock import living_holder
-from train.run_dir import STATUS_FILE
-from train.sinks import METRICS_FILE
-from train.stops import FILE_NAME as STOP_FILE
+from train.metrics.logger import METRICS_FILE
+from train.processes.stop_requests import FILE_NAME as STOP_FILE
+from train.run.directory import STATUS_FILE
+from train.run.lock import living_holder
 
 SUBMITTED_FILE = "submitted.json"
 PATIENCE_SECONDS = 600.0  # with a run that was asked to stop: a long step, a big checkpoint

@@ -5,7 +5,7 @@
 
 Copied are the files that git tracks, as they are now, and new ones that it does not ignore: a fraction of a second, one
 or two MB. The folder's name is the hash of names and contents, so the same code is kept once. provenance.json has its
-commit and changes from here (train/run_dir.py). Python 3.9 is enough, and nothing needs to be installed but git.
+commit and changes from here (train/run/directory.py). Python 3.9 is enough, and nothing needs to be installed but git.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from data_prep.errors import InputError, one_line_errors, writing_to
+from common.errors import InputError, one_line_errors, writing_to
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = "SNAPSHOT.json"

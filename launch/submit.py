@@ -23,18 +23,18 @@ if not __package__:
 
 import tyro
 
-from data_prep.errors import InputError, one_line_errors
+from common.errors import InputError, one_line_errors
 from data_prep.manifest import FILE_NAME as MANIFEST_FILE
 from launch.grid import Point, points_of, run_dir_in, split
-from launch.on_slurm import slurm_executor, submit_to_slurm
-from launch.on_this_machine import train_here
+from launch.local import train_here
 from launch.options import Options, SubmitOptions, refuse_contradictions, wants_preparation
 from launch.runs import Look, look, runs_in, stop, table
+from launch.slurm_jobs import slurm_executor, submit_to_slurm
 from launch.snapshot import ROOT, take
 from train.config import Config, parse
 from train.main import planned
-from train.place import Place
 from train.presets import PRESETS
+from train.processes.ranks import RankInfo
 
 COMMANDS = ("status", "stop")
 
@@ -89,7 +89,7 @@ def checked(config: Config, options: Options) -> str:
     if not wants_preparation(options) and not (config.data.dir / MANIFEST_FILE).is_file():
         raise InputError(f"{config.data.dir}: no {MANIFEST_FILE}, so no data yet; prepare it first, or give --prep")
     world = options.nodes * options.gpus_per_node
-    return "\n".join(planned(config, Place(0, world, 0, options.gpus_per_node)))
+    return "\n".join(planned(config, RankInfo(0, world, 0, options.gpus_per_node)))
 
 
 def choose(points: Sequence[Point], looks: Sequence[Look], options: Options) -> list[Point]:

@@ -29,10 +29,10 @@ if not __package__:
 
 import tyro
 
-from data_prep.atomic import write_atomically
-from data_prep.errors import InputError, one_line_errors
+from common.errors import InputError, one_line_errors
+from common.files import write_atomically
+from common.tables import new_figure, put_into
 from data_prep.manifest import read_manifest
-from data_prep.pages import new_figure, put_into
 from launch.experiments import (
     CPU_PRESET,
     NAMES,

@@ -1,12 +1,13 @@
 """The shape of a model and its switches, and the named shapes of GPT-2."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
-Rung = Literal["bigram", "head", "heads", "block", "gpt"]
+Kind = Literal["bigram", "head", "heads", "block", "gpt"]
 MLP_TOLERANCE = 0.02  # by how much SwiGLU's parameters may miss those of two matrices of 4 x width
 
 
@@ -20,14 +21,14 @@ class ModelConfig:
     """Attention heads per block; must divide the width."""
     width: int = 768
     """Size of the residual stream."""
-    rung: Rung = "gpt"
+    kind: Kind = "gpt"
     """Which model: gpt, or one of the steps to it that model/ladder.py has. Of the other fields head reads the width
     alone, heads and block also the number of heads, bigram none."""
-    hidden_size: int | None = None
+    mlp_width: int | None = None
     """Width of the MLP between its matrices. None: 4 x width; with swiglu, so that its three matrices are as large as
     the others' two (Shazeer 2020, section 2), 8/3 x width to the nearest multiple of 64, or of 32, 16, ... where that
     is more than 2 % off."""
-    positions: Literal["learned", "rope", "none"] = "learned"
+    position_embedding: Literal["learned", "rope", "none"] = "learned"
     """learned: a vector for each (GPT-2). rope: queries and keys are turned by angles that grow with the position (Su
     et al. 2021, equation 34; base 10,000; the two halves of a head are the pairs). none: only the causal mask tells."""
     norm: Literal["layernorm", "rmsnorm", "none"] = "layernorm"
@@ -73,10 +74,10 @@ class ModelConfig:
         return 3 if self.mlp == "swiglu" else 2
 
     @property
-    def mlp_width(self) -> int:
-        """Of the MLP between its matrices: hidden_size, or what stands for None there."""
-        if self.hidden_size is not None:
-            return self.hidden_size
+    def resolved_mlp_width(self) -> int:
+        """Return the MLP's width: --model.mlp-width, or what None stands for."""
+        if self.mlp_width is not None:
+            return self.mlp_width
         if self.mlp != "swiglu":
             return 4 * self.width
         exact, multiple = 8 * self.width / 3, 64
@@ -96,8 +97,8 @@ class ModelConfig:
     def switched(self) -> dict[str, object]:
         """What makes this another architecture than GPT-2's, by field."""
         names = (
-            "rung hidden_size positions norm norm_place mlp tie bias qk_norm logit_softcap zero_init_projections "
-            "value_residual attention"
+            "kind mlp_width position_embedding norm norm_place mlp tie bias qk_norm logit_softcap "
+            "zero_init_projections value_residual attention"
         )
         return {name: getattr(self, name) for name in names.split() if getattr(self, name) != getattr(GPT2, name)}
 
@@ -105,7 +106,7 @@ class ModelConfig:
         """Everything that makes this shape impossible: value, rule and flag, one line each."""
         found = [
             f"{flag_of(name)} {value} must be at least 1"
-            for name in ("num_layers", "num_heads", "width", "hidden_size", "vocab_multiple")
+            for name in ("num_layers", "num_heads", "width", "mlp_width", "vocab_multiple")
             if (value := getattr(self, name)) is not None and value < 1
         ]
         if not found and self.width % self.num_heads:
@@ -113,16 +114,17 @@ class ModelConfig:
                 f"--model.width {self.width} is not divisible by --model.num-heads {self.num_heads}; "
                 f"try --model.width {-(-self.width // self.num_heads) * self.num_heads}"
             )
-        elif not found and self.positions == "rope" and self.head_size % 2:
+        elif not found and self.position_embedding == "rope" and self.head_size % 2:
             found.append(
-                f"--model.positions rope turns pairs, but a head has {self.head_size} = --model.width {self.width} / "
-                f"--model.num-heads {self.num_heads} elements; try --model.width {self.width + self.num_heads}"
+                f"--model.position-embedding rope turns pairs, but a head has {self.head_size} = "
+                f"--model.width {self.width} / --model.num-heads {self.num_heads} elements; "
+                f"try --model.width {self.width + self.num_heads}"
             )
         if self.norm == "none" and self.norm_place == "post":
             found.append("--model.norm-place post says where norms stand, but --model.norm none has none; give one")
-        odd = [name for name in self.switched() if name != "rung"]
-        if self.rung != "gpt" and odd:
-            found.append(f"{', '.join(map(flag_of, odd))}: of --model.rung gpt only; {self.rung} is what it is")
+        odd = [name for name in self.switched() if name != "kind"]
+        if self.kind != "gpt" and odd:
+            found.append(f"{', '.join(map(flag_of, odd))}: of --model.kind gpt only; {self.kind} is what it is")
         cap = self.logit_softcap
         if cap is not None and not 0 < cap < math.inf:
             found.append(f"--model.logit-softcap {cap} must be a finite number above 0, or None")
@@ -130,6 +132,15 @@ class ModelConfig:
 
 
 GPT2 = ModelConfig()
+
+
+# Fields as runs of earlier versions recorded them -> as they are called now.
+FORMER_NAMES = {"rung": "kind", "hidden_size": "mlp_width", "positions": "position_embedding"}
+
+
+def with_current_names(recorded: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a recorded ModelConfig's fields under their current names."""
+    return {FORMER_NAMES.get(name, name): value for name, value in recorded.items()}
 
 
 def flag_of(name: str) -> str:
@@ -140,8 +151,8 @@ STORIES = ModelConfig(
     num_layers=8,
     num_heads=8,
     width=512,
-    hidden_size=1408,
-    positions="rope",
+    mlp_width=1408,
+    position_embedding="rope",
     norm="rmsnorm",
     mlp="swiglu",
     tie=False,
@@ -157,7 +168,7 @@ NAMED_SHAPES = {
     "gpt2-medium": ModelConfig(num_layers=24, num_heads=16, width=1024),
     "gpt2-large": ModelConfig(num_layers=36, num_heads=20, width=1280),
     "gpt2-xl": ModelConfig(num_layers=48, num_heads=25, width=1600),
-    "gpt2-small-134m": ModelConfig(positions="rope", tie=False, bias=False, vocab_size=32_000),
+    "gpt2-small-134m": ModelConfig(position_embedding="rope", tie=False, bias=False, vocab_size=32_000),
     "tinystories": STORIES,
     "openwebtext-32k": replace(STORIES, vocab_size=32_000),
 }

@@ -27,14 +27,14 @@ if not __package__:
 import torch
 import tyro
 
-from data_prep.codec import Codec
-from data_prep.errors import InputError, first_line, one_line_errors
-from model.continuation import Continuation
-from model.decoding import CachedPasses, Passes, Row, WholePasses, generate_rows, make_ready
+from common.errors import InputError, first_line, one_line_errors
+from data_prep.tokenizer import Tokenizer
+from model.base import LanguageModel
+from model.checkpoint import check_device, load_model
+from model.generation.decoding import CachedPasses, Passes, Row, WholePasses, generate_rows, make_ready
+from model.generation.sampling import Sampling
+from model.generation.text_stream import Continuation
 from model.gpt import GPT
-from model.language_model import LanguageModel
-from model.sampling import Sampling
-from model.trained import check_device, load_trained
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -81,11 +81,11 @@ class Options:
     """Where to run."""
 
 
-def encode_prompt(codec: Codec, prompt: str) -> list[int]:
+def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
     """A document so far: EOT (where there is one), then the prompt; a line break where that would be nothing."""
-    begin = [] if codec.eot_id is None else [codec.eot_id]
-    tokens = begin + [int(index) for index in codec.encode(prompt)]
-    return tokens or [int(index) for index in codec.encode("\n")]
+    begin = [] if tokenizer.eot_id is None else [tokenizer.eot_id]
+    tokens = begin + [int(index) for index in tokenizer.encode(prompt)]
+    return tokens or [int(index) for index in tokenizer.encode("\n")]
 
 
 def sample_generator(seed: int, index: int, prompt_index: int = 0) -> torch.Generator:
@@ -104,16 +104,18 @@ class Job:
     said: Continuation
 
 
-def jobs_of(prompts: Iterable[tuple[str, str]], codec: Codec, options: Options) -> Iterator[Job]:
+def jobs_of(prompts: Iterable[tuple[str, str]], tokenizer: Tokenizer, options: Options) -> Iterator[Job]:
     """`num_samples` of each (where it stands, prompt)."""
     for prompt_index, (place, prompt) in enumerate(prompts):
         try:
-            tokens = encode_prompt(codec, prompt)
+            tokens = encode_prompt(tokenizer, prompt)
         except InputError as error:
             raise InputError(f"{place} {prompt!r}: {error}") from error
         for sample in range(options.num_samples):
             row = Row(list(tokens), sample_generator(options.seed, sample, prompt_index))
-            yield Job(prompt, sample, row, Continuation(codec, max_tokens=options.max_tokens, stops=options.stop))
+            yield Job(
+                prompt, sample, row, Continuation(tokenizer, max_tokens=options.max_tokens, stop_requests=options.stop)
+            )
 
 
 def read_prompts(name: str) -> Iterator[tuple[str, str]]:
@@ -184,7 +186,7 @@ def checked(options: Options) -> Sampling:
 
 def passes_of(model: LanguageModel, options: Options) -> Passes:
     """With a KV cache, where the model and --no-cache allow it."""
-    context_len, rung = model.config.context_len, model.config.rung
+    context_len, kind = model.config.context_len, model.config.kind
     if options.keep is not None and not 1 <= options.keep <= context_len:
         raise InputError(f"--keep {options.keep} must be at least 1 and at most the model's context, {context_len}")
     num_rows = options.batch_size if options.prompts_file else min(options.batch_size, options.num_samples)
@@ -192,7 +194,7 @@ def passes_of(model: LanguageModel, options: Options) -> Passes:
         backend = "inductor" if options.compile else None
         return CachedPasses(model, num_rows=num_rows, keep=options.keep, compile_backend=backend)
     if options.compile:
-        odd = f"--model.rung {rung} has no cache" if options.cache else "not with --no-cache"
+        odd = f"--model.kind {kind} has no cache" if options.cache else "not with --no-cache"
         raise InputError(f"--compile compiles the step of one token after a cache: {odd}")
     return WholePasses(model, keep=options.keep)
 
@@ -201,11 +203,11 @@ def main(args: list[str] | None = None) -> None:
     with one_line_errors("generate"):
         options = tyro.cli(Options, args=args, description=__doc__)
         sampling = checked(options)
-        trained = load_trained(options.path, device=options.device, dtype=DTYPES[options.dtype])
+        trained = load_model(options.path, device=options.device, dtype=DTYPES[options.dtype])
         passes = passes_of(trained.model, options)
         make_ready(trained.model)
         given = [("--prompt", options.prompt)] if options.prompts_file is None else read_prompts(options.prompts_file)
-        spoken = speak(passes, jobs_of(given, trained.codec, options), options, sampling)
+        spoken = speak(passes, jobs_of(given, trained.tokenizer, options), options, sampling)
         if options.prompts_file is None:
             print_text(spoken, options.num_samples)
         else:

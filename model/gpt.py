@@ -1,32 +1,267 @@
-"""GPT-2 (Radford et al. 2019) and what the switches of model/config.py make of it, plain and single-device.
+"""GPT-2 (Radford et al. 2019) and every switch of model/config.py: the whole forward pass in one file.
 
-It knows nothing of processes or training. Attention is in model/attention.py, the block in model/blocks.py.
-Tensors carry their shape: B batch, T time, D model, H heads, K head size, F feed-forward, V padded vocabulary.
-State-dict names are Hugging Face's, every matrix in nn.Linear's orientation.
+The model is plain single-device PyTorch. It knows nothing of processes, precision policies or training.
+Read from the bottom up: GPT calls its blocks, a Block calls Attention and MLP.
+
+Tensors carry their shape in their name: B batch, T time, D model, H heads, K head size, F feed-forward, V padded
+vocabulary. State-dict names are Hugging Face's; every matrix has nn.Linear's orientation.
 """
 
 import math
+from typing import NamedTuple, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from model.attention import Shared, document_mask, rope_rotation
-from model.blocks import Block
+from model.base import EMBEDDING, HEAD, INIT_STD, LanguageModel, init_weights
 from model.config import ModelConfig
-from model.kv_cache import Past
-from model.language_model import EMBEDDING, HEAD, INIT_STD, LanguageModel, init_weights
-from model.layers import Linear, make_norm
 
+NORM_EPS = 1e-5
+ROPE_BASE = 10_000.0  # Su et al. 2021, section 3.2.2
 VALUE_MIX = 0.5  # a block's own values and the first block's in equal parts
+
+Rotation = tuple[Tensor, Tensor]  # cosines and sines, fp32 [T, K], or [B, 1, T, K] where rows have other positions
+
+
+# --- Layers: fp32 weights that serve a residual stream of any dtype ---------------------------------------------------
+
+
+class Linear(nn.Linear):
+    """nn.Linear that uses its fp32 master weights in the dtype of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+class LayerNorm(nn.LayerNorm):
+    """nn.LayerNorm computed in fp32 whatever the dtype of the residual stream, as autocast would."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight.float()  # FSDP2 gathers the weights in the dtype of the stream
+        bias = None if self.bias is None else self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
+
+
+class RMSNorm(nn.RMSNorm):
+    """nn.RMSNorm computed in fp32 whatever the dtype of the residual stream."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    """Return the norm that --model.norm names; the identity, which has no parameters, for none."""
+    if config.norm == "none":
+        return nn.Identity()
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.width, eps=NORM_EPS)
+    return LayerNorm(config.width, eps=NORM_EPS, bias=config.bias)
+
+
+# --- Positions and masks ----------------------------------------------------------------------------------------------
+
+
+def rope_rotation(positions_T: Tensor, head_size: int) -> Rotation:
+    """Return cosines and sines of position t times frequency base^(-2i / K), for elements i and i + K/2.
+
+    Su et al. 2021 pair neighbouring elements (equation 34). Pairing an element with the one half a head further on is
+    the same up to the order of the rows of c_attn, and is what Llama's weights expect.
+    """
+    exponent_k = torch.arange(0, head_size, 2, device=positions_T.device, dtype=torch.float32) / head_size
+    angle_Tk = positions_T.float()[..., None] * ROPE_BASE**-exponent_k
+    angle_TK = torch.cat([angle_Tk, angle_Tk], dim=-1)
+    return angle_TK.cos(), angle_TK.sin()
+
+
+def rotated(x_BHTK: Tensor, rotation: Rotation) -> Tensor:
+    """Return x with each pair (x_i, x_{i + K/2}) turned by its angle, computed in fp32."""
+    cos_TK, sin_TK = rotation
+    first_BHTk, second_BHTk = x_BHTK.float().chunk(2, dim=3)
+    turned_BHTK = torch.cat([-second_BHTk, first_BHTk], dim=3)
+    return (x_BHTK.float() * cos_TK + turned_BHTK * sin_TK).to(x_BHTK.dtype)
+
+
+def document_mask(tokens_BT: Tensor, eot_id: int | None) -> BlockMask:
+    """Return the mask of causal attention within documents, each of which begins with `eot_id`.
+
+    With `eot_id` None there are no documents to tell apart. Finding the blocks of 128 x 128 scores that are needed
+    takes B x T x T bytes for a moment.
+    """
+    B, T = tokens_BT.shape
+    if eot_id is None:
+        return create_block_mask(_is_past, None, None, T, T, device=tokens_BT.device)
+    document_BT = (tokens_BT == eot_id).cumsum(dim=1)
+
+    def is_visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (q >= k) & (document_BT[b, q] == document_BT[b, k])
+
+    return create_block_mask(is_visible, B, None, T, T, device=tokens_BT.device)
+
+
+def _is_past(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+    return q >= k
+
+
+# --- Attention --------------------------------------------------------------------------------------------------------
+
+
+class BlockCache(Protocol):
+    """One block's keys and values of the tokens before this pass (model/generation/kv_cache.py)."""
+
+    def update(self, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
+        """Store this pass's keys and values; return all that its tokens may look at, [B, H, S, K] each."""
+        ...
+
+
+class Past(Protocol):
+    """What generation knows of the tokens before this pass (model/generation/kv_cache.py)."""
+
+    @property
+    def positions_BT(self) -> Tensor: ...  # noqa: N802  # a tensor's name carries its shape
+
+    def of_block(self, index: int) -> BlockCache: ...
+
+    def visible(self, tokens_BT: Tensor) -> Tensor | None: ...
+
+
+class Shared(NamedTuple):
+    """Tensors that one forward pass makes once and every block's attention reads; None where no switch needs them.
+
+    No module stores them: DDP would have to keep such buffers alike on all processes, and a mask belongs to its batch.
+    """
+
+    rotation: Rotation | None = None
+    mask: BlockMask | None = None
+    first_values_BHTK: Tensor | None = None
+    cache: BlockCache | None = None
+    visible_B1TS: Tensor | None = None
+
+
+class Attention(nn.Module):
+    """Causal multi-head self-attention: x_BTD -> (y_BTD to add to the stream, the values if later blocks mix them)."""
+
+    def __init__(self, config: ModelConfig, *, is_first: bool) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.kind = config.attention
+        self.c_attn = Linear(config.width, 3 * config.width, bias=config.bias)
+        self.c_proj = Linear(config.width, config.width, bias=config.bias)
+        self.q_norm = RMSNorm(config.head_size, eps=NORM_EPS) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_size, eps=NORM_EPS) if config.qk_norm else None
+        self.gives_values = config.value_residual and is_first
+        # One element rather than a scalar, which FSDP2 cannot shard.
+        self.value_mix = nn.Parameter(torch.empty(1)) if config.value_residual and not is_first else None
+
+    def queries_keys_values(self, x_BTD: Tensor, shared: Shared) -> tuple[Tensor, Tensor, Tensor]:
+        """Return queries, keys and values after QK-norm, rotation and value mixing, each [B, H, T, K]."""
+        B, T, D = x_BTD.shape
+        q_BTD, k_BTD, v_BTD = self.c_attn(x_BTD).split(D, dim=2)
+        q_BTHK, k_BTHK, v_BTHK = (y_BTD.view(B, T, self.num_heads, -1) for y_BTD in (q_BTD, k_BTD, v_BTD))
+        if self.q_norm is not None and self.k_norm is not None:  # before the transpose, so that the result is dense
+            q_BTHK, k_BTHK = self.q_norm(q_BTHK), self.k_norm(k_BTHK)
+        q_BHTK, k_BHTK, v_BHTK = (y_BTHK.transpose(1, 2) for y_BTHK in (q_BTHK, k_BTHK, v_BTHK))
+        if shared.rotation is not None:
+            q_BHTK, k_BHTK = rotated(q_BHTK, shared.rotation), rotated(k_BHTK, shared.rotation)
+        if self.value_mix is not None:
+            assert shared.first_values_BHTK is not None
+            v_BHTK = torch.lerp(v_BHTK, shared.first_values_BHTK, self.value_mix.to(v_BHTK.dtype))
+        return q_BHTK, k_BHTK, v_BHTK
+
+    def forward(self, x_BTD: Tensor, shared: Shared) -> tuple[Tensor, Tensor | None]:
+        q_BHTK, k_BHTK, v_BHTK = self.queries_keys_values(x_BTD, shared)
+        cached_BHSK = None if shared.cache is None else shared.cache.update(k_BHTK, v_BHTK)
+        if cached_BHSK is not None and shared.visible_B1TS is not None:
+            y_BHTK = F.scaled_dot_product_attention(q_BHTK, *cached_BHSK, attn_mask=shared.visible_B1TS)
+        elif self.kind == "naive":
+            y_BHTK = naive_attention(q_BHTK, k_BHTK, v_BHTK)
+        elif self.kind == "flex":
+            # Dense per head: compiled for a CPU, torch 2.13 gave wrong numbers for operands in another memory order.
+            q_BHTK, k_BHTK, v_BHTK = (y_BHTK.contiguous() for y_BHTK in (q_BHTK, k_BHTK, v_BHTK))
+            y_BHTK = flex_attention(q_BHTK, k_BHTK, v_BHTK, block_mask=shared.mask)
+        else:
+            y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True)
+        y_BTD = self.c_proj(y_BHTK.transpose(1, 2).reshape(x_BTD.shape))
+        return y_BTD, v_BHTK if self.gives_values else None
+
+
+def naive_attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor) -> Tensor:
+    """Return Vaswani et al. 2017, equation 1, with a causal mask and all scores in memory."""
+    T = q_BHTK.shape[2]
+    is_future_TT = torch.ones(T, T, dtype=torch.bool, device=q_BHTK.device).triu(1)
+    return attention_weights(q_BHTK, k_BHTK, is_future_TT).to(v_BHTK.dtype) @ v_BHTK
+
+
+def attention_weights(q_BHTK: Tensor, k_BHTK: Tensor, is_hidden_TT: Tensor) -> Tensor:
+    """Return the weight of each value, fp32 [B, H, T, T]; each row adds up to 1.
+
+    The queries are scaled rather than the scores, since unscaled scores can exceed the range of fp16.
+    """
+    scores_BHTT = ((q_BHTK * q_BHTK.shape[3] ** -0.5) @ k_BHTK.transpose(2, 3)).float()
+    return scores_BHTT.masked_fill(is_hidden_TT, -torch.inf).softmax(dim=3)
+
+
+# --- Blocks -----------------------------------------------------------------------------------------------------------
+
+
+class MLP(nn.Module):
+    """Two matrices with a non-linearity between them, x_BTD -> y_BTD; SwiGLU has a third matrix for its gate."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.kind = config.mlp
+        if self.kind == "swiglu":
+            self.c_gate = Linear(config.width, config.resolved_mlp_width, bias=config.bias)
+        self.c_fc = Linear(config.width, config.resolved_mlp_width, bias=config.bias)
+        self.c_proj = Linear(config.resolved_mlp_width, config.width, bias=config.bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        y_BTF = self.c_fc(x_BTD)
+        if self.kind == "swiglu":
+            y_BTF = F.silu(self.c_gate(x_BTD)) * y_BTF
+        elif self.kind == "silu":
+            y_BTF = F.silu(y_BTF)
+        elif self.kind == "relu2":
+            y_BTF = F.relu(y_BTF).square()
+        else:
+            y_BTF = F.gelu(y_BTF, approximate="tanh")
+        return self.c_proj(y_BTF)
+
+
+class Block(nn.Module):
+    """Attention, then an MLP, each added to the residual stream: x_BTD -> (x_BTD, values that later blocks mix).
+
+    With pre-norm each half reads the normalised stream. With post-norm it reads the stream itself, which is normalised
+    after each addition.
+    """
+
+    def __init__(self, config: ModelConfig, *, is_first: bool) -> None:
+        super().__init__()
+        self.is_post_norm = config.norm_place == "post"
+        self.ln_1 = make_norm(config)
+        self.attn = Attention(config, is_first=is_first)
+        self.ln_2 = make_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x_BTD: Tensor, shared: Shared) -> tuple[Tensor, Tensor | None]:
+        if self.is_post_norm:
+            y_BTD, values_BHTK = self.attn(x_BTD, shared)
+            x_BTD = self.ln_1(x_BTD + y_BTD)
+            return self.ln_2(x_BTD + self.mlp(x_BTD)), values_BHTK
+        y_BTD, values_BHTK = self.attn(self.ln_1(x_BTD), shared)
+        x_BTD = x_BTD + y_BTD
+        return x_BTD + self.mlp(self.ln_2(x_BTD)), values_BHTK
 
 
 class GPT(LanguageModel):
-    """tokens_BT int64 -> logits_BTV; norms are computed in fp32, the rest in `compute_dtype`."""
+    """tokens_BT int64 -> logits_BTV. Norms are computed in fp32, everything else in `compute_dtype`."""
 
     def __init__(self, config: ModelConfig, *, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__(config, compute_dtype=compute_dtype)
         parts: dict[str, nn.Module] = {"wte": nn.Embedding(config.padded_vocab_size, config.width)}
-        if config.positions == "learned":
+        if config.position_embedding == "learned":
             parts["wpe"] = nn.Embedding(config.context_len, config.width)
         parts["h"] = nn.ModuleList(Block(config, is_first=index == 0) for index in range(config.num_layers))
         parts["ln_f"] = make_norm(config) if config.has_last_norm else nn.Identity()
@@ -52,20 +287,20 @@ class GPT(LanguageModel):
 
     @property
     def compiled_parts(self) -> list[nn.Module]:
-        """What is worth compiling by itself: the blocks, alike but for the first, and the last norm."""
+        """Return the modules to compile: the blocks, alike but for the first, and the last norm."""
         return [*self.blocks, *([self.transformer["ln_f"]] if self.config.has_last_norm else [])]
 
-    def features(self, tokens_BT: Tensor, past: Past | None = None) -> Tensor:
-        """The residual stream after the last block, normalised; of tokens that follow `past`, if it is given."""
+    def hidden_states(self, tokens_BT: Tensor, past: Past | None = None) -> Tensor:
+        """Return the normalised residual stream after the last block, x_BTD. `past`: the tokens before these."""
         config, T = self.config, self.check_length(tokens_BT)
-        places = torch.arange(T, device=tokens_BT.device) if past is None else past.places_BT
+        positions = torch.arange(T, device=tokens_BT.device) if past is None else past.positions_BT
         x_BTD = self.transformer["wte"](tokens_BT)
-        if config.positions == "learned":
-            x_BTD = x_BTD + self.transformer["wpe"](places)
+        if config.position_embedding == "learned":
+            x_BTD = x_BTD + self.transformer["wpe"](positions)
         x_BTD = x_BTD.to(self.compute_dtype)
-        heads_places = places if past is None else places[:, None]  # [T], or [B, 1, T]
+        heads_positions = positions if past is None else positions[:, None]  # [T], or [B, 1, T]
         shared = Shared(
-            rotation=rope_rotation(heads_places, config.head_size) if config.positions == "rope" else None,
+            rotation=rope_rotation(heads_positions, config.head_size) if config.position_embedding == "rope" else None,
             mask=document_mask(tokens_BT, config.eot_id) if config.attention == "flex" and past is None else None,
             visible_B1TS=None if past is None else past.visible(tokens_BT),
         )
@@ -78,7 +313,7 @@ class GPT(LanguageModel):
         return self.transformer["ln_f"](x_BTD)
 
     def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
-        """GPT-2's: normal(0, 0.02), residual projections / sqrt(2 L) (or 0), biases 0, norms 1."""
+        """Return GPT-2's initial value: normal(0, 0.02), residual projections / sqrt(2 L) (or 0), biases 0, norms 1."""
         config, value = self.config, torch.zeros(shape)
         if name.endswith("value_mix"):
             value.fill_(VALUE_MIX)
@@ -99,7 +334,7 @@ def build_model(
     device: torch.device | str = "cpu",
     compute_dtype: torch.dtype = torch.float32,
 ) -> GPT:
-    """A GPT with its initial weights, which depend on the config and the seed alone."""
+    """Return a GPT with its initial weights, which depend on the config and the seed alone."""
     with torch.device("meta"):
         model = GPT(config, compute_dtype=compute_dtype)
     model.to_empty(device=device)

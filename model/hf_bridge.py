@@ -7,7 +7,7 @@
 
 Needs safetensors (pip install -e '.[hf]'). Exporting GPT-2 small takes 11 CPU seconds, start-up included, and 1.2 GB,
 from a checkpoint of any layout; neither a GPU nor torchrun is needed. Nothing has to be converted to be used here:
-whatever reads a trained model (model/trained.py) reads a Hugging Face folder of GPT-2's too, 124M to 1.5B.
+whatever reads a trained model (model/checkpoint.py) reads a Hugging Face folder of GPT-2's too, 124M to 1.5B.
 """
 
 import os
@@ -23,17 +23,17 @@ if not __package__:
 
 import tyro
 
-from data_prep.atomic import fsync_directory, write_atomically, write_json_atomically
-from data_prep.codec import Codec
-from data_prep.errors import InputError, first_line, one_line_errors
-from data_prep.unfinished import put_in_place, unfinished_directory
+from common.errors import InputError, first_line, one_line_errors
+from common.files import fsync_directory, write_atomically, write_json_atomically
+from data_prep.pipeline.partial_dir import put_in_place, unfinished_directory
+from data_prep.tokenizer import Tokenizer
+from model.base import HEAD
+from model.checkpoint import TrainedModel, load_model
 from model.config import ModelConfig
-from model.hf_folder import CONFIG_FILE, WEIGHTS_FILE, is_hugging_face, open_folder
-from model.hf_format import to_hugging_face, to_json
-from model.hf_tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, tokenizer_config, tokenizer_json
-from model.language_model import HEAD
-from model.model_card import model_card
-from model.trained import Trained, load_trained
+from model.hf.folder import CONFIG_FILE, WEIGHTS_FILE, is_hugging_face, open_folder
+from model.hf.format import to_hugging_face, to_json
+from model.hf.model_card import model_card
+from model.hf.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, tokenizer_config, tokenizer_json
 
 GENERATION_FILE = "generation_config.json"
 CARD_FILE = "README.md"
@@ -64,10 +64,10 @@ def export(options: Export) -> None:
     refuse_existing(options.out)
     if is_hugging_face(Path(options.path)):
         raise InputError(f"{options.path}: is a Hugging Face folder already; export takes a run or a checkpoint")
-    trained = load_trained(options.path)
-    write_folder(trained, options.out, tokenizer=options.tokenizer)
+    trained = load_model(options.path)
+    write_folder(trained, options.out, with_tokenizer=options.tokenizer)
     print(f"{options.out}: step {trained.step} of {trained.checkpoint.resolve().parents[1].name}")
-    print("\n".join(described(trained.model.config, trained.codec if options.tokenizer else None)))
+    print("\n".join(described(trained.model.config, trained.tokenizer if options.tokenizer else None)))
 
 
 def refuse_existing(out: Path) -> None:
@@ -75,20 +75,20 @@ def refuse_existing(out: Path) -> None:
         raise InputError(f"--out {out}: exists; choose another, or remove it")
 
 
-def write_folder(trained: Trained, out: Path, *, tokenizer: bool = True) -> None:
+def write_folder(trained: TrainedModel, out: Path, *, with_tokenizer: bool = True) -> None:
     """The whole folder under its final name, at once."""
     config = trained.model.config
     contents = {
         CONFIG_FILE: to_json(config),
         GENERATION_FILE: {"bos_token_id": config.eot_id, "eos_token_id": config.eot_id},
     }
-    if tokenizer:
+    if with_tokenizer:
         try:
-            contents[TOKENIZER_FILE] = tokenizer_json(trained.codec)
+            contents[TOKENIZER_FILE] = tokenizer_json(trained.tokenizer)
         except InputError as error:
             raise InputError(f"its tokenizer has no tokenizer.json: {error}; --no-tokenizer leaves it out") from error
-        contents[TOKENIZER_CONFIG_FILE] = tokenizer_config(trained.codec, config.context_len)
-    card = model_card(trained, out.resolve().name, described(config, trained.codec))
+        contents[TOKENIZER_CONFIG_FILE] = tokenizer_config(trained.tokenizer, config.context_len)
+    card = model_card(trained, out.resolve().name, described(config, trained.tokenizer))
     with unfinished_directory(out) as partial:
         refuse_existing(out)  # which another process may have made meanwhile
         for name, content in contents.items():
@@ -99,7 +99,7 @@ def write_folder(trained: Trained, out: Path, *, tokenizer: bool = True) -> None
         put_in_place(partial, out)
 
 
-def _write_weights(trained: Trained, path: Path) -> None:
+def _write_weights(trained: TrainedModel, path: Path) -> None:
     """model.safetensors as transformers writes it: a tied head is the embedding, and is there once."""
     try:
         from safetensors import SafetensorError
@@ -127,19 +127,19 @@ def look_through(folder: Path) -> None:
         found.parameter(name, found.config)
     types = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in found.tensors.values()})
     print(f"{folder}: GPT-2, {len(found.tensors)} tensors of {', '.join(types)} in {found.weights_file}")
-    print("\n".join(described(found.config, found.codec)))
+    print("\n".join(described(found.config, found.tokenizer)))
 
 
-def described(config: ModelConfig, codec: Codec | None) -> list[str]:
+def described(config: ModelConfig, tokenizer: Tokenizer | None) -> list[str]:
     """Shape and tokenizer, a line for each."""
     shape = (
         f"  shape      {config.num_layers} layers, {config.num_heads} heads, {config.width} wide, context "
-        f"{config.context_len:,}, vocabulary {config.vocab_size:,}, MLP {config.mlp_width} ({config.mlp}), "
+        f"{config.context_len:,}, vocabulary {config.vocab_size:,}, MLP {config.resolved_mlp_width} ({config.mlp}), "
         f"{'tied' if config.tie else 'untied'} head"
     )
-    if codec is None:
+    if tokenizer is None:
         return [shape, "  tokenizer  none: only transformers can read this folder"]
-    about = codec.describe()
+    about = tokenizer.describe()
     return [shape, f"  tokenizer  {about.get('name', about['kind'])}, sha256 {about['sha256'][:16]}"]
 
 

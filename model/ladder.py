@@ -1,6 +1,6 @@
 """The rungs below GPT: each a whole language model, short enough to read at once, with one idea more than the last.
 
-    python train/main.py shakespeare-char-cpu --model.rung bigram       # trains any of them, as it trains a GPT
+    python train/main.py shakespeare-char-cpu --model.kind bigram       # trains any of them, as it trains a GPT
     python launch/sweep.py ladder                                       # all: a table, a picture, a sample of each
     python model/ladder.py data/tinyshakespeare                         # stoi, itos, and a bigram by counting
 
@@ -30,21 +30,20 @@ import torch.nn.functional as F
 import tyro
 from torch import Tensor, nn
 
-from data_prep.codec import CharCodec, load_codec
-from data_prep.errors import InputError, one_line_errors
+from common.errors import InputError, one_line_errors
 from data_prep.manifest import open_split
+from data_prep.tokenizer import CharTokenizer, load_tokenizer
+from model.base import INIT_STD, LanguageModel
 from model.config import ModelConfig
-from model.gpt import GPT
-from model.language_model import INIT_STD, LanguageModel
-from model.layers import LayerNorm, Linear
+from model.gpt import GPT, LayerNorm, Linear
 
 
 def make_model(config: ModelConfig, *, compute_dtype: torch.dtype = torch.float32) -> LanguageModel:
     """The model that `config` describes, without initial values."""
-    return MODELS[config.rung](config, compute_dtype=compute_dtype)
+    return MODELS[config.kind](config, compute_dtype=compute_dtype)
 
 
-class Rung(LanguageModel):
+class CourseModel(LanguageModel):
     """Matrices begin as normal(0, 1 / inputs), so that numbers keep their size from layer to layer; the head small, so
     that the first loss is ln V, that of knowing nothing."""
 
@@ -55,14 +54,14 @@ class Rung(LanguageModel):
         return torch.zeros(shape).normal_(0.0, std, generator=generator)
 
 
-class Bigram(Rung):
+class Bigram(CourseModel):
     """Row i of a V x V table holds the logits of what comes after token i. Nothing else is read."""
 
     def __init__(self, config: ModelConfig, *, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__(config, compute_dtype=compute_dtype)
         self.lm_head = Linear(config.vocab_size, config.vocab_size, bias=False)
 
-    def features(self, tokens_BT: Tensor) -> Tensor:
+    def hidden_states(self, tokens_BT: Tensor) -> Tensor:
         """One-hot: the product with the head's matrix is then the look-up of a row of its transpose."""
         self.check_length(tokens_BT)
         return F.one_hot(tokens_BT, self.config.vocab_size).to(self.compute_dtype)
@@ -84,7 +83,7 @@ class Head(nn.Module):
         return weights_BTT @ v_BTK
 
 
-class OneHead(Rung):
+class OneHead(CourseModel):
     """The next token from a mean of what all tokens so far have to give, weighted by whom the last one asks for."""
 
     def __init__(self, config: ModelConfig, *, compute_dtype: torch.dtype = torch.float32) -> None:
@@ -97,13 +96,13 @@ class OneHead(Rung):
     def make_heads(self) -> nn.ModuleList:
         return nn.ModuleList([Head(self.config.width, self.config.width)])
 
-    def features(self, tokens_BT: Tensor) -> Tensor:
+    def hidden_states(self, tokens_BT: Tensor) -> Tensor:
         return self.attend(self.embed(tokens_BT))
 
     def embed(self, tokens_BT: Tensor) -> Tensor:
         """What a token is, and where it stands: x_BTD."""
-        place_T = torch.arange(self.check_length(tokens_BT), device=tokens_BT.device)
-        return (self.token_embedding(tokens_BT) + self.position_embedding(place_T)).to(self.compute_dtype)
+        positions_T = torch.arange(self.check_length(tokens_BT), device=tokens_BT.device)
+        return (self.token_embedding(tokens_BT) + self.position_embedding(positions_T)).to(self.compute_dtype)
 
     def attend(self, x_BTD: Tensor) -> Tensor:
         return torch.cat([head(x_BTD) for head in self.heads], dim=2)
@@ -127,7 +126,7 @@ class OneBlock(Heads):
         self.up = Linear(config.width, 4 * config.width, bias=False)
         self.down = Linear(4 * config.width, config.width, bias=False)
 
-    def features(self, tokens_BT: Tensor) -> Tensor:
+    def hidden_states(self, tokens_BT: Tensor) -> Tensor:
         x_BTD = self.embed(tokens_BT)
         x_BTD = x_BTD + self.mix(self.attend(self.norm_1(x_BTD)))
         x_BTD = x_BTD + self.down(F.gelu(self.up(self.norm_2(x_BTD)), approximate="tanh"))
@@ -173,10 +172,10 @@ def counted_loss(seen: npt.NDArray[np.int64], asked: npt.NDArray[np.int64]) -> f
 def report(directory: Path) -> str:
     """All that the command prints."""
     streams = {split: open_split(directory, split) for split in ("train", "val")}
-    codec = load_codec(directory)
-    if not isinstance(codec, CharCodec):
+    tokenizer = load_tokenizer(directory)
+    if not isinstance(tokenizer, CharTokenizer):
         raise InputError(f"{directory} has no character tokenizer; prepare it with --tokenizer char")
-    stoi, itos, vocab_size = codec.stoi, codec.itos, codec.vocab_size
+    stoi, itos, vocab_size = tokenizer.stoi, tokenizer.itos, tokenizer.vocab_size
     ids = {split: stream.read(0, len(stream)) for split, stream in streams.items()}
     seen, asked = (count_pairs(ids[split], vocab_size) for split in ("train", "val"))
     first = ids["train"][:24].tolist()

@@ -42,15 +42,15 @@ import torch
 import tyro
 from torch import Tensor
 
-from data_prep.atomic import write_json_atomically
-from data_prep.codec import Codec
-from data_prep.errors import InputError, one_line_errors
-from data_prep.pages import markdown, new_figure, put_into
-from model import heatmaps, taps
+from common.errors import InputError, one_line_errors
+from common.files import write_json_atomically
+from common.tables import markdown, new_figure, put_into
+from data_prep.tokenizer import Tokenizer
+from model.checkpoint import TrainedModel
 from model.generate import encode_prompt
-from model.induction import Induction, induction
-from model.looks import Common, View, cell, encode, header, layer_names, load, numbers, shown, texts_of
-from model.trained import Trained
+from model.interp import heatmaps, hooks
+from model.interp.common import Common, View, cell, encode, header, layer_names, load, numbers, shown, texts_of
+from model.interp.induction import Induction, induction
 
 MAX_NUMBERS = 10_000_000  # in a JSON file, which then has some 200 MB
 LEAST_DIFFERENCE = 1e-4  # of logits; less may be rounding
@@ -141,7 +141,7 @@ def attention(options: Attention) -> View:
     def see(layer: int, weights_BHTT: Tensor) -> None:
         kept.update({(layer, head): weights_BHTT[0, head].cpu() for head in heads if layer in layers})
 
-    taps.see_attention(model, tokens_T[None], see)
+    hooks.see_attention(model, tokens_T[None], see)
     record = header(options, trained, tokens_T)
     texts = record["texts"]
     record["heads"] = [{"layer": i, "head": h, "weights": numbers(w_TT)} for (i, h), w_TT in kept.items()]
@@ -171,8 +171,10 @@ def logit_lens(options: LogitLens) -> View:
         raise InputError(f"--top-k {options.top_k} must be at least 1 and at most the vocabulary's")
     record = header(options, trained, tokens_T) | {"layers": []}
     rows = [["after", "loss", "mean rank", "likeliest after the last token (probability)"]]
-    for name, x_TD in zip(layer_names(model.config.num_layers), taps.streams(model, tokens_T[None])[:, 0], strict=True):
-        log_p_TV = taps.lens_logits(model, x_TD).log_softmax(dim=1)
+    for name, x_TD in zip(
+        layer_names(model.config.num_layers), hooks.streams(model, tokens_T[None])[:, 0], strict=True
+    ):
+        log_p_TV = hooks.lens_logits(model, x_TD).log_softmax(dim=1)
         most = log_p_TV.topk(options.top_k, dim=1)
         next_t1 = log_p_TV[:-1].gather(1, tokens_T[1:, None])
         ranks_t = (log_p_TV[:-1] > next_t1).sum(dim=1)
@@ -180,7 +182,7 @@ def logit_lens(options: LogitLens) -> View:
         layer = {
             "after": name,
             "top_tokens": top_tokens,
-            "top_texts": [texts_of(trained.codec, ids) for ids in top_tokens],
+            "top_texts": [texts_of(trained.tokenizer, ids) for ids in top_tokens],
             "top_probabilities": top_probabilities,
             "next_ranks": ranks_t.tolist(),
             "next_losses": numbers(-next_t1[:, 0]),
@@ -208,10 +210,10 @@ def text_of(options: Ablate) -> tuple[str, str]:
         raise InputError(f"--file {options.file}: not UTF-8 ({error.reason} at byte {error.start})") from error
 
 
-def windows_of(trained: Trained, flag: str, text: str, max_tokens: int) -> Tensor:
+def windows_of(trained: TrainedModel, flag: str, text: str, max_tokens: int) -> Tensor:
     """[B, S]: neighbours share one token, so that each but the first of all is scored once; the rest is left out."""
     try:
-        tokens = encode_prompt(trained.codec, text)[: max_tokens + 1] if text else []
+        tokens = encode_prompt(trained.tokenizer, text)[: max_tokens + 1] if text else []
     except InputError as error:
         raise InputError(f"{flag}: {error}") from error
     if len(tokens) < 2:
@@ -225,10 +227,10 @@ def ablate(options: Ablate) -> View:
     flag, text = text_of(options)
     model, trained = load(options.path, options)
     windows_BS = windows_of(trained, flag, text, options.max_tokens)
-    instead = taps.zeros(model) if options.by == "zero" else taps.means(model, windows_BS)
-    whole_BT = taps.losses(model, windows_BS).double()
+    instead = hooks.zeros(model) if options.by == "zero" else hooks.means(model, windows_BS)
+    whole_BT = hooks.losses(model, windows_BS).double()
     parts = []
-    for layer, head, losses_BT in taps.losses_without_each(model, windows_BS, instead):
+    for layer, head, losses_BT in hooks.losses_without_each(model, windows_BS, instead):
         change_BT = losses_BT.double() - whole_BT
         error = numbers(change_BT.std() / math.sqrt(change_BT.numel())) if change_BT.numel() > 1 else 0.0
         loss, change = numbers(losses_BT.mean()), numbers(change_BT.mean())
@@ -253,9 +255,9 @@ def patch(options: Patch) -> View:
         raise InputError(f"--clean has {len(clean_T)} tokens, --corrupt {len(corrupt_T)}; give prompts of as many")
     if torch.equal(clean_T, corrupt_T):
         raise InputError("--clean and --corrupt are the same tokens; give prompts that differ")
-    last_BV = taps.last_logits(model, torch.stack([clean_T, corrupt_T]))
-    answers = answers_of(options, trained.codec, last_BV)
-    names = [cell(shown(trained.codec, answer)) for answer in answers]
+    last_BV = hooks.last_logits(model, torch.stack([clean_T, corrupt_T]))
+    answers = answers_of(options, trained.tokenizer, last_BV)
+    names = [cell(shown(trained.tokenizer, answer)) for answer in answers]
 
     def difference(logits: Tensor) -> Tensor:
         return (logits[..., answers[0]] - logits[..., answers[1]]).double().cpu()
@@ -263,14 +265,14 @@ def patch(options: Patch) -> View:
     clean, corrupt = numbers(difference(last_BV))
     if abs(clean - corrupt) < LEAST_DIFFERENCE:
         raise InputError(f"--answers: the logits of {' and '.join(names)} differ alike after both; name others")
-    patch_part = taps.patch_stream if options.part == "stream" else taps.patch_heads
+    patch_part = hooks.patch_stream if options.part == "stream" else hooks.patch_heads
     of_first, of_second = patch_part(model, clean_T, corrupt_T, answers).unbind(-1)
     patched = (of_first - of_second).double().cpu()
     restored = (patched - corrupt) / (clean - corrupt)
     record = header(options, trained, clean_T) | {
         "part": options.part,
         "corrupt_tokens": corrupt_T.tolist(),
-        "corrupt_texts": texts_of(trained.codec, corrupt_T.tolist()),
+        "corrupt_texts": texts_of(trained.tokenizer, corrupt_T.tolist()),
         "answers": answers,
         "clean": clean,
         "corrupt": corrupt,
@@ -279,20 +281,23 @@ def patch(options: Patch) -> View:
     }
     if options.part == "stream":
         columns = layer_names(model.config.num_layers)
-        places = [
+        positions = [
             f"{place} {new}" if new == old else f"{place} {old} -> {new}"
             for place, (new, old) in enumerate(zip(record["texts"], record["corrupt_texts"], strict=True))
         ]
-        rows = [["at", *columns], *([cell(p), *map(as_part, row)] for p, row in zip(places, restored.T, strict=True))]
+        rows = [
+            ["at", *columns],
+            *([cell(p), *map(as_part, row)] for p, row in zip(positions, restored.T, strict=True)),
+        ]
     else:
-        places = [f"head {head}" for head in range(model.config.num_heads)]
+        positions = [f"head {head}" for head in range(model.config.num_heads)]
         columns = [f"layer {layer}" for layer in range(model.config.num_layers)]
-        rows = [["layer", *places], *([str(i), *map(as_part, row)] for i, row in enumerate(restored))]
+        rows = [["layer", *positions], *([str(i), *map(as_part, row)] for i, row in enumerate(restored))]
     first = (
         f"Logit of {names[0]} less that of {names[1]}: {clean:+.3f} clean, {corrupt:+.3f} corrupt. Restored, as a part:"
     )
     return View(
-        f"{first}\n\n{markdown(rows)}", record, lambda figure: heatmaps.patching(figure, restored, columns, places)
+        f"{first}\n\n{markdown(rows)}", record, lambda figure: heatmaps.patching(figure, restored, columns, positions)
     )
 
 
@@ -300,18 +305,18 @@ def as_part(value: Tensor) -> str:
     return f"{round(value.item(), 2) + 0.0:.2f}"  # not -0.00
 
 
-def answers_of(options: Patch, codec: Codec, last_BV: Tensor) -> list[int]:
+def answers_of(options: Patch, tokenizer: Tokenizer, last_BV: Tensor) -> list[int]:
     if options.answers is None:
         answers: list[int] = last_BV.argmax(dim=1).tolist()
         if answers[0] == answers[1]:
             raise InputError(
-                f"both prompts are most likely continued by {shown(codec, answers[0])}; give --answers A B"
+                f"both prompts are most likely continued by {shown(tokenizer, answers[0])}; give --answers A B"
             )
         return answers
     answers = []
     for text in options.answers:
         try:
-            tokens = codec.encode(text).tolist()
+            tokens = tokenizer.encode(text).tolist()
         except InputError as error:
             raise InputError(f"--answers {text!r}: {error}") from error
         if len(tokens) != 1:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from model.trained import fault_of, list_checkpoints, step_of
+from model.checkpoint import fault_of, list_checkpoints, step_of
 from tests.attempts import Attempt, is_running
 from tests.faults import FREEZE, KILLS, PAUSE, STOPS, Episode, Struck, at, killed_rank_0, stood_beside_the_loop
 from tests.runs import rows, status
-from train.sinks import KEPT_FILES, METRICS_FILE, SAMPLES_FILE
+from train.metrics.logger import KEPT_FILES, METRICS_FILE, SAMPLES_FILE
 
 STEPS = 150
 KEEP = 3

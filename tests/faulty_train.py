@@ -24,7 +24,7 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train import launcher
+from train.processes import parent_watch
 
 LONGEST_STAY_SECONDS = 120.0  # the soak is gone then
 CONTROL = Path(os.environ["SOAK_CONTROL"])
@@ -89,32 +89,35 @@ def visit_deletion(path: Any, **kwargs: Any) -> None:
 def wrap_engine() -> None:
     import torch.distributed.checkpoint as dcp
 
-    from train import loop, main, resume, run_dir, saves, stops, validation
+    from train import loop, main
+    from train.evals import validation
+    from train.processes import stop_requests
+    from train.run import checkpoints, directory, resume
 
     visit_before(main, "open_mesh", "process group")
-    visit_before(run_dir, "provenance", "claim")  # the lock is held, status.json still the last attempt's
+    visit_before(directory, "provenance", "claim")  # the lock is held, status.json still the last attempt's
     visit_before(resume, "find_start", "find start")
     visit_before(resume, "read_tensors", "load")
     visit_before(loop, "warm_up", "warm-up")
     visit_before(loop, "take_step", "step")
     visit_before(loop.optim, "update", "update")  # gradients are reduced, the weights not yet changed
     visit_before(validation.ValidationSet, "batch", "validation")
-    visit_before(saves.Saver, "_write", "save")
+    visit_before(checkpoints.CheckpointWriter, "_write", "save")
     visit_after(dcp.FileSystemWriter, "write_data", "writing")  # this rank's tensors are there, .metadata is not
-    visit_after(saves, "write_atomically", "commit")  # all is written, the rename comes next
-    visit_before(saves, "fsync_directory", "committed")  # renamed
-    visit_before(saves.Saver, "_purge", "purge")
-    wrap(saves.shutil, "rmtree", before=visit_deletion)
-    visit_before(run_dir.RunDirectory, "end", "leaving")
+    visit_after(checkpoints, "write_atomically", "commit")  # all is written, the rename comes next
+    visit_before(checkpoints, "fsync_directory", "committed")  # renamed
+    visit_before(checkpoints.CheckpointWriter, "_purge", "purge")
+    wrap(checkpoints.shutil, "rmtree", before=visit_deletion)
+    visit_before(directory.RunDirectory, "end", "leaving")
 
-    wrap(run_dir.RunDirectory, "_claim", after=lambda: mark(f"claimed_{START}"))
-    wrap(stops.Stops, "__enter__", after=lambda: mark(f"listening_{START}_{RANK}"))
-    wrap(stops.Stops, "__exit__", before=lambda *args: (CONTROL / f"listening_{START}_{RANK}").unlink())
+    wrap(directory.RunDirectory, "_claim", after=lambda: mark(f"claimed_{START}"))
+    wrap(stop_requests.StopRequests, "__enter__", after=lambda: mark(f"listening_{START}_{RANK}"))
+    wrap(stop_requests.StopRequests, "__exit__", before=lambda *args: (CONTROL / f"listening_{START}_{RANK}").unlink())
 
 
 def main() -> None:
     faulthandler.register(signal.SIGUSR2)  # the soak asks so where processes hang
-    launcher.remember()  # as train.main begins: in the next place the launcher may be struck
+    parent_watch.remember()  # as train.main begins: in the next place the launcher may be struck
     mark(f"pid_{START}_{RANK}", str(os.getpid()))
     visit("start")
     wrap_engine()

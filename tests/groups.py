@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-from train.mesh import Mesh
+from train.processes.group import ProcessGroup
 
 PRELOADED = ["train.main", "torch._dynamo", "pytest", "tests.runs"]  # the second: by what makes an optimizer
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000  # linux/sched.h
@@ -29,7 +29,7 @@ def run_on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[A
     the seconds of importing it; a world of one is this process, which computes with one thread too (conftest.py).
     """
     if world == 1:
-        return [function(Mesh(0, 1, torch.device("cpu")), *args)]
+        return [function(ProcessGroup(0, 1, torch.device("cpu")), *args)]
     with tempfile.TemporaryDirectory() as folder:
         processes = start_on_ranks(world, folder, function, *args)
         while not processes.join():
@@ -60,18 +60,18 @@ def _enter(rank: int, world: int, folder: str, function: Callable[..., Any], arg
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
-    result = function(Mesh(rank, world, torch.device("cpu")), *args)
+    result = function(ProcessGroup(rank, world, torch.device("cpu")), *args)
     (Path(folder) / f"result_{rank}").write_bytes(pickle.dumps(result))
     dist.destroy_process_group()
 
 
 @contextlib.contextmanager
-def leaving_no_group(mesh: Mesh) -> Iterator[None]:
+def leaving_no_group(group: ProcessGroup) -> Iterator[None]:
     """For a world of one, which is this process: the process group that a sharded model makes goes with it."""
     try:
         yield
     finally:
-        if mesh.world == 1 and dist.is_initialized():
+        if group.world == 1 and dist.is_initialized():
             dist.destroy_process_group()
 
 

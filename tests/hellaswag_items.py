@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 
-from data_prep.codec import Codec
 from data_prep.hellaswag import Item
-from model.language_model import LanguageModel
+from data_prep.tokenizer import Tokenizer
+from model.base import LanguageModel
 from tests.corpus import make_text
 
 
@@ -42,16 +42,16 @@ def write_items(path: Path, num_items: int, seed: int = 1) -> Path:
 
 
 @torch.no_grad()
-def plain_scores(model: LanguageModel, codec: Codec, items: Sequence[Item]) -> list[list[tuple[float, int]]]:
+def plain_scores(model: LanguageModel, tokenizer: Tokenizer, items: Sequence[Item]) -> list[list[tuple[float, int]]]:
     """(summed loss, tokens scored) of every ending: each row by itself, unpadded, as far as the model sees."""
     found = []
     for item in items:
         endings = []
         for ending in item.endings:
-            before, after = codec.encode(item.ctx).tolist(), codec.encode(" " + ending).tolist()
+            before, after = tokenizer.encode(item.ctx).tolist(), tokenizer.encode(" " + ending).tolist()
             row = torch.tensor((before + after)[-(model.config.context_len + 1) :])
             num_scored = min(len(after), len(row) - 1)
-            logits = model.logits(model.features(row[None, :-1])[0, -num_scored:])[:, : model.config.vocab_size]
+            logits = model.logits(model.hidden_states(row[None, :-1])[0, -num_scored:])[:, : model.config.vocab_size]
             losses = -logits.float().log_softmax(dim=1)[torch.arange(num_scored), row[-num_scored:]]
             endings.append((losses.double().sum().item(), num_scored))
         found.append(endings)

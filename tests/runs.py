@@ -16,10 +16,9 @@ import torch
 from torch import Tensor
 
 from data_prep.textfiles import Options, prepare
+from model.checkpoint import list_checkpoints, read_tensors
 from model.config import ModelConfig
-from model.dcp_files import read_tensors
 from model.ladder import make_model
-from model.trained import list_checkpoints
 from tests.corpus import make_text
 from train.config import (
     Config,
@@ -33,7 +32,7 @@ from train.config import (
     resolve,
 )
 from train.optim import build_optimizer
-from train.saves import checkpoint_tensors
+from train.run.checkpoints import checkpoint_tensors
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -47,7 +46,7 @@ def make_tiny_data(folder: Path) -> Path:
 
 
 def tiny_config(data: Path, run_dir: Path, **train: Any) -> Config:
-    """2 layers, 32 wide, 12 windows of 32 a step, clipping active; `train` overrides TrainConfig's fields."""
+    """2 layers, 32 wide, 12 sequences of 32 a step, clipping active; `train` overrides TrainConfig's fields."""
     defaults: dict[str, Any] = {
         "seq_len": 32,
         "steps": 50,

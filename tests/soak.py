@@ -41,9 +41,9 @@ from tests.runs import (
 )
 from train.config import Config, parse
 from train.main import run
-from train.mesh import Mesh
+from train.metrics.logger import SAMPLES_FILE
 from train.presets import PRESETS
-from train.sinks import SAMPLES_FILE
+from train.processes.group import ProcessGroup
 
 SECONDS_BETWEEN_LOOKS = 1.2  # of the engine at the STOP file and at its launcher, and a little more
 
@@ -161,9 +161,9 @@ class Soak:
         )
 
 
-def train_whole(mesh: Mesh, config: Config) -> None:
+def train_whole(group: ProcessGroup, config: Config) -> None:
     with contextlib.redirect_stdout(io.StringIO()):
-        run(config, mesh)
+        run(config, group)
 
 
 def num_rows(run_dir: Path) -> int:

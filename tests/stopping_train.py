@@ -14,8 +14,8 @@ from train.main import main
 take_step = loop.take_step
 
 
-def stopping(run: loop.Run) -> loop.Report:
-    if run.progress.step == 12 and run.mesh.rank == 1:
+def stopping(run: loop.Run) -> loop.StepResult:
+    if run.progress.step == 12 and run.group.rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
     return take_step(run)
 

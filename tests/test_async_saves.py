@@ -10,23 +10,24 @@ from typing import Any
 import pytest
 import torch
 
-from data_prep.errors import InputError
-from model.trained import fault_of, list_checkpoints, step_of
+from common.errors import InputError
+from model.checkpoint import fault_of, list_checkpoints, step_of
 from tests.groups import run_on_ranks
 from tests.runs import assert_same_tensors, curve, rows, status, tensors_of, tiny_config, with_save
-from train import loop, saves
+from train import loop
 from train.config import Config
 from train.main import run
-from train.mesh import Mesh
-from train.stops import Stops
+from train.processes.group import ProcessGroup
+from train.processes.stop_requests import StopRequests
+from train.run import checkpoints
 
 STEPS = 30
 
 
-def train_both_ways(mesh: Mesh, sync: Config, asynchronous: Config) -> dict[int, int]:
+def train_both_ways(group: ProcessGroup, sync: Config, asynchronous: Config) -> dict[int, int]:
     """Train synchronously, then asynchronously with slow writes: by step of a save, the step reached meanwhile."""
-    run(sync, mesh)
-    reached, seal = {}, saves._seal
+    run(sync, group)
+    reached, seal = {}, checkpoints._seal
 
     def seal_slowly(temporary: Path, state: dict[str, Any]) -> None:
         step = state["progress"]["step"]
@@ -37,8 +38,8 @@ def train_both_ways(mesh: Mesh, sync: Config, asynchronous: Config) -> dict[int,
         seal(temporary, state)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saves, "_seal", seal_slowly)
-        run(asynchronous, mesh)
+        patch.setattr(checkpoints, "_seal", seal_slowly)
+        run(asynchronous, group)
     return reached
 
 
@@ -60,18 +61,18 @@ def test_training_goes_on_meanwhile_and_what_is_written_is_the_step_it_began_at(
         assert_same_tensors(tensors_of(left), tensors_of(right))
 
 
-def train_with_a_save_that_fails_on_one_rank(mesh: Mesh, config: Config, fault: Exception) -> str:
-    sound, calls = saves.dcp.FileSystemWriter.write_data, iter(range(100))
+def train_with_a_save_that_fails_on_one_rank(group: ProcessGroup, config: Config, fault: Exception) -> str:
+    sound, calls = checkpoints.dcp.FileSystemWriter.write_data, iter(range(100))
 
     def write_data(self: Any, *args: Any) -> Any:
-        if next(calls) == 1 and mesh.rank == mesh.world - 1:
+        if next(calls) == 1 and group.rank == group.world - 1:
             raise fault
         return sound(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saves.dcp.FileSystemWriter, "write_data", write_data)
+        patch.setattr(checkpoints.dcp.FileSystemWriter, "write_data", write_data)
         try:
-            run(config, mesh)
+            run(config, group)
         except InputError as error:
             return str(error)
     return "no error"
@@ -95,13 +96,13 @@ def test_what_one_rank_cannot_write_ends_all_and_is_no_checkpoint(
     assert status(tmp_path / "run")["state"] == "done"
 
 
-def run_again(mesh: Mesh, config: Config) -> None:
-    run(config, mesh)
+def run_again(group: ProcessGroup, config: Config) -> None:
+    run(config, group)
 
 
-def stop_while_saving(mesh: Mesh, config: Config) -> None:
+def stop_while_saving(group: ProcessGroup, config: Config) -> None:
     """Rank 0 hears a stop while the checkpoint of step 50 is being written."""
-    seal, sound = saves._seal, Stops.wanted
+    seal, sound = checkpoints._seal, StopRequests.wanted
     is_sealing: list[bool] = []
 
     def seal_slowly(*args: Any) -> None:
@@ -109,14 +110,14 @@ def stop_while_saving(mesh: Mesh, config: Config) -> None:
         time.sleep(0.2)
         seal(*args)
 
-    def wanted(self: Stops) -> bool:
+    def wanted(self: StopRequests) -> bool:
         self.reason = self.reason or ("test" if is_sealing else None)
         return sound(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(saves, "_seal", seal_slowly)
-        patch.setattr(Stops, "wanted", wanted)
-        run(config, mesh)
+        patch.setattr(checkpoints, "_seal", seal_slowly)
+        patch.setattr(StopRequests, "wanted", wanted)
+        run(config, group)
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -129,19 +130,19 @@ def test_a_stop_finishes_the_save_under_way_and_makes_its_own(tiny_data: Path, t
     assert all(fault_of(path) is None for path in list_checkpoints(tmp_path / "run"))
 
 
-def save_by_the_clock(mesh: Mesh, config: Config) -> None:
+def save_by_the_clock(group: ProcessGroup, config: Config) -> None:
     """With a clock that strikes once a step on rank 0, and that always says it is late on the others."""
     take_step, ticks = loop.take_step, [0]
 
-    def ticking(this: loop.Run) -> loop.Report:
+    def ticking(this: loop.Run) -> loop.StepResult:
         ticks[0] += 1
         return take_step(this)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "take_step", ticking)
-        clock = SimpleNamespace(monotonic=lambda: ticks[0] * (1.0 if mesh.is_main else 1e6))
-        patch.setattr(saves, "time", clock)
-        run(config, mesh)
+        clock = SimpleNamespace(monotonic=lambda: ticks[0] * (1.0 if group.is_main else 1e6))
+        patch.setattr(checkpoints, "time", clock)
+        run(config, group)
 
 
 @pytest.mark.parametrize("world", [1, 2])
@@ -156,10 +157,10 @@ def test_saves_by_the_clock_of_rank_0(tiny_data: Path, tmp_path: Path, world: in
 
 def test_a_stage_left_unwritten_by_a_kill_is_cleared_away(tiny_data: Path, tmp_path: Path) -> None:
     config = with_save(tiny_config(tiny_data, tmp_path / "run", steps=10), every=5, mode="async")
-    run(config, Mesh(0, 1, torch.device("cpu")))
+    run(config, ProcessGroup(0, 1, torch.device("cpu")))
     newest = list_checkpoints(tmp_path / "run")[-1]
     shutil.move(newest, newest.with_name(f".{newest.name}.writing"))  # sealed, and killed before the rename
-    run(config, Mesh(0, 1, torch.device("cpu")))
+    run(config, ProcessGroup(0, 1, torch.device("cpu")))
     assert fault_of(list_checkpoints(tmp_path / "run")[-1]) is None
     assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
 
@@ -168,9 +169,9 @@ def test_a_run_that_fails_gives_its_directory_up_only_when_its_thread_is_done(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whoever starts the same run next must meet no writer."""
-    take_step, seal, done = loop.take_step, saves._seal, []
+    take_step, seal, done = loop.take_step, checkpoints._seal, []
 
-    def failing(this: loop.Run) -> loop.Report:
+    def failing(this: loop.Run) -> loop.StepResult:
         if this.progress.step == 7:
             raise RuntimeError("out of luck")
         return take_step(this)
@@ -181,9 +182,9 @@ def test_a_run_that_fails_gives_its_directory_up_only_when_its_thread_is_done(
         done.append((tmp_path / "run" / "lock.json").exists())
 
     monkeypatch.setattr(loop, "take_step", failing)
-    monkeypatch.setattr(saves, "_seal", seal_slowly)
+    monkeypatch.setattr(checkpoints, "_seal", seal_slowly)
     config = with_save(tiny_config(tiny_data, tmp_path / "run", steps=10), every=5, mode="async")
     with pytest.raises(RuntimeError, match="out of luck"):
-        run(config, Mesh(0, 1, torch.device("cpu")))
+        run(config, ProcessGroup(0, 1, torch.device("cpu")))
     assert done == [True]
     assert not (tmp_path / "run" / "lock.json").exists()

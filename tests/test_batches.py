@@ -1,4 +1,4 @@
-"""Order of the windows: every one once an epoch, whatever the processes; seeking is free."""
+"""Order of the sequences: every one once an epoch, whatever the processes; seeking is free."""
 
 import dataclasses
 import threading
@@ -8,17 +8,17 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.errors import InputError
+from common.errors import InputError
 from data_prep.manifest import open_split
 from tests.runs import curve, tiny_config
 from tests.test_exact import cut_back
-from train.batches import BatchPlan, Prefetcher, Windows, permute, plan_batches
 from train.config import Config
+from train.data import BatchPlan, Prefetcher, TrainingSequences, permute, plan_batches
 from train.main import run
-from train.mesh import Mesh
+from train.processes.group import ProcessGroup
 
 CPU = torch.device("cpu")
-ALONE = Mesh(0, 1, CPU)
+ALONE = ProcessGroup(0, 1, CPU)
 
 
 def permuted(count: int, key: int) -> list[int]:
@@ -32,8 +32,8 @@ def test_the_permutation_is_one(count: int) -> None:
 
 def test_the_permutation_seeks_and_depends_on_its_key() -> None:
     whole = permuted(5000, key=1)
-    places = np.array([4999, 0, 77], dtype=np.uint64)
-    assert permute(places, 5000, 1).tolist() == [whole[4999], whole[0], whole[77]]
+    positions = np.array([4999, 0, 77], dtype=np.uint64)
+    assert permute(positions, 5000, 1).tolist() == [whole[4999], whole[0], whole[77]]
     assert whole != permuted(5000, key=2)
     assert permute(np.array([2**40], dtype=np.uint64), 2**41, 3)[0] < 2**41
 
@@ -53,100 +53,102 @@ def test_the_permutation_looks_random() -> None:
     assert ((first - keys / 10) ** 2 / (keys / 10)).sum() < 30  # chi-square, 9 degrees of freedom
 
 
-def test_windows_share_one_token_and_lose_none(tiny_data: Path) -> None:
+def test_sequences_share_one_token_and_lose_none(tiny_data: Path) -> None:
     stream = open_split(tiny_data, "train")
-    windows = Windows(stream, seq_len=32, seed=1)
-    inputs_BT, targets_BT = windows.read(list(range(windows.count)))
+    sequences = TrainingSequences(stream, seq_len=32, seed=1)
+    inputs_BT, targets_BT = sequences.read(list(range(sequences.count)))
     tokens = torch.from_numpy(stream.read(0, len(stream)).astype(np.int64))
-    assert windows.count == (len(stream) - 1) // 32
-    assert torch.equal(inputs_BT.flatten(), tokens[: windows.count * 32])
-    assert torch.equal(targets_BT.flatten(), tokens[1 : windows.count * 32 + 1])
+    assert sequences.count == (len(stream) - 1) // 32
+    assert torch.equal(inputs_BT.flatten(), tokens[: sequences.count * 32])
+    assert torch.equal(targets_BT.flatten(), tokens[1 : sequences.count * 32 + 1])
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 12])
 @pytest.mark.parametrize("world", [1, 2, 3, 6, 12])
-def test_every_world_reads_the_same_windows_in_the_same_order(tiny_data: Path, world: int, micro_batch: int) -> None:
-    windows = Windows(open_split(tiny_data, "train"), 32, seed=1)
+def test_every_world_reads_the_same_sequences_in_the_same_order(tiny_data: Path, world: int, micro_batch: int) -> None:
+    sequences = TrainingSequences(open_split(tiny_data, "train"), 32, seed=1)
     config = tiny_config(tiny_data, Path("unused"), micro_batch=micro_batch)
     plan = plan_batches(config, world)
     for position in (0, 12, 552, 5520):  # the second last crosses the border of an epoch
-        alone = torch.cat([x for x, _ in windows.micro_batches(position, BatchPlan(12, 12, 12, 1), 0)])
-        ranks = [windows.micro_batches(position, plan, rank) for rank in range(world)]
+        alone = torch.cat([x for x, _ in sequences.micro_batches(position, BatchPlan(12, 12, 12, 1), 0)])
+        ranks = [sequences.micro_batches(position, plan, rank) for rank in range(world)]
         assert all(len(batches) == plan.accumulation for batches in ranks)
         assert torch.equal(torch.cat([x for batches in ranks for x, _ in batches]), alone)
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_an_epoch_holds_each_window_once_over_all_ranks(tiny_data: Path, world: int) -> None:
-    windows = Windows(open_split(tiny_data, "train"), 32, seed=1)
+def test_an_epoch_holds_each_sequence_once_over_all_ranks(tiny_data: Path, world: int) -> None:
+    sequences = TrainingSequences(open_split(tiny_data, "train"), 32, seed=1)
     per_rank = 4 // world
     seen: list[int] = []
-    for position in range(0, 2 * windows.count, 4):
+    for position in range(0, 2 * sequences.count, 4):
         for rank in range(world):
-            seen += windows.ids_at(position + rank * per_rank, per_rank)
-    first, second = seen[: windows.count], seen[windows.count : 2 * windows.count]
-    assert sorted(first) == sorted(second) == list(range(windows.count))
+            seen += sequences.ids_at(position + rank * per_rank, per_rank)
+    first, second = seen[: sequences.count], seen[sequences.count : 2 * sequences.count]
+    assert sorted(first) == sorted(second) == list(range(sequences.count))
     assert first != second
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_left_out_windows_are_replaced_where_they_stood(tiny_data: Path, world: int) -> None:
+def test_left_out_sequences_are_replaced_where_they_stood(tiny_data: Path, world: int) -> None:
     """Two neighbours, one alone, and one at the end whose follower, the first, is left out too."""
     stream, per_rank = open_split(tiny_data, "train"), 4 // world
-    whole = Windows(stream, 32, seed=1)
+    whole = TrainingSequences(stream, 32, seed=1)
     last = whole.count - 1
     stand_ins = {5: 7, 6: 7, 100: 101, last: 1, 0: 1}
-    windows = Windows(stream, 32, seed=1, leave_out=(100, 6, 0, 5, last, 5))
+    sequences = TrainingSequences(stream, 32, seed=1, skip_sequences=(100, 6, 0, 5, last, 5))
     seen: list[int] = []
     for position in range(0, whole.count, 4):
         for rank in range(world):
-            seen += windows.ids_at(position + rank * per_rank, per_rank)
+            seen += sequences.ids_at(position + rank * per_rank, per_rank)
     before = whole.ids_at(0, len(seen))
-    assert seen == [stand_ins.get(window, window) for window in before]
+    assert seen == [stand_ins.get(sequence, sequence) for sequence in before]
     assert set(seen[: whole.count]) == {*range(whole.count)} - {*stand_ins}
 
 
 def test_the_text_that_is_left_out_is_not_read(tiny_data: Path) -> None:
     stream, plan = open_split(tiny_data, "train"), BatchPlan(12, 12, 12, 1)
-    window = Windows(stream, 32, seed=1).ids_at(5, 1)[0]
-    windows = Windows(stream, 32, seed=1, leave_out=(window,))
-    ((inputs_BT, _),) = windows.micro_batches(0, plan, rank=0)
-    after = stream.read((window + 1) * 32, (window + 2) * 32).astype(np.int64)
+    sequence = TrainingSequences(stream, 32, seed=1).ids_at(5, 1)[0]
+    sequences = TrainingSequences(stream, 32, seed=1, skip_sequences=(sequence,))
+    ((inputs_BT, _),) = sequences.micro_batches(0, plan, rank=0)
+    after = stream.read((sequence + 1) * 32, (sequence + 2) * 32).astype(np.int64)
     assert torch.equal(inputs_BT[5], torch.from_numpy(after)) and inputs_BT.shape == (12, 32)
 
 
-def test_windows_to_leave_out_must_be_there_and_not_be_all(tiny_data: Path) -> None:
+def test_sequences_to_leave_out_must_be_there_and_not_be_all(tiny_data: Path) -> None:
     stream = open_split(tiny_data, "train")
-    with pytest.raises(InputError, match=r"--data.leave-out -1 562: the training split has 562 windows, numbered from"):
-        Windows(stream, 32, seed=1, leave_out=(562, 3, -1))
-    with pytest.raises(InputError, match=r"--data.leave-out names all 2 windows"):
-        Windows(stream, 8000, seed=1, leave_out=(1, 0))
-    assert set(Windows(stream, 8000, seed=1, leave_out=(1,)).ids_at(0, 10)) == {0}
+    with pytest.raises(
+        InputError, match=r"--data.skip-sequences -1 562: the training split has 562 sequences, numbered from"
+    ):
+        TrainingSequences(stream, 32, seed=1, skip_sequences=(562, 3, -1))
+    with pytest.raises(InputError, match=r"--data.skip-sequences names all 2 sequences"):
+        TrainingSequences(stream, 8000, seed=1, skip_sequences=(1, 0))
+    assert set(TrainingSequences(stream, 8000, seed=1, skip_sequences=(1,)).ids_at(0, 10)) == {0}
 
 
-def test_a_run_continued_with_a_longer_list_differs_only_from_the_window_on(tiny_data: Path, tmp_path: Path) -> None:
-    """One window of step 3 is left out from the start, one of step 15 only after the resume at step 10."""
+def test_a_run_continued_with_a_longer_list_differs_only_from_the_sequence_on(tiny_data: Path, tmp_path: Path) -> None:
+    """One sequence of step 3 is left out from the start, one of step 15 only after the resume at step 10."""
     config = tiny_config(tiny_data, tmp_path / "whole", steps=20)
-    order = Windows(open_split(tiny_data, "train"), 32, config.seed)
+    order = TrainingSequences(open_split(tiny_data, "train"), 32, config.seed)
     early, late = order.ids_at(2 * 12 + 1, 1)[0], order.ids_at(14 * 12 + 5, 1)[0]
     run(leaving_out(config, early), ALONE)
     cut_back(tmp_path / "whole", tmp_path / "resumed", step=10)
     longer = leaving_out(dataclasses.replace(config, run_dir=tmp_path / "resumed"), early, late)
     run(longer, ALONE)
     assert "continuing from" in (tmp_path / "resumed" / "log.txt").read_text()
-    assert "training tokens, 2 windows left out, vocabulary" in (tmp_path / "resumed" / "log.txt").read_text()
+    assert "training tokens, 2 sequences left out, vocabulary" in (tmp_path / "resumed" / "log.txt").read_text()
     before, after = curve(tmp_path / "whole"), curve(tmp_path / "resumed")
     assert before[:14] == after[:14]
     assert all(ours[1] != theirs[1] for ours, theirs in zip(before[14:], after[14:], strict=True))
 
 
-def leaving_out(config: Config, *windows: int) -> Config:
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, leave_out=windows))
+def leaving_out(config: Config, *sequences: int) -> Config:
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, skip_sequences=sequences))
 
 
 def test_a_world_that_does_not_divide_the_batch_is_refused_with_what_does(tiny_data: Path) -> None:
     config = tiny_config(tiny_data, Path("unused"))
-    with pytest.raises(InputError, match=r"12 windows of 32, which 5 processes .* try 4 processes, .* 320 or 480"):
+    with pytest.raises(InputError, match=r"12 sequences of 32, which 5 processes .* try 4 processes, .* 320 or 480"):
         plan_batches(config, 5)
 
 
@@ -157,8 +159,8 @@ def test_a_micro_batch_that_does_not_fit_is_refused_with_one_that_does(tiny_data
 
 
 def test_too_short_a_split_is_refused(tiny_data: Path) -> None:
-    with pytest.raises(InputError, match=r"2000 tokens, less than one window of --train.seq-len 2000"):
-        Windows(open_split(tiny_data, "val"), 2000, seed=1)
+    with pytest.raises(InputError, match=r"2000 tokens, less than one sequence of --train.seq-len 2000"):
+        TrainingSequences(open_split(tiny_data, "val"), 2000, seed=1)
 
 
 def same_batches(left: list[tuple[torch.Tensor, torch.Tensor]], right: list[tuple[torch.Tensor, torch.Tensor]]) -> bool:
@@ -168,16 +170,16 @@ def same_batches(left: list[tuple[torch.Tensor, torch.Tensor]], right: list[tupl
 
 def test_reading_ahead_changes_nothing(tiny_data: Path) -> None:
     """In order, then after jumps back and forth, as a loop that owns the position may ask."""
-    windows, plan = Windows(open_split(tiny_data, "train"), 32, seed=7), BatchPlan(12, 6, 3, 2)
-    batches = Prefetcher(windows, plan, rank=1, device=CPU)
+    sequences, plan = TrainingSequences(open_split(tiny_data, "train"), 32, seed=7), BatchPlan(12, 6, 3, 2)
+    batches = Prefetcher(sequences, plan, rank=1, device=CPU)
     for position in (0, 12, 24, 240, 252, 0, 12, 12):
-        assert same_batches(batches.take(position), windows.micro_batches(position, plan, rank=1))
+        assert same_batches(batches.take(position), sequences.micro_batches(position, plan, rank=1))
     batches.close()
 
 
 def test_the_next_step_is_read_while_this_one_computes(tiny_data: Path) -> None:
-    windows, plan = Windows(open_split(tiny_data, "train"), 32, seed=7), BatchPlan(12, 12, 12, 1)
-    read, was_read = windows.micro_batches, threading.Event()
+    sequences, plan = TrainingSequences(open_split(tiny_data, "train"), 32, seed=7), BatchPlan(12, 12, 12, 1)
+    read, was_read = sequences.micro_batches, threading.Event()
 
     def noticed(position: int, plan: BatchPlan, rank: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         result = read(position, plan, rank)
@@ -185,21 +187,21 @@ def test_the_next_step_is_read_while_this_one_computes(tiny_data: Path) -> None:
             was_read.set()
         return result
 
-    windows.micro_batches = noticed  # type: ignore[method-assign]
-    batches = Prefetcher(windows, plan, rank=0, device=CPU)
+    sequences.micro_batches = noticed  # type: ignore[method-assign]
+    batches = Prefetcher(sequences, plan, rank=0, device=CPU)
     batches.take(0)
-    assert was_read.wait(10), "nobody has asked for the windows at position 12 yet"
+    assert was_read.wait(10), "nobody has asked for the sequences at position 12 yet"
     batches.close()
 
 
 def test_a_fault_in_reading_reaches_the_loop(tiny_data: Path) -> None:
-    windows, plan = Windows(open_split(tiny_data, "train"), 32, seed=7), BatchPlan(12, 12, 12, 1)
+    sequences, plan = TrainingSequences(open_split(tiny_data, "train"), 32, seed=7), BatchPlan(12, 12, 12, 1)
 
     def failing(ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         raise OSError("stale file handle")
 
-    windows.read = failing  # type: ignore[method-assign]
-    batches = Prefetcher(windows, plan, rank=0, device=CPU)
+    sequences.read = failing  # type: ignore[method-assign]
+    batches = Prefetcher(sequences, plan, rank=0, device=CPU)
     with pytest.raises(OSError, match="stale file handle"):
         batches.take(0)
     batches.close()

@@ -16,7 +16,7 @@ pq = pytest.importorskip("pyarrow.parquet")
 
 from benchmarks import bench_data_prep, fineweb_like, usual_pattern
 from benchmarks.bench_data_prep import Round, Seen
-from data_prep.errors import InputError
+from common.errors import InputError
 from tests.conftest import ROOT
 
 SENTENCES = 300

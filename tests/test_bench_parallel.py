@@ -11,12 +11,12 @@ from torch.utils._pytree import tree_leaves
 
 from benchmarks.bench_parallel import Options, measure, table, ways_of
 from benchmarks.steps import Step, bare_step, configured, opened_run
-from data_prep.errors import InputError
+from common.errors import InputError
 from tests.groups import run_on_ranks
 from train.config import Config
-from train.mesh import Mesh
+from train.processes.group import ProcessGroup
 
-OPTIONS = Options(windows=8, micro_batch=2, rounds=2, block=1)
+OPTIONS = Options(sequences=8, micro_batch=2, rounds=2, block=1)
 
 
 class Sent(TorchDispatchMode):
@@ -34,13 +34,15 @@ class Sent(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def measured(mesh: Mesh, ways: dict[str, Config]) -> tuple[dict[str, Any], dict[str, list[Counter[tuple[str, int]]]]]:
+def measured(
+    group: ProcessGroup, ways: dict[str, Config]
+) -> tuple[dict[str, Any], dict[str, list[Counter[tuple[str, int]]]]]:
     """How long the last way takes; what a step of ours and a bare one send in each."""
     sent = dict[str, list[Counter[tuple[str, int]]]]()
     for name, config in ways.items():
-        with opened_run(config, mesh) as (run, ours):
-            sent[name] = [what_is_sent(step) for step in (ours, bare_step(config, run.layout, mesh))]
-    return {name: measure(OPTIONS, config, mesh)}, sent
+        with opened_run(config, group) as (run, ours):
+            sent[name] = [what_is_sent(step) for step in (ours, bare_step(config, run.parallel_plan, group))]
+    return {name: measure(OPTIONS, config, group)}, sent
 
 
 def what_is_sent(step: Step) -> Counter[tuple[str, int]]:
@@ -68,4 +70,4 @@ def test_what_cannot_be_timed(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="give --micro-batch"):
         ways_of(Options(preset="gpt2-medium"), tmp_path)
     with pytest.raises(InputError, match="there are gpt2-small, "):
-        configured(tmp_path, preset="none", windows=1, vocab_size=256)
+        configured(tmp_path, preset="none", sequences=1, vocab_size=256)

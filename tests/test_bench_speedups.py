@@ -25,7 +25,7 @@ def test_a_row_is_measured_in_a_process_of_its_own() -> None:
     options = Options(
         layers=1,
         seq_len=16,
-        windows=4,
+        sequences=4,
         micro_batch=2,
         larger=4,
         vocab_size=300,
@@ -44,7 +44,7 @@ def test_a_row_is_measured_in_a_process_of_its_own() -> None:
     ("words", "line"),
     [
         (["--without", "magic"], "--without magic: there are bf16, fused attention, "),
-        (["--larger", "3"], "--larger 3 must divide --windows 4"),
+        (["--larger", "3"], "--larger 3 must divide --sequences 4"),
         (["--block", "0"], "--block 0 must be at least 1"),
     ],
 )

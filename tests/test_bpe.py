@@ -17,15 +17,15 @@ import numpy as np
 import pytest
 import regex
 
+from common.errors import InputError
 from data_prep.bpe import Options, main, prepare, save, tokens_of, train_by_tokenizers
 from data_prep.bpe_reference import train as train_reference
-from data_prep.codec import BYTE_ORDER, BpeCodec, load_codec, make_codec
-from data_prep.errors import InputError
-from data_prep.sources import InputFile, Reading, find_files, read_pieces
-from data_prep.text_sample import PIECE_BYTES, draw, key_of, pieces, read_texts, spread
+from data_prep.pipeline.sources import InputFile, Reading, find_files, read_pieces
+from data_prep.pipeline.text_sample import PIECE_BYTES, draw, key_of, pieces, read_texts, spread
+from data_prep.pipeline.workers import Progress
 from data_prep.textfiles import Options as DataOptions
 from data_prep.textfiles import prepare as prepare_data
-from data_prep.workers import Progress
+from data_prep.tokenizer import BYTE_ORDER, BpeTokenizer, load_tokenizer, make_tokenizer
 from tests.runs import called
 from tests.test_codec import NASTY, PUBLISHED_PATTERN, SHARED_TEXTS, random_texts
 
@@ -78,8 +78,8 @@ def refusal(*arguments: str | Path) -> str:
 
 def gpt2_bytes(shared_data: Path) -> list[bytes]:
     """The first 256 tokens of GPT-2's own vocabulary."""
-    codec = make_codec(str(shared_data / "gpt2.tiktoken"), "")
-    return [codec.decode_bytes([index]) for index in range(256)]
+    tokenizer = make_tokenizer(str(shared_data / "gpt2.tiktoken"), "")
+    return [tokenizer.decode_bytes([index]) for index in range(256)]
 
 
 def pairs_of(words: dict[tuple[int, ...], int]) -> Counter[tuple[int, int]]:
@@ -184,19 +184,19 @@ def test_the_bytes_are_in_gpt2s_order(shared_data: Path) -> None:
 
 @pytest.mark.parametrize("name", SHARED_TEXTS)
 def test_tiktoken_gives_the_ids_that_hugging_face_gives(shared_data: Path, name: str) -> None:
-    tokenizer = train_by_tokenizers([text_of(shared_data, name, 250_000)], 3_000)
-    codec = BpeCodec({token: rank for rank, token in enumerate(tokens_of(tokenizer))}, name="trained")
+    hf_tokenizer = train_by_tokenizers([text_of(shared_data, name, 250_000)], 3_000)
+    tokenizer = BpeTokenizer({token: rank for rank, token in enumerate(tokens_of(hf_tokenizer))}, name="trained")
     others = [text_of(shared_data, other)[-60_000:] for other in SHARED_TEXTS]
     surrogates = regex.compile(r"[\ud800-\udfff]")
     for text in [*others, *random_texts(14), *(text for text in NASTY if not surrogates.search(text))]:
-        assert codec.encode(text).tolist() == tokenizer.encode(text).ids
+        assert tokenizer.encode(text).tolist() == hf_tokenizer.encode(text).ids
 
 
 def test_tiktoken_gives_the_ids_that_merging_in_order_gives(shared_data: Path) -> None:
     texts = stories(shared_data, 60_000)
     merges = naive_merges(texts, 200)
     tokens = train_reference(texts, 456).tokens
-    codec = BpeCodec({token: rank for rank, token in enumerate(tokens)}, name="trained")
+    tokenizer = BpeTokenizer({token: rank for rank, token in enumerate(tokens)}, name="trained")
     for name in SHARED_TEXTS:
         text = text_of(shared_data, name)[-2_000:]
         expected: list[int] = []
@@ -205,7 +205,7 @@ def test_tiktoken_gives_the_ids_that_merging_in_order_gives(shared_data: Path) -
             for rank, pair in enumerate(merges):
                 word = merged(word, pair, 256 + rank)
             expected += word
-        assert codec.encode(text).tolist() == expected
+        assert tokenizer.encode(text).tolist() == expected
 
 
 @pytest.mark.parametrize("trainer", ["tokenizers", "reference"])
@@ -220,27 +220,27 @@ def test_the_command_makes_a_tokenizer_and_tells_what_a_learner_asks(
     assert (done.returncode, done.stderr) == (0, "")
     assert names(out) == FILES
     assert names(out.parent) == ["small"]
-    codec = load_codec(out)
-    assert (codec.vocab_size, codec.eot_id) == (1_500, 1_499)
-    assert codec.decode_bytes([1_499]) == b""
+    tokenizer = load_tokenizer(out)
+    assert (tokenizer.vocab_size, tokenizer.eot_id) == (1_500, 1_499)
+    assert tokenizer.decode_bytes([1_499]) == b""
     record = json.loads((out / "training.json").read_text())
     data = Path(source).read_bytes()
     described = {"name": "stories.txt", "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     assert record["inputs"] == [described]
-    assert (record["merges"], record["tokenizer"]) == (1_243, codec.describe())
+    assert (record["merges"], record["tokenizer"]) == (1_243, tokenizer.describe())
     assert record["sample"]["bytes"] + record["held_out"]["bytes"] == record["read"]["bytes"]
     drawn = draw(stories(shared_data, 300_000), 10**9)
-    ids = [codec.encode(text.decode()) for text in drawn.held_out]
+    ids = [tokenizer.encode(text.decode()) for text in drawn.held_out]
     held_out = {"documents": len(ids), "bytes": sum(map(len, drawn.held_out)), "tokens": sum(map(len, ids))}
     assert record["held_out"] == held_out
     assert f"{held_out['bytes'] / held_out['tokens']:.3f} bytes per token" in done.stdout
     wiki = text_of(shared_data, "wikitext2_valid.txt", 50_000)
     wiki_tokens = sum(
-        len(codec.encode(text)) for text in read_pieces(InputFile(other, "wiki.txt", "text"), PIECE_BYTES)
+        len(tokenizer.encode(text)) for text in read_pieces(InputFile(other, "wiki.txt", "text"), PIECE_BYTES)
     )
     assert f"{len(wiki.encode()) / wiki_tokens:.3f} bytes per token ({len(wiki.encode()):,} bytes" in done.stdout
-    longest = max(range(1_499), key=lambda index: codec.byte_lengths()[index])
-    assert repr(codec.decode_bytes([longest]).decode()) in done.stdout
+    longest = max(range(1_499), key=lambda index: tokenizer.byte_lengths()[index])
+    assert repr(tokenizer.decode_bytes([longest]).decode()) in done.stdout
     for part in ("MB/s", "hours on one core", "on thirty", "peak memory", "longest"):
         assert part in done.stdout
     assert ("reference: merging" in done.stdout) == (trainer == "reference")
@@ -269,23 +269,23 @@ def test_the_command_itself_makes_the_same_bytes_in_another_process(shared_data:
 
 def test_the_order_of_the_files_does_not_change_the_tokenizer(shared_data: Path, tmp_path: Path) -> None:
     sources = [write(tmp_path / f"{i}.txt", text_of(shared_data, name, 60_000)) for i, name in enumerate(SHARED_TEXTS)]
-    codecs = [
+    tokenizers = [
         prepare(Options(tuple(order), 700, tmp_path / str(i) / "x", sample_bytes=50_000))
         for i, order in enumerate((sources, sources[::-1]))
     ]
-    assert codecs[0].describe() == codecs[1].describe()
+    assert tokenizers[0].describe() == tokenizers[1].describe()
 
 
 def test_a_tokenizer_folder_serves_the_data_preparation(shared_data: Path, tmp_path: Path) -> None:
     texts = stories(shared_data, 120_000)
     source = write(tmp_path / "stories.txt", MARK.join(texts))
-    codec = prepare(Options((source,), 900, tmp_path / "tokenizers" / "small", split_documents_on=MARK))
+    tokenizer = prepare(Options((source,), 900, tmp_path / "tokenizers" / "small", split_documents_on=MARK))
     folder = str(tmp_path / "tokenizers" / "small")
     data = tmp_path / "data"
     manifest = prepare_data(DataOptions((source,), data, folder, split_documents_on=MARK))
-    assert manifest.tokenizer == codec.describe() == load_codec(data).describe()
+    assert manifest.tokenizer == tokenizer.describe() == load_tokenizer(data).describe()
     stored = [np.fromfile(data / f"{split}_000000.bin", dtype="<u2", offset=1024) for split in ("train", "val")]
-    encoded = [codec.encode(text).tolist() for text in texts if text]
+    encoded = [tokenizer.encode(text).tolist() for text in texts if text]
     assert np.concatenate(stored).tolist() == [index for ids in encoded for index in (899, *ids)]
     assert max(map(max, encoded)) < 899
 
@@ -299,20 +299,20 @@ def test_a_mark_left_in_the_text_is_never_eot_nor_one_token(tmp_path: Path) -> N
     assert done.returncode == 0
     assert done.stderr.startswith(f"bpe: warning: the text holds 58 times '{MARK}'")
     assert done.stderr.count("\n") == 1
-    codec = load_codec(out)
-    tokens = [codec.decode_bytes([index]) for index in range(codec.vocab_size)]
+    tokenizer = load_tokenizer(out)
+    tokens = [tokenizer.decode_bytes([index]) for index in range(tokenizer.vocab_size)]
     assert b"endoftext" in tokens  # ordinary text, and frequent
     assert not any(MARK.encode() in token for token in tokens)
-    ids = codec.encode("".join(texts)).tolist()
-    assert codec.eot_id == 299 and 299 not in ids
-    assert codec.decode_bytes(ids) == "".join(texts).encode()
+    ids = tokenizer.encode("".join(texts)).tolist()
+    assert tokenizer.eot_id == 299 and 299 not in ids
+    assert tokenizer.decode_bytes(ids) == "".join(texts).encode()
 
 
 def test_a_separator_is_not_learnt(shared_data: Path, tmp_path: Path) -> None:
     source = write(tmp_path / "stories.txt", MARK.join(stories(shared_data, 100_000)))
-    codec = prepare(Options((source,), 800, tmp_path / "small", split_documents_on=MARK))
+    tokenizer = prepare(Options((source,), 800, tmp_path / "small", split_documents_on=MARK))
     assert not any(
-        b"endof" in codec.decode_bytes([index]) or codec.decode_bytes([index]) == b"<|" for index in range(800)
+        b"endof" in tokenizer.decode_bytes([index]) or tokenizer.decode_bytes([index]) == b"<|" for index in range(800)
     )
 
 
@@ -364,7 +364,7 @@ def test_what_is_there_is_kept_unless_it_is_to_be_replaced(tmp_path: Path, alice
     assert "other input" in refusal("--input", other, "--vocab-size", "290", "--out", out)
     assert contents(out) == before
     assert called(main, *flags[:3], "291", *flags[4:], "--overwrite").returncode == 0
-    assert load_codec(out).vocab_size == 291
+    assert load_tokenizer(out).vocab_size == 291
     assert names(tmp_path) == ["alice.txt", "other.txt", "tok"]
 
 
@@ -373,7 +373,7 @@ def test_what_another_process_made_meanwhile_is_kept(tmp_path: Path, alice: str)
     record = prepare_record(options)
     before = contents(options.out)
     with pytest.raises(InputError, match="another process has made it meanwhile"):
-        save(load_codec(options.out), record, options)
+        save(load_tokenizer(options.out), record, options)
     assert contents(options.out) == before
     assert names(tmp_path) == ["alice.txt", "tok"]
 
@@ -431,7 +431,7 @@ def test_the_size_that_a_refusal_names_can_be_made(tmp_path: Path, alice: str) -
     line = refusal("--input", alice, "--vocab-size", "9000", "--out", tmp_path / "tok")
     size = line.split("give --vocab-size ")[1].split()[0]
     assert called(main, "--input", alice, "--vocab-size", size, "--out", str(tmp_path / "tok")).returncode == 0
-    assert load_codec(tmp_path / "tok").vocab_size == int(size)
+    assert load_tokenizer(tmp_path / "tok").vocab_size == int(size)
 
 
 def test_without_hugging_face_tokenizers_the_extra_is_named(

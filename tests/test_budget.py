@@ -9,17 +9,17 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from model.activations import StepShape, block_shapes, root_shapes
-from model.budget import CARDS, budget, count_forward_flops, count_parameters, largest_batch, main, parse
 from model.config import NAMED_SHAPES, ModelConfig
+from model.cost import CARDS, count_forward_flops, count_parameters, largest_batch, main, model_cost, parse
+from model.costs.activations import StepShape, block_shapes, root_shapes
+from model.costs.gpu_peaks import PEAKS
+from model.costs.memory import count_activations, memory
 from model.gpt import GPT, build_model
-from model.memory import count_activations, memory
-from model.peaks import PEAKS
 from tests.runs import called
 from tests.test_switches import MODERN, ONE_BY_ONE, named
 from train.config import OptimConfig
 from train.optim import build_optimizer
-from train.saves import checkpoint_tensors
+from train.run.checkpoints import checkpoint_tensors
 
 TINY = ModelConfig(num_layers=3, num_heads=2, width=32, vocab_size=100, context_len=16)
 
@@ -35,7 +35,7 @@ def test_flops_equal_torchs_counter(switches: dict[str, Any]) -> None:
     counted = sum(count_forward_flops(config, batch=4, seq_len=16).values())
     assert counted == forward
     assert 3 * counted == counter.get_total_flops()
-    assert budget(config).flops_per_token * 4 * 16 == counter.get_total_flops()
+    assert model_cost(config).flops_per_token * 4 * 16 == counter.get_total_flops()
 
 
 @pytest.mark.parametrize(
@@ -51,13 +51,21 @@ def test_parameters_equal_the_models(name: str, parameters: int) -> None:
     config = NAMED_SHAPES[name]
     with torch.device("meta"):
         held = sum(p.numel() for p in GPT(config).parameters())
-    cost = budget(config)
+    cost = model_cost(config)
     assert cost.num_parameters == parameters == sum(count_parameters(config).values())
     assert cost.num_parameters + cost.num_padding_parameters == held
 
 
 GRID = [
-    {"positions": positions, "norm": norm, "norm_place": place, "mlp": mlp, "tie": tie, "bias": bias, "qk_norm": bias}
+    {
+        "position_embedding": positions,
+        "norm": norm,
+        "norm_place": place,
+        "mlp": mlp,
+        "tie": tie,
+        "bias": bias,
+        "qk_norm": bias,
+    }
     for positions in ("learned", "rope")
     for norm in ("layernorm", "rmsnorm", "none")
     for place in ("pre", "post")
@@ -99,15 +107,15 @@ def test_bytes_equal_the_tensors(switches: dict[str, Any]) -> None:
     model = build_model(config, seed=1)
     tensors = checkpoint_tensors(model, build_optimizer(model, OptimConfig()))
     in_checkpoint = sum(t.numel() * t.element_size() for name, t in tensors.items() if not name.endswith(".step"))
-    assert budget(config).checkpoint_bytes == in_checkpoint
+    assert model_cost(config).checkpoint_bytes == in_checkpoint
     gradients = sum(p.numel() * p.element_size() for p in model.parameters())
-    assert budget(config).state_bytes == in_checkpoint + gradients
+    assert model_cost(config).state_bytes == in_checkpoint + gradients
 
 
 # --- The command: the published tables of a Llama-like shape, to the printed digit ------------------------------------
 
-PUBLISHED = "--model.norm rmsnorm --model.mlp swiglu --model.positions rope --model.no-tie --model.no-bias"
-PUBLISHED += " --model.vocab-multiple 1 --model.hidden-size"
+PUBLISHED = "--model.norm rmsnorm --model.mlp swiglu --model.position-embedding rope --model.no-tie --model.no-bias"
+PUBLISHED += " --model.vocab-multiple 1 --model.mlp-width"
 
 
 def printed(name: str, *flags: str) -> str:
@@ -174,12 +182,12 @@ def test_activations_and_peaks_are_those_of_the_memory_account() -> None:
 
 def test_the_largest_batch_fits_and_one_more_does_not() -> None:
     config, shape = NAMED_SHAPES["gpt2-small"], StepShape(micro_batch=1, seq_len=1024, compute_bytes=2)
-    windows = largest_batch(config, shape, 24e9)
-    peaks = [memory(config, dataclasses.replace(shape, micro_batch=n)).peak_bytes for n in (windows, windows + 1)]
+    sequences = largest_batch(config, shape, 24e9)
+    peaks = [memory(config, dataclasses.replace(shape, micro_batch=n)).peak_bytes for n in (sequences, sequences + 1)]
     assert peaks[0] <= 24e9 < peaks[1]
     assert largest_batch(config, shape, 1e9) == 0
     line = next(line for line in called(main, "--card", "rtx-4090").stdout.splitlines() if "fused attention  " in line)
-    assert line.split()[-1] == str(windows)
+    assert line.split()[-1] == str(sequences)
     assert CARDS["rtx-4090"].gigabytes == 24 and all(card.name in PEAKS for card in CARDS.values())
 
 
@@ -188,7 +196,7 @@ def test_the_days() -> None:
     text = called(main, "gpt2-small", "--tokens", "9999745024", "--card", "h100", "--num-cards", "8").stdout
     assert "9,999,745,024 tokens x 8.55e+08 FLOPs = 8.55e+18 FLOPs: 0.03 days on 8 x h100" in text
     text = called(main, "--card", "80", "--peak-tflops", "100", "--num-cards", "1", "--mfu", "0.5").stdout
-    days = 20 * 124_439_808 * budget(NAMED_SHAPES["gpt2-small"]).flops_per_token / 50e12 / 86400
+    days = 20 * 124_439_808 * model_cost(NAMED_SHAPES["gpt2-small"]).flops_per_token / 50e12 / 86400
     assert f": {days:.2f} days on 1 x 80 at 50 % of 100.0 TFLOP/s each" in text
     assert "--peak-tflops tells" in called(main, "--card", "80").stdout
 

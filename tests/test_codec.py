@@ -13,8 +13,16 @@ import numpy as np
 import pytest
 import tiktoken
 
-from data_prep.codec import GPT2_PATTERN, BpeCodec, ByteCodec, CharCodec, Codec, load_codec, make_codec
-from data_prep.errors import InputError
+from common.errors import InputError
+from data_prep.tokenizer import (
+    GPT2_PATTERN,
+    BpeTokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    make_tokenizer,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 # As published with GPT-2 (encoder.py); GPT2_PATTERN is a faster spelling of it.
@@ -59,8 +67,8 @@ def small_ranks() -> dict[bytes, int]:
 
 
 @pytest.fixture(scope="module")
-def gpt2(shared_data: Path) -> Codec:
-    return make_codec("gpt2", "")
+def gpt2(shared_data: Path) -> Tokenizer:
+    return make_tokenizer("gpt2", "")
 
 
 @pytest.fixture(scope="module")
@@ -82,52 +90,52 @@ def edit_description(directory: Path, *, sign: bool = False, **changes: Any) -> 
 def refusal(directory: Path) -> str:
     """The one line with which `load_codec` refuses."""
     with pytest.raises(InputError) as caught:
-        load_codec(directory)
+        load_tokenizer(directory)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_char_ids_are_places_in_code_point_order() -> None:
     text = "zebra \U0001f600\u00e9\uffff\u20ac\na"
-    codec = make_codec("char", "".join(sorted(set(text))))
+    tokenizer = make_tokenizer("char", "".join(sorted(set(text))))
     in_order = ["\n", " ", "a", "b", "e", "r", "z", "\u00e9", "\u20ac", "\uffff", "\U0001f600"]
-    assert codec.encode(text).tolist() == [in_order.index(character) for character in text]
-    assert (codec.vocab_size, codec.eot_id) == (11, None)
-    assert codec.decode_bytes(list(range(11))) == "".join(in_order).encode()
+    assert tokenizer.encode(text).tolist() == [in_order.index(character) for character in text]
+    assert (tokenizer.vocab_size, tokenizer.eot_id) == (11, None)
+    assert tokenizer.decode_bytes(list(range(11))) == "".join(in_order).encode()
 
 
 @pytest.mark.parametrize("character", ["!", "m", "\U0001f600", "\0"])
 def test_an_unknown_character_is_named_with_its_place(character: str) -> None:
     with pytest.raises(InputError) as caught:
-        CharCodec("abcxyz").encode(f"abcab{character}{character}a")
+        CharTokenizer("abcxyz").encode(f"abcab{character}{character}a")
     assert f"{character!r} at 5 " in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_char_fills_uint16_and_not_more() -> None:
     alphabet = "".join(chr(0x10000 + i) for i in range(65_536))
-    assert CharCodec(alphabet).encode(alphabet[-1] + alphabet[0]).tolist() == [65_535, 0]
+    assert CharTokenizer(alphabet).encode(alphabet[-1] + alphabet[0]).tolist() == [65_535, 0]
     with pytest.raises(InputError, match="65537 distinct characters"):
-        CharCodec("a" + alphabet)
+        CharTokenizer("a" + alphabet)
 
 
 @pytest.mark.parametrize("alphabet", ["", "ba", "aab"])
 def test_an_alphabet_out_of_order_is_refused(alphabet: str) -> None:
     with pytest.raises(InputError, match="distinct characters in order"):
-        CharCodec(alphabet)
+        CharTokenizer(alphabet)
 
 
 def test_byte_ids_are_the_utf8_bytes() -> None:
-    codec = make_codec("byte", "")
+    tokenizer = make_tokenizer("byte", "")
     for text in random_texts(1):
-        assert codec.encode(text).tolist() == list(text.encode())
-    assert (codec.vocab_size, codec.eot_id) == (256, None)
-    assert codec.decode_bytes(list(range(256))) == bytes(range(256))
+        assert tokenizer.encode(text).tolist() == list(text.encode())
+    assert (tokenizer.vocab_size, tokenizer.eot_id) == (256, None)
+    assert tokenizer.decode_bytes(list(range(256))) == bytes(range(256))
 
 
 @pytest.mark.parametrize("name", SHARED_TEXTS)
 def test_gpt2_ids_of_real_text_are_tiktokens(
-    gpt2: Codec, oracle: tiktoken.Encoding, shared_data: Path, name: str
+    gpt2: Tokenizer, oracle: tiktoken.Encoding, shared_data: Path, name: str
 ) -> None:
     text = (shared_data / name).read_bytes().decode("utf-8")
     middle = len(text) // 2
@@ -138,7 +146,7 @@ def test_gpt2_ids_of_real_text_are_tiktokens(
 
 
 @pytest.mark.parametrize("text", NASTY, ids=lambda text: ascii(text[:12]))
-def test_gpt2_ids_of_nasty_text_are_tiktokens(gpt2: Codec, oracle: tiktoken.Encoding, text: str) -> None:
+def test_gpt2_ids_of_nasty_text_are_tiktokens(gpt2: Tokenizer, oracle: tiktoken.Encoding, text: str) -> None:
     ids = gpt2.encode(text)
     assert ids.tolist() == oracle.encode_ordinary(text)
     assert gpt2.eot_id not in ids.tolist()
@@ -146,44 +154,44 @@ def test_gpt2_ids_of_nasty_text_are_tiktokens(gpt2: Codec, oracle: tiktoken.Enco
     assert gpt2.decode_bytes(ids.tolist()) == readable.encode()
 
 
-def test_a_million_blanks_are_refused_by_name(gpt2: Codec) -> None:
+def test_a_million_blanks_are_refused_by_name(gpt2: Tokenizer) -> None:
     """tiktoken's regular expressions give up on them."""
     with pytest.raises(InputError, match="tokenizer gpt2 gave up on this text"):
         gpt2.encode(" " * 1_200_000 + "x")
 
 
-def test_gpt2_ids_of_random_text_are_tiktokens(gpt2: Codec, oracle: tiktoken.Encoding) -> None:
+def test_gpt2_ids_of_random_text_are_tiktokens(gpt2: Tokenizer, oracle: tiktoken.Encoding) -> None:
     for text in random_texts(2):
         assert gpt2.encode(text).tolist() == oracle.encode_ordinary(text)
 
 
-def test_the_gpt2_vocabulary_is_tiktokens(gpt2: Codec, oracle: tiktoken.Encoding) -> None:
+def test_the_gpt2_vocabulary_is_tiktokens(gpt2: Tokenizer, oracle: tiktoken.Encoding) -> None:
     assert (gpt2.vocab_size, gpt2.eot_id) == (50_257, 50_256) == (oracle.n_vocab, oracle.eot_token)
     assert gpt2.encode("<|endoftext|>").tolist() == [27, 91, 437, 1659, 5239, 91, 29]
     assert gpt2.decode_bytes([31373, 50_256, 995]) == b"hello world"
 
 
 def test_the_pattern_splits_as_the_published_one_does(
-    gpt2: Codec, oracle: tiktoken.Encoding, shared_data: Path
+    gpt2: Tokenizer, oracle: tiktoken.Encoding, shared_data: Path
 ) -> None:
     published = tiktoken.Encoding(
         "published", pat_str=PUBLISHED_PATTERN, mergeable_ranks=oracle._mergeable_ranks, special_tokens={}
     )
-    own = BpeCodec(oracle._mergeable_ranks, name="own", pattern=GPT2_PATTERN)
+    own = BpeTokenizer(oracle._mergeable_ranks, name="own", pattern=GPT2_PATTERN)
     story = (shared_data / "wikitext2_valid.txt").read_bytes()[:60_000].decode("utf-8", "ignore")
     for text in [*random_texts(3), *NASTY, story]:
         assert own.encode(text).tolist() == published.encode_ordinary(text)
 
 
 def test_the_saved_rank_file_is_gpt2s_and_loads_as_the_same_codec(
-    gpt2: Codec, shared_data: Path, tmp_path: Path
+    gpt2: Tokenizer, shared_data: Path, tmp_path: Path
 ) -> None:
     gpt2.save(tmp_path)
     saved = (tmp_path / "tokenizer" / "ranks.tiktoken").read_bytes()
     assert saved == (shared_data / "gpt2.tiktoken").read_bytes()
     assert gpt2.describe()["sha256"] == hashlib.sha256(saved).hexdigest()
-    from_file = make_codec(str(shared_data / "gpt2.tiktoken"), "")
-    for loaded in (load_codec(tmp_path), load_codec(tmp_path / "tokenizer"), from_file):
+    from_file = make_tokenizer(str(shared_data / "gpt2.tiktoken"), "")
+    for loaded in (load_tokenizer(tmp_path), load_tokenizer(tmp_path / "tokenizer"), from_file):
         assert loaded.describe() == gpt2.describe()
         for text in [*random_texts(4, 50), "<|endoftext|>", "It's 1e5\r\n"]:
             assert loaded.encode(text).tolist() == gpt2.encode(text).tolist()
@@ -192,13 +200,15 @@ def test_the_saved_rank_file_is_gpt2s_and_loads_as_the_same_codec(
 @pytest.mark.parametrize("name", ["char", "byte", "small"])
 def test_a_codec_loads_as_it_was_saved(tmp_path: Path, name: str) -> None:
     texts = random_texts(5)
-    codec: Codec = BpeCodec(small_ranks(), name="small") if name == "small" else make_codec(name, alphabet_of(texts))
-    codec.save(tmp_path)
-    for loaded in (load_codec(tmp_path), load_codec(tmp_path / "tokenizer"), make_codec(str(tmp_path), "")):
-        assert type(loaded) is type(codec)
-        assert loaded.describe() == codec.describe()
+    tokenizer: Tokenizer = (
+        BpeTokenizer(small_ranks(), name="small") if name == "small" else make_tokenizer(name, alphabet_of(texts))
+    )
+    tokenizer.save(tmp_path)
+    for loaded in (load_tokenizer(tmp_path), load_tokenizer(tmp_path / "tokenizer"), make_tokenizer(str(tmp_path), "")):
+        assert type(loaded) is type(tokenizer)
+        assert loaded.describe() == tokenizer.describe()
         for text in texts:
-            np.testing.assert_array_equal(loaded.encode(text), codec.encode(text))
+            np.testing.assert_array_equal(loaded.encode(text), tokenizer.encode(text))
 
 
 def alphabet_of(texts: list[str]) -> str:
@@ -208,45 +218,45 @@ def alphabet_of(texts: list[str]) -> str:
 @pytest.mark.parametrize("name", ["char", "byte", "small", "gpt2"])
 def test_decoding_is_the_inverse_of_encoding_wherever_it_is_cut(name: str, request: pytest.FixtureRequest) -> None:
     texts = random_texts(6)
-    codec: Codec
+    tokenizer: Tokenizer
     if name == "gpt2":
-        codec = request.getfixturevalue("gpt2")
+        tokenizer = request.getfixturevalue("gpt2")
     elif name == "small":
-        codec = BpeCodec(small_ranks(), name="small")
+        tokenizer = BpeTokenizer(small_ranks(), name="small")
     else:
-        codec = make_codec(name, alphabet_of(texts))
+        tokenizer = make_tokenizer(name, alphabet_of(texts))
     rng = random.Random(7)
-    lengths = codec.byte_lengths()
+    lengths = tokenizer.byte_lengths()
     for text in texts:
-        ids = codec.encode(text).tolist()
+        ids = tokenizer.encode(text).tolist()
         cut = rng.randint(0, len(ids))
-        assert codec.decode_bytes(ids[:cut]) + codec.decode_bytes(ids[cut:]) == text.encode()
+        assert tokenizer.decode_bytes(ids[:cut]) + tokenizer.decode_bytes(ids[cut:]) == text.encode()
         assert lengths[ids].sum() == len(text.encode())
-        assert all(0 <= index < codec.vocab_size and index != codec.eot_id for index in ids)
+        assert all(0 <= index < tokenizer.vocab_size and index != tokenizer.eot_id for index in ids)
 
 
 @pytest.mark.parametrize("name", ["char", "byte", "small", "gpt2"])
 def test_byte_lengths_are_the_lengths_of_what_each_id_decodes_to(name: str, request: pytest.FixtureRequest) -> None:
-    codec: Codec
+    tokenizer: Tokenizer
     if name == "gpt2":
-        codec = request.getfixturevalue("gpt2")
+        tokenizer = request.getfixturevalue("gpt2")
     elif name == "small":
-        codec = BpeCodec(small_ranks(), name="small")
+        tokenizer = BpeTokenizer(small_ranks(), name="small")
     else:
-        codec = make_codec(name, "\nAz\u00e9\u20ac\U0001f600")
-    expected = [len(codec.decode_bytes([index])) for index in range(codec.vocab_size)]
-    assert codec.byte_lengths().tolist() == expected
-    if codec.eot_id is None:
+        tokenizer = make_tokenizer(name, "\nAz\u00e9\u20ac\U0001f600")
+    expected = [len(tokenizer.decode_bytes([index])) for index in range(tokenizer.vocab_size)]
+    assert tokenizer.byte_lengths().tolist() == expected
+    if tokenizer.eot_id is None:
         assert min(expected) == 1
     else:
-        assert [index for index, length in enumerate(expected) if length == 0] == [codec.eot_id]
+        assert [index for index, length in enumerate(expected) if length == 0] == [tokenizer.eot_id]
 
 
 def test_a_rank_file_of_ones_own(tmp_path: Path) -> None:
-    BpeCodec(small_ranks(), name="small").save(tmp_path)
-    codec = make_codec(str(tmp_path / "tokenizer" / "ranks.tiktoken"), "")
-    assert codec.encode("abcab a").tolist() == [257, 256, 258]
-    assert (codec.vocab_size, codec.eot_id) == (260, 259)
+    BpeTokenizer(small_ranks(), name="small").save(tmp_path)
+    tokenizer = make_tokenizer(str(tmp_path / "tokenizer" / "ranks.tiktoken"), "")
+    assert tokenizer.encode("abcab a").tolist() == [257, 256, 258]
+    assert (tokenizer.vocab_size, tokenizer.eot_id) == (260, 259)
 
 
 @pytest.mark.parametrize(
@@ -261,17 +271,17 @@ def test_a_rank_file_of_ones_own(tmp_path: Path) -> None:
     ],
 )
 def test_a_faulty_rank_file_is_refused(tmp_path: Path, line: bytes, complaint: str) -> None:
-    BpeCodec(small_ranks(), name="small").save(tmp_path)
+    BpeTokenizer(small_ranks(), name="small").save(tmp_path)
     path = tmp_path / "tokenizer" / "ranks.tiktoken"
     path.write_bytes(path.read_bytes() + line)
     with pytest.raises(InputError, match=complaint):
-        make_codec(str(path), "")
+        make_tokenizer(str(path), "")
 
 
 def test_ranks_that_leave_out_a_byte_are_refused() -> None:
     ranks = {bytes([byte]): byte for byte in range(255)}
     with pytest.raises(InputError, match="no rank for byte 255"):
-        BpeCodec(ranks, name="short")
+        BpeTokenizer(ranks, name="short")
 
 
 def test_a_vocabulary_beyond_uint16_is_refused_by_number() -> None:
@@ -279,12 +289,12 @@ def test_a_vocabulary_beyond_uint16_is_refused_by_number() -> None:
     pairs = [first + second for first in singles for second in singles]
     tokens = [*singles, *pairs][:65_536]
     with pytest.raises(InputError, match="vocabulary of 65537 "):
-        BpeCodec({token: rank for rank, token in enumerate(tokens)}, name="big")
+        BpeTokenizer({token: rank for rank, token in enumerate(tokens)}, name="big")
 
 
 def test_an_unknown_tokenizer_is_named() -> None:
     with pytest.raises(InputError, match="--tokenizer gpt5: "):
-        make_codec("gpt5", "abc")
+        make_tokenizer("gpt5", "abc")
 
 
 def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
@@ -293,7 +303,7 @@ def test_a_missing_tokenizer_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("changes", [{"alphabet": "abd"}, {"sha256": "0" * 64}, {"kind": "byte"}])
 def test_an_altered_char_tokenizer_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
-    CharCodec("abc").save(tmp_path)
+    CharTokenizer("abc").save(tmp_path)
     edit_description(tmp_path, **changes)
     message = refusal(tmp_path)
     assert str(tmp_path / "tokenizer" / "codec.json") in message
@@ -302,7 +312,7 @@ def test_an_altered_char_tokenizer_is_refused(tmp_path: Path, changes: dict[str,
 
 @pytest.mark.parametrize("changes", [{"kind": "wordpiece"}, {"alphabet": None}, {"alphabet": ["ab"]}, {"kind": "bpe"}])
 def test_a_nonsensical_description_is_refused(tmp_path: Path, changes: dict[str, Any]) -> None:
-    CharCodec("abc").save(tmp_path)
+    CharTokenizer("abc").save(tmp_path)
     edit_description(tmp_path, sign=True, **changes)
     assert str(tmp_path) in refusal(tmp_path)
 
@@ -317,14 +327,14 @@ def test_a_nonsensical_description_is_refused(tmp_path: Path, changes: dict[str,
     ],
 )
 def test_every_altered_field_is_refused(tmp_path: Path, kind: str, changes: dict[str, Any]) -> None:
-    codec: Codec = CharCodec("abc") if kind == "char" else BpeCodec(small_ranks(), name="small")
-    codec.save(tmp_path)
+    tokenizer: Tokenizer = CharTokenizer("abc") if kind == "char" else BpeTokenizer(small_ranks(), name="small")
+    tokenizer.save(tmp_path)
     edit_description(tmp_path, **changes)
     assert str(tmp_path) in refusal(tmp_path)
 
 
 def test_altered_ranks_are_refused(tmp_path: Path) -> None:
-    BpeCodec(small_ranks(), name="small").save(tmp_path)
+    BpeTokenizer(small_ranks(), name="small").save(tmp_path)
     path = tmp_path / "tokenizer" / "ranks.tiktoken"
     content = path.read_bytes()
     lines = content.splitlines()
@@ -340,7 +350,7 @@ def test_altered_ranks_are_refused(tmp_path: Path) -> None:
 
 
 def test_a_truncated_description_is_refused_wherever_it_ends(tmp_path: Path) -> None:
-    CharCodec("abc\U0001f600").save(tmp_path)
+    CharTokenizer("abc\U0001f600").save(tmp_path)
     path = tmp_path / "tokenizer" / "codec.json"
     content = path.read_bytes()
     for length in range(len(content) - 1):
@@ -371,7 +381,7 @@ def test_gpt2_without_network_says_what_to_set(tmp_path: Path) -> None:
 
 
 def test_byte_codec_is_the_same_everywhere() -> None:
-    assert ByteCodec().describe() == {
+    assert ByteTokenizer().describe() == {
         "kind": "byte",
         "vocab_size": 256,
         "eot_id": None,
@@ -379,7 +389,7 @@ def test_byte_codec_is_the_same_everywhere() -> None:
     }
 
 
-@pytest.mark.parametrize("codec", [CharCodec("abc"), ByteCodec()], ids=["char", "byte"])
-def test_a_lone_surrogate_is_refused(codec: Codec) -> None:
+@pytest.mark.parametrize("tokenizer", [CharTokenizer("abc"), ByteTokenizer()], ids=["char", "byte"])
+def test_a_lone_surrogate_is_refused(tokenizer: Tokenizer) -> None:
     with pytest.raises(InputError, match=r"at 1\b"):
-        codec.encode("a\ud800")
+        tokenizer.encode("a\ud800")

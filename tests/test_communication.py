@@ -19,12 +19,12 @@ from model.config import ModelConfig
 from tests.groups import run_on_ranks
 from tests.runs import tiny_config
 from tests.test_switches import MODERN
-from train.communication import Collectives, Communication, step_communication
 from train.config import Config, ParallelConfig, ValidateConfig, resolve, with_vocabulary
-from train.layout import Layout
 from train.loop import Run, look, record, take_step
-from train.mesh import Mesh
-from train.numerics import compute_dtype
+from train.parallel.communication import Collectives, Communication, step_communication
+from train.parallel.plan import ParallelPlan
+from train.parallel.precision import compute_dtype
+from train.processes.group import ProcessGroup
 
 ODD = ModelConfig(num_layers=3, num_heads=1, width=31)  # in blocks nearly no parameter's rows divide by 2, 4 or 8
 WIDE = ModelConfig(num_layers=3, num_heads=8, width=512)  # more gradients than two of DDP's buckets hold
@@ -41,7 +41,7 @@ class Case:
     mode: Literal["none", "ddp", "fsdp", "hsdp"]
     micro_batches: int
     reshard: bool = True
-    accumulate: Literal["whole", "sharded"] = "whole"
+    reduce_gradients: Literal["step", "micro_batch"] = "step"
     dtype: Literal["fp32", "bf16"] = "fp32"
     model: ModelConfig = ODD
     checkpointing: bool = False
@@ -49,11 +49,11 @@ class Case:
     def __str__(self) -> str:
         said = [self.mode, str(self.micro_batches), self.dtype, f"{self.model.width}wide"]
         if self.mode in ("fsdp", "hsdp"):
-            said += [self.accumulate, "reshard" if self.reshard else "keep"]
+            said += [self.reduce_gradients, "reshard" if self.reshard else "keep"]
         return "-".join([*said, "checkpointing"] if self.checkpointing else said)
 
     def config(self, data: Path, run_dir: Path, world: int, shard_size: int) -> Config:
-        """Three windows for each rank; a validation after each step, in three rounds where the data suffice."""
+        """Three sequences for each rank; a validation after each step, in three rounds where the data suffice."""
         micro_batch = 3 // self.micro_batches
         config = tiny_config(
             data,
@@ -67,27 +67,27 @@ class Case:
             mode=self.mode,
             shard_size=shard_size if self.mode == "hsdp" else None,
             reshard_after_forward=self.reshard,
-            accumulate=self.accumulate,
+            reduce_gradients=self.reduce_gradients,
         )
         validate = ValidateConfig(every=1, tokens=5 * world * micro_batch * 32 // 2)
         return resolve(replace(config, model=self.model, parallel=parallel, validate=validate))
 
 
 FSDP = [
-    Case("fsdp", 3, reshard=True, accumulate="whole", dtype="bf16"),
-    Case("fsdp", 3, reshard=False, accumulate="whole"),
-    Case("fsdp", 3, reshard=True, accumulate="sharded"),
-    Case("fsdp", 3, reshard=False, accumulate="sharded", dtype="bf16"),
+    Case("fsdp", 3, reshard=True, reduce_gradients="step", dtype="bf16"),
+    Case("fsdp", 3, reshard=False, reduce_gradients="step"),
+    Case("fsdp", 3, reshard=True, reduce_gradients="micro_batch"),
+    Case("fsdp", 3, reshard=False, reduce_gradients="micro_batch", dtype="bf16"),
 ]
 HSDP = [
-    Case("hsdp", 3, reshard=True, accumulate="whole"),
-    Case("hsdp", 3, reshard=False, accumulate="whole", dtype="bf16"),
-    Case("hsdp", 3, reshard=True, accumulate="sharded", dtype="bf16"),
-    Case("hsdp", 3, reshard=False, accumulate="sharded"),
+    Case("hsdp", 3, reshard=True, reduce_gradients="step"),
+    Case("hsdp", 3, reshard=False, reduce_gradients="step", dtype="bf16"),
+    Case("hsdp", 3, reshard=True, reduce_gradients="micro_batch", dtype="bf16"),
+    Case("hsdp", 3, reshard=False, reduce_gradients="micro_batch"),
 ]
 MODERN_CASES = [
     Case("ddp", 3, model=SWITCHED),
-    Case("fsdp", 3, accumulate="sharded", dtype="bf16", model=SWITCHED),
+    Case("fsdp", 3, reduce_gradients="micro_batch", dtype="bf16", model=SWITCHED),
     Case("fsdp", 3, reshard=False, model=SWITCHED, checkpointing=True),
 ]
 ON_GLOO = {
@@ -141,7 +141,7 @@ class Counted:
     """What one rank communicated in a step, in the validation after it and in the step after that."""
 
     config: Config
-    layout: Layout
+    parallel_plan: ParallelPlan
     rounds: int
     step: Communication
     validation: dict[str, int]
@@ -152,23 +152,25 @@ class Counted:
         """By the formula."""
         micro_batches = 3 // int(self.config.train.micro_batch)
         dtype = compute_dtype(self.config.train)
-        return step_communication(self.config.model, self.layout, micro_batches=micro_batches, compute_dtype=dtype)
+        return step_communication(
+            self.config.model, self.parallel_plan, micro_batches=micro_batches, compute_dtype=dtype
+        )
 
 
-def count_all(mesh: Mesh, configs: dict[Case, Config]) -> dict[Case, Counted]:
-    return {case: count(mesh, config) for case, config in configs.items()}
+def count_all(group: ProcessGroup, configs: dict[Case, Config]) -> dict[Case, Counted]:
+    return {case: count(group, config) for case, config in configs.items()}
 
 
-def count(mesh: Mesh, config: Config) -> Counted:
+def count(group: ProcessGroup, config: Config) -> Counted:
     config = with_vocabulary(config, read_manifest(config.data.dir).vocab_size)
-    with opened_run(config, mesh) as (run, _):
+    with opened_run(config, group) as (run, _):
         assert run.validation is not None
         step = count_step(run)
         with Tape() as validation:
             look(run)
         next_step = count_step(run)
-    rounds = -(-run.validation.num_batches // mesh.world)
-    return Counted(config, run.layout, rounds, step, validation.counts(), next_step)
+    rounds = -(-run.validation.num_batches // group.world)
+    return Counted(config, run.parallel_plan, rounds, step, validation.counts(), next_step)
 
 
 def count_step(run: Run) -> Communication:
@@ -180,7 +182,10 @@ def count_step(run: Run) -> Communication:
 
 
 def check(counted: Counted, case: Case, world: int) -> None:
-    assert counted.layout.mode == case.mode and counted.layout.shards * counted.layout.replicas == world
+    assert (
+        counted.parallel_plan.mode == case.mode
+        and counted.parallel_plan.shards * counted.parallel_plan.replicas == world
+    )
     assert counted.step == counted.expected
     assert counted.next_step == counted.expected, "validation left something gathered"
 
@@ -247,7 +252,7 @@ def test_four_ranks_communicate_what_the_formula_says(tiny_data: Path, tmp_path:
 
 
 @pytest.fixture
-def fake_group() -> Iterator[Mesh]:
+def fake_group() -> Iterator[ProcessGroup]:
     """This process as rank 0 of 512 that are not there: torch's group for it copies where others would send."""
     if dist.is_initialized():  # a world of one, which another test left
         dist.destroy_process_group()
@@ -255,13 +260,13 @@ def fake_group() -> Iterator[Mesh]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(dist, "new_group", lambda *args, **given: new_group(*args, **given | {"backend": "fake"}))
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=512)
-        yield Mesh(0, 512, torch.device("cpu"))
+        yield ProcessGroup(0, 512, torch.device("cpu"))
         dist.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore:Set timeout is now only supported for either nccl or gloo")
 @pytest.mark.parametrize("case", ON_512, ids=str)
-def test_the_formula_holds_for_512_ranks(fake_group: Mesh, tiny_data: Path, tmp_path: Path, case: Case) -> None:
+def test_the_formula_holds_for_512_ranks(fake_group: ProcessGroup, tiny_data: Path, tmp_path: Path, case: Case) -> None:
     """64 hosts of 8. DDP is left out: its reducer cannot use that group, and its count is that of any world."""
     check(count(fake_group, case.config(tiny_data, tmp_path / "run", 512, 8)), case, 512)
 

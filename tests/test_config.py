@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_prep.errors import InputError
+from common.errors import InputError
 from tests.runs import ROOT, called, tiny_flags
 from train.config import Config, parse, settings_without_effect
 from train.main import main, run
-from train.mesh import Mesh
 from train.presets import PRESETS
+from train.processes.group import ProcessGroup
 
 
 def parsed(*args: str) -> Config:
@@ -29,7 +29,7 @@ def test_no_preset_is_gpt2_small_as_published() -> None:
     config = parsed()
     assert config.preset == "gpt2-small"
     assert config.directory == Path("runs/gpt2-small")
-    assert (config.train.batch_tokens, config.train.steps, config.windows_per_step) == (524_288, 19_073, 512)
+    assert (config.train.batch_tokens, config.train.steps, config.sequences_per_step) == (524_288, 19_073, 512)
     assert (config.optim.lr_peak, config.optim.warmup_steps, config.optim.lr_final) == (6e-4, 700, 0.0)
     assert (config.optim.beta1, config.optim.beta2, config.optim.weight_decay) == (0.9, 0.95, 0.1)
     assert config.optim.clip_norm == 1.0
@@ -137,14 +137,14 @@ def test_every_setting_without_effect_is_named(flags: str, said: str) -> None:
 
 def test_switches_are_flags() -> None:
     config = parsed(
-        *("--model.positions", "rope", "--model.norm", "rmsnorm", "--model.mlp", "swiglu", "--model.no-tie"),
+        *("--model.position-embedding", "rope", "--model.norm", "rmsnorm", "--model.mlp", "swiglu", "--model.no-tie"),
         *("--model.no-bias", "--model.qk-norm", "--model.logit-softcap", "30", "--model.value-residual"),
-        *("--model.zero-init-projections", "--model.attention", "naive", "--model.hidden-size", "1024"),
+        *("--model.zero-init-projections", "--model.attention", "naive", "--model.mlp-width", "1024"),
     )
     model = config.model
-    assert (model.positions, model.norm, model.mlp, model.attention) == ("rope", "rmsnorm", "swiglu", "naive")
+    assert (model.position_embedding, model.norm, model.mlp, model.attention) == ("rope", "rmsnorm", "swiglu", "naive")
     assert (model.tie, model.bias, model.qk_norm, model.value_residual) == (False, False, True, True)
-    assert (model.zero_init_projections, model.logit_softcap, model.mlp_width) == (True, 30.0, 1024)
+    assert (model.zero_init_projections, model.logit_softcap, model.resolved_mlp_width) == (True, 30.0, 1024)
     text = refusal("--model.norm", "none", "--model.norm-place", "post", "--model.num-heads", "7")
     assert text.startswith("2 faults:") and "--model.norm-place post says where norms stand" in text
 
@@ -164,7 +164,7 @@ def test_dry_run_prints_the_card_without_data_or_traces(tmp_path: Path) -> None:
     done = command("--dry-run", "--run-dir", str(run_dir), "--data.dir", str(tmp_path / "none"), WORLD_SIZE="8")
     assert done.returncode == 0, done.stderr
     assert "124,439,808 parameters (+36,096 vocabulary padding)" in done.stdout
-    assert "524,288 tokens = 8 processes x 4 micro-batches x 16 windows x 1024" in done.stdout
+    assert "524,288 tokens = 8 processes x 4 micro-batches x 16 sequences x 1024" in done.stdout
     assert "19,073 steps = 9,999,745,024 tokens" in done.stdout
     assert "not there yet" in done.stdout
     assert not run_dir.exists()
@@ -173,14 +173,14 @@ def test_dry_run_prints_the_card_without_data_or_traces(tmp_path: Path) -> None:
 def test_dry_run_refuses_what_the_run_would(tmp_path: Path, tiny_data: Path) -> None:
     run_dir = tmp_path / "run"
     args = [*tiny_flags(tiny_data, run_dir), "--train.steps", "12", "--sample.every", "None"]
-    run(parsed(*args), Mesh(0, 1, torch.device("cpu")))
+    run(parsed(*args), ProcessGroup(0, 1, torch.device("cpu")))
     kept = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
     for flags, said in (
         (["--seed", "3"], "is another run: --seed 3 (was 1337)"),
         (["--no-resume"], "holds checkpoints; drop --no-resume"),
         (["--from-checkpoint", "runs/nope"], "no such run directory or checkpoint"),
-        (["--data.leave-out", "3", "1000"], "--data.leave-out 1000: the training split has 562 windows"),
-        (["--train.seq-len", "20480", "--train.batch-tokens", "245760"], "less than one window"),
+        (["--data.skip-sequences", "3", "1000"], "--data.skip-sequences 1000: the training split has 562 sequences"),
+        (["--train.seq-len", "20480", "--train.batch-tokens", "245760"], "less than one sequence"),
     ):
         elsewhere = [] if flags[0] in ("--seed", "--no-resume") else ["--run-dir", str(tmp_path / "new")]
         done = command(*args, "--dry-run", *flags, *elsewhere)

@@ -9,12 +9,11 @@ import pytest
 import torch
 
 from model import ladder
+from model.base import init_weights
 from model.config import ModelConfig
-from model.decoding import CachedPasses, Passes, Row, WholePasses, generate_rows, make_ready
-from model.gpt import GPT, build_model
-from model.language_model import init_weights
-from model.layers import Linear
-from model.sampling import Sampling
+from model.generation.decoding import CachedPasses, Passes, Row, WholePasses, generate_rows, make_ready
+from model.generation.sampling import Sampling
+from model.gpt import GPT, Linear, build_model
 from tests.test_switches import MODERN, moved
 
 SMALL = ModelConfig(2, 2, 32, vocab_size=50, context_len=8)
@@ -98,7 +97,7 @@ def test_a_cache_serves_one_batch_after_the_other() -> None:
 
 @pytest.mark.parametrize("name", ["bigram", "head", "heads", "block"])
 def test_the_rungs_below_go_without(name: Any) -> None:
-    model = ladder.make_model(ModelConfig(rung=name, num_heads=4, width=32, vocab_size=50, context_len=8))
+    model = ladder.make_model(ModelConfig(kind=name, num_heads=4, width=32, vocab_size=50, context_len=8))
     init_weights(model, 1)
     rows = continued(WholePasses(model), rows_of(PROMPTS), 12)
     for prompt, row in zip(PROMPTS, rows, strict=True):

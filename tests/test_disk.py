@@ -16,17 +16,17 @@ from typing import Any
 import pytest
 import torch
 
+from common.errors import InputError
 from data_prep import verify
-from data_prep.errors import InputError
-from model.trained import fault_of, list_checkpoints
+from model.checkpoint import fault_of, list_checkpoints
 from tests.groups import run_on_ranks, run_with_own_mounts
 from tests.runs import assert_same_tensors, called, curve, final_tensors, rows, status, tiny_flags, validations
 from tests.test_exact import cut_back
 from train import loop
 from train.config import Config, parse
 from train.main import main, run
-from train.mesh import Mesh
 from train.presets import PRESETS
+from train.processes.group import ProcessGroup
 
 SMALL = "24m"  # a checkpoint of the tiny run, and what a save wants to be free beside it
 
@@ -39,7 +39,7 @@ def flags(data: Path, run_dir: Path, *more: str) -> list[str]:
 def whole(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """30 steps with checkpoints at 10, 20 and 30, and nothing in the way."""
     run_dir = tmp_path_factory.mktemp("disk") / "run"
-    run(parse(flags(tiny_data, run_dir), PRESETS), Mesh(0, 1, torch.device("cpu")))
+    run(parse(flags(tiny_data, run_dir), PRESETS), ProcessGroup(0, 1, torch.device("cpu")))
     return run_dir
 
 
@@ -132,7 +132,7 @@ def fills_up_between_saves(can_mount: bool, data: Path, whole: Path, folder: Pat
     cut_back(whole, run_dir, step=10)
     line = flags(data, run_dir, "--save.every", "100")
 
-    def filling(run: loop.Run) -> loop.Report:
+    def filling(run: loop.Run) -> loop.StepResult:
         if run.progress.step == 12:
             disk.fill(leaving=0)
         return take_step(run)
@@ -207,18 +207,18 @@ def test_a_checkpoint_that_cannot_be_deleted_disturbs_nothing(tiny_data: Path, w
     assert_same_run(tmp_path / "run", whole)
 
 
-def cannot_write_on_rank_0(mesh: Mesh, config: Config) -> str:
+def cannot_write_on_rank_0(group: ProcessGroup, config: Config) -> str:
     """From step 12 on no file of rank 0 may grow beyond what metrics.jsonl has then; rank 1 notices nothing of it."""
     take_step, metrics = loop.take_step, config.directory / "metrics.jsonl"
 
-    def limiting(run: loop.Run) -> loop.Report:
-        if run.progress.step == 12 and mesh.is_main:
+    def limiting(run: loop.Run) -> loop.StepResult:
+        if run.progress.step == 12 and group.is_main:
             resource.setrlimit(resource.RLIMIT_FSIZE, (metrics.stat().st_size, resource.RLIM_INFINITY))
         return take_step(run)
 
     loop.take_step = limiting
     try:
-        run(config, mesh)
+        run(config, group)
     except InputError as error:
         return str(error)
     return "trained on"

@@ -12,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from data_prep import corpora, download, textfiles
-from data_prep.corpora import CORPORA, Corpus, RemoteFile
-from data_prep.download import asked_seconds, fetch
-from data_prep.errors import InputError
+from common.errors import InputError
+from data_prep import textfiles
+from data_prep.hub import corpora, download
+from data_prep.hub.corpora import CORPORA, Corpus, RemoteFile
+from data_prep.hub.download import asked_seconds, fetch
 from data_prep.textfiles import main, parse
 from tests.test_textfiles import decoded, names
 

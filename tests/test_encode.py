@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 import tiktoken
 
-from data_prep import encode, sources, textfiles, workers
-from data_prep.encode import BLOCK_TOKENS, Part, Tally, encode_unit, read_part, write_part
-from data_prep.errors import InputError
-from data_prep.pack import pack_split, parts_in_turn
+from common.errors import InputError
+from data_prep import textfiles
+from data_prep.pipeline import encode, sources, workers
+from data_prep.pipeline.encode import BLOCK_TOKENS, Part, Tally, encode_unit, read_part, write_part
+from data_prep.pipeline.pack import pack_split, parts_in_turn
 from data_prep.textfiles import Options, prepare
 from tests.test_textfiles import SCRIPT, WITH_SMALL_FILES, contents, names, tokens
 
@@ -169,12 +170,12 @@ def test_units_of_any_size_pack_into_the_same_shards(tmp_path: Path, monkeypatch
 
 
 def test_pack_split_keeps_order_and_places(tmp_path: Path, finished: Path) -> None:
-    codec = textfiles.make_codec("byte", "")
+    tokenizer = textfiles.make_tokenizer("byte", "")
     parts = [
         write_part(tmp_path / name, {}, [(np.full(n, n, dtype=np.uint16), [n], [bytes(16)]) for n in sizes], Tally())
         for name, sizes in (("b", (5, 1)), ("a", ()), ("c", (9,)))
     ]
-    info = pack_split(tmp_path, "train", parts_in_turn(parts), num_tokens=15, codec=codec, shard_tokens=4)
+    info = pack_split(tmp_path, "train", parts_in_turn(parts), num_tokens=15, tokenizer=tokenizer, shard_tokens=4)
     assert tokens(tmp_path, "train") == [5] * 5 + [1] + [9] * 9
     starts = [np.fromfile(path, dtype="<u8").tolist() for path in sorted(tmp_path.glob("*.idx"))]
     assert starts == [[0], [1, 2], [], []]

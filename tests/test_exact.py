@@ -14,18 +14,18 @@ import torch
 from torch import Tensor
 
 from data_prep.manifest import open_split
-from model.trained import list_checkpoints
+from model.checkpoint import list_checkpoints
 from tests.groups import leaving_no_group, run_on_ranks, start_on_ranks
 from tests.runs import assert_same_tensors, curve, final_tensors, losses, status, tiny_config, validations
-from train.batches import Prefetcher, Windows
 from train.config import Config, ParallelConfig
+from train.data import Prefetcher, TrainingSequences
 from train.main import run
-from train.mesh import Mesh
+from train.processes.group import ProcessGroup
 
 
-def train_all(mesh: Mesh, configs: list[Config]) -> None:
+def train_all(group: ProcessGroup, configs: list[Config]) -> None:
     for config in configs:
-        run(config, mesh)
+        run(config, group)
 
 
 def cut_back(source: Path, copy: Path, step: int) -> None:
@@ -57,10 +57,10 @@ def test_accumulation_is_the_same_run(trained: Path, tiny_data: Path, tmp_path: 
     assert difference.max() <= 1e-5
 
 
-def train_until_stopped(mesh: Mesh, config: Config, num_steps: int) -> list[tuple[int, list[bytes]]]:
+def train_until_stopped(group: ProcessGroup, config: Config, num_steps: int) -> list[tuple[int, list[bytes]]]:
     """The run until the last rank, which takes its `num_steps`-th batch, is sent SIGTERM.
 
-    Returns the position of every step this rank trained, and the windows that it was given for it.
+    Returns the position of every step this rank trained, and the sequences that it was given for it.
     """
     served: list[tuple[int, list[bytes]]] = []
     take = Prefetcher.take
@@ -70,18 +70,18 @@ def train_until_stopped(mesh: Mesh, config: Config, num_steps: int) -> list[tupl
         served.append(
             (position, [content for inputs_BT, targets_BT in taken for content in contents(inputs_BT, targets_BT)])
         )
-        if len(served) == num_steps and mesh.rank == mesh.world - 1:
+        if len(served) == num_steps and group.rank == group.world - 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return taken
 
-    with pytest.MonkeyPatch.context() as patch, leaving_no_group(mesh):
+    with pytest.MonkeyPatch.context() as patch, leaving_no_group(group):
         patch.setattr(Prefetcher, "take", noticed)
-        run(config, mesh)
+        run(config, group)
     return served
 
 
 def contents(inputs_BT: Tensor, targets_BT: Tensor) -> list[bytes]:
-    """Each row's window of characters, its T + 1 ids as bytes."""
+    """Each row's sequence of characters, its T + 1 ids as bytes."""
     return [
         bytes([*inputs_T, targets_T[-1]])
         for inputs_T, targets_T in zip(inputs_BT.tolist(), targets_BT.tolist(), strict=True)
@@ -104,7 +104,7 @@ FROM_EACH_TO_EACH: Starts = (
         pytest.param(FROM_EACH_TO_EACH, id="each to each", marks=pytest.mark.long(reason="13 starts")),
     ],
 )
-def test_one_run_in_every_world_in_turn_reads_each_window_once(
+def test_one_run_in_every_world_in_turn_reads_each_sequence_once(
     trained: Path, tiny_data: Path, tmp_path: Path, starts: Starts
 ) -> None:
     """The same configuration at each start but for how the model is spread, stopped by a signal to one rank, with more
@@ -117,16 +117,18 @@ def test_one_run_in_every_world_in_turn_reads_each_window_once(
         for steps in zip(*ranks, strict=True):  # the ranks' parts of one step
             (position,) = {position for position, _ in steps}
             assert position not in read, f"trained again, now by {world} processes"
-            read[position] = [content for _, windows in steps for content in windows]
+            read[position] = [content for _, sequences in steps for content in sequences]
     assert status(config.directory) == {"state": "done", "step": 50, "reason": None, "attempt": len(starts)}
     assert list(read) == list(range(0, 600, 12))
 
-    windows = Windows(open_split(tiny_data, "train"), 32, config.seed)
-    number = {content: window for window, content in enumerate(contents(*windows.read(list(range(windows.count)))))}
-    assert len(number) == windows.count == 562, "windows must be told apart by their text"
+    sequences = TrainingSequences(open_split(tiny_data, "train"), 32, config.seed)
+    number = {
+        content: sequence for sequence, content in enumerate(contents(*sequences.read(list(range(sequences.count)))))
+    }
+    assert len(number) == sequences.count == 562, "sequences must be told apart by their text"
     order = [number[content] for position in read for content in read[position]]
     assert sorted(order[:562]) == list(range(562))
-    assert order == windows.ids_at(0, 600)
+    assert order == sequences.ids_at(0, 600)
 
     difference = (losses(config.directory) - losses(whole)).abs()
     assert difference[0] <= 2e-6 and difference[:6].max() <= 4e-6 and difference.max() <= 1e-5

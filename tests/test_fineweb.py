@@ -18,11 +18,12 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 import tiktoken
 
-from data_prep import encode, fineweb, fineweb_plan, workers
-from data_prep.codec import load_codec
+from data_prep import fineweb, fineweb_plan
 from data_prep.fineweb_plan import Options, local_files, units_of
 from data_prep.manifest import read_manifest
-from data_prep.unfinished import put_in_place
+from data_prep.pipeline import encode, workers
+from data_prep.pipeline.partial_dir import put_in_place
+from data_prep.tokenizer import load_tokenizer
 from data_prep.verify import faults_of
 from tests.pages import COPIES, TROUBLE, Text, as_texts, make_pages, write_pages
 from tests.runs import called
@@ -109,7 +110,7 @@ def documents_of(data: Path, split: str) -> list[tuple[int, ...]]:
 
 
 def assert_sound(data: Path) -> None:
-    assert faults_of(data, read_manifest(data), load_codec(data)) == []
+    assert faults_of(data, read_manifest(data), load_tokenizer(data)) == []
 
 
 # What comes out

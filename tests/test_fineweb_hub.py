@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from data_prep import fineweb, fineweb_plan
-from data_prep.hub import PINNED
+from data_prep.hub.files import PINNED
 from data_prep.manifest import read_manifest
 from tests.pages import make_pages, write_pages
 from tests.runs import called

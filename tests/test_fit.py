@@ -7,48 +7,48 @@ from typing import Any
 import pytest
 import torch
 
-from data_prep.errors import InputError
+from common.errors import InputError
 from data_prep.manifest import read_manifest
 from tests.runs import tiny_config
-from train.batches import divisors
 from train.config import Config, with_vocabulary
-from train.fit import kept_micro_batch, largest_that_fits, with_micro_batch
+from train.data import divisors
 from train.main import run
-from train.mesh import Mesh
-from train.run_dir import RunDirectory
+from train.parallel.auto_micro_batch import kept_micro_batch, largest_that_fits, with_micro_batch
+from train.processes.group import ProcessGroup
+from train.run.directory import RunDirectory
 
-ALONE = Mesh(0, 1, torch.device("cpu"))
+ALONE = ProcessGroup(0, 1, torch.device("cpu"))
 SIZES = divisors(512)
 
 
 class Memory:
-    """`fixed` bytes and `per_window` for each window, on a device that has `capacity`."""
+    """`fixed` bytes and `per_sequence` for each sequence, on a device that has `capacity`."""
 
-    def __init__(self, fixed: int, per_window: float, capacity: int) -> None:
-        self.fixed, self.per_window, self.capacity = fixed, per_window, capacity
+    def __init__(self, fixed: int, per_sequence: float, capacity: int) -> None:
+        self.fixed, self.per_sequence, self.capacity = fixed, per_sequence, capacity
         self.tried: list[int] = []
 
-    def measure(self, windows: int) -> int | None:
-        self.tried.append(windows)
-        peak = int(self.fixed + self.per_window * windows)
+    def measure(self, sequences: int) -> int | None:
+        self.tried.append(sequences)
+        peak = int(self.fixed + self.per_sequence * sequences)
         return peak if peak <= self.capacity else None
 
 
 @pytest.mark.parametrize(
-    ("per_window", "expected"),
+    ("per_sequence", "expected"),
     [(0, 512), (1, 512), (10, 64), (15.5, 32), (120, 4), (300, 2), (400, 2), (500, 1), (819, 1)],
 )
-def test_the_largest_share_within_the_budget(per_window: float, expected: int) -> None:
-    memory = Memory(fixed=100, per_window=per_window, capacity=1000)
+def test_the_largest_share_within_the_budget(per_sequence: float, expected: int) -> None:
+    memory = Memory(fixed=100, per_sequence=per_sequence, capacity=1000)
     assert largest_that_fits(SIZES, memory.measure, budget=920) == expected
     assert len(memory.tried) <= 3, "a trial costs a compilation"
 
 
 def test_one_that_was_thought_to_fit_and_does_not_is_passed_over() -> None:
-    """A jump at 17 windows, as when a kernel takes another workspace."""
+    """A jump at 17 sequences, as when a kernel takes another workspace."""
 
-    def measure(windows: int) -> int | None:
-        return 100 + 10 * windows + (10_000 if windows > 16 else 0)
+    def measure(sequences: int) -> int | None:
+        return 100 + 10 * sequences + (10_000 if sequences > 16 else 0)
 
     assert largest_that_fits(SIZES, measure, budget=920) == 16
 
@@ -56,18 +56,18 @@ def test_one_that_was_thought_to_fit_and_does_not_is_passed_over() -> None:
 def test_a_sharded_model_tries_nothing_that_might_not_fit() -> None:
     """What runs out of memory on one rank would leave the others waiting."""
 
-    def measure(windows: int) -> int | None:
-        assert 100 + 500 * windows <= 1000, "ran out of memory"
-        return 100 + 500 * windows
+    def measure(sequences: int) -> int | None:
+        assert 100 + 500 * sequences <= 1000, "ran out of memory"
+        return 100 + 500 * sequences
 
     assert largest_that_fits(SIZES, measure, budget=920, may_fail=False) == 1
-    memory = Memory(fixed=100, per_window=10, capacity=1000)
+    memory = Memory(fixed=100, per_sequence=10, capacity=1000)
     assert largest_that_fits(SIZES, memory.measure, budget=920, may_fail=False) == 64
 
 
-def test_not_even_one_window() -> None:
+def test_not_even_one_sequence() -> None:
     with pytest.raises(InputError, match=r"not even --train.micro-batch 1 fits .* --train.activation-checkpointing"):
-        largest_that_fits(SIZES, lambda windows: None, budget=920)
+        largest_that_fits(SIZES, lambda sequences: None, budget=920)
 
 
 def test_only_what_was_found_under_these_conditions_is_kept() -> None:

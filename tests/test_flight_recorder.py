@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from tests.groups import run_with_own_mounts
-from train import flight_recorder
+from train.processes import flight_recorder
 
 NAMES = (
     "TORCH_FR_BUFFER_SIZE",

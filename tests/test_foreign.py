@@ -9,10 +9,10 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from data_prep.codec import BpeCodec
-from data_prep.errors import InputError
+from common.errors import InputError
 from data_prep.manifest import open_split, read_manifest
 from data_prep.textfiles import Options, prepare
+from data_prep.tokenizer import BpeTokenizer
 from data_prep.verify import main
 
 EOT = 258
@@ -54,7 +54,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A saved tokenizer of 259 ids whose last is EOT."""
     folder = tmp_path_factory.mktemp("tokenizer")
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"ab": 256, b"abc": 257}
-    BpeCodec(ranks, name="small").save(folder)
+    BpeTokenizer(ranks, name="small").save(folder)
     return str(folder / "tokenizer")
 
 

@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-from data_prep.errors import InputError
+from common.errors import InputError
 from data_prep.textfiles import Options, prepare
-from model.trained import find_checkpoint, load_trained
+from model.checkpoint import find_checkpoint, load_model
 from tests.corpus import make_text
 from tests.runs import curve, rows, tiny_config, validations
 from tests.test_exact import cut_back
 from train.config import Config
 from train.main import run
-from train.mesh import Mesh
+from train.processes.group import ProcessGroup
 
-ALONE = Mesh(0, 1, torch.device("cpu"))
+ALONE = ProcessGroup(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -91,4 +91,4 @@ def test_what_is_not_there_is_refused(old: Path, tiny_data: Path, tmp_path: Path
 
 
 def test_a_step_can_be_named_where_a_trained_model_is_read(old: Path) -> None:
-    assert load_trained(f"{old}@10").step == 10
+    assert load_model(f"{old}@10").step == 10

@@ -10,19 +10,19 @@ from typing import Any
 import pytest
 import torch
 
+from model.checkpoint import load_model
 from model.generate import main as generate_main
 from model.generate import sample_generator
 from model.gpt import GPT
-from model.trained import load_trained
 from tests.runs import ROOT, called, tiny_config
 from train.main import run
-from train.mesh import Mesh
+from train.processes.group import ProcessGroup
 
 
 @pytest.fixture(scope="module")
 def trained_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("speak") / "run"
-    run(tiny_config(tiny_data, run_dir, steps=100), Mesh(0, 1, torch.device("cpu")))
+    run(tiny_config(tiny_data, run_dir, steps=100), ProcessGroup(0, 1, torch.device("cpu")))
     return run_dir
 
 
@@ -65,11 +65,11 @@ def test_a_file_of_prompts_comes_back_as_json_lines(trained_run: Path, tmp_path:
     args = [str(trained_run), "--prompts-file", str(file), "--max-tokens", "40", "--num-samples", "2", "--keep", "16"]
     found = said(*args)
     assert [(row["prompt"], row["sample"]) for row in found] == [(p, i) for p in prompts for i in (1, 2)]
-    codec = load_trained(trained_run).codec
+    tokenizer = load_model(trained_run).tokenizer
     for row in found:
         assert list(row) == ["prompt", "sample", "text", "tokens", "stopped_by"]
         assert row["stopped_by"] == "max_tokens" and len(row["tokens"]) == 40
-        assert codec.decode_bytes(row["tokens"]).decode() == row["text"]
+        assert tokenizer.decode_bytes(row["tokens"]).decode() == row["text"]
     assert len({row["text"] for row in found}) == len(found)
     assert said(*args, "--batch-size", "3") == said(*args, "--no-cache", "--batch-size", "1") == found
     alone = generate(str(trained_run), "--prompt", "The cat", "--max-tokens", "40", "--keep", "16")
@@ -90,7 +90,7 @@ def test_prompts_come_from_standard_input(trained_run: Path, monkeypatch: pytest
 
 
 def test_loaded_weights_are_the_trained_ones(trained_run: Path) -> None:
-    trained = load_trained(trained_run)
+    trained = load_model(trained_run)
     assert trained.step == 100
     assert isinstance(trained.model, GPT) and trained.model.is_tied
     assert trained.model.lm_head.weight is trained.model.transformer["wte"].weight
@@ -98,9 +98,9 @@ def test_loaded_weights_are_the_trained_ones(trained_run: Path) -> None:
 
 
 def test_every_sample_has_random_numbers_of_its_own() -> None:
-    places = [(seed, index, prompt) for seed in (1, 2) for index in range(20) for prompt in range(200)]
-    first = {torch.rand(2, generator=sample_generator(*place)).numpy().tobytes() for place in places}
-    assert len(first) == len(places)
+    positions = [(seed, index, prompt) for seed in (1, 2) for index in range(20) for prompt in range(200)]
+    first = {torch.rand(2, generator=sample_generator(*place)).numpy().tobytes() for place in positions}
+    assert len(first) == len(positions)
 
 
 @pytest.mark.parametrize(

@@ -6,51 +6,51 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import giga
-from data_prep.codec import FOLDER, RANKS_FILE, BpeCodec, ByteCodec, Codec, Ids, make_codec
-from data_prep.errors import InputError
-from data_prep.giga import PROBE, GigaEncoder
-from data_prep.sources import Document
+from common.errors import InputError
+from data_prep.pipeline import gigatoken_encoder
+from data_prep.pipeline.gigatoken_encoder import PROBE, GigaEncoder
+from data_prep.pipeline.sources import Document
+from data_prep.tokenizer import FOLDER, RANKS_FILE, BpeTokenizer, ByteTokenizer, Ids, Tokenizer, make_tokenizer
 
 pytest.importorskip("gigatoken")
 
 
 @pytest.fixture(scope="module")
-def codec(shared_data: Path) -> Codec:
-    return make_codec(str(shared_data / "gpt2.tiktoken"), "")
+def tokenizer(shared_data: Path) -> Tokenizer:
+    return make_tokenizer(str(shared_data / "gpt2.tiktoken"), "")
 
 
 @pytest.fixture
-def encoder(codec: Codec, tmp_path: Path) -> GigaEncoder:
-    codec.save(tmp_path)
-    return GigaEncoder(codec, tmp_path / FOLDER / RANKS_FILE)
+def encoder(tokenizer: Tokenizer, tmp_path: Path) -> GigaEncoder:
+    tokenizer.save(tmp_path)
+    return GigaEncoder(tokenizer, tmp_path / FOLDER / RANKS_FILE)
 
 
 def documents(texts: list[str]) -> list[Document]:
     return [Document.of(place, text) for place, text in enumerate(texts)]
 
 
-def assert_same(encoder: GigaEncoder, codec: Codec, texts: list[str]) -> None:
+def assert_same(encoder: GigaEncoder, tokenizer: Tokenizer, texts: list[str]) -> None:
     for text, ids in zip(texts, encoder.encode(documents(texts)), strict=True):
         assert not isinstance(ids, InputError)
-        np.testing.assert_array_equal(ids, codec.encode(text), err_msg=repr(text[:80]))
+        np.testing.assert_array_equal(ids, tokenizer.encode(text), err_msg=repr(text[:80]))
 
 
 @pytest.mark.parametrize("name", ["fineweb_edu_sample.txt", "tinystories_2mb.txt", "wikitext2_valid.txt"])
-def test_real_text(shared_data: Path, encoder: GigaEncoder, codec: Codec, name: str) -> None:
+def test_real_text(shared_data: Path, encoder: GigaEncoder, tokenizer: Tokenizer, name: str) -> None:
     text = (shared_data / name).read_text(encoding="utf-8")
     encoder.begin_unit()
-    assert_same(encoder, codec, [part for part in text.split("\n\n") if part])
+    assert_same(encoder, tokenizer, [part for part in text.split("\n\n") if part])
 
 
-def test_what_makes_trouble_is_the_same(encoder: GigaEncoder, codec: Codec) -> None:
+def test_what_makes_trouble_is_the_same(encoder: GigaEncoder, tokenizer: Tokenizer) -> None:
     rng = random.Random(0)
     pieces = ["<|endoftext|>", "\r\n", " ", "\u00e9", "\U0001f600", "a", "'ll", "\ud800", "7", "\u2028", "\0", "==="]
     noise = ["".join(rng.choices(pieces, k=rng.randrange(1, 40))) for _ in range(500)]
     texts = [*PROBE, "=" * 300_000, "lone \ud800 surrogate \udcff", " " * 200_000, *noise]
     encoder.begin_unit()
-    assert_same(encoder, codec, texts)
-    assert_same(encoder, codec, [])
+    assert_same(encoder, tokenizer, texts)
+    assert_same(encoder, tokenizer, [])
 
 
 def test_both_give_up_on_the_same_text(encoder: GigaEncoder) -> None:
@@ -60,18 +60,18 @@ def test_both_give_up_on_the_same_text(encoder: GigaEncoder) -> None:
 
 
 def test_a_new_instance_takes_over_and_gives_the_same(
-    encoder: GigaEncoder, codec: Codec, monkeypatch: pytest.MonkeyPatch
+    encoder: GigaEncoder, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    instances = {id(encoder._tokenizer): encoder._tokenizer}
-    monkeypatch.setattr(giga, "UNITS_PER_INSTANCE", 2)
+    instances = {id(encoder._fast_tokenizer): encoder._fast_tokenizer}
+    monkeypatch.setattr(gigatoken_encoder, "UNITS_PER_INSTANCE", 2)
     for _ in range(6):
         encoder.begin_unit()
-        instances[id(encoder._tokenizer)] = encoder._tokenizer
-        assert_same(encoder, codec, ["hello world"])
+        instances[id(encoder._fast_tokenizer)] = encoder._fast_tokenizer
+        assert_same(encoder, tokenizer, ["hello world"])
     assert len(instances) == 4
 
 
-class Other(BpeCodec):
+class Other(BpeTokenizer):
     """The same ranks with ids of its own for one word."""
 
     def encode(self, text: str) -> Ids:
@@ -80,8 +80,8 @@ class Other(BpeCodec):
 
 
 def test_ids_that_differ_are_refused(shared_data: Path, tmp_path: Path) -> None:
-    known = make_codec(str(shared_data / "gpt2.tiktoken"), "")
-    assert isinstance(known, BpeCodec)
+    known = make_tokenizer(str(shared_data / "gpt2.tiktoken"), "")
+    assert isinstance(known, BpeTokenizer)
     other = Other(known._ranks, name="other")
     other.save(tmp_path)
     encoder = GigaEncoder(other, tmp_path / FOLDER / RANKS_FILE)
@@ -92,4 +92,4 @@ def test_ids_that_differ_are_refused(shared_data: Path, tmp_path: Path) -> None:
 
 def test_other_tokenizers_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="use --backend tiktoken"):
-        GigaEncoder(ByteCodec(), tmp_path / "none")
+        GigaEncoder(ByteTokenizer(), tmp_path / "none")

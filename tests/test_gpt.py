@@ -9,7 +9,7 @@ import torch
 
 from model.config import NAMED_SHAPES, ModelConfig
 from model.gpt import GPT, build_model
-from model.hf_format import from_hugging_face, to_hugging_face
+from model.hf.format import from_hugging_face, to_hugging_face
 
 TINY = ModelConfig(num_layers=2, num_heads=2, width=32, vocab_size=100, context_len=16)
 SMALL = NAMED_SHAPES["gpt2-small"]
@@ -51,7 +51,7 @@ def randomize(model: torch.nn.Module, seed: int) -> None:
     ],
 )
 def models(request: pytest.FixtureRequest) -> tuple[Any, GPT, int]:
-    """Hugging Face's model, ours of the same shape, and how long a window to give them."""
+    """Hugging Face's model, ours of the same shape, and how long a sequence to give them."""
     config, T = request.param
     return hugging_face(config).eval(), build_model(config, seed=1), T
 
@@ -144,6 +144,6 @@ def test_padding_makes_the_vocabulary_a_multiple() -> None:
     assert dataclasses.replace(TINY, vocab_multiple=128).padded_vocab_size == 128
 
 
-def test_too_long_a_window_is_refused() -> None:
+def test_too_long_a_sequence_is_refused() -> None:
     with pytest.raises(ValueError, match="17 tokens exceed the model's context of 16"):
         build_model(TINY, seed=1)(torch.zeros(1, 17, dtype=torch.int64))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.errors import InputError
+from common.errors import InputError
 from launch import grid
 from launch.grid import points_of, run_dir_in, split
 from tests.runs import called

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from data_prep.codec import BpeCodec
 from data_prep.textfiles import Options, prepare
+from data_prep.tokenizer import BpeTokenizer
 from model.hf_bridge import main as bridge
 from tests.corpus import make_text
 from tests.groups import run_on_ranks
@@ -23,13 +23,13 @@ from tests.hellaswag_items import make_rows
 from tests.runs import ROOT, called, tiny_config
 from train import harness
 from train.main import run
-from train.mesh import Mesh
+from train.processes.group import ProcessGroup
 
 pytestmark = [
     pytest.mark.long(reason="lm-eval takes ten seconds to import"),
     pytest.mark.filterwarnings("ignore"),  # of lm-eval, datasets and transformers about each other
 ]
-ALONE = Mesh(0, 1, torch.device("cpu"))
+ALONE = ProcessGroup(0, 1, torch.device("cpu"))
 TASKS = {
     "tiny_choice": """
 output_type: multiple_choice
@@ -74,7 +74,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """run/: of byte pairs; exported/: the same for transformers; tasks/."""
     folder = tmp_path_factory.mktemp("harness")
     pieces = [bytes([byte]) for byte in range(256)] + [b" t", b"he", b" the", b"an", b"and", b" a"]
-    BpeCodec({piece: rank for rank, piece in enumerate(pieces)}, name="tiny").save(folder)
+    BpeTokenizer({piece: rank for rank, piece in enumerate(pieces)}, name="tiny").save(folder)
     (folder / "text.txt").write_text(make_text(20_000), encoding="utf-8")
     prepare(Options(input=(str(folder / "text.txt"),), out=folder / "data", tokenizer=str(folder / "tokenizer")))
     config = tiny_config(folder / "data", folder / "run", steps=40, seq_len=64, batch_tokens=768)
@@ -120,7 +120,7 @@ def answers(found: dict[str, Any], task: str) -> list[Any]:
 
 
 def test_our_model_has_the_numbers_of_the_exported_folder(folder: Path) -> None:
-    from train import harness_model
+    from train.evals import harness_model
 
     harness_model.use(ALONE)
     ours = evaluated("gpt-ladder", {"path": str(folder / "run")}, folder, list(TASKS))
@@ -155,10 +155,10 @@ def test_the_command(folder: Path, tmp_path: Path) -> None:
     assert json.loads(written.read_text())["n-samples"]["tiny_choice"]["effective"] == 3
 
 
-def in_ranks(mesh: Mesh, folder: Path) -> Any:
-    from train import harness_model
+def in_ranks(group: ProcessGroup, folder: Path) -> Any:
+    from train.evals import harness_model
 
-    harness_model.use(mesh)
+    harness_model.use(group)
     found = evaluated("gpt-ladder", {"path": str(folder / "run")}, folder, ["tiny_choice", "tiny_text"])
     return found["results"] if found is not None else None
 
@@ -176,8 +176,8 @@ def test_two_processes_share_the_requests(folder: Path) -> None:
 def test_what_it_cannot_do_is_refused_in_one_line(folder: Path, tiny_data: Path, tmp_path: Path) -> None:
     from lm_eval.api.instance import Instance
 
-    from data_prep.errors import InputError
-    from train.harness_model import LadderLM
+    from common.errors import InputError
+    from train.evals.harness_model import LadderLM
 
     def asked(*args: Any) -> Instance:
         return Instance(request_type="loglikelihood", doc={}, arguments=args, idx=0)
@@ -208,7 +208,7 @@ def test_what_it_cannot_do_is_refused_in_one_line(folder: Path, tiny_data: Path,
 def test_what_is_sampled_differs_and_comes_again(folder: Path) -> None:
     from lm_eval.api.instance import Instance
 
-    from train.harness_model import LadderLM
+    from train.evals.harness_model import LadderLM
 
     sampled = ("The ", {"do_sample": True, "max_gen_toks": 16})
     requests = [Instance(request_type="generate_until", doc={}, arguments=sampled, idx=0) for _ in range(4)]

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
+from common.errors import InputError
 from data_prep import hellaswag
-from data_prep.corpora import RemoteFile
-from data_prep.errors import InputError
 from data_prep.hellaswag import Item, Options, main, prepare, read_items
+from data_prep.hub.corpora import RemoteFile
 from tests.runs import called
 from tests.test_download import Server, server  # noqa: F401
 from tests.test_textfiles import names

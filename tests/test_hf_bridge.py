@@ -14,17 +14,17 @@ import pytest
 import torch
 from torch import Tensor
 
+from common.errors import InputError
 from data_prep.bpe_reference import train as train_pairs
-from data_prep.codec import BpeCodec, ByteCodec, CharCodec, Codec, alphabet_of, make_codec
-from data_prep.errors import InputError
+from data_prep.tokenizer import BpeTokenizer, ByteTokenizer, CharTokenizer, Tokenizer, alphabet_of, make_tokenizer
 from model import generate, hf_bridge
+from model.checkpoint import TrainedModel, load_model
 from model.config import NAMED_SHAPES, ModelConfig
 from model.gpt import build_model
+from model.hf.folder import open_folder
+from model.hf.format import EMBEDDING, HEAD, from_json, to_json
+from model.hf.tokenizer import read_tokenizer, tokenizer_config, tokenizer_json
 from model.hf_bridge import write_folder
-from model.hf_folder import open_folder
-from model.hf_format import EMBEDDING, HEAD, from_json, to_json
-from model.hf_tokenizer import read_codec, tokenizer_config, tokenizer_json
-from model.trained import Trained, load_trained
 from tests.groups import run_on_ranks
 from tests.runs import called, rows, tiny_config, validations
 from tests.test_codec import NASTY, SHARED_TEXTS, random_texts, small_ranks
@@ -32,11 +32,11 @@ from tests.test_gpt import randomize
 from train import main as trainer
 from train.config import Config, ParallelConfig
 from train.main import run
-from train.mesh import Mesh
+from train.processes.group import ProcessGroup
 
 pytest.importorskip("safetensors")
 TINY = ModelConfig(num_layers=2, num_heads=2, width=32, vocab_size=256, context_len=16, eot_id=None)
-ALONE = Mesh(0, 1, torch.device("cpu"))
+ALONE = ProcessGroup(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +79,7 @@ def folder(old: Path) -> Path:
     return old.parent / "exported"
 
 
-def trained_of(config: ModelConfig, codec: Codec, path: Path) -> Trained:
+def trained_of(config: ModelConfig, tokenizer: Tokenizer, path: Path) -> TrainedModel:
     """A model that no training made, as if it came from the step 3 of a run."""
     model = build_model(config, seed=1)
     randomize(model, seed=2)
@@ -87,14 +87,14 @@ def trained_of(config: ModelConfig, codec: Codec, path: Path) -> Trained:
         for name, parameter in model.named_parameters():
             if name in (EMBEDDING, HEAD):
                 parameter[config.vocab_size :] = 0
-    return Trained(model.eval(), codec, 3, path / "run" / "checkpoints" / "step_00000003")
+    return TrainedModel(model.eval(), tokenizer, 3, path / "run" / "checkpoints" / "step_00000003")
 
 
 def some_tokens(vocab_size: int, T: int) -> Tensor:
     return torch.randint(vocab_size, (2, T), generator=torch.Generator().manual_seed(5))
 
 
-def assert_same_model(left: Trained, right: Trained) -> None:
+def assert_same_model(left: TrainedModel, right: TrainedModel) -> None:
     ours, theirs = left.model.state_dict(), right.model.state_dict()
     assert ours.keys() == theirs.keys()
     assert [name for name in ours if not torch.equal(ours[name], theirs[name])] == []
@@ -104,21 +104,21 @@ def assert_same_model(left: Trained, right: Trained) -> None:
 
 
 def test_there_and_back_is_exact(old: Path, folder: Path) -> None:
-    before, after = load_trained(old), load_trained(folder)
+    before, after = load_model(old), load_model(folder)
     assert_same_model(before, after)
     assert after.model.config == before.model.config
-    assert after.codec.describe() == before.codec.describe()
+    assert after.tokenizer.describe() == before.tokenizer.describe()
     assert (after.step, after.checkpoint) == (None, folder)
     assert not after.model.training
 
 
 @pytest.mark.parametrize(
     "switches",
-    [{}, {"mlp": "silu"}, {"mlp": "relu2"}, {"hidden_size": 40}, {"tie": False}, {"vocab_multiple": 1}],
+    [{}, {"mlp": "silu"}, {"mlp": "relu2"}, {"mlp_width": 40}, {"tie": False}, {"vocab_multiple": 1}],
     ids=str,
 )
 def test_transformers_computes_the_same(tmp_path: Path, switches: dict[str, Any]) -> None:
-    trained = trained_of(dataclasses.replace(TINY, **switches), ByteCodec(), tmp_path)
+    trained = trained_of(dataclasses.replace(TINY, **switches), ByteTokenizer(), tmp_path)
     write_folder(trained, tmp_path / "out")
     theirs, loading = transformers().AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
     assert not any(loading.values()), loading
@@ -127,7 +127,7 @@ def test_transformers_computes_the_same(tmp_path: Path, switches: dict[str, Any]
         wanted, found = trained.model(tokens_BT)[..., :256], theirs.eval()(tokens_BT).logits
     torch.testing.assert_close(found, wanted, rtol=0, atol=1e-4)
     assert theirs.generation_config.eos_token_id is None
-    back = load_trained(tmp_path / "out")
+    back = load_model(tmp_path / "out")
     if "vocab_multiple" not in switches:
         assert_same_model(trained, back)
     torch.testing.assert_close(back.model(tokens_BT)[..., :256], wanted, rtol=0, atol=0)
@@ -158,14 +158,14 @@ def made_by_transformers(path: Path, form: str, **settings: Any) -> Any:
             tensors |= {f"h.{layer}.attn.bias": mask for layer in range(2)}
             tensors |= {f"h.{layer}.attn.masked_bias": torch.tensor(-1e4) for layer in range(2)}
         torch.save(tensors, path / "pytorch_model.bin", _use_new_zipfile_serialization=form != "oldest bin")
-    give_tokenizer(path, ByteCodec())
+    give_tokenizer(path, ByteTokenizer())
     return model.float()
 
 
-def give_tokenizer(path: Path, codec: Codec) -> None:
+def give_tokenizer(path: Path, tokenizer: Tokenizer) -> None:
     path.mkdir(exist_ok=True)
-    (path / "tokenizer.json").write_text(json.dumps(tokenizer_json(codec)))
-    (path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(codec, 16)))
+    (path / "tokenizer.json").write_text(json.dumps(tokenizer_json(tokenizer)))
+    (path / "tokenizer_config.json").write_text(json.dumps(tokenizer_config(tokenizer, 16)))
 
 
 @pytest.mark.parametrize(
@@ -184,7 +184,7 @@ def give_tokenizer(path: Path, codec: Codec) -> None:
 def test_what_transformers_writes_computes_the_same(tmp_path: Path, form: str, settings: dict[str, Any]) -> None:
     theirs = made_by_transformers(tmp_path / "made", form, **settings)
     assert (len(list((tmp_path / "made").glob("*.safetensors"))) > 2) == (form == "parts")
-    ours = load_trained(tmp_path / "made").model
+    ours = load_model(tmp_path / "made").model
     tokens_BT = some_tokens(256, 16)
     with torch.no_grad():
         torch.testing.assert_close(ours(tokens_BT)[..., :256], theirs(tokens_BT).logits, rtol=0, atol=1e-4)
@@ -242,10 +242,10 @@ def test_export_takes_no_place_and_no_folder_of_theirs(old: Path, folder: Path, 
     ("switches", "said"),
     [
         (
-            {"positions": "rope", "mlp": "swiglu", "bias": False},
-            "no --model.positions rope, --model.mlp swiglu, --model.bias False",
+            {"position_embedding": "rope", "mlp": "swiglu", "bias": False},
+            "no --model.position-embedding rope, --model.mlp swiglu, --model.bias False",
         ),
-        ({"rung": "heads"}, "no --model.rung heads"),
+        ({"kind": "heads"}, "no --model.kind heads"),
     ],
     ids=str,
 )
@@ -254,8 +254,8 @@ def test_what_no_class_of_theirs_fits_is_refused(
 ) -> None:
     config = configured(tiny_data, tmp_path / "run")
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, steps=1))
-    model = {"rung": "heads"} if "rung" in switches else dataclasses.asdict(config.model) | switches
-    if "rung" in switches:
+    model = {"kind": "heads"} if "kind" in switches else dataclasses.asdict(config.model) | switches
+    if "kind" in switches:
         model |= {"num_layers": 2, "num_heads": 2, "width": 32, "context_len": 32}
     run(dataclasses.replace(config, model=ModelConfig(**model)), ALONE)
     assert said in refusal("export", tmp_path / "run", "--out", tmp_path / "out")
@@ -274,19 +274,19 @@ def test_an_absent_safetensors_is_named(old: Path, folder: Path, tmp_path: Path,
 TEXTS = [text for text in NASTY if text.isprintable() or not any("\ud800" <= mark <= "\udfff" for mark in text)]
 
 
-def own_pairs(shared_data: Path) -> BpeCodec:
+def own_pairs(shared_data: Path) -> BpeTokenizer:
     text = (shared_data / "tinystories_2mb.txt").read_text(encoding="utf-8")[:100_000]
     tokens = train_pairs([text], 1000).tokens
-    return BpeCodec({token: rank for rank, token in enumerate(tokens)}, name="own")
+    return BpeTokenizer({token: rank for rank, token in enumerate(tokens)}, name="own")
 
 
-def codec_named(name: str, shared_data: Path, texts: list[str]) -> Codec:
+def codec_named(name: str, shared_data: Path, texts: list[str]) -> Tokenizer:
     match name:
         case "own":
             return own_pairs(shared_data)
         case "small":
-            return BpeCodec(small_ranks(), name="small")
-    return make_codec(name, "".join(sorted(alphabet_of("".join(texts)))))
+            return BpeTokenizer(small_ranks(), name="small")
+    return make_tokenizer(name, "".join(sorted(alphabet_of("".join(texts)))))
 
 
 @pytest.mark.parametrize("name", ["gpt2", "own", "small", "byte", "char"])
@@ -294,27 +294,27 @@ def test_ids_are_the_codecs_for_every_text(shared_data: Path, tmp_path: Path, na
     """Text that reads <|endoftext|> too, and back to the same text; and we read the tokenizer as what it was."""
     texts = [text for text in TEXTS if len(text) < 20_000] + random_texts(1)
     texts += [(shared_data / file).read_text(encoding="utf-8")[:5_000] for file in SHARED_TEXTS]
-    codec = codec_named(name, shared_data, texts)
-    config = dataclasses.replace(TINY, vocab_size=codec.vocab_size, eot_id=codec.eot_id)
-    write_folder(trained_of(config, codec, tmp_path), tmp_path / "out")
-    tokenizer = transformers().AutoTokenizer.from_pretrained(tmp_path / "out")
-    assert (len(tokenizer), tokenizer.eos_token_id) == (codec.vocab_size, codec.eot_id)
+    tokenizer = codec_named(name, shared_data, texts)
+    config = dataclasses.replace(TINY, vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id)
+    write_folder(trained_of(config, tokenizer, tmp_path), tmp_path / "out")
+    theirs = transformers().AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert (len(theirs), theirs.eos_token_id) == (tokenizer.vocab_size, tokenizer.eot_id)
     for text in texts:
-        ids = codec.encode(text).tolist()
-        assert tokenizer(text)["input_ids"] == ids, repr(text[:100])
-        assert tokenizer.decode(ids) == text
-    tokenizer.save_pretrained(tmp_path / "out")  # in their own hand
-    back = read_codec(tmp_path / "out").describe()
+        ids = tokenizer.encode(text).tolist()
+        assert theirs(text)["input_ids"] == ids, repr(text[:100])
+        assert theirs.decode(ids) == text
+    theirs.save_pretrained(tmp_path / "out")  # in their own hand
+    back = read_tokenizer(tmp_path / "out").describe()
     assert back.pop("name", None) == {"gpt2": "gpt2", "own": "out", "small": "out"}.get(name)
-    assert back.items() <= codec.describe().items()
-    if codec.eot_id is not None:
-        read_as_special = tokenizer("a<|endoftext|>b", split_special_tokens=False)["input_ids"]
-        assert read_as_special == [*codec.encode("a"), codec.eot_id, *codec.encode("b")]
+    assert back.items() <= tokenizer.describe().items()
+    if tokenizer.eot_id is not None:
+        read_as_special = theirs("a<|endoftext|>b", split_special_tokens=False)["input_ids"]
+        assert read_as_special == [*tokenizer.encode("a"), tokenizer.eot_id, *tokenizer.encode("b")]
 
 
 def test_an_unknown_character_is_an_error_there_too(tmp_path: Path) -> None:
     tokenizers = pytest.importorskip("tokenizers")
-    give_tokenizer(tmp_path, CharCodec("abc"))
+    give_tokenizer(tmp_path, CharTokenizer("abc"))
     tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
     assert tokenizer.encode("cab").ids == [2, 0, 1]
     with pytest.raises(Exception, match=r"Missing \[UNK\] token"):
@@ -323,20 +323,20 @@ def test_an_unknown_character_is_an_error_there_too(tmp_path: Path) -> None:
 
 def test_the_older_files_are_read(shared_data: Path, tmp_path: Path) -> None:
     """vocab.json and merges.txt, as GPT-2's own repository has them."""
-    codec = own_pairs(shared_data)
-    model = tokenizer_json(codec)["model"]
+    tokenizer = own_pairs(shared_data)
+    model = tokenizer_json(tokenizer)["model"]
     (tmp_path / "vocab.json").write_text(json.dumps(model["vocab"]))
     (tmp_path / "merges.txt").write_text("\n".join(["#version: 0.2", *model["merges"], ""]), encoding="utf-8")
-    assert read_codec(tmp_path).describe() == codec.describe() | {"name": tmp_path.name}
+    assert read_tokenizer(tmp_path).describe() == tokenizer.describe() | {"name": tmp_path.name}
     model["merges"][100:102] = reversed(model["merges"][100:102])
     (tmp_path / "merges.txt").write_text("\n".join(model["merges"]), encoding="utf-8")
     with pytest.raises(InputError, match="another kind of tokenizer than GPT-2's, in its model"):
-        read_codec(tmp_path)
+        read_tokenizer(tmp_path)
 
 
 def broken(part: str, value: Any) -> dict[str, Any]:
     """A tokenizer.json of ours with one part changed."""
-    content = json.loads(json.dumps(tokenizer_json(BpeCodec(small_ranks(), name="small"))))
+    content = json.loads(json.dumps(tokenizer_json(BpeTokenizer(small_ranks(), name="small"))))
     *way, last = part.split(".")
     place = content
     for name in way:
@@ -372,17 +372,17 @@ def broken(part: str, value: Any) -> dict[str, Any]:
 def test_another_tokenizer_is_refused_in_one_line(tmp_path: Path, part: str, value: Any, said: str) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(broken(part, value)))
     with pytest.raises(InputError, match=said) as caught:
-        read_codec(tmp_path)
+        read_tokenizer(tmp_path)
     assert "\n" not in str(caught.value) and str(tmp_path / "tokenizer.json") in str(caught.value)
 
 
 def test_ranks_that_are_no_merges_are_refused_unless_they_are_left_out(tmp_path: Path) -> None:
     ranks = small_ranks() | {b"xyz": 259}
-    trained = trained_of(dataclasses.replace(TINY, vocab_size=261), BpeCodec(ranks, name="odd"), tmp_path)
+    trained = trained_of(dataclasses.replace(TINY, vocab_size=261), BpeTokenizer(ranks, name="odd"), tmp_path)
     with pytest.raises(InputError, match=r"no two tokens of lower rank make b'xyz', rank 259.*--no-tokenizer"):
         write_folder(trained, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
-    write_folder(trained, tmp_path / "out", tokenizer=False)
+    write_folder(trained, tmp_path / "out", with_tokenizer=False)
     assert transformers().AutoModelForCausalLM.from_pretrained(tmp_path / "out").config.vocab_size == 261
     with pytest.raises(InputError, match=r"has no tokenizer\.json, nor vocab\.json and merges\.txt"):
         open_folder(tmp_path / "out")
@@ -423,7 +423,7 @@ def test_a_shorter_context_takes_the_first_positions(folder: Path, tiny_data: Pa
     run(further(tiny_data, tmp_path / "new", folder, steps=1, seq_len=8, micro_batch=12), ALONE)
     log = (tmp_path / "new" / "log.txt").read_text()
     assert f"weights from {folder}, without the last 24 of its 32 positions" in log
-    whole, cut = load_trained(folder).model, load_trained(tmp_path / "new").model
+    whole, cut = load_model(folder).model, load_model(tmp_path / "new").model
     difference = whole.state_dict()["transformer.wpe.weight"][:8] - cut.state_dict()["transformer.wpe.weight"]
     assert difference.abs().max() < 0.01  # one step of warm-up away
     with pytest.raises(InputError, match=r"positions for 32 tokens; set --train\.seq-len 32 or less \(it is 64\)"):
@@ -432,9 +432,9 @@ def test_a_shorter_context_takes_the_first_positions(folder: Path, tiny_data: Pa
 
 def test_another_tokenizer_or_shape_is_not_trained_further(folder: Path, tiny_data: Path, tmp_path: Path) -> None:
     other = shutil.copytree(folder, tmp_path / "other")
-    codec = read_codec(folder)
-    assert isinstance(codec, CharCodec)
-    give_tokenizer(other, CharCodec("".join(sorted({*codec.itos[1:], "\u00e9"}))))
+    tokenizer = read_tokenizer(folder)
+    assert isinstance(tokenizer, CharTokenizer)
+    give_tokenizer(other, CharTokenizer("".join(sorted({*tokenizer.itos[1:], "\u00e9"}))))
     with pytest.raises(InputError, match="does not fit this run: another tokenizer"):
         run(further(tiny_data, tmp_path / "new", other), ALONE)
     config = further(tiny_data, tmp_path / "new", folder)
@@ -443,15 +443,15 @@ def test_another_tokenizer_or_shape_is_not_trained_further(folder: Path, tiny_da
         run(untied, ALONE)
 
 
-def train_sharded(mesh: Mesh, config: Config) -> None:
-    run(dataclasses.replace(config, parallel=ParallelConfig(mode="fsdp")), mesh)
+def train_sharded(group: ProcessGroup, config: Config) -> None:
+    run(dataclasses.replace(config, parallel=ParallelConfig(mode="fsdp")), group)
 
 
 def test_sharded_ranks_are_exported_here_and_trained_further(tiny_data: Path, tmp_path: Path) -> None:
     """FSDP2 in two processes -> a folder, without them -> FSDP2 in two processes."""
     run_on_ranks(2, train_sharded, configured(tiny_data, tmp_path / "run"))
-    write_folder(load_trained(tmp_path / "run"), tmp_path / "out")
-    assert_same_model(load_trained(tmp_path / "run"), load_trained(tmp_path / "out"))
+    write_folder(load_model(tmp_path / "run"), tmp_path / "out")
+    assert_same_model(load_model(tmp_path / "run"), load_model(tmp_path / "out"))
     run_on_ranks(2, train_sharded, further(tiny_data, tmp_path / "new", tmp_path / "out", steps=1))
     assert validations(tmp_path / "new")[0] == (0, *validations(tmp_path / "run")[-1][1:])
 

@@ -14,14 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_prep.codec import BpeCodec
-from data_prep.errors import InputError
+from common.errors import InputError
+from data_prep.tokenizer import BpeTokenizer
 from model import generate, hf_bridge
+from model.checkpoint import TrainedModel, load_model
 from model.config import ModelConfig
 from model.gpt import build_model
+from model.hf.tokenizer import tokenizer_json
 from model.hf_bridge import write_folder
-from model.hf_tokenizer import tokenizer_json
-from model.trained import Trained, load_trained
 from tests.runs import called
 from tests.test_codec import small_ranks
 
@@ -36,9 +36,11 @@ WEIGHTS = {"whole": "model.safetensors", "bin": "pytorch_model.bin", "old bin": 
 def forms(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same model as each form of a folder."""
     path = tmp_path_factory.mktemp("forms")
-    codec = BpeCodec(small_ranks(), name="small")
+    tokenizer = BpeTokenizer(small_ranks(), name="small")
     whole = path / "whole"
-    write_folder(Trained(build_model(CONFIG, seed=1), codec, 3, path / "run" / "checkpoints" / "step_00000003"), whole)
+    write_folder(
+        TrainedModel(build_model(CONFIG, seed=1), tokenizer, 3, path / "run" / "checkpoints" / "step_00000003"), whole
+    )
     tensors = safetensors.load_file(whole / "model.safetensors")
     for form in FORMS[1:]:
         shutil.copytree(whole, path / form)
@@ -52,7 +54,7 @@ def forms(tmp_path_factory: pytest.TempPathFactory) -> Path:
         safetensors.save_file(part, path / "parts" / file)
     (path / "parts" / "model.safetensors.index.json").write_text(json.dumps({"weight_map": files}))
     (path / "vocabulary" / "tokenizer.json").unlink()
-    model = tokenizer_json(codec)["model"]
+    model = tokenizer_json(tokenizer)["model"]
     (path / "vocabulary" / "vocab.json").write_text(json.dumps(model["vocab"]))
     (path / "vocabulary" / "merges.txt").write_text("\n".join(model["merges"]))
     return path
@@ -76,7 +78,7 @@ def refusal(folder: Path) -> str:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_is_the_same_model(forms: Path, form: str) -> None:
-    wanted, found = load_trained(forms / "whole").model.state_dict(), load_trained(forms / form).model.state_dict()
+    wanted, found = load_model(forms / "whole").model.state_dict(), load_model(forms / form).model.state_dict()
     assert all(torch.equal(wanted[name], found[name]) for name in wanted)
 
 
@@ -114,7 +116,7 @@ def test_whatever_is_damaged_is_refused_in_one_line_or_is_no_damage(forms: Path,
         for _ in range(FUZZ):
             path.write_bytes(damaged(content, rng))
             try:
-                load_trained(folder)
+                load_model(folder)
             except InputError as error:
                 refused += 1
                 assert "\n" not in str(error) and len(str(error)) < 700 and str(folder) in str(error)
@@ -138,16 +140,16 @@ def test_weights_cut_off_anywhere_are_refused(forms: Path, tmp_path: Path, form:
     for length in range(0, len(content), len(content) // 25):
         path.write_bytes(content[:length])
         with pytest.raises(InputError, match=path.name):
-            load_trained(folder)
+            load_model(folder)
 
 
 def test_one_changed_bit_of_a_bin_is_found(forms: Path, tmp_path: Path) -> None:
     folder = shutil.copytree(forms / "bin", tmp_path / "bin")
     path = folder / "pytorch_model.bin"
     content = bytearray(path.read_bytes())
-    weights = load_trained(folder).model.state_dict()["transformer.h.0.mlp.c_fc.bias"]
+    weights = load_model(folder).model.state_dict()["transformer.h.0.mlp.c_fc.bias"]
     assert not weights.any()
-    place = content.index(load_trained(folder).model.state_dict()["transformer.wpe.weight"].numpy().tobytes())
+    place = content.index(load_model(folder).model.state_dict()["transformer.wpe.weight"].numpy().tobytes())
     content[place] ^= 1
     path.write_bytes(bytes(content))
     assert "the checksum of pytorch_model/data/" in refusal(folder)
@@ -261,7 +263,7 @@ def test_what_our_model_cannot_be_is_refused_by_name(here: Path, changes: dict[s
 
 def test_settings_without_effect_here_are_taken(here: Path) -> None:
     edit_config(here, n_ctx=8, reorder_and_upcast_attn=True, resid_pdrop=0.1, summary_type="mean", use_cache=False)
-    assert load_trained(here).model.config == CONFIG
+    assert load_model(here).model.config == CONFIG
 
 
 @pytest.mark.parametrize(
@@ -319,4 +321,4 @@ def test_what_a_folder_lacks_is_named(here: Path) -> None:
     (here / "model.safetensors").unlink()
     assert "where is model.safetensors?" in refusal(here)
     with pytest.raises(InputError, match="no checkpoint in it yet, and no weights as Hugging Face names them"):
-        load_trained(here)
+        load_model(here)

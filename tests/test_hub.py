@@ -24,9 +24,10 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from data_prep import hub, workers
-from data_prep.errors import InputError
-from data_prep.hub import PINNED, HubFile, HubListing, download, list_files
+from common.errors import InputError
+from data_prep.hub import files as hub
+from data_prep.hub.files import PINNED, HubFile, HubListing, download, list_files
+from data_prep.pipeline import workers
 from tests.runs import ROOT
 
 DATASET = "HuggingFaceFW/fineweb-edu"
@@ -497,7 +498,7 @@ def test_a_killed_process_leaves_nothing_behind_and_its_whole_files_count(server
     server.faults["get"] = [Fault(broken="stalled")]
     server.asked.clear()
     code = (
-        "import pathlib, sys; from data_prep.hub import *; "
+        "import pathlib, sys; from data_prep.hub.files import *; "
         f"listing = list_files({DATASET!r}, 'sample-10BT', None); download(listing, listing.files, pathlib.Path('.'))"
     )
     env = os.environ | {"PYTHONPATH": str(ROOT)}

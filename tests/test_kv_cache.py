@@ -7,16 +7,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from model.budget import count_cache_bytes
 from model.config import NAMED_SHAPES, ModelConfig
-from model.decoding import CachedPasses, Row
+from model.cost import count_cache_bytes
+from model.generation.decoding import CachedPasses, Row
+from model.generation.kv_cache import KVCache, Past
 from model.gpt import GPT
-from model.kv_cache import KVCache, Past
 from tests.test_switches import ONE_BY_ONE, moved, named, some_tokens, switched
 
 EOT = 3
 FLEX: dict[str, Any] = {"attention": "flex", "eot_id": EOT}
-SWITCHES = [{}, *ONE_BY_ONE, FLEX, FLEX | {"positions": "rope", "value_residual": True}, {"attention": "flex"}]
+SWITCHES = [{}, *ONE_BY_ONE, FLEX, FLEX | {"position_embedding": "rope", "value_residual": True}, {"attention": "flex"}]
 every_switch = pytest.mark.parametrize("switches", SWITCHES, ids=named)
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
@@ -63,7 +63,7 @@ def test_a_prefill_gives_every_positions_logits(switches: dict[str, Any]) -> Non
     tokens_BT = tokens_with_documents(2)
     cache = KVCache(model.config, num_rows=3, dtype=torch.float32)
     past = Past(cache, torch.tensor([2, 0]), torch.arange(16).expand(2, 16))
-    found_BTV = model.logits(model.features(tokens_BT, past))
+    found_BTV = model.logits(model.hidden_states(tokens_BT, past))
     torch.testing.assert_close(found_BTV, model(tokens_BT), rtol=0, atol=1e-5)
     assert all(keys[0].any() and keys[2].any() and not keys[1].any() for keys in cache.keys)
 
@@ -75,9 +75,9 @@ def test_tokens_can_come_several_at_a_time() -> None:
     cache = KVCache(model.config, num_rows=2, dtype=torch.float32)
     found = []
     for begin, end in ((0, 5), (5, 12), (12, 16)):
-        places_BT = torch.arange(begin, end).expand(2, -1)
-        past = Past(cache, torch.arange(2), places_BT, num_slots=end)
-        found.append(model.logits(model.features(tokens_BT[:, begin:end], past)))
+        positions_BT = torch.arange(begin, end).expand(2, -1)
+        past = Past(cache, torch.arange(2), positions_BT, num_slots=end)
+        found.append(model.logits(model.hidden_states(tokens_BT[:, begin:end], past)))
     torch.testing.assert_close(torch.cat(found, dim=1), model(tokens_BT), rtol=0, atol=1e-5)
 
 

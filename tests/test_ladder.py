@@ -17,15 +17,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from data_prep.codec import load_codec
 from data_prep.manifest import open_split, read_manifest
 from data_prep.textfiles import Options, prepare
+from data_prep.tokenizer import load_tokenizer
 from launch.experiments import RUNGS
-from model import budget, generate, ladder
-from model.config import ModelConfig, Rung
-from model.hf_format import to_hugging_face
-from model.language_model import LanguageModel, init_weights
-from model.trained import load_trained
+from model import generate, ladder
+from model.base import LanguageModel, init_weights
+from model.checkpoint import load_model
+from model.config import Kind, ModelConfig
+from model.cost import count_forward_flops, model_cost
+from model.cost import main as cost_command
+from model.hf.format import to_hugging_face
 from tests.groups import run_on_ranks
 from tests.runs import (
     ROOT,
@@ -44,15 +46,15 @@ from tests.test_readme import help_of
 from train import main as trainer
 from train.config import Config, parse, settings_without_effect, with_vocabulary
 from train.main import run
-from train.mesh import Mesh
 from train.presets import PRESETS
+from train.processes.group import ProcessGroup
 
 BELOW = tuple(RUNGS)[:-1]
 B, T, D, V = 3, 12, 32, 50
 
 
-def rung(name: Any, seed: int = 1, **changes: Any) -> LanguageModel:
-    config = ModelConfig(rung=name, num_heads=4, width=D, vocab_size=V, context_len=T)
+def kind(name: Any, seed: int = 1, **changes: Any) -> LanguageModel:
+    config = ModelConfig(kind=name, num_heads=4, width=D, vocab_size=V, context_len=T)
     model = ladder.make_model(dataclasses.replace(config, **changes))
     init_weights(model, seed)
     return model
@@ -63,7 +65,7 @@ def some_tokens(seed: int = 0) -> Tensor:
 
 
 def test_the_rungs_are_the_ones_that_can_be_asked_for() -> None:
-    assert get_args(Rung) == tuple(ladder.MODELS) == tuple(RUNGS)
+    assert get_args(Kind) == tuple(ladder.MODELS) == tuple(RUNGS)
 
 
 # --- Against torch's own modules --------------------------------------------------------------------------------------
@@ -122,7 +124,7 @@ REFERENCES: dict[str, Callable[[LanguageModel, Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", BELOW)
 def test_a_rung_computes_what_torchs_modules_do(name: str) -> None:
-    model = rung(name)
+    model = kind(name)
     with torch.no_grad():  # so that every weight counts
         for parameter in model.parameters():
             parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.5, generator=torch.Generator().manual_seed(7))
@@ -133,7 +135,7 @@ def test_a_rung_computes_what_torchs_modules_do(name: str) -> None:
 
 @pytest.mark.parametrize("name", BELOW)
 def test_a_rung_reads_only_the_past(name: str) -> None:
-    model, tokens_BT = rung(name), some_tokens()
+    model, tokens_BT = kind(name), some_tokens()
     changed_BT = tokens_BT.clone()
     changed_BT[:, 6] = (changed_BT[:, 6] + 1) % V
     with torch.no_grad():
@@ -146,7 +148,7 @@ def test_a_rung_reads_only_the_past(name: str) -> None:
 
 @pytest.mark.parametrize("name", RUNGS)
 def test_the_first_loss_is_that_of_knowing_nothing(name: str) -> None:
-    logits_BTV = rung(name)(some_tokens())
+    logits_BTV = kind(name)(some_tokens())
     loss = F.cross_entropy(logits_BTV[..., :V].flatten(0, 1), some_tokens(1).flatten())
     assert loss.item() == pytest.approx(math.log(V), abs=0.05)
 
@@ -154,7 +156,7 @@ def test_the_first_loss_is_that_of_knowing_nothing(name: str) -> None:
 @pytest.mark.parametrize("name", BELOW)
 def test_too_long_a_context_is_an_error(name: str) -> None:
     with pytest.raises(ValueError, match="13 tokens exceed the model's context of 12"):
-        rung(name)(torch.zeros(1, 13, dtype=torch.int64))
+        kind(name)(torch.zeros(1, 13, dtype=torch.int64))
 
 
 # --- Accounting -------------------------------------------------------------------------------------------------------
@@ -162,14 +164,14 @@ def test_too_long_a_context_is_an_error(name: str) -> None:
 
 @pytest.mark.parametrize("name", BELOW)
 def test_a_rung_is_counted_as_it_is(name: str) -> None:
-    model = rung(name)
-    cost = budget.budget(model.config)
+    model = kind(name)
+    cost = model_cost(model.config)
     assert cost.num_parameters == sum(p.numel() for p in model.parameters()) and cost.num_padding_parameters == 0
     with FlopCounterMode(display=False) as counter:
         logits_BTV = model(some_tokens())
         forward = counter.get_total_flops()
         logits_BTV.sum().backward()
-    assert sum(budget.count_forward_flops(model.config, batch=B, seq_len=T).values()) == forward
+    assert sum(count_forward_flops(model.config, batch=B, seq_len=T).values()) == forward
     assert cost.flops_per_token * B * T == counter.get_total_flops()
 
 
@@ -196,7 +198,7 @@ def test_a_trained_bigram_comes_to_the_counted_one(tiny_data: Path) -> None:
     with np.errstate(divide="ignore", invalid="ignore"):
         per_pair = np.where(counts > 0, -np.log(counts / counts.sum(axis=1, keepdims=True)), 0.0)
     lowest = float((per_pair * counts).sum() / counts.sum())
-    model = rung("bigram", vocab_size=vocab_size, context_len=len(ids))
+    model = kind("bigram", vocab_size=vocab_size, context_len=len(ids))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1, weight_decay=0.0)
     inputs, targets = torch.from_numpy(ids[None, :-1]), torch.from_numpy(ids[1:])
     for _ in range(150):
@@ -210,14 +212,14 @@ def test_a_trained_bigram_comes_to_the_counted_one(tiny_data: Path) -> None:
 def test_the_command_shows_characters_as_numbers(tiny_data: Path, tmp_path: Path) -> None:
     done = called(ladder.main, str(tiny_data))
     assert done.returncode == 0, done.stderr
-    codec: Any = load_codec(tiny_data)
+    tokenizer: Any = load_tokenizer(tiny_data)
     stream = open_split(tiny_data, "train")
     first = stream.read(0, 24).tolist()
-    assert f"{len(codec.itos)} characters" in done.stdout and str(first) in done.stdout
-    assert repr(codec.decode_bytes(first).decode()) in done.stdout
-    for character in codec.itos[:8]:
-        assert f"{character!r}: {codec.stoi[character]}" in done.stdout
-    assert f"{math.log(len(codec.itos)):.4f}" in done.stdout
+    assert f"{len(tokenizer.itos)} characters" in done.stdout and str(first) in done.stdout
+    assert repr(tokenizer.decode_bytes(first).decode()) in done.stdout
+    for character in tokenizer.itos[:8]:
+        assert f"{character!r}: {tokenizer.stoi[character]}" in done.stdout
+    assert f"{math.log(len(tokenizer.itos)):.4f}" in done.stdout
     gone = called(ladder.main, str(tmp_path / "gone"))
     assert gone.returncode == 2 and gone.stderr.startswith(f"ladder: {tmp_path / 'gone'}: no such data directory")
 
@@ -235,16 +237,16 @@ def test_the_command_wants_characters(tmp_path: Path) -> None:
 
 def configured(data: Path, run_dir: Path, name: Any, **train: Any) -> Config:
     config = with_vocabulary(tiny_config(data, run_dir, steps=30, **train), read_manifest(data).vocab_size)
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, rung=name))
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, kind=name))
 
 
-def train_here(mesh: Mesh, config: Config) -> None:
-    run(config, mesh)
+def train_here(group: ProcessGroup, config: Config) -> None:
+    run(config, group)
 
 
 @pytest.mark.parametrize("name", BELOW)
 def test_a_rung_learns_stops_and_goes_on(tiny_data: Path, tmp_path: Path, name: str) -> None:
-    alone = Mesh(0, 1, torch.device("cpu"))
+    alone = ProcessGroup(0, 1, torch.device("cpu"))
     run(configured(tiny_data, tmp_path / "whole", name), alone)
     first, *_, last = (loss for _, loss, _ in validations(tmp_path / "whole"))
     assert last < first - 0.1
@@ -252,7 +254,7 @@ def test_a_rung_learns_stops_and_goes_on(tiny_data: Path, tmp_path: Path, name: 
     run(configured(tiny_data, tmp_path / "parts", name), alone)
     assert curve(tmp_path / "whole") == curve(tmp_path / "parts")
     assert_same_tensors(final_tensors(tmp_path / "whole"), final_tensors(tmp_path / "parts"))
-    trained = load_trained(tmp_path / "parts")
+    trained = load_model(tmp_path / "parts")
     assert type(trained.model) is ladder.MODELS[name]
     said = called(generate.main, str(tmp_path / "parts"), "--max-tokens", "20", "--device", "cpu")
     assert said.returncode == 0 and len(said.stdout) >= 20
@@ -260,7 +262,7 @@ def test_a_rung_learns_stops_and_goes_on(tiny_data: Path, tmp_path: Path, name: 
 
 @pytest.mark.parametrize("name", ["bigram", "block"])
 def test_two_processes_train_the_same_rung(tiny_data: Path, tmp_path: Path, name: str) -> None:
-    run(configured(tiny_data, tmp_path / "one", name), Mesh(0, 1, torch.device("cpu")))
+    run(configured(tiny_data, tmp_path / "one", name), ProcessGroup(0, 1, torch.device("cpu")))
     run_on_ranks(2, train_here, configured(tiny_data, tmp_path / "two", name))
     torch.testing.assert_close(losses(tmp_path / "two"), losses(tmp_path / "one"), rtol=0, atol=1e-5)
 
@@ -268,40 +270,40 @@ def test_two_processes_train_the_same_rung(tiny_data: Path, tmp_path: Path, name
 @pytest.mark.parametrize("name", ["heads", "block"])
 def test_the_chunked_loss_serves_a_rung_too(tiny_data: Path, tmp_path: Path, name: str) -> None:
     for loss in ("plain", "chunked"):
-        run(configured(tiny_data, tmp_path / loss, name, loss=loss), Mesh(0, 1, torch.device("cpu")))
+        run(configured(tiny_data, tmp_path / loss, name, loss=loss), ProcessGroup(0, 1, torch.device("cpu")))
     torch.testing.assert_close(losses(tmp_path / "chunked"), losses(tmp_path / "plain"), rtol=0, atol=1e-5)
 
 
 def test_what_a_rung_has_not_is_refused_by_name(tiny_data: Path, tmp_path: Path) -> None:
-    flags = [*tiny_flags(tiny_data, tmp_path / "run"), "--model.rung", "head"]
+    flags = [*tiny_flags(tiny_data, tmp_path / "run"), "--model.kind", "head"]
     for more, line in (
-        (["--model.mlp", "swiglu", "--model.no-bias"], "--model.mlp, --model.bias: of --model.rung gpt only"),
-        (["--parallel.mode", "fsdp"], "--parallel.mode fsdp shares out blocks, --model.rung head has none; use ddp"),
+        (["--model.mlp", "swiglu", "--model.no-bias"], "--model.mlp, --model.bias: of --model.kind gpt only"),
+        (["--parallel.mode", "fsdp"], "--parallel.mode fsdp shares out blocks, --model.kind head has none; use ddp"),
         (
-            ["--model.rung", "heads", "--model.num-heads", "5"],
+            ["--model.kind", "heads", "--model.num-heads", "5"],
             "--model.width 32 is not divisible by --model.num-heads 5",
         ),
-        (["--model.rung", "table"], "--model.rung"),
+        (["--model.kind", "table"], "--model.kind"),
     ):
         done = called(trainer.main, *flags, *more, "--dry-run")
         assert done.returncode == 2 and line in done.stderr, done.stderr
     dry = called(trainer.main, *flags, "--train.activation-checkpointing", "--dry-run")
     assert "32 wide, context 32: " in dry.stdout and "memory" not in dry.stdout
-    assert "--train.activation-checkpointing has no effect with --model.rung head" in dry.stdout
+    assert "--train.activation-checkpointing has no effect with --model.kind head" in dry.stdout
     assert not (tmp_path / "run").exists()
-    cost = called(budget.main, "gpt2-small", "--model.rung", "head")
-    assert cost.returncode == 2 and "--model.rung head: train/main.py --dry-run tells what it costs" in cost.stderr
-    with pytest.raises(ValueError, match="rung"):
-        to_hugging_face(rung("head").state_dict(), rung("head").config)
+    cost = called(cost_command, "gpt2-small", "--model.kind", "head")
+    assert cost.returncode == 2 and "--model.kind head: train/main.py --dry-run tells what it costs" in cost.stderr
+    with pytest.raises(ValueError, match="kind"):
+        to_hugging_face(kind("head").state_dict(), kind("head").config)
 
 
 def test_a_rungs_weights_are_not_anothers(tiny_data: Path, tmp_path: Path) -> None:
-    run(configured(tiny_data, tmp_path / "head", "head"), Mesh(0, 1, torch.device("cpu")))
+    run(configured(tiny_data, tmp_path / "head", "head"), ProcessGroup(0, 1, torch.device("cpu")))
     flags = tiny_flags(tiny_data, tmp_path / "heads")
-    done = called(trainer.main, *flags, "--model.rung", "heads", "--from-checkpoint", str(tmp_path / "head"))
-    assert done.returncode == 2 and "its model does not fit this run: rung head (this run: heads)" in done.stderr
-    again = called(trainer.main, *tiny_flags(tiny_data, tmp_path / "head"), "--model.rung", "heads")
-    assert again.returncode == 2 and "--model.rung heads (was head)" in again.stderr
+    done = called(trainer.main, *flags, "--model.kind", "heads", "--from-checkpoint", str(tmp_path / "head"))
+    assert done.returncode == 2 and "its model does not fit this run: kind head (this run: heads)" in done.stderr
+    again = called(trainer.main, *tiny_flags(tiny_data, tmp_path / "head"), "--model.kind", "heads")
+    assert again.returncode == 2 and "--model.kind heads (was head)" in again.stderr
     assert status(tmp_path / "head")["state"] == "done"
 
 

@@ -5,14 +5,14 @@ import subprocess
 import sys
 
 from tests.runs import ROOT
-from train import launcher
+from train.processes import parent_watch
 
 WORKER = """
 import time
-from train import launcher
-launcher.remember()
+from train.processes import parent_watch
+parent_watch.remember()
 print("started", flush=True)
-with launcher.needed():
+with parent_watch.needed():
     time.sleep(100)
 """
 # Dies as soon as its worker has started.
@@ -31,5 +31,5 @@ def test_a_worker_leaves_with_a_launcher_that_dies_before_there_is_a_process_gro
 
 
 def test_without_torchrun_there_is_no_launcher_to_miss() -> None:
-    launcher.remember()
-    assert not launcher.is_gone()
+    parent_watch.remember()
+    assert not parent_watch.is_gone()

@@ -19,24 +19,25 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_prep.codec import ByteCodec
 from data_prep.textfiles import Options as TextOptions
 from data_prep.textfiles import prepare
-from model import hf_bridge, induction, lens, taps
+from data_prep.tokenizer import ByteTokenizer
+from model import hf_bridge, lens
+from model.checkpoint import load_model
 from model.gpt import GPT
-from model.looks import View
-from model.trained import load_trained
+from model.interp import hooks, induction
+from model.interp.common import View
 from tests.runs import ROOT, called, tiny_config, with_save
 from tests.test_kv_cache import FLEX
-from tests.test_ladder import BELOW, rung
+from tests.test_ladder import BELOW, kind
 from tests.test_readme import help_of
 from tests.test_switches import MODERN, ONE_BY_ONE, TINY, moved, named, some_tokens, switched
 from train.config import parse
 from train.main import run
-from train.mesh import Mesh
 from train.presets import PRESETS
+from train.processes.group import ProcessGroup
 
-SWITCHES = [{}, *ONE_BY_ONE, FLEX | {"positions": "rope"}]
+SWITCHES = [{}, *ONE_BY_ONE, FLEX | {"position_embedding": "rope"}]
 every_switch = pytest.mark.parametrize("switches", SWITCHES, ids=named)
 # In eager flex compiles a mask for each pass, of which there are a dozen here.
 flex_is_long = pytest.param(SWITCHES[-1], marks=pytest.mark.long(reason="seconds; flex in the shorter tests above"))
@@ -62,7 +63,7 @@ class Written:
         self.config = config = model.config
         (B, T), K = tokens_BT.shape, config.head_size
         x = self.weights["transformer.wte.weight"][tokens_BT]
-        if config.positions == "learned":
+        if config.position_embedding == "learned":
             x = x + self.weights["transformer.wpe.weight"][:T]
         is_hidden = torch.ones(T, T, dtype=torch.bool).triu(1).expand(B, 1, T, T)
         if config.attention == "flex":
@@ -83,7 +84,7 @@ class Written:
                     F.rms_norm(y, (K,), self.weights[f"{at}attn.{n}_norm.weight"], 1e-5)
                     for y, n in ((q, "q"), (k, "k"))
                 )
-            if config.positions == "rope":
+            if config.position_embedding == "rope":
                 q, k = self.turned(q), self.turned(k)
             if config.value_residual and first_values is not None:
                 mix = self.weights[at + "attn.value_mix"]
@@ -157,7 +158,7 @@ def attention_of(model: GPT, tokens_BT: Tensor) -> list[Tensor]:
         assert layer == len(kept)
         kept.append(weights_BHTT)
 
-    taps.see_attention(model, tokens_BT, see)
+    hooks.see_attention(model, tokens_BT, see)
     return kept
 
 
@@ -180,15 +181,15 @@ def test_attention_is_what_the_pass_takes_of_each_value(switches: dict[str, Any]
 @every_switch
 def test_the_lens_of_the_last_layer_is_the_models_output(switches: dict[str, Any]) -> None:
     model, tokens_BT = moved(switched(**switches)), some_tokens()
-    streams = taps.streams(model, tokens_BT)
+    streams = hooks.streams(model, tokens_BT)
     expected = Written(model, tokens_BT)
     for stream_BTD, written_BTD, logits_BTV in zip(streams, expected.streams, expected.logits, strict=True):
         close(stream_BTD, written_BTD)
-        found_BTV = taps.lens_logits(model, stream_BTD)
+        found_BTV = hooks.lens_logits(model, stream_BTD)
         assert found_BTV.shape == (2, 16, V), "the padding is cut"
         close(found_BTV, logits_BTV)
     with torch.no_grad():
-        assert torch.equal(taps.lens_logits(model, streams[-1]), model(tokens_BT)[..., :V])
+        assert torch.equal(hooks.lens_logits(model, streams[-1]), model(tokens_BT)[..., :V])
 
 
 @every_switch_but_flex_is_long
@@ -196,12 +197,13 @@ def test_a_part_left_out_is_one_whose_weights_are_zero(switches: dict[str, Any])
     config = switched(**switches)
     model, windows_BS = moved(config), some_tokens()
     found = {
-        (layer, head): losses for layer, head, losses in taps.losses_without_each(model, windows_BS, taps.zeros(model))
+        (layer, head): losses
+        for layer, head, losses in hooks.losses_without_each(model, windows_BS, hooks.zeros(model))
     }
     assert list(found) == [(layer, head) for layer in range(L) for head in (*range(H), None)]
     for layer, head in ((0, 1), (L - 1, 0), (1, None)):
         cut = moved(config)
-        attention, mlp = taps.parts_of(cut, layer)
+        attention, mlp = hooks.parts_of(cut, layer)
         with torch.no_grad():
             if head is None:
                 for parameter in mlp.c_proj.parameters():  # type: ignore[union-attr]
@@ -214,7 +216,7 @@ def test_a_part_left_out_is_one_whose_weights_are_zero(switches: dict[str, Any])
 
 
 def test_by_mean_a_part_gives_its_mean_over_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(taps, "PASS_TOKENS", 10)  # a pass for each window
+    monkeypatch.setattr(hooks, "PASS_TOKENS", 10)  # a pass for each window
     model, windows_BS = moved(TINY), some_tokens()
     heads: dict[int, Tensor] = {}
 
@@ -223,11 +225,11 @@ def test_by_mean_a_part_gives_its_mean_over_the_text(monkeypatch: pytest.MonkeyP
         return y
 
     Written(model, windows_BS[:, :-1], change_heads=keep)
-    instead = taps.means(model, windows_BS)
+    instead = hooks.means(model, windows_BS)
     for layer in range(L):
         close(instead.heads_LD[layer], heads[layer])
         seen: list[Tensor] = []
-        with taps.parts_of(model, layer).mlp.register_forward_hook(lambda _, __, y, seen=seen: seen.append(y)):
+        with hooks.parts_of(model, layer).mlp.register_forward_hook(lambda _, __, y, seen=seen: seen.append(y)):
             model(windows_BS[:, :-1])
         close(instead.mlp_LD[layer], seen[0].detach().mean(dim=(0, 1)))
 
@@ -235,20 +237,20 @@ def test_by_mean_a_part_gives_its_mean_over_the_text(monkeypatch: pytest.MonkeyP
         return torch.cat([y[..., :16], heads[1][16:].expand(*y.shape[:2], 16)], dim=2) if layer == 1 else y
 
     expected = Written(model, windows_BS[:, :-1], change_heads=replaced).logits[-1]
-    with taps.without_head(model, 1, 1, instead):
-        found_BT = taps.losses(model, windows_BS)
+    with hooks.without_head(model, 1, 1, instead):
+        found_BT = hooks.losses(model, windows_BS)
     close(found_BT, F.cross_entropy(expected.transpose(1, 2), windows_BS[:, 1:], reduction="none"))
 
 
 @every_switch_but_flex_is_long
 def test_patches_are_those_of_a_written_out_pass(switches: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """At every layer and token, in passes of some rows; also of tokens that are the same, of which nothing comes."""
-    monkeypatch.setattr(taps, "PASS_TOKENS", 40)
+    monkeypatch.setattr(hooks, "PASS_TOKENS", 40)
     model = moved(switched(**switches))
     clean_T, corrupt_T = some_tokens(1, 12)[0], some_tokens(1, 12)[0].clone()
     corrupt_T[4] = (corrupt_T[4] + 1) % 90 + 5
     clean, corrupt = Written(model, clean_T[None]), Written(model, corrupt_T[None])
-    found = taps.patch_stream(model, clean_T, corrupt_T, range(V))
+    found = hooks.patch_stream(model, clean_T, corrupt_T, range(V))
     assert found.shape == (L + 1, 12, V)
     for place, t in ((0, 4), (1, 4), (1, 7), (2, 11), (L, 11), (L, 3)):
 
@@ -263,7 +265,7 @@ def test_patches_are_those_of_a_written_out_pass(switches: dict[str, Any], monke
     close(found[0, 4], clean.logits[-1][0, -1])
     close(found[L, 11], clean.logits[-1][0, -1])
     close(found[:, :4], corrupt.logits[-1][0, -1].expand(L + 1, 4, V))
-    by_head = taps.patch_heads(model, clean_T, corrupt_T, range(V))
+    by_head = hooks.patch_heads(model, clean_T, corrupt_T, range(V))
     assert by_head.shape == (L, H, V)
     heads_of_clean: dict[int, Tensor] = {}
 
@@ -284,11 +286,11 @@ def test_every_token_patched_before_the_first_block_is_the_clean_prompt(switches
     """And of two prompts that are one, nothing comes."""
     model = moved(switched(**switches))
     clean_BT, corrupt_BT = some_tokens(1), some_tokens(2)[1:]
-    clean_BTD = taps.streams(model, clean_BT)[0]
-    with torch.no_grad(), taps.reading(taps.stream_readers(model)[0], lambda _: clean_BTD):
+    clean_BTD = hooks.streams(model, clean_BT)[0]
+    with torch.no_grad(), hooks.reading(hooks.stream_readers(model)[0], lambda _: clean_BTD):
         assert torch.equal(model(corrupt_BT), model(clean_BT))
-    last_V = taps.last_logits(model, clean_BT)[0]
-    for patch in (taps.patch_stream, taps.patch_heads):
+    last_V = hooks.last_logits(model, clean_BT)[0]
+    for patch in (hooks.patch_stream, hooks.patch_heads):
         found = patch(model, clean_BT[0], clean_BT[0], [7, 3])
         close(found, last_V[[7, 3]].expand_as(found))
 
@@ -301,19 +303,19 @@ def test_the_model_is_left_as_it_was(switches: dict[str, Any]) -> None:
         before = fingerprint(model), model(tokens_BT)
     assert before[0][1] == 0
     attention_of(model, tokens_BT)
-    taps.streams(model, tokens_BT)
-    list(taps.losses_without_each(model, tokens_BT, taps.means(model, tokens_BT)))
-    taps.patch_stream(model, tokens_BT[0], tokens_BT[1], [0])
-    taps.patch_heads(model, tokens_BT[0], tokens_BT[1], [0])
+    hooks.streams(model, tokens_BT)
+    list(hooks.losses_without_each(model, tokens_BT, hooks.means(model, tokens_BT)))
+    hooks.patch_stream(model, tokens_BT[0], tokens_BT[1], [0])
+    hooks.patch_heads(model, tokens_BT[0], tokens_BT[1], [0])
     induction.see_repeats(model, tokens_BT)
 
     def fails(layer: int, weights_BHTT: Tensor) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        taps.see_attention(model, tokens_BT, fails)
-    with pytest.raises(ValueError, match="exceed"), taps.without_head(model, 0, 0, taps.zeros(model)):
-        taps.losses(model, some_tokens(1, 30))
+        hooks.see_attention(model, tokens_BT, fails)
+    with pytest.raises(ValueError, match="exceed"), hooks.without_head(model, 0, 0, hooks.zeros(model)):
+        hooks.losses(model, some_tokens(1, 30))
     with torch.no_grad():
         assert fingerprint(model) == before[0] and torch.equal(model(tokens_BT), before[1])
     assert all(parameter.grad is None for parameter in model.parameters())
@@ -336,7 +338,7 @@ def test_repeats_are_two_halves_of_different_usable_tokens() -> None:
 def test_the_induction_score_is_a_mean_over_its_definition(
     switches: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(taps, "PASS_TOKENS", 40)
+    monkeypatch.setattr(hooks, "PASS_TOKENS", 40)
     model = moved(switched(**switches))
     tokens_BT = induction.repeated_tokens(V, 3, half=8, num_rows=5, seed=1)
     found, written = induction.see_repeats(model, tokens_BT), Written(model, tokens_BT)
@@ -390,7 +392,7 @@ def test_a_head_built_to_repeat_scores_one() -> None:
     first_loss, second_loss = induction.loss_of_halves(found.losses_BT)
     assert second_loss == pytest.approx(math.log(1 + math.e) / 7, abs=1e-3)  # of the token before it, a logit of 1
     assert first_loss > 1
-    for layer, _, losses_BT in taps.losses_without_each(model, tokens_BT, taps.zeros(model), mlps=False):
+    for layer, _, losses_BT in hooks.losses_without_each(model, tokens_BT, hooks.zeros(model), mlps=False):
         assert induction.loss_of_halves(losses_BT)[1] > 1, f"both heads are needed, without that of layer {layer}"
 
 
@@ -401,7 +403,7 @@ def test_a_head_built_to_repeat_scores_one() -> None:
 def trained_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run_dir = tmp_path_factory.mktemp("lens") / "run"
     config = with_save(tiny_config(tiny_data, run_dir, steps=30), every=10)
-    run(config, Mesh(0, 1, torch.device("cpu")))
+    run(config, ProcessGroup(0, 1, torch.device("cpu")))
     return run_dir
 
 
@@ -411,7 +413,7 @@ def bytes_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("bytes")
     (folder / "text.txt").write_text("as bytes, please; the cat | the dog\n" * 60)
     prepare(TextOptions(input=(str(folder / "text.txt"),), out=folder / "data", tokenizer="byte"))
-    run(tiny_config(folder / "data", folder / "run", steps=2), Mesh(0, 1, torch.device("cpu")))
+    run(tiny_config(folder / "data", folder / "run", steps=2), ProcessGroup(0, 1, torch.device("cpu")))
     return folder / "run"
 
 
@@ -472,10 +474,10 @@ def test_every_look_prints_a_table_and_leaves_numbers_and_a_picture(name: str, l
 
 
 def test_the_numbers_of_a_look_are_the_models(trained_run: Path, looked: Looked) -> None:
-    trained = load_trained(trained_run)
+    trained = load_model(trained_run)
     model = trained.model
     assert isinstance(model, GPT)
-    tokens_BT = torch.tensor(trained.codec.encode("The cat").astype("int64"))[None]
+    tokens_BT = torch.tensor(trained.tokenizer.encode("The cat").astype("int64"))[None]
     _, record = looked["attention"]
     assert record["tokens"] == tokens_BT[0].tolist() and record["texts"][:4] == ["'T'", "'h'", "'e'", "' '"]
     assert [(each["layer"], each["head"]) for each in record["heads"]] == [(0, 0), (0, 1), (1, 0), (1, 1)]
@@ -488,7 +490,7 @@ def test_the_numbers_of_a_look_are_the_models(trained_run: Path, looked: Looked)
     printed, record = looked["logit lens"]
     assert [layer["after"] for layer in record["layers"]] == ["embedding", "block 0", "block 1"]
     with torch.no_grad():
-        logits_TV = model(tokens_BT)[0, :, : trained.codec.vocab_size]
+        logits_TV = model(tokens_BT)[0, :, : trained.tokenizer.vocab_size]
     most = logits_TV.softmax(dim=1).topk(3)
     last = record["layers"][-1]
     assert last["top_tokens"] == most.indices.tolist()
@@ -519,11 +521,11 @@ def test_the_numbers_of_a_look_are_the_models(trained_run: Path, looked: Looked)
     _, alone = looked["induction"]
     without = {f"loss_{half}_without": alone["checkpoints"][0][f"loss_{half}_without"] for half in ("first", "second")}
     assert alone["checkpoints"] == [record["checkpoints"][-1] | without]
-    tokens_BT = induction.repeated_tokens(trained.codec.vocab_size, None, half=record["half"], num_rows=2, seed=1)
-    with taps.without_head(model, 1, 0, taps.zeros(model)):
-        halves = induction.loss_of_halves(taps.losses(model, tokens_BT))
+    tokens_BT = induction.repeated_tokens(trained.tokenizer.vocab_size, None, half=record["half"], num_rows=2, seed=1)
+    with hooks.without_head(model, 1, 0, hooks.zeros(model)):
+        halves = induction.loss_of_halves(hooks.losses(model, tokens_BT))
     assert [each[1][0] for each in without.values()] == pytest.approx(halves, abs=2e-6)
-    assert record["half"] == min(16, trained.codec.vocab_size) and printed.count("\n| ") == 4
+    assert record["half"] == min(16, trained.tokenizer.vocab_size) and printed.count("\n| ") == 4
     best = max(score for row in record["checkpoints"][0]["induction"] for score in row)
     assert f"{best:.3f}" in printed.splitlines()[4]
 
@@ -577,23 +579,23 @@ def test_odd_tokens_are_shown_in_a_table_and_a_picture(bytes_run: Path, tmp_path
     assert done.returncode == 0, done.stderr
     assert "'\\|'" in done.stdout and "'\\`'" in done.stdout and "'\\n'" in done.stdout and "\\xc3" in done.stdout
     assert all(line.replace("\\|", "").count("|") == 4 for line in done.stdout.splitlines() if line.startswith("|"))
-    assert lens.shown(ByteCodec(), 0x41) == "'A'"
+    assert lens.shown(ByteTokenizer(), 0x41) == "'A'"
     assert called(lens.main, "logit-lens", str(bytes_run), "--prompt", prompt, "--out", str(tmp_path)).returncode == 0
 
 
 def test_the_likeliest_tokens_are_the_answers_unless_they_are_the_same(trained_run: Path) -> None:
-    trained = load_trained(trained_run)
+    trained = load_model(trained_run)
     model = trained.model
     assert isinstance(model, GPT)
     for clean, corrupt in (("The cat", "The dog"), ("a", "T"), ("e ", "Th")):
         args = ["patch", str(trained_run), "--clean", clean, "--corrupt", corrupt]
-        tokens = [torch.tensor(trained.codec.encode(text).astype("int64")) for text in (clean, corrupt)]
+        tokens = [torch.tensor(trained.tokenizer.encode(text).astype("int64")) for text in (clean, corrupt)]
         done = called(lens.main, *args)
         if len(clean) < 2:
             assert "--clean has 1 tokens; the model's context takes 2 to 32" in done.stderr
             continue
-        likeliest = taps.last_logits(model, torch.stack(tokens)).argmax(dim=1).tolist()
-        names = [lens.shown(trained.codec, token) for token in likeliest]
+        likeliest = hooks.last_logits(model, torch.stack(tokens)).argmax(dim=1).tolist()
+        names = [lens.shown(trained.tokenizer, token) for token in likeliest]
         if likeliest[0] == likeliest[1]:
             assert f"both prompts are most likely continued by {names[0]}; give --answers A B" in done.stderr
         else:
@@ -643,27 +645,27 @@ PATCH = ["patch", "RUN", "--clean", "The cat", "--corrupt", "The dog"]
 def test_what_cannot_be_looked_at_is_one_line(trained_run: Path, tmp_path: Path, args: list[str], line: str) -> None:
     (tmp_path / "some.txt").write_text("The cat")
     (tmp_path / "latin.txt").write_bytes("a\u00fc".encode("latin-1"))
-    places = {"FILE": str(tmp_path / "some.txt"), "LATIN": str(tmp_path / "latin.txt")}
-    words = [places.get(word, word.replace("RUN", str(trained_run))) for word in args]
+    positions = {"FILE": str(tmp_path / "some.txt"), "LATIN": str(tmp_path / "latin.txt")}
+    words = [positions.get(word, word.replace("RUN", str(trained_run))) for word in args]
     done = called(lens.main, *words)
     assert done.returncode == 2 and done.stderr.startswith("lens: ") and done.stderr.count("\n") == 1, done.stderr
     assert line in done.stderr and done.stdout == ""
 
 
 def test_what_is_no_gpt_or_no_number_is_refused_by_name(trained_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained = load_trained(trained_run)
-    broken = load_trained(trained_run)
+    trained = load_model(trained_run)
+    broken = load_model(trained_run)
     with torch.no_grad():
         broken.model.lm_head.weight[0, 0] = math.nan
-    loaded = {name: dataclasses.replace(trained, model=rung(name)) for name in BELOW}
+    loaded = {name: dataclasses.replace(trained, model=kind(name)) for name in BELOW}
     for name, found in {**loaded, "nan": broken}.items():
-        monkeypatch.setattr("model.looks.load_trained", lambda *_, found=found, **__: found)
+        monkeypatch.setattr("model.interp.common.load_model", lambda *_, found=found, **__: found)
         for args in (["logit-lens", "--prompt", "The"], ["ablate", "--prompt", "The"], ["induction"]):
             done = called(lens.main, args[0], str(trained_run), *args[1:])
             expected = (
                 "the model's numbers are not finite; take another checkpoint"
                 if name == "nan"
-                else f"--model.rung {name} has no blocks to look into; give a run of --model.rung gpt"
+                else f"--model.kind {name} has no blocks to look into; give a run of --model.kind gpt"
             )
             assert done.returncode == 2 and expected in done.stderr and done.stderr.count("\n") == 1
 
@@ -764,8 +766,8 @@ def test_every_table_of_the_page_was_made_by_its_command() -> None:
 
 
 def test_the_pages_lines_of_python_run(trained_run: Path) -> None:
-    block = PAGE.split("\n\n    from model.induction")[1].split("\n\nIt prints")[0]
-    code = textwrap.dedent("    from model.induction" + block).replace('"runs/twice"', repr(str(trained_run)))
+    block = PAGE.split("\n\n    from model.interp.induction")[1].split("\n\nIt prints")[0]
+    code = textwrap.dedent("    from model.interp.induction" + block).replace('"runs/twice"', repr(str(trained_run)))
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         exec(code.replace("[1, 2]", "[1, 1]"), {})

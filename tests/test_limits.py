@@ -15,16 +15,17 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from benchmarks.bench_memory import give_memory_back_at_once, status_bytes
-from model.budget import budget
 from model.config import NAMED_SHAPES, ModelConfig
+from model.cost import model_cost
 from model.gpt import init_weights
 from tests.groups import run_on_ranks
-from train import optim, parallel
-from train.batches import plan_batches
+from train import optim
 from train.config import Config, OptimConfig, ParallelConfig, TrainConfig, resolve
-from train.layout import Layout, choose_layout
-from train.mesh import Mesh
-from train.run_card import step_memory
+from train.data import plan_batches
+from train.parallel import apply
+from train.parallel.plan import ParallelPlan, choose_parallel_plan
+from train.processes.group import ProcessGroup
+from train.run.card import step_memory
 
 WORLD, SEQ_LEN = 4, 64
 SMALL = ModelConfig(num_layers=12, num_heads=4, width=256, vocab_size=512)
@@ -35,8 +36,8 @@ def configured(model: ModelConfig) -> Config:
     return resolve(Config(model=model, train=train, optim=OptimConfig(), parallel=ParallelConfig(mode="fsdp")))
 
 
-def layout_of(config: Config) -> Layout:
-    return choose_layout(config, world=WORLD, local_world=WORLD, memory_bytes=10**12)
+def layout_of(config: Config) -> ParallelPlan:
+    return choose_parallel_plan(config, world=WORLD, local_world=WORLD, memory_bytes=10**12)
 
 
 def limit(num_bytes: int) -> None:
@@ -46,44 +47,44 @@ def limit(num_bytes: int) -> None:
     resource.setrlimit(resource.RLIMIT_DATA, (status_bytes("VmData") + num_bytes, hard))
 
 
-def refused_with_ddp(config: Config, mesh: Mesh) -> str:
+def refused_with_ddp(config: Config, group: ProcessGroup) -> str:
     """What torch says under this limit where a rank is to hold the whole model. One tries: all might fill the RAM."""
     spread = dataclasses.replace(config, parallel=ParallelConfig(mode="ddp"))
     said = "nothing"
-    if mesh.is_main:
+    if group.is_main:
         try:
-            objective = parallel.build_objective(spread, layout_of(spread), mesh)
-            optim.build_optimizer(objective.model, config.optim)
+            loss_model = apply.build_loss_model(spread, layout_of(spread), group)
+            optim.build_optimizer(loss_model.model, config.optim)
         except RuntimeError as error:
             said = str(error)
         gc.collect()  # what was made of it is full of cycles
-    said, *_ = mesh.gather(said)
+    said, *_ = group.gather(said)
     return said
 
 
-def start(mesh: Mesh, config: Config, num_bytes: int) -> tuple[str, int, float]:
+def start(group: ProcessGroup, config: Config, num_bytes: int) -> tuple[str, int, float]:
     """Under a limit: what DDP says; then, with FSDP2, how many parameters have the seed's values in this rank's rows,
-    and the mean loss of a window."""
+    and the mean loss of a sequence."""
     limit(num_bytes)
-    refusal = refused_with_ddp(config, mesh)
-    objective = parallel.build_objective(config, layout_of(config), mesh)
+    refusal = refused_with_ddp(config, group)
+    loss_model = apply.build_loss_model(config, layout_of(config), group)
     num_right = 0
 
     def compare(parameter: Tensor, value: Tensor) -> None:
         nonlocal num_right
         assert isinstance(parameter, DTensor)
-        rows = math.ceil(len(value) / mesh.world)
-        num_right += torch.equal(parameter.to_local(), value[rows * mesh.rank : rows * (mesh.rank + 1)])
+        rows = math.ceil(len(value) / group.world)
+        num_right += torch.equal(parameter.to_local(), value[rows * group.rank : rows * (group.rank + 1)])
 
-    init_weights(objective.model, config.seed, put=compare)
+    init_weights(loss_model.model, config.seed, put=compare)
     tokens_BT = torch.arange(SEQ_LEN)[None]
-    losses_BT = objective.token_losses(tokens_BT, tokens_BT.roll(-1, dims=1))
+    losses_BT = loss_model.token_losses(tokens_BT, tokens_BT.roll(-1, dims=1))
     return refusal, num_right, losses_BT.mean().item()
 
 
 def check_start(model: ModelConfig, num_bytes: int) -> None:
     config = configured(model)
-    weights_bytes = budget(model).gradient_bytes
+    weights_bytes = model_cost(model).gradient_bytes
     assert num_bytes < weights_bytes
     num_parameters = 4 + 12 * model.num_layers
     for refusal, num_right, loss in run_on_ranks(WORLD, start, config, num_bytes):
@@ -92,29 +93,29 @@ def check_start(model: ModelConfig, num_bytes: int) -> None:
         assert loss == pytest.approx(math.log(model.vocab_size), rel=0.05)
 
 
-def step(mesh: Mesh, config: Config, num_bytes: int) -> tuple[str, float, float]:
-    """Under a limit: what DDP says; then, with FSDP2, the mean loss of a window before and after a step on it."""
+def step(group: ProcessGroup, config: Config, num_bytes: int) -> tuple[str, float, float]:
+    """Under a limit: what DDP says; then, with FSDP2, the mean loss of a sequence before and after a step on it."""
     limit(num_bytes)
-    refusal = refused_with_ddp(config, mesh)
-    layout = layout_of(config)
-    objective = parallel.build_objective(config, layout, mesh)
-    optimizer = optim.build_optimizer(objective.model, config.optim)
+    refusal = refused_with_ddp(config, group)
+    parallel_plan = layout_of(config)
+    loss_model = apply.build_loss_model(config, parallel_plan, group)
+    optimizer = optim.build_optimizer(loss_model.model, config.optim)
     tokens_BT = torch.arange(SEQ_LEN)[None]
     targets_BT = tokens_BT.roll(-1, dims=1)
-    parallel.set_gradient_sync(objective, layout, is_last=True)
-    scaled, before = objective(tokens_BT, targets_BT, torch.full((), 1 / SEQ_LEN))
+    apply.set_gradient_sync(loss_model, parallel_plan, is_last=True)
+    scaled, before = loss_model(tokens_BT, targets_BT, torch.full((), 1 / SEQ_LEN))
     scaled.backward()
-    norm = mesh.sum_(optim.sum_of_squares(objective.model.parameters())).sqrt().float()
+    norm = group.sum_(optim.sum_of_squares(loss_model.model.parameters())).sqrt().float()
     optim.update(optimizer, 1e-3, norm, torch.ones((), dtype=torch.bool), 1.0)
-    parallel.zero_gradients(objective)
-    after = objective.token_losses(tokens_BT, targets_BT).sum()
+    apply.zero_gradients(loss_model)
+    after = loss_model.token_losses(tokens_BT, targets_BT).sum()
     return refusal, before.item() / SEQ_LEN, after.item() / SEQ_LEN
 
 
 def check_step(model: ModelConfig, num_bytes: int) -> None:
     config = configured(model)
     counted = step_memory(config, plan_batches(config, WORLD), layout_of(config), on_cpu=True).peak_bytes
-    assert counted < num_bytes < budget(model).state_bytes
+    assert counted < num_bytes < model_cost(model).state_bytes
     for refusal, before, after in run_on_ranks(WORLD, step, config, num_bytes):
         assert "can't allocate memory" in refusal
         assert after < before - 0.1

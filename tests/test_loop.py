@@ -15,7 +15,7 @@ import torch
 from torch._dynamo.utils import counters
 
 from data_prep.hellaswag import open_items
-from model.trained import load_trained
+from model.checkpoint import load_model
 from tests.groups import run_on_ranks
 from tests.hellaswag_items import plain_scores, write_items
 from tests.runs import (
@@ -32,14 +32,14 @@ from tests.runs import (
 from tests.test_exact import cut_back
 from train import loop
 from train import losses as train_losses
-from train.batches import Windows
 from train.config import Config, SampleConfig
-from train.layout import agree_on_layout
+from train.data import TrainingSequences
 from train.main import main, run
-from train.mesh import Mesh
-from train.parallel import build_objective
+from train.parallel.apply import build_loss_model
+from train.parallel.plan import agree_on_parallel_plan
+from train.processes.group import ProcessGroup
 
-ALONE = Mesh(0, 1, torch.device("cpu"))
+ALONE = ProcessGroup(0, 1, torch.device("cpu"))
 
 
 def sampling(config: Config, every: int = 5) -> Config:
@@ -55,7 +55,7 @@ def counts_before_each_step(config: Config, monkeypatch: pytest.MonkeyPatch) -> 
     counts: list[int] = []
     take_step = loop.take_step
 
-    def counting(run: loop.Run) -> loop.Report:
+    def counting(run: loop.Run) -> loop.StepResult:
         counts.append(graphs_compiled())
         return take_step(run)
 
@@ -126,9 +126,9 @@ def test_hellaswag_is_scored_at_its_own_interval_and_changes_nothing(tiny_data: 
     axes = ["step", "tokens", "seconds", "flops"]
     names = ["acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "items", "pinned"]
     assert list(found[0]) == [*axes, *(f"hellaswag_{name}" for name in names)]
-    trained = load_trained(tmp_path / "run")
+    trained = load_model(tmp_path / "run")
     items = open_items(tmp_path / "items.jsonl").items
-    sums = plain_scores(trained.model, trained.codec, items)
+    sums = plain_scores(trained.model, trained.tokenizer, items)
     right = [min(range(4), key=lambda i: each[i][0]) == item.label for each, item in zip(sums, items, strict=True)]
     assert found[-1]["hellaswag_acc"] == pytest.approx(sum(right) / 12)
     log = (tmp_path / "run" / "log.txt").read_text()
@@ -140,14 +140,14 @@ def test_a_stop_while_hellaswag_is_scored_leaves_it_to_the_next_start(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = scoring(tiny_config(tiny_data, tmp_path / "run", steps=8), tmp_path, every=4)
-    sound = loop.hellaswag_score.ending_losses
+    sound = loop.hellaswag.ending_losses
 
-    def interrupted(*args: Any, stops: Any, **options: Any) -> Any:
-        stops.reason = "test"
-        return sound(*args, stops=stops, **options)
+    def interrupted(*args: Any, stop_requests: Any, **options: Any) -> Any:
+        stop_requests.reason = "test"
+        return sound(*args, stop_requests=stop_requests, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.hellaswag_score, "ending_losses", interrupted)
+        patch.setattr(loop.hellaswag, "ending_losses", interrupted)
         run(config, ALONE)
     assert status(tmp_path / "run") == {"state": "stopped", "step": 4, "reason": "test", "attempt": 1}
     assert scores(tmp_path / "run") == []
@@ -155,10 +155,10 @@ def test_a_stop_while_hellaswag_is_scored_leaves_it_to_the_next_start(
     assert [row["step"] for row in scores(tmp_path / "run")] == [4, 8]
 
 
-def score_here(mesh: Mesh, config: Config, folder: Path) -> None:
+def score_here(group: ProcessGroup, config: Config, folder: Path) -> None:
     for mode in ("ddp", "fsdp"):
         parallel = dataclasses.replace(config.parallel, mode=mode)
-        run(dataclasses.replace(config, parallel=parallel, run_dir=folder / f"{mode}{mesh.world}"), mesh)
+        run(dataclasses.replace(config, parallel=parallel, run_dir=folder / f"{mode}{group.world}"), group)
 
 
 @pytest.mark.long(reason="five processes; test_validate.py has two in `make test`")
@@ -194,8 +194,8 @@ def test_activation_checkpointing_keeps_little(compiled: bool) -> None:
         torch._dynamo.reset()
         options: dict[str, Any] = {"compile": compiled, "activation_checkpointing": activation_checkpointing}
         config = tiny_config(Path("none"), Path("none"), **options)
-        objective = build_objective(config, agree_on_layout(config, ALONE), ALONE)
-        weights = {p.data_ptr() for p in objective.parameters()}
+        loss_model = build_loss_model(config, agree_on_parallel_plan(config, ALONE), ALONE)
+        weights = {p.data_ptr() for p in loss_model.parameters()}
         found: list[int] = []
 
         def keep(tensor: torch.Tensor, found: list[int] = found, weights: set[int] = weights) -> torch.Tensor:
@@ -203,9 +203,9 @@ def test_activation_checkpointing_keeps_little(compiled: bool) -> None:
             return tensor
 
         tokens = torch.zeros(6, 32, dtype=torch.int64)
-        objective(tokens, tokens, torch.ones(()))[0].backward()
+        loss_model(tokens, tokens, torch.ones(()))[0].backward()
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            objective.model.features(tokens)
+            loss_model.model.hidden_states(tokens)
         kept[activation_checkpointing] = sum(found)
     assert kept[True] < kept[False] / 3
 
@@ -236,7 +236,7 @@ def test_steps_leave_no_cycles_behind(tiny_data: Path, tmp_path: Path, monkeypat
     found: list[int] = []
     take_step = loop.take_step
 
-    def counting(run: loop.Run) -> loop.Report:
+    def counting(run: loop.Run) -> loop.StepResult:
         found.append(gc.collect())
         return take_step(run)
 
@@ -260,9 +260,9 @@ def test_samples_are_the_same_after_a_resume_and_do_not_touch_training(
     resumed = dataclasses.replace(whole, run_dir=tmp_path / "resumed")
     take_step = loop.take_step
 
-    def stopping(this: loop.Run) -> loop.Report:
+    def stopping(this: loop.Run) -> loop.StepResult:
         if this.progress.step == 11:
-            this.stops.reason = "test"  # as a signal would
+            this.stop_requests.reason = "test"  # as a signal would
         return take_step(this)
 
     monkeypatch.setattr(loop, "take_step", stopping)
@@ -280,10 +280,10 @@ def test_a_stop_in_the_last_validation_leaves_the_last_samples_to_the_next_start
     config = sampling(tiny_config(tiny_data, tmp_path / "run", steps=20), every=20)
     validate = loop.validation.validate
 
-    def interrupted(*args: Any, stops: Any, **options: Any) -> Any:
+    def interrupted(*args: Any, stop_requests: Any, **options: Any) -> Any:
         if any(row["step"] == 20 for row in rows(tmp_path / "run")):
-            stops.reason = "test"
-        return validate(*args, stops=stops, **options)
+            stop_requests.reason = "test"
+        return validate(*args, stop_requests=stop_requests, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.validation, "validate", interrupted)
@@ -299,9 +299,9 @@ def test_rates_are_of_training_alone_and_data_wait_is_part_of_them(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A slow disk shows in data_wait_fraction, a slow validation nowhere, and MFU is FLOPs done over FLOPs possible."""
-    read, validate = Windows.read, loop.validation.validate
+    read, validate = TrainingSequences.read, loop.validation.validate
 
-    def slowly_read(self: Windows, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+    def slowly_read(self: TrainingSequences, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         time.sleep(0.4)  # longer than a step's own work, also on a busy machine
         return read(self, ids)
 
@@ -309,7 +309,7 @@ def test_rates_are_of_training_alone_and_data_wait_is_part_of_them(
         time.sleep(2.0)
         return validate(*args, **options)
 
-    monkeypatch.setattr(Windows, "read", slowly_read)
+    monkeypatch.setattr(TrainingSequences, "read", slowly_read)
     monkeypatch.setattr(loop.validation, "validate", slowly_validate)
     config = tiny_config(tiny_data, tmp_path / "run", steps=6, batch_tokens=192)
     config = dataclasses.replace(
@@ -342,19 +342,19 @@ def test_two_compiled_processes_train_the_same_run_and_hold_their_gradients_once
     assert storages == [1, 1], "every gradient lies in DDP's one bucket, with micro-batches that are not reduced too"
 
 
-def run_and_count_storages(mesh: Mesh, config: Config) -> int:
+def run_and_count_storages(group: ProcessGroup, config: Config) -> int:
     """Storages that the gradients lie in when a step that accumulates has been made."""
     seen: list[int] = []
     take_step = loop.take_step
 
-    def counting(this: loop.Run) -> loop.Report:
+    def counting(this: loop.Run) -> loop.StepResult:
         report = take_step(this)
         gradients = [p.grad for p in this.model.parameters() if p.grad is not None]
         seen.append(len({gradient.untyped_storage().data_ptr() for gradient in gradients}))
         return report
 
     loop.take_step = counting  # type: ignore[assignment]
-    run(config, mesh)
+    run(config, group)
     return max(seen)
 
 

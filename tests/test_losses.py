@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 from model.config import ModelConfig
 from model.gpt import GPT, build_model
 from train import losses
-from train.losses import IGNORED, Objective, token_losses
+from train.losses import IGNORED, LossModel, token_losses
 
 CONFIG = ModelConfig(num_layers=1, num_heads=2, width=16, vocab_size=150, context_len=40)
 SCALE = torch.tensor(0.25)
@@ -28,7 +28,7 @@ def batch(B: int = 3, T: int = 40) -> tuple[Tensor, Tensor]:
 def gradients_of(model: GPT, *, chunked: bool, compiled: bool = False) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
     inputs_BT, targets_BT = batch()
-    found = Objective(model, chunked=chunked, compiled=compiled)(inputs_BT, targets_BT, SCALE)
+    found = LossModel(model, chunked=chunked, compiled=compiled)(inputs_BT, targets_BT, SCALE)
     found[0].backward()
     return found.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -52,11 +52,11 @@ def test_the_sum_is_that_of_log_softmax_over_the_vocabulary_alone(model: GPT, ch
     scored = [
         -scores_BTV[b, t, targets_BT[b, t]].item() for b in range(3) for t in range(40) if targets_BT[b, t] != IGNORED
     ]
-    objective = Objective(model, chunked=chunked)
-    scaled, loss = objective(inputs_BT, targets_BT, SCALE).tolist()
+    loss_model = LossModel(model, chunked=chunked)
+    scaled, loss = loss_model(inputs_BT, targets_BT, SCALE).tolist()
     assert len(scored) == 113
     assert loss == pytest.approx(math.fsum(scored), rel=1e-6) and scaled == pytest.approx(loss / 4, rel=1e-7)
-    losses_BT = objective.token_losses(inputs_BT, targets_BT)
+    losses_BT = loss_model.token_losses(inputs_BT, targets_BT)
     torch.testing.assert_close(losses_BT[targets_BT != IGNORED], torch.tensor(scored), rtol=0, atol=2e-6)
     assert not losses_BT[targets_BT == IGNORED].any()
 
@@ -95,10 +95,10 @@ def test_compiled_equals_eager(model: GPT, chunked: bool) -> None:
 def test_chunked_compiles_into_one_graph(model: GPT) -> None:
     inputs_BT, targets_BT = batch()
     # Dynamo finds a break without kernels; those are compiled elsewhere.
-    whole = torch.compile(Objective(model, chunked=True), fullgraph=True, backend="aot_eager")
+    whole = torch.compile(LossModel(model, chunked=True), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(
         whole(inputs_BT, targets_BT, SCALE),
-        Objective(model, chunked=True)(inputs_BT, targets_BT, SCALE),
+        LossModel(model, chunked=True)(inputs_BT, targets_BT, SCALE),
         rtol=1e-6,
         atol=0,
     )
@@ -121,13 +121,13 @@ class LargestTensor(TorchDispatchMode):
 @pytest.mark.parametrize("chunked", [False, True])
 def test_chunked_never_holds_the_logits(chunked: bool) -> None:
     model = build_model(CONFIG, seed=1)
-    objective = Objective(model, chunked=chunked)
+    loss_model = LossModel(model, chunked=chunked)
     logits = 3 * 40 * CONFIG.padded_vocab_size
     with LargestTensor() as training:
-        objective(*batch(), SCALE)[0].backward()
+        loss_model(*batch(), SCALE)[0].backward()
     with LargestTensor() as validation:
-        objective.token_losses(*batch())
-    chunk, hidden = 32 * CONFIG.padded_vocab_size, 3 * 40 * CONFIG.mlp_width
+        loss_model.token_losses(*batch())
+    chunk, hidden = 32 * CONFIG.padded_vocab_size, 3 * 40 * CONFIG.resolved_mlp_width
     expected = max(chunk, hidden) if chunked else logits
     assert training.elements == expected and validation.elements == expected
 

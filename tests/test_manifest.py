@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from data_prep.errors import InputError
+from common.errors import InputError
 from data_prep.manifest import Manifest, open_split, read_manifest
 from data_prep.textfiles import Options, prepare
 

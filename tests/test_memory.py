@@ -1,4 +1,4 @@
-"""What model/memory.py counts, against what autograd keeps and the allocator hands out.
+"""What model/costs/memory.py counts, against what autograd keeps and the allocator hands out.
 
 The allocator's account is torch.profiler's: every allocation and release of the process, to the byte.
 """
@@ -14,29 +14,30 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import bench_memory
-from model.activations import StepShape, block_shapes, count_block_activations, count_kept_by_norm
 from model.config import ModelConfig
+from model.costs.activations import StepShape, block_shapes, count_block_activations, count_kept_by_norm
+from model.costs.memory import _reduced, memory
 from model.gpt import build_model
-from model.memory import _reduced, memory
 from tests.groups import run_on_ranks
 from tests.test_switches import MODERN, ONE_BY_ONE, named
-from train import optim, parallel
-from train.batches import plan_batches
+from train import optim
 from train.config import Config, ParallelConfig, TrainConfig, resolve
-from train.layout import choose_layout
-from train.mesh import Mesh
-from train.run_card import run_card, step_memory
+from train.data import plan_batches
+from train.parallel import apply
+from train.parallel.plan import choose_parallel_plan
+from train.processes.group import ProcessGroup
+from train.run.card import run_card, step_memory
 
-WIDE = {"width": 128, "vocab_size": 100, "windows": 1, "seq_len": 16}  # blocks' weights are most of it
-LONG = {"width": 64, "vocab_size": 1000, "windows": 8, "seq_len": 64}  # logits and activations are
-DEEP = {"width": 64, "vocab_size": 100, "windows": 8, "seq_len": 64, "num_layers": 6}  # activations are
+WIDE = {"width": 128, "vocab_size": 100, "sequences": 1, "seq_len": 16}  # blocks' weights are most of it
+LONG = {"width": 64, "vocab_size": 1000, "sequences": 8, "seq_len": 64}  # logits and activations are
+DEEP = {"width": 64, "vocab_size": 100, "sequences": 8, "seq_len": 64, "num_layers": 6}  # activations are
 
 
 def configured(
     *,
     width: int,
     vocab_size: int,
-    windows: int,
+    sequences: int,
     seq_len: int,
     num_layers: int = 3,
     accumulation: int = 1,
@@ -45,8 +46,8 @@ def configured(
     spread = {field.name for field in dataclasses.fields(ParallelConfig)}
     switches = {field.name for field in dataclasses.fields(ModelConfig)}
     train = {name: value for name, value in options.items() if name not in spread | switches}
-    defaults: dict[str, Any] = {"dtype": "fp32", "compile": False, "micro_batch": windows, "seq_len": seq_len}
-    batch_tokens = windows * accumulation * seq_len
+    defaults: dict[str, Any] = {"dtype": "fp32", "compile": False, "micro_batch": sequences, "seq_len": seq_len}
+    batch_tokens = sequences * accumulation * seq_len
     config = Config(
         model=ModelConfig(
             num_layers=num_layers,
@@ -75,16 +76,16 @@ def test_what_autograd_keeps(switches: dict[str, Any], dtype: torch.dtype) -> No
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        features_BTD = model.features(torch.zeros(B, T, dtype=torch.int64))
+        features_BTD = model.hidden_states(torch.zeros(B, T, dtype=torch.int64))
     assert features_BTD.requires_grad
     N, D, c, is_low = B * T, config.width, dtype.itemsize, dtype != torch.float32
     shape = StepShape(micro_batch=B, seq_len=T, compute_bytes=c, on_cpu=True)
     blocks = 3 * sum(count_block_activations(config, shape).values())
     last_norm = count_kept_by_norm(config, shape) if config.has_last_norm else 0
-    ids = 8 * (N + T * (config.positions == "learned"))
+    ids = 8 * (N + T * (config.position_embedding == "learned"))
     matrices = 3 * sum(rows * columns[0] for rows, *columns in block_shapes(config) if columns)
     copies = is_low * c * matrices
-    rotation = 2 * 4 * T * config.head_size * (config.positions == "rope")
+    rotation = 2 * 4 * T * config.head_size * (config.position_embedding == "rope")
     masks = 3 * T * T * (config.attention == "naive")
     mixing = 0
     if config.value_residual:  # a copy of each weight; the first block has none, nor mixed values
@@ -93,28 +94,28 @@ def test_what_autograd_keeps(switches: dict[str, Any], dtype: torch.dtype) -> No
     assert sum(size for place, size in kept.items() if place not in own) == expected
 
 
-def allocated_peak(mesh: Mesh, config: Config, accumulation: int) -> int:
+def allocated_peak(group: ProcessGroup, config: Config, accumulation: int) -> int:
     """Bytes at the peak of the third step, by the allocator's account."""
-    layout = choose_layout(config, world=mesh.world, local_world=mesh.world, memory_bytes=10**12)
-    objective = parallel.build_objective(config, layout, mesh)
-    parameters = list(objective.model.parameters())
-    optimizer = optim.build_optimizer(objective.model, config.optim)
-    module, scale = parallel.wrap(objective, layout), torch.ones(())
+    parallel_plan = choose_parallel_plan(config, world=group.world, local_world=group.world, memory_bytes=10**12)
+    loss_model = apply.build_loss_model(config, parallel_plan, group)
+    parameters = list(loss_model.model.parameters())
+    optimizer = optim.build_optimizer(loss_model.model, config.optim)
+    module, scale = apply.wrap(loss_model, parallel_plan), torch.ones(())
     tokens_BT = torch.zeros(plan_batches(config, 1).micro_batch, config.train.seq_len, dtype=torch.int64)
 
     def step() -> None:
         for index in range(accumulation):
-            parallel.set_gradient_sync(module, layout, index == accumulation - 1)
+            apply.set_gradient_sync(module, parallel_plan, index == accumulation - 1)
             module(tokens_BT, tokens_BT, scale)[0].backward()
         norm = optim.sum_of_squares(parameters).sqrt().float()
         optim.update(optimizer, 1e-4, norm, torch.ones((), dtype=torch.bool), 1.0)
-        parallel.zero_gradients(module)
+        apply.zero_gradients(module)
 
     for _ in range(2):  # DDP settles its buckets after the first
         step()
     gc.collect()
-    lasting = [parallel.local(p) for p in parameters]
-    lasting += [parallel.local(value) for state in optimizer.state.values() for value in state.values()]
+    lasting = [apply.local(p) for p in parameters]
+    lasting += [apply.local(value) for state in optimizer.state.values() for value in state.values()]
     lasting += [p.grad for p in parameters if p.grad is not None]
     now = peak = sum(tensor.numel() * tensor.element_size() for tensor in lasting)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
@@ -127,9 +128,9 @@ def allocated_peak(mesh: Mesh, config: Config, accumulation: int) -> int:
 
 
 def counted_peak(config: Config, world: int, accumulation: int) -> int:
-    layout = choose_layout(config, world=world, local_world=world, memory_bytes=10**12)
+    parallel_plan = choose_parallel_plan(config, world=world, local_world=world, memory_bytes=10**12)
     plan = dataclasses.replace(plan_batches(config, 1), accumulation=accumulation)
-    return step_memory(config, plan, layout, on_cpu=True).peak_bytes
+    return step_memory(config, plan, parallel_plan, on_cpu=True).peak_bytes
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
@@ -145,13 +146,13 @@ def counted_peak(config: Config, world: int, accumulation: int) -> int:
         DEEP | {"activation_checkpointing": True, "dtype": "bf16"},
         LONG | {"loss": "chunked"},
         LONG | {"loss": "chunked", "dtype": "bf16"},
-        LONG | {"windows": 1, "loss": "chunked", "dtype": "bf16"},
+        LONG | {"sequences": 1, "loss": "chunked", "dtype": "bf16"},
     ],
     ids=lambda options: " ".join(f"{name} {value}" for name, value in options.items()),
 )
 def test_the_peak_of_one_process(options: dict[str, Any], accumulation: int) -> None:
     config = configured(**options, accumulation=accumulation)
-    measured = allocated_peak(Mesh(0, 1, torch.device("cpu")), config, accumulation)
+    measured = allocated_peak(ProcessGroup(0, 1, torch.device("cpu")), config, accumulation)
     assert counted_peak(config, 1, accumulation) == pytest.approx(measured, rel=0.02)
 
 
@@ -163,9 +164,9 @@ SWITCHED: list[dict[str, Any]] = [
     LONG | {"tie": False},
     LONG | {"logit_softcap": 5.0},
     *(DEEP | switches for switches in ONE_BY_ONE if switches not in (MODERN, {"tie": False})),
-    DEEP | {"attention": "naive", "seq_len": 256, "windows": 2},
-    DEEP | {"attention": "naive", "seq_len": 256, "windows": 2, "dtype": "bf16"},
-    DEEP | {"attention": "naive", "seq_len": 256, "windows": 2, "activation_checkpointing": True},
+    DEEP | {"attention": "naive", "seq_len": 256, "sequences": 2},
+    DEEP | {"attention": "naive", "seq_len": 256, "sequences": 2, "dtype": "bf16"},
+    DEEP | {"attention": "naive", "seq_len": 256, "sequences": 2, "activation_checkpointing": True},
 ]
 
 
@@ -182,28 +183,28 @@ LONG_TWICE = pytest.mark.long(reason="all of them with one micro-batch, and some
 )
 def test_the_peak_with_switches(options: dict[str, Any], accumulation: int) -> None:
     config = configured(**options, accumulation=accumulation)
-    measured = allocated_peak(Mesh(0, 1, torch.device("cpu")), config, accumulation)
+    measured = allocated_peak(ProcessGroup(0, 1, torch.device("cpu")), config, accumulation)
     assert counted_peak(config, 1, accumulation) == pytest.approx(measured, rel=0.05)
 
 
 SPREAD: list[tuple[dict[str, Any], int]] = [
     (WIDE | {"mode": "ddp"}, 2),
     (WIDE | {"mode": "fsdp"}, 1),
-    (WIDE | {"mode": "fsdp", "accumulate": "whole"}, 2),
-    (WIDE | {"mode": "fsdp", "accumulate": "sharded"}, 3),
+    (WIDE | {"mode": "fsdp", "reduce_gradients": "step"}, 2),
+    (WIDE | {"mode": "fsdp", "reduce_gradients": "micro_batch"}, 3),
     (LONG | MODERN | {"mode": "ddp"}, 2),
     (WIDE | MODERN | {"mode": "fsdp"}, 1),
 ]
 ALSO_SPREAD: list[tuple[dict[str, Any], int]] = [
-    (WIDE | {"mode": "fsdp", "accumulate": "whole", "reshard_after_forward": False}, 2),
-    (LONG | {"mode": "fsdp", "accumulate": "sharded", "dtype": "bf16"}, 2),
-    (DEEP | MODERN | {"mode": "fsdp", "accumulate": "sharded"}, 2),
+    (WIDE | {"mode": "fsdp", "reduce_gradients": "step", "reshard_after_forward": False}, 2),
+    (LONG | {"mode": "fsdp", "reduce_gradients": "micro_batch", "dtype": "bf16"}, 2),
+    (DEEP | MODERN | {"mode": "fsdp", "reduce_gradients": "micro_batch"}, 2),
     (LONG | MODERN | {"mode": "fsdp", "dtype": "bf16", "activation_checkpointing": True}, 2),
 ]
 
 
-def allocated_peaks(mesh: Mesh, spread: list[tuple[dict[str, Any], int]]) -> list[int]:
-    return [allocated_peak(mesh, configured(**options), accumulation) for options, accumulation in spread]
+def allocated_peaks(group: ProcessGroup, spread: list[tuple[dict[str, Any], int]]) -> list[int]:
+    return [allocated_peak(group, configured(**options), accumulation) for options, accumulation in spread]
 
 
 @pytest.mark.parametrize(
@@ -227,7 +228,7 @@ def test_the_peak_of_two_processes(spread: list[tuple[dict[str, Any], int]]) -> 
 
 def test_a_shard_is_what_a_rank_holds() -> None:
     """Of a width that two ranks do not share evenly."""
-    config = configured(width=33 * 2, vocab_size=100, windows=1, seq_len=7, mode="fsdp")
+    config = configured(width=33 * 2, vocab_size=100, sequences=1, seq_len=7, mode="fsdp")
     phases = memory(config.model, StepShape(micro_batch=1, seq_len=7, mode="fsdp", shards=3)).phases
     assert {phase["weights"] for phase in phases.values()} == set(held_bytes(config, 3))
 
@@ -244,10 +245,10 @@ def held_bytes(config: Config, world: int) -> list[int]:
     return run_on_ranks(world, held_by_a_rank, config)
 
 
-def held_by_a_rank(mesh: Mesh, config: Config) -> int:
-    layout = choose_layout(config, world=mesh.world, local_world=mesh.world, memory_bytes=10**12)
-    model = parallel.build_objective(config, layout, mesh).model
-    return sum(parallel.local(p).untyped_storage().nbytes() for p in model.parameters())
+def held_by_a_rank(group: ProcessGroup, config: Config) -> int:
+    parallel_plan = choose_parallel_plan(config, world=group.world, local_world=group.world, memory_bytes=10**12)
+    model = apply.build_loss_model(config, parallel_plan, group).model
+    return sum(apply.local(p).untyped_storage().nbytes() for p in model.parameters())
 
 
 def test_the_peak_is_the_largest_phase_and_its_parts_are_named() -> None:
@@ -261,8 +262,8 @@ def test_the_peak_is_the_largest_phase_and_its_parts_are_named() -> None:
 
 
 def card_lines(config: Config, world: int, memory_bytes: int, device: str = "CPU process") -> dict[str, str]:
-    layout = choose_layout(config, world=world, local_world=world, memory_bytes=memory_bytes)
-    card = run_card(config, None, plan_batches(config, world), layout, device)
+    parallel_plan = choose_parallel_plan(config, world=world, local_world=world, memory_bytes=memory_bytes)
+    card = run_card(config, None, plan_batches(config, world), parallel_plan, device)
     return {line[:10].strip(): line[10:] for line in card.splitlines()}
 
 

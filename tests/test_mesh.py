@@ -10,17 +10,18 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from data_prep.errors import InputError
+from common.errors import InputError
 from model.config import ModelConfig
 from model.gpt import build_model
 from tests.groups import run_on_ranks
 from tests.runs import status, tiny_config
-from train import loop, run_dir
+from train import loop
 from train.config import Config, OptimConfig, SaveConfig
 from train.main import run
-from train.mesh import Mesh
 from train.optim import build_optimizer
-from train.saves import Progress, Saver
+from train.processes.group import ProcessGroup
+from train.run import directory
+from train.run.checkpoints import CheckpointWriter, Progress
 
 
 def outcome_of(function: Any, *args: Any) -> str:
@@ -31,32 +32,32 @@ def outcome_of(function: Any, *args: Any) -> str:
     return "no error"
 
 
-def train_where_one_rank_lacks_the_data(mesh: Mesh, data: Path, folder: Path) -> list[str]:
-    elsewhere = folder / "not_here" if mesh.rank == 1 else data
-    missing = outcome_of(run, tiny_config(elsewhere, folder / "run"), mesh)
-    blocked = outcome_of(run, tiny_config(data, folder / "blocked"), mesh)
-    return [missing, blocked, str(mesh.gather(mesh.rank)), str(mesh.on_main(lambda: mesh.rank))]
+def train_where_one_rank_lacks_the_data(group: ProcessGroup, data: Path, folder: Path) -> list[str]:
+    elsewhere = folder / "not_here" if group.rank == 1 else data
+    missing = outcome_of(run, tiny_config(elsewhere, folder / "run"), group)
+    blocked = outcome_of(run, tiny_config(data, folder / "blocked"), group)
+    return [missing, blocked, str(group.gather(group.rank)), str(group.on_main(lambda: group.rank))]
 
 
-def train_with_other_settings(mesh: Mesh, data: Path, folder: Path) -> str:
+def train_with_other_settings(group: ProcessGroup, data: Path, folder: Path) -> str:
     config = tiny_config(data, folder / "run")
-    left_out = dataclasses.replace(config.data, leave_out=(7,) if mesh.rank == 2 else ())
-    config = dataclasses.replace(config, seed=1337 + mesh.rank // 2, data=left_out)
-    return outcome_of(run, config, mesh)
+    left_out = dataclasses.replace(config.data, skip_sequences=(7,) if group.rank == 2 else ())
+    config = dataclasses.replace(config, seed=1337 + group.rank // 2, data=left_out)
+    return outcome_of(run, config, group)
 
 
 def test_ranks_that_were_started_differently_do_not_train(tiny_data: Path, tmp_path: Path) -> None:
     outcomes = run_on_ranks(3, train_with_other_settings, tiny_data, tmp_path)
-    said = "rank 2 was started differently: --seed 1338 (rank 0: 1337); --data.leave-out (7,) (rank 0: ())"
+    said = "rank 2 was started differently: --seed 1338 (rank 0: 1337); --data.skip-sequences (7,) (rank 0: ())"
     assert set(outcomes) == {said}
     assert not (tmp_path / "run").exists()
 
 
-def train_on_local_disks(mesh: Mesh, data: Path, folder: Path) -> str:
-    run_dir.SECONDS_TO_SEE = 0.5
-    (folder / f"host_{mesh.rank}").mkdir()
-    os.chdir(folder / f"host_{mesh.rank}")
-    return outcome_of(run, tiny_config(data, Path("run")), mesh)
+def train_on_local_disks(group: ProcessGroup, data: Path, folder: Path) -> str:
+    directory.SECONDS_TO_SEE = 0.5
+    (folder / f"host_{group.rank}").mkdir()
+    os.chdir(folder / f"host_{group.rank}")
+    return outcome_of(run, tiny_config(data, Path("run")), group)
 
 
 def test_a_run_directory_that_is_not_shared_is_refused_at_the_start(tiny_data: Path, tmp_path: Path) -> None:
@@ -66,14 +67,14 @@ def test_a_run_directory_that_is_not_shared_is_refused_at_the_start(tiny_data: P
     assert not (tmp_path / "host_0" / "run" / "lock.json").exists()
 
 
-def save_on_local_disks(mesh: Mesh, folder: Path) -> str:
-    run_dir.SECONDS_TO_SEE = 0.5
-    here = folder / f"disk_{mesh.rank}"
+def save_on_local_disks(group: ProcessGroup, folder: Path) -> str:
+    directory.SECONDS_TO_SEE = 0.5
+    here = folder / f"disk_{group.rank}"
     (here / "checkpoints" / ".step_00000000.writing_1").mkdir(parents=True)
     model = build_model(ModelConfig(2, 2, 32, vocab_size=50, context_len=8), seed=1)
     return outcome_of(
         lambda: save(
-            Saver(
+            CheckpointWriter(
                 here,
                 attempt=1,
                 model=model,
@@ -81,15 +82,15 @@ def save_on_local_disks(mesh: Mesh, folder: Path) -> str:
                 config=SaveConfig(),
                 state={},
                 loaded=None,
-                mesh=mesh,
+                group=group,
             )
         )
     )
 
 
-def save(saver: Saver) -> None:
-    saver.begin(Progress())
-    saver.finish()
+def save(checkpoint_writer: CheckpointWriter) -> None:
+    checkpoint_writer.begin(Progress())
+    checkpoint_writer.finish()
 
 
 def test_a_checkpoint_without_the_other_ranks_files_is_never_committed(tmp_path: Path) -> None:
@@ -109,17 +110,17 @@ def test_faults_of_one_rank_are_shared(tiny_data: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "run").exists()
 
 
-def run_out_of_memory_on_rank_1(mesh: Mesh, config: Config) -> None:
+def run_out_of_memory_on_rank_1(group: ProcessGroup, config: Config) -> None:
     take_step = loop.take_step
 
-    def failing(this: loop.Run) -> loop.Report:
-        if mesh.rank == 1 and this.progress.step == 3:
+    def failing(this: loop.Run) -> loop.StepResult:
+        if group.rank == 1 and this.progress.step == 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return take_step(this)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "take_step", failing)
-        run(config, mesh)
+        run(config, group)
 
 
 def test_the_rank_that_fails_says_so_not_the_one_that_misses_it(tiny_data: Path, tmp_path: Path) -> None:

@@ -32,10 +32,10 @@ from tests.test_exact import cut_back
 from train.config import Config, with_vocabulary
 from train.loop import Run, accumulate_gradients, record, take_step
 from train.main import run
-from train.mesh import Mesh
-from train.parallel import local
-from train.resume import load
-from train.saves import Progress, checkpoint_tensors
+from train.parallel.apply import local
+from train.processes.group import ProcessGroup
+from train.run.checkpoints import Progress, checkpoint_tensors
+from train.run.resume import load
 
 pytestmark = pytest.mark.timeout(600)  # one group of processes runs all its cases before the first test
 STEPS = 50
@@ -66,7 +66,7 @@ WORLDS = (1, 2, 3, 4)
 OF_THREE = [case for case in CASES if case.world == 3]
 THREE_IS_LONG = pytest.mark.long(reason="three processes; test_exact.py has three in `make test`")
 ALL_CASES = [pytest.param(case, marks=[THREE_IS_LONG] if case in OF_THREE else []) for case in CASES]
-SAME = {"none1", "fsdp1", "ddp2", "fsdp2"}  # 12 windows as 2 x 6: what is added up, is added in one order
+SAME = {"none1", "fsdp1", "ddp2", "fsdp2"}  # 12 sequences as 2 x 6: what is added up, is added in one order
 
 
 def configured(case: Case, data: Path, run_dir: Path, **train: Any) -> Config:
@@ -75,29 +75,29 @@ def configured(case: Case, data: Path, run_dir: Path, **train: Any) -> Config:
     return replace(config, parallel=replace(config.parallel, mode=case.mode, shard_size=case.shard_size))
 
 
-def train_all(mesh: Mesh, data: Path, folder: Path) -> None:
+def train_all(group: ProcessGroup, data: Path, folder: Path) -> None:
     """Each case of this world: a whole run, and one that lost all after step 30 and went on."""
-    for case in [case for case in CASES if case.world == mesh.world]:
-        run_here(mesh, configured(case, data, folder / str(case)))
+    for case in [case for case in CASES if case.world == group.world]:
+        run_here(group, configured(case, data, folder / str(case)))
         again = configured(case, data, folder / f"{case}_resumed")
-        mesh.on_main(partial(cut_back, folder / str(case), again.directory, step=30))
-        run_here(mesh, again)
+        group.on_main(partial(cut_back, folder / str(case), again.directory, step=30))
+        run_here(group, again)
 
 
 def continue_all(
-    mesh: Mesh, data: Path, folder: Path, pairs: list[tuple[Case, Case]]
+    group: ProcessGroup, data: Path, folder: Path, pairs: list[tuple[Case, Case]]
 ) -> dict[str, list[tuple[float, float]]]:
     """Each pair's checkpoint of the first read in the second, of this world, and trained on: losses and norms by names.
 
     What was read is, on each rank, bit for bit its part of what one process without a process group reads.
     """
     found = {}
-    for case in [case for case in CASES if case.world == mesh.world]:
+    for case in [case for case in CASES if case.world == group.world]:
         config = configured(case, data, folder / f"{case}_continued")
-        with leaving_no_group(mesh), opened_run(config, mesh) as (this, _):
+        with leaving_no_group(group), opened_run(config, group) as (this, _):
             for source in [source for source, other in pairs if other == case]:
                 checkpoint = folder / str(source) / "checkpoints" / f"step_{SAVED:08d}"
-                state = load(checkpoint, model=this.model, optimizer=this.optimizer, mesh=mesh)
+                state = load(checkpoint, model=this.model, optimizer=this.optimizer, group=group)
                 read = checkpoint_tensors(this.model, this.optimizer)
                 assert_parts_of(torch.load(folder / f"{source}.pt", mmap=True), read)
                 this.progress = Progress(**state["progress"])
@@ -129,13 +129,13 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def first_gradients(mesh: Mesh, data: Path, folder: Path) -> dict[str, dict[str, Tensor]]:
+def first_gradients(group: ProcessGroup, data: Path, folder: Path) -> dict[str, dict[str, Tensor]]:
     """Of the first step, whole, by case and name; on rank 0. Before it, initial weights are what they must be."""
     found = {}
-    for case in [case for case in CASES if case.world == mesh.world]:
+    for case in [case for case in CASES if case.world == group.world]:
         for micro_batch in (6 if case.world < 3 else 12 // case.world, 1):
             config = configured(case, data, folder / f"{case}_gradients_{micro_batch}", micro_batch=micro_batch)
-            with leaving_no_group(mesh), opened_run(config, mesh) as (this, _):
+            with leaving_no_group(group), opened_run(config, group) as (this, _):
                 assert_initial(this)
                 accumulate_gradients(this, this.batches.take(0), this.mean)
                 found[f"{case}/{micro_batch}"] = {
@@ -145,7 +145,7 @@ def first_gradients(mesh: Mesh, data: Path, folder: Path) -> dict[str, dict[str,
                 }
                 assert isinstance(this.model, GPT)
                 assert this.model.lm_head.weight is this.model.transformer["wte"].weight, "untied"
-    return found if mesh.is_main else {}
+    return found if group.is_main else {}
 
 
 def assert_initial(this: Run) -> None:
@@ -154,9 +154,9 @@ def assert_initial(this: Run) -> None:
     assert_parts_of(dict(plain), dict(this.model.state_dict()))
 
 
-def run_here(mesh: Mesh, config: Config) -> None:
-    with leaving_no_group(mesh):
-        run(config, mesh)
+def run_here(group: ProcessGroup, config: Config) -> None:
+    with leaving_no_group(group):
+        run(config, group)
 
 
 @pytest.fixture(scope="module")
@@ -270,7 +270,7 @@ def check_continued(trained: Path, continued: Continued, source: Case, case: Cas
 
 
 def test_gradients_are_the_same_tensor_by_tensor(tiny_data: Path, tmp_path: Path) -> None:
-    """After one step, at every world size and mode, in one micro-batch a rank and in windows one by one."""
+    """After one step, at every world size and mode, in one micro-batch a rank and in sequences one by one."""
     found = {}
     for world in WORLDS:
         found.update(run_on_ranks(world, first_gradients, tiny_data, tmp_path)[0])

@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from train import numerics
 from train.config import TrainConfig
-from train.numerics import LossScale, compute_dtype, set_numerics
+from train.parallel import precision
+from train.parallel.precision import LossScale, compute_dtype, set_numerics
 
 CPU = torch.device("cpu")
 
@@ -34,7 +34,7 @@ def after(good: str) -> tuple[float, float]:
 def test_three_good_steps_double_and_a_bad_one_halves(
     monkeypatch: pytest.MonkeyPatch, steps: str, scale: float, good_steps: float
 ) -> None:
-    monkeypatch.setattr(numerics, "STEPS_TO_DOUBLE", 3)
+    monkeypatch.setattr(precision, "STEPS_TO_DOUBLE", 3)
     assert after(steps) == (scale, good_steps)
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from benchmarks.steps import opened_run
-from data_prep.errors import InputError
+from common.errors import InputError
+from model.checkpoint import list_checkpoints, load_model
 from model.config import NAMED_SHAPES
-from model.trained import list_checkpoints, load_trained
 from tests.groups import run_on_ranks
 from tests.runs import (
     assert_same_tensors,
@@ -26,20 +26,20 @@ from tests.runs import (
     with_save,
 )
 from train.config import Config, ParallelConfig, settings_without_effect, with_vocabulary
-from train.layout import Layout, choose_layout, local_world_of
 from train.main import main, run
-from train.mesh import Mesh
-from train.parallel import local
+from train.parallel.apply import local
+from train.parallel.plan import ParallelPlan, choose_parallel_plan, local_world_of
 from train.presets import PRESETS
-from train.saves import checkpoint_tensors, share_of
+from train.processes.group import ProcessGroup
+from train.run.checkpoints import checkpoint_tensors, share_of
 
 pytestmark = pytest.mark.timeout(600)  # one group of processes runs all its cases before the first test
 XL = replace(PRESETS["gpt2-xl"], model=NAMED_SHAPES["gpt2-xl"])  # 25 GB of weights, gradients and moments
 
 
-def chosen(world: int, local_world: int, gigabytes: float, **parallel: Any) -> Layout:
+def chosen(world: int, local_world: int, gigabytes: float, **parallel: Any) -> ParallelPlan:
     config = replace(XL, parallel=ParallelConfig(**parallel))
-    return choose_layout(config, world=world, local_world=local_world, memory_bytes=int(gigabytes * 1e9))
+    return choose_parallel_plan(config, world=world, local_world=local_world, memory_bytes=int(gigabytes * 1e9))
 
 
 @pytest.mark.parametrize(
@@ -56,9 +56,9 @@ def chosen(world: int, local_world: int, gigabytes: float, **parallel: Any) -> L
     ],
 )
 def test_auto(world: int, local_world: int, gigabytes: float, expected: tuple[str, int, int]) -> None:
-    layout = chosen(world, local_world, gigabytes)
-    assert (layout.mode, layout.shards, layout.replicas) == expected
-    assert world == 1 or f"{gigabytes:.1f} GB" in layout.reason
+    parallel_plan = chosen(world, local_world, gigabytes)
+    assert (parallel_plan.mode, parallel_plan.shards, parallel_plan.replicas) == expected
+    assert world == 1 or f"{gigabytes:.1f} GB" in parallel_plan.reason
 
 
 def test_auto_takes_a_shard_size_that_stays_within_hosts() -> None:
@@ -77,8 +77,8 @@ def test_ranks_that_share_a_host(hosts: str, expected: int) -> None:
 @pytest.mark.parametrize(("gigabytes", "whole"), [(40, True), (14, False)])
 def test_gradients_are_added_up_whole_where_they_fit(gigabytes: float, whole: bool) -> None:
     assert chosen(8, 8, gigabytes, mode="fsdp").whole_gradients is whole
-    assert chosen(8, 8, gigabytes, mode="fsdp", accumulate="whole").whole_gradients
-    assert not chosen(8, 8, gigabytes, mode="fsdp", accumulate="sharded").whole_gradients
+    assert chosen(8, 8, gigabytes, mode="fsdp", reduce_gradients="step").whole_gradients
+    assert not chosen(8, 8, gigabytes, mode="fsdp", reduce_gradients="micro_batch").whole_gradients
 
 
 @pytest.mark.parametrize(
@@ -102,12 +102,12 @@ def test_what_does_not_fit_is_refused(world: int, parallel: dict[str, Any], text
 
 
 def test_a_setting_without_effect_is_said() -> None:
-    config = replace(XL, parallel=ParallelConfig(shard_size=4, reshard_after_forward=False, accumulate="whole"))
+    config = replace(XL, parallel=ParallelConfig(shard_size=4, reshard_after_forward=False, reduce_gradients="step"))
     said = settings_without_effect(config, "cuda", 8, "ddp")
     assert [line.split(" has no effect with --parallel.mode ddp")[0] for line in said] == [
         "--parallel.shard-size 4",
         "--parallel.no-reshard-after-forward",
-        "--parallel.accumulate whole",
+        "--parallel.reduce-gradients step",
     ]
     assert len(settings_without_effect(config, "cuda", 8, "fsdp")) == 1
     assert settings_without_effect(config, "cuda", 8, "hsdp") == []
@@ -129,7 +129,7 @@ MODES: dict[str, dict[str, Any]] = {
     "ddp": {"mode": "ddp"},
     "fsdp": {"mode": "fsdp"},
     "kept": {"mode": "fsdp", "reshard_after_forward": False},
-    "sharded": {"mode": "fsdp", "accumulate": "sharded"},
+    "sharded": {"mode": "fsdp", "reduce_gradients": "micro_batch"},
 }
 SHARDED_CASES = [
     ("bf16", "sharded"),
@@ -145,10 +145,10 @@ def configured(data: Path, folder: Path, options: str, mode: str) -> Config:
     return replace(config, sample=sample, parallel=replace(config.parallel, **MODES[mode]))
 
 
-def train_with_options(mesh: Mesh, data: Path, folder: Path, cases: list[tuple[str, str]]) -> None:
+def train_with_options(group: ProcessGroup, data: Path, folder: Path, cases: list[tuple[str, str]]) -> None:
     for options, mode in cases:
         torch._dynamo.reset()
-        run(configured(data, folder, options, mode), mesh)
+        run(configured(data, folder, options, mode), group)
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +182,7 @@ def test_all_options_at_once_give_the_same_run_sharded_and_copied(tiny_data: Pat
 def check_sharded_and_copied(trained: Path, options: str, mode: str) -> None:
     """Bit for bit in fp32; in bf16 and fp16, where FSDP2 rounds norms' weights too, as close as bf16 is to fp32."""
     copied, sharded = trained / f"{options}_ddp", trained / f"{options}_{mode}"
-    one, other = load_trained(sharded), load_trained(copied)  # without a process group, as model/generate.py does
+    one, other = load_model(sharded), load_model(copied)  # without a process group, as model/generate.py does
     assert one.step == other.step == STEPS
     assert [row["step"] for row in rows(sharded, "samples.jsonl")] == [6, 12]
     if "dtype" in OPTIONS[options]:
@@ -200,15 +200,15 @@ SHARES_ARE_LONG = pytest.mark.long(reason="four processes; test_async_saves.py h
 SHARDED = {"fsdp": ParallelConfig(mode="fsdp"), "hsdp": ParallelConfig(mode="hsdp", shard_size=2)}
 
 
-def save_both_ways(mesh: Mesh, data: Path, folder: Path, mode: str) -> int:
+def save_both_ways(group: ProcessGroup, data: Path, folder: Path, mode: str) -> int:
     """A synchronous and an asynchronous run; how many elements this rank writes."""
     parallel = SHARDED[mode]
     for save in ("sync", "async"):
         config = with_save(tiny_config(data, folder / save, steps=STEPS), every=5, mode=save)
-        run(replace(config, parallel=parallel), mesh)
+        run(replace(config, parallel=parallel), group)
     config = replace(tiny_config(data, folder / "shares"), parallel=parallel)
-    with opened_run(with_vocabulary(config, 33), mesh) as (this, _):
-        own = share_of(checkpoint_tensors(this.model, this.optimizer), mesh)
+    with opened_run(with_vocabulary(config, 33), group) as (this, _):
+        own = share_of(checkpoint_tensors(this.model, this.optimizer), group)
         return sum(local(tensor).numel() for tensor in own.values())
 
 

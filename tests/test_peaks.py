@@ -2,7 +2,7 @@
 
 import pytest
 
-from model.peaks import PEAKS, DType, peak_flops
+from model.costs.gpu_peaks import PEAKS, DType, peak_flops
 
 TERA = 1e12
 

@@ -2,16 +2,16 @@
 
 import pytest
 
-from data_prep.errors import InputError
-from train.place import (
+from common.errors import InputError
+from train.processes.ranks import (
     FIRST_PORT,
     NUM_PORTS,
-    Place,
-    find_place,
+    RankInfo,
+    find_rank,
     first_host,
     port_of,
     slurm_job,
-    take_place,
+    take_rank,
     tasks_per_node,
 )
 
@@ -40,27 +40,27 @@ SUBMITIT = {
 @pytest.mark.parametrize(
     ("environ", "place"),
     [
-        ({}, Place()),
-        (TORCHRUN, Place(5, 8, 1, 4, "n1", 12345)),
-        ({"RANK": "1", "WORLD_SIZE": "2"}, Place(1, 2, 1, 2)),
-        (SRUN, Place(5, 7, 0, 2, "n03", 12912)),
-        (SRUN | {"MASTER_ADDR": "n9", "MASTER_PORT": "1"}, Place(5, 7, 0, 2, "n9", 1)),
-        (BATCH_SCRIPT, Place()),
-        (BATCH_SCRIPT | TORCHRUN, Place(5, 8, 1, 4, "n1", 12345)),
-        (SRUN | TORCHRUN, Place(5, 8, 1, 4, "n1", 12345)),
-        (SUBMITIT, Place(2, 3, 2, 3, "localhost", port_of(4711, 0))),
-        (SUBMITIT | {"SUBMITIT_LOCAL_NTASKS": "1", "SUBMITIT_LOCAL_GLOBALID": "0"}, Place()),
+        ({}, RankInfo()),
+        (TORCHRUN, RankInfo(5, 8, 1, 4, "n1", 12345)),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, RankInfo(1, 2, 1, 2)),
+        (SRUN, RankInfo(5, 7, 0, 2, "n03", 12912)),
+        (SRUN | {"MASTER_ADDR": "n9", "MASTER_PORT": "1"}, RankInfo(5, 7, 0, 2, "n9", 1)),
+        (BATCH_SCRIPT, RankInfo()),
+        (BATCH_SCRIPT | TORCHRUN, RankInfo(5, 8, 1, 4, "n1", 12345)),
+        (SRUN | TORCHRUN, RankInfo(5, 8, 1, 4, "n1", 12345)),
+        (SUBMITIT, RankInfo(2, 3, 2, 3, "localhost", port_of(4711, 0))),
+        (SUBMITIT | {"SUBMITIT_LOCAL_NTASKS": "1", "SUBMITIT_LOCAL_GLOBALID": "0"}, RankInfo()),
     ],
     ids=[
         *("alone", "torchrun", "by hand", "srun", "srun, port given", "batch", "torchrun in batch"),
         *("torchrun in srun", "local", "local, one"),
     ],
 )
-def test_every_launcher_is_understood(environ: dict[str, str], place: Place) -> None:
-    assert find_place(environ) == place
+def test_every_launcher_is_understood(environ: dict[str, str], place: RankInfo) -> None:
+    assert find_rank(environ) == place
     taken = dict(environ)
-    assert take_place(taken) == place
-    assert find_place(taken) == place, "also a second time"
+    assert take_rank(taken) == place
+    assert find_rank(taken) == place, "also a second time"
     assert ("RANK" in taken) == (place.world > 1 or "RANK" in environ)
 
 
@@ -79,13 +79,13 @@ def test_every_launcher_is_understood(environ: dict[str, str], place: Place) -> 
 )
 def test_contradictions_are_refused(environ: dict[str, str], line: str) -> None:
     with pytest.raises(InputError) as caught:
-        find_place(environ)
+        find_rank(environ)
     assert str(caught.value).startswith(line)
 
 
 def test_a_plan_may_be_for_so_many_processes() -> None:
-    assert find_place({"WORLD_SIZE": "8"}, is_plan=True) == Place(0, 8, 0, 8)
-    assert find_place(TORCHRUN, is_plan=True) == find_place(TORCHRUN)
+    assert find_rank({"WORLD_SIZE": "8"}, is_plan=True) == RankInfo(0, 8, 0, 8)
+    assert find_rank(TORCHRUN, is_plan=True) == find_rank(TORCHRUN)
 
 
 @pytest.mark.parametrize(

@@ -13,12 +13,12 @@ import torch
 from tests.runs import assert_same_tensors, curve, final_tensors, losses, rows, tiny_config, validations
 from tests.test_exact import cut_back
 from train import losses as train_losses
-from train import numerics
+from train.guards.nonfinite import NonFiniteError
 from train.main import run
-from train.mesh import Mesh
-from train.nonfinite import NonFiniteError
+from train.parallel import precision
+from train.processes.group import ProcessGroup
 
-ALONE = Mesh(0, 1, torch.device("cpu"))
+ALONE = ProcessGroup(0, 1, torch.device("cpu"))
 STEPS = 20
 
 
@@ -123,7 +123,7 @@ def test_fp16_skips_what_overflows_and_halves_its_scale(
 def test_fp16_resumes_bitwise_with_its_scale(
     another: Callable[..., Path], tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(numerics, "STEPS_TO_DOUBLE", 7)
+    monkeypatch.setattr(precision, "STEPS_TO_DOUBLE", 7)
     whole, resumed = another(dtype="fp16"), tmp_path / "resumed"
     cut_back(whole, resumed, step=10)
     run(tiny_config(tiny_data, resumed, steps=STEPS, dtype="fp16"), ALONE)

@@ -12,15 +12,16 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from data_prep.errors import InputError
+from common.errors import InputError
 from tests.groups import run_on_ranks
 from tests.runs import called, rows, status, tiny_flags, torchrun
-from train import main, probes
-from train.lock import RunLock
-from train.mesh import Mesh
+from train import main
+from train.guards import preflight_checks
+from train.guards.preflight_checks import Link, Rank, driver_version
 from train.preflight import Host, slow_networks, spans, unfit_because
 from train.preflight import preflight as look_over
-from train.probes import Link, Rank, driver_version
+from train.processes.group import ProcessGroup
+from train.run.lock import RunLock
 
 GIB = 2**30
 RUN = Path("runs/x")
@@ -189,11 +190,11 @@ def test_the_driver_names_its_version(text: str, version: str) -> None:
     assert driver_version(text) == version
 
 
-def outcome_of(mesh: Mesh, run_dir: Path) -> list[str]:
+def outcome_of(group: ProcessGroup, run_dir: Path) -> list[str]:
     """What this rank says, and last how it ends."""
     said: list[str] = []
     try:
-        look_over(mesh, run_dir, said.append)
+        look_over(group, run_dir, said.append)
     except InputError as error:
         return [*said, str(error)]
     return [*said, "no error"]
@@ -202,12 +203,12 @@ def outcome_of(mesh: Mesh, run_dir: Path) -> list[str]:
 def on_a_host(name: str) -> None:
     """This process is on a host of that name from now on; for one that ends with its test. All-reduces are few."""
     socket.gethostname = lambda: name
-    probes.REDUCE_KIB = (4, 16384, 65536)
+    preflight_checks.REDUCE_KIB = (4, 16384, 65536)
 
 
-def look_from_hosts(mesh: Mesh, run_dir: Path, ranks_each: int) -> list[str]:
-    on_a_host(f"n{1 + mesh.rank // ranks_each}")
-    return outcome_of(mesh, run_dir)
+def look_from_hosts(group: ProcessGroup, run_dir: Path, ranks_each: int) -> list[str]:
+    on_a_host(f"n{1 + group.rank // ranks_each}")
+    return outcome_of(group, run_dir)
 
 
 def test_a_healthy_world_is_fit_and_nothing_is_left(tmp_path: Path) -> None:
@@ -223,7 +224,7 @@ def test_a_healthy_world_is_fit_and_nothing_is_left(tmp_path: Path) -> None:
 
 
 def test_a_world_of_one_is_fit(tmp_path: Path) -> None:
-    titles, _, *lines = outcome_of(Mesh(0, 1, torch.device("cpu")), tmp_path / "run")
+    titles, _, *lines = outcome_of(ProcessGroup(0, 1, torch.device("cpu")), tmp_path / "run")
     assert titles.startswith("host")
     assert lines == [
         "one host: no network between hosts to measure",
@@ -234,12 +235,12 @@ def test_a_world_of_one_is_fit(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def look_with_a_clock_of_its_own(mesh: Mesh, run_dir: Path, seconds: float) -> list[str]:
-    on_a_host(f"n{1 + mesh.rank}")
-    if mesh.rank == 1:
+def look_with_a_clock_of_its_own(group: ProcessGroup, run_dir: Path, seconds: float) -> list[str]:
+    on_a_host(f"n{1 + group.rank}")
+    if group.rank == 1:
         names = {name: getattr(time, name) for name in ("monotonic", "perf_counter", "sleep")}
-        probes.time = SimpleNamespace(time=lambda: time.time() + seconds, **names)  # type: ignore[assignment]
-    return outcome_of(mesh, run_dir)
+        preflight_checks.time = SimpleNamespace(time=lambda: time.time() + seconds, **names)  # type: ignore[assignment]
+    return outcome_of(group, run_dir)
 
 
 def test_a_clock_that_is_ahead_is_found(tmp_path: Path) -> None:
@@ -251,13 +252,13 @@ def test_a_clock_that_is_ahead_is_found(tmp_path: Path) -> None:
     assert 59_000 < float(row.split()[-3]) < 61_000
 
 
-def look_on_local_disks(mesh: Mesh, folder: Path) -> list[str]:
-    probes.SECONDS_TO_SEE = 0.5
-    on_a_host(f"n{1 + mesh.rank // 2}")
-    own = folder / f"disk_{mesh.rank // 2}"
+def look_on_local_disks(group: ProcessGroup, folder: Path) -> list[str]:
+    preflight_checks.SECONDS_TO_SEE = 0.5
+    on_a_host(f"n{1 + group.rank // 2}")
+    own = folder / f"disk_{group.rank // 2}"
     own.mkdir(exist_ok=True)
     os.chdir(own)
-    return outcome_of(mesh, Path("runs/x"))
+    return outcome_of(group, Path("runs/x"))
 
 
 def test_a_run_directory_that_is_not_shared_is_found_and_both_hosts_named(tmp_path: Path) -> None:
@@ -279,18 +280,18 @@ def test_a_run_directory_that_cannot_be_written_is_a_reason_like_others(tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["blocked"]
 
 
-def look_through_a_slow_network(mesh: Mesh, run_dir: Path) -> list[str]:
+def look_through_a_slow_network(group: ProcessGroup, run_dir: Path) -> list[str]:
     """What rank 1 sends is half a second under way, but for the words in which ranks agree."""
-    on_a_host(f"n{1 + mesh.rank}")
+    on_a_host(f"n{1 + group.rank}")
     at_once = dist.send
 
     def send(tensor: torch.Tensor, rank: int) -> None:
-        if mesh.rank == 1 and tensor.numel() > 2:
+        if group.rank == 1 and tensor.numel() > 2:
             time.sleep(0.5)
         at_once(tensor, rank)
 
     dist.send = send  # type: ignore[assignment]
-    return outcome_of(mesh, run_dir)
+    return outcome_of(group, run_dir)
 
 
 def test_a_host_that_sends_slowly_is_named_and_no_other(tmp_path: Path) -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from model.budget import budget
-from model.peaks import peak_flops
+from model.cost import model_cost
+from model.costs.gpu_peaks import peak_flops
 from train import presets
 from train.config import Config, faults_of, resolve, settings_without_effect, with_vocabulary
 from train.presets import PRESETS
@@ -19,7 +19,7 @@ VOCAB_SIZES = {"gpt2-small-134m": 32_000, "tinystories": 10_000, "openwebtext-32
 def flops(config: Config) -> float:
     vocab_size = VOCAB_SIZES.get(config.preset, 65 if "char" in config.preset else 50_257)
     sized = with_vocabulary(resolve(config), vocab_size)
-    return budget(sized.model).flops_per_token * config.train.steps * config.train.batch_tokens
+    return model_cost(sized.model).flops_per_token * config.train.steps * config.train.batch_tokens
 
 
 def test_the_names() -> None:
@@ -27,13 +27,13 @@ def test_the_names() -> None:
     others = ["gpt2-small-134m", "phase1", "phase2", "phase3", "tinystories", "openwebtext-32k", "finetune"]
     small = ["shakespeare-char", "shakespeare-char-cpu", "stories-cpu", "quickstart"]
     assert list(PRESETS) == [*gpt2, *others, *small]
-    sizes = [budget(PRESETS[name].model).num_parameters for name in gpt2]
+    sizes = [model_cost(PRESETS[name].model).num_parameters for name in gpt2]
     assert sizes == [124_439_808, 354_823_168, 774_030_080, 1_557_611_200]  # the released checkpoints'
 
 
 def parameters(name: str, **switches: Any) -> int:
     config = with_vocabulary(resolve(PRESETS[name]), VOCAB_SIZES.get(name, 50_257)).model
-    return budget(dataclasses.replace(config, **switches)).num_parameters
+    return model_cost(dataclasses.replace(config, **switches)).num_parameters
 
 
 def test_the_sizes_are_the_published_ones() -> None:

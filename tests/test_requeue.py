@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.errors import InputError
+from common.errors import InputError
 from launch import requeue
 from launch.requeue import Facts, begin, decide, seconds_of
 from tests.runs import called

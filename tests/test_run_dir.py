@@ -12,19 +12,20 @@ from typing import Any
 import pytest
 import torch
 
-from data_prep.errors import InputError
-from model.trained import list_checkpoints
+from common.errors import InputError
+from model.checkpoint import list_checkpoints
 from tests.runs import ROOT, called, rows, status, tiny_config, tiny_flags
-from train import curves, lock, loop
-from train.lock import RunLock
+from train import curves, loop
 from train.main import run
-from train.mesh import Mesh
-from train.run_dir import differing
-from train.sinks import Sinks
-from train.stops import Stops
+from train.metrics.logger import RunLogger
+from train.processes.group import ProcessGroup
+from train.processes.stop_requests import StopRequests
+from train.run import lock
+from train.run.directory import differing
+from train.run.lock import RunLock
 
-ALONE = Mesh(0, 1, torch.device("cpu"))
-HOLD = "import sys, time; from pathlib import Path; from train.lock import RunLock; "
+ALONE = ProcessGroup(0, 1, torch.device("cpu"))
+HOLD = "import sys, time; from pathlib import Path; from train.run.lock import RunLock; "
 HOLD += "RunLock(Path(sys.argv[1])).acquire(); print('held', flush=True); time.sleep(60)"
 
 
@@ -76,7 +77,7 @@ def test_on_another_host_the_heartbeat_decides(
 
 
 def test_a_holder_that_was_taken_over_leaves_and_leaves_the_lock(tmp_path: Path) -> None:
-    script = "import sys, time; from pathlib import Path; from train import lock; lock.HEARTBEAT_SECONDS = 0.05; "
+    script = "import sys, time; from pathlib import Path; from train.run import lock; lock.HEARTBEAT_SECONDS = 0.05; "
     script += "lock.RunLock(Path(sys.argv[1])).acquire(); print('held', flush=True); time.sleep(30)"
     line = [sys.executable, "-c", script, str(tmp_path)]
     holder = subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -96,7 +97,7 @@ def test_of_many_takers_of_a_dead_lock_one_wins(tmp_path: Path) -> None:
     (tmp_path / "lock.json").write_text(
         json.dumps({"host": os.uname().nodename, "pid": 2**22, "started": "1", "job": None})
     )
-    script = "import sys; from pathlib import Path; from train.lock import RunLock\n"
+    script = "import sys; from pathlib import Path; from train.run.lock import RunLock\n"
     script += "try: RunLock(Path(sys.argv[1])).acquire(); print('won')\n"
     script += "except ValueError: print('lost')\nimport time; sys.stdout.flush(); time.sleep(3)"
     line = [sys.executable, "-c", script, str(tmp_path)]
@@ -125,12 +126,12 @@ def test_rows_after_the_restored_step_are_dropped_and_half_a_line_with_them(tmp_
     full = [{"step": n, "loss": float(n)} for n in range(1, 6)] + [{"step": 5, "val_loss": 2.0}]
     lines = "".join(json.dumps(row) + "\n" for row in full)
     (tmp_path / "metrics.jsonl").write_text(lines + '{"step": 6, "lo')
-    with Sinks(tmp_path, step=5, mesh=ALONE, stops=Stops(tmp_path, is_main=True)) as sinks:
-        assert sinks.validated_steps == {5}
+    with RunLogger(tmp_path, step=5, group=ALONE, stop_requests=StopRequests(tmp_path, is_main=True)) as logger:
+        assert logger.validated_steps == {5}
     assert rows(tmp_path) == full
-    with Sinks(tmp_path, step=3, mesh=ALONE, stops=Stops(tmp_path, is_main=True)):
+    with RunLogger(tmp_path, step=3, group=ALONE, stop_requests=StopRequests(tmp_path, is_main=True)):
         assert rows(tmp_path) == full[:3]
-    with Sinks(tmp_path, step=None, mesh=ALONE, stops=Stops(tmp_path, is_main=True)):
+    with RunLogger(tmp_path, step=None, group=ALONE, stop_requests=StopRequests(tmp_path, is_main=True)):
         assert rows(tmp_path) == []
 
 
@@ -180,10 +181,10 @@ def test_a_stop_in_the_last_validation_is_no_end(
 ) -> None:
     config, sound = tiny_config(tiny_data, tmp_path / "run", steps=5), loop.validation.validate
 
-    def stopping(*args: Any, stops: Stops, **kwargs: Any) -> Any:
+    def stopping(*args: Any, stop_requests: StopRequests, **kwargs: Any) -> Any:
         if any(row["step"] == 5 for row in rows(tmp_path / "run")):
-            stops.reason = "test"
-        return sound(*args, stops=stops, **kwargs)
+            stop_requests.reason = "test"
+        return sound(*args, stop_requests=stop_requests, **kwargs)
 
     with monkeypatch.context() as patch:
         patch.setattr(loop.validation, "validate", stopping)
@@ -211,7 +212,7 @@ def test_a_damaged_row_in_the_middle_is_refused_not_cut_off(tmp_path: Path) -> N
     content = '{"step": 1, "loss": 1.0}\n{"step": 2, "lo\n{"step": 3, "loss": 1.0}\n'
     (tmp_path / "metrics.jsonl").write_text(content)
     with pytest.raises(InputError, match=r"metrics.jsonl:2: damaged"):
-        Sinks(tmp_path, step=3, mesh=ALONE, stops=Stops(tmp_path, is_main=True))
+        RunLogger(tmp_path, step=3, group=ALONE, stop_requests=StopRequests(tmp_path, is_main=True))
     assert (tmp_path / "metrics.jsonl").read_text() == content
 
 
@@ -239,8 +240,8 @@ def test_two_signals_are_one_stop_and_handlers_come_back(tiny_data: Path, tmp_pa
 
 def test_only_the_main_rank_looks_for_the_stop_file(tmp_path: Path) -> None:
     (tmp_path / "STOP").touch()
-    assert Stops(tmp_path, is_main=True).wanted()
-    assert not Stops(tmp_path, is_main=False).wanted()
+    assert StopRequests(tmp_path, is_main=True).wanted()
+    assert not StopRequests(tmp_path, is_main=False).wanted()
 
 
 def test_differences_are_named_as_flags() -> None:

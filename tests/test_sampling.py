@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from data_prep.errors import InputError
-from model.sampling import NUCLEUS_GUESS, Sampling, choices, draw
+from common.errors import InputError
+from model.generation.sampling import NUCLEUS_GUESS, Sampling, choices, draw
 
 LOGITS = torch.randn(128, generator=torch.Generator().manual_seed(1)) * 3
 VOCAB_SIZE = 100  # the others are padding

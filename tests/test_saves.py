@@ -18,9 +18,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
-from data_prep.atomic import sha256_of_file
-from data_prep.errors import InputError
-from model.trained import SUMS_FILE, fault_of, list_checkpoints, load_trained, newest_sound
+from common.errors import InputError
+from common.files import sha256_of_file
+from model.checkpoint import SUMS_FILE, fault_of, list_checkpoints, load_model, newest_sound
 from tests.groups import run_on_ranks
 from tests.runs import (
     ROOT,
@@ -34,9 +34,9 @@ from tests.runs import (
     with_save,
 )
 from train.main import main, run
-from train.mesh import Mesh
+from train.processes.group import ProcessGroup
 
-ALONE = Mesh(0, 1, torch.device("cpu"))
+ALONE = ProcessGroup(0, 1, torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_a_planted_pickle_does_not_run(run_dir: Path, tmp_path: Path) -> None:
     sign_again(newest)
     assert fault_of(newest) is None, "the hashes alone must not save it"
     with pytest.raises(InputError, match=r"refused: .*system has no place"):
-        load_trained(newest)
+        load_model(newest)
     assert not mark.exists()
     pickle.loads((newest / ".metadata").read_bytes())
     assert mark.exists(), "the plant works where it is loaded plainly"
@@ -165,7 +165,7 @@ def test_a_planted_object_in_place_of_a_tensor_does_not_run(run_dir: Path, tmp_p
     (newest / ".metadata").write_bytes(pickle.dumps(metadata))
     sign_again(newest)
     with pytest.raises(InputError, match="refused"):
-        load_trained(newest)
+        load_model(newest)
     assert not mark.exists()
 
 
@@ -178,7 +178,7 @@ def test_fuzzed_metadata_is_refused_or_read(run_dir: Path, seed: int) -> None:
     (newest / ".metadata").write_bytes(data)
     sign_again(newest)
     try:
-        load_trained(newest)
+        load_model(newest)
     except InputError as error:
         assert str(newest) in str(error)
 
@@ -221,14 +221,14 @@ def test_a_save_that_cannot_be_written_ends_in_one_line_and_spoils_nothing(
     assert status(run_dir)["state"] == "failed" and "not saved" in status(run_dir)["reason"]
 
 
-def run_then_fail(mesh: Mesh, config: Any, again: Any) -> str:
-    run(config, mesh)
-    if mesh.is_main:
+def run_then_fail(group: ProcessGroup, config: Any, again: Any) -> str:
+    run(config, group)
+    if group.is_main:
         shutil.rmtree(config.directory / "checkpoints" / "step_00000020")
-    mesh.barrier()
+    group.barrier()
     limit_file_size()
     try:
-        run(again, mesh)
+        run(again, group)
     except InputError as error:
         return str(error)
     finally:
@@ -289,5 +289,5 @@ def test_a_model_of_another_shape_is_refused_in_one_line(run_dir: Path) -> None:
     (newest / "state.json").write_text(json.dumps(state))
     sign_again(newest)
     with pytest.raises(InputError, match="do not fit this model") as caught:
-        load_trained(newest)
+        load_model(newest)
     assert "\n" not in str(caught.value)

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep import pack, selection
-from data_prep.encode import Part, Tally, write_part
-from data_prep.errors import InputError
-from data_prep.pack import documents_in_order
-from data_prep.selection import Order, Rules, mixed, select
+from common.errors import InputError
+from data_prep.pipeline import pack, selection
+from data_prep.pipeline.encode import Part, Tally, write_part
+from data_prep.pipeline.pack import documents_in_order
+from data_prep.pipeline.selection import Order, Rules, mixed, select
 
 ROUNDS = 12
 

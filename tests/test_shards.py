@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from data_prep.errors import InputError
+from common.errors import InputError
 from data_prep.shards import ShardWriter, TokenStream, open_shard
 
 Ids = npt.NDArray[np.int64]

@@ -7,11 +7,11 @@ from pathlib import Path
 
 import pytest
 
-from data_prep.errors import InputError
+from common.errors import InputError
 from launch import snapshot
 from launch.snapshot import check, take
 from tests.runs import ROOT, called
-from train.run_dir import SNAPSHOT_FILE
+from train.run.directory import SNAPSHOT_FILE
 
 
 @pytest.fixture

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from data_prep import sources
-from data_prep.errors import InputError
-from data_prep.sources import InputFile, Reading, find_files, plan_units, read_documents
+from common.errors import InputError
+from data_prep.pipeline import sources
+from data_prep.pipeline.sources import InputFile, Reading, find_files, plan_units, read_documents
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")

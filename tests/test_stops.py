@@ -11,17 +11,19 @@ from typing import Any
 import pytest
 import torch
 
-from data_prep.errors import InputError
-from model.trained import list_checkpoints, step_of
+from common.errors import InputError
+from model.checkpoint import list_checkpoints, step_of
 from tests.groups import run_on_ranks
 from tests.runs import assert_same_tensors, curve, final_tensors, rows, status, tiny_config
-from train import loop, samples, stops
+from train import loop
 from train.config import Config, SampleConfig, faults_of, parse_duration
+from train.evals import samples
 from train.main import run
-from train.mesh import Mesh
-from train.meters import Startup
+from train.metrics.meters import Startup
+from train.processes import stop_requests
+from train.processes.group import ProcessGroup
 
-ALONE = Mesh(0, 1, torch.device("cpu"))
+ALONE = ProcessGroup(0, 1, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -47,12 +49,14 @@ def test_a_run_stops_when_its_time_is_over_and_goes_on_at_the_next_start(
     config = dataclasses.replace(tiny_config(tiny_data, tmp_path / "run", steps=100_000), stop_after="1m5s")
     take_step, clock = loop.take_step, [time.perf_counter()]
 
-    def ticking(this: loop.Run) -> loop.Report:
+    def ticking(this: loop.Run) -> loop.StepResult:
         clock[0] += 10
         return take_step(this)
 
     monkeypatch.setattr(loop, "take_step", ticking)
-    monkeypatch.setattr(stops, "time", SimpleNamespace(monotonic=lambda: clock[0], perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(
+        stop_requests, "time", SimpleNamespace(monotonic=lambda: clock[0], perf_counter=lambda: clock[0])
+    )
     for attempt in (1, 2):
         run(config, ALONE, Startup(clock[0]))
         # The seventh step knows that the time is over; the host hears it one step later.
@@ -61,19 +65,19 @@ def test_a_run_stops_when_its_time_is_over_and_goes_on_at_the_next_start(
         assert step_of(list_checkpoints(tmp_path / "run")[-1]) == 8 * attempt
 
 
-def hear_in_warm_up(mesh: Mesh, config: Config) -> int:
+def hear_in_warm_up(group: ProcessGroup, config: Config) -> int:
     """One rank hears SIGUSR1 in the first pass of the warm-up; how many passes there were."""
-    accumulate, calls = loop.accumulate_gradients, []
+    reduce_gradients, calls = loop.accumulate_gradients, []
 
     def hearing(*args: Any) -> Any:
-        calls.append(mesh.rank)
-        if len(calls) == 1 and mesh.rank == mesh.world - 1:
+        calls.append(group.rank)
+        if len(calls) == 1 and group.rank == group.world - 1:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return accumulate(*args)
+        return reduce_gradients(*args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "accumulate_gradients", hearing)
-        run(config, mesh)
+        run(config, group)
     return len(calls)
 
 
@@ -85,26 +89,26 @@ def test_a_stop_in_warm_up_and_compilation_trains_nothing(tiny_data: Path, tmp_p
     assert rows(tmp_path / "run") == [] and list_checkpoints(tmp_path / "run") == []
 
 
-def hear_in_sampling(mesh: Mesh, interrupted: Config, whole: Config) -> int:
+def hear_in_sampling(group: ProcessGroup, interrupted: Config, whole: Config) -> int:
     """One rank hears SIGTERM at the fifth token; then to the end; then a run that heard nothing. Tokens until then."""
     generate, drawn = samples.generate_rows, []
 
     def hearing(*args: Any, **kwargs: Any) -> Any:
         for row in generate(*args, **kwargs):
             drawn.append(row)
-            if len(drawn) == 5 and mesh.rank == mesh.world - 1:
+            if len(drawn) == 5 and group.rank == group.world - 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             yield row
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(samples, "generate_rows", hearing)
-        run(interrupted, mesh)
-    if mesh.is_main:
+        run(interrupted, group)
+    if group.is_main:
         found = status(interrupted.directory)
         assert (found["state"], found["step"], found["reason"]) == ("stopped", 10, "SIGTERM"), found
         assert not (interrupted.directory / "samples.jsonl").exists()
-    run(interrupted, mesh)
-    run(whole, mesh)
+    run(interrupted, group)
+    run(whole, group)
     return len(drawn)
 
 
@@ -123,21 +127,21 @@ def test_a_stop_in_sampling_leaves_the_sample_to_the_next_start(tiny_data: Path,
     assert both[0] == both[1] and both[0].count("\n") == 1
 
 
-def sample_unequally(mesh: Mesh, config: Config) -> None:
+def sample_unequally(group: ProcessGroup, config: Config) -> None:
     """Rank 1 draws other tokens, as another rounding of its logits may have it; its samples end with them."""
     generate = samples.generate_rows
 
     def differing(*args: Any, **kwargs: Any) -> Any:
         for number, row in enumerate(generate(*args, **kwargs)):
-            yield [0 for _ in row] if mesh.rank == 1 and number == 3 else row
+            yield [0 for _ in row] if group.rank == 1 and number == 3 else row
 
     def until_end(sampler: samples.Sampler, tokens: list[int]) -> list[int]:
-        return tokens[: tokens.index(0)] if mesh.rank == 1 else tokens
+        return tokens[: tokens.index(0)] if group.rank == 1 else tokens
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(samples, "generate_rows", differing)
         patch.setattr(samples.Sampler, "_until_end", until_end)
-        run(config, mesh)
+        run(config, group)
 
 
 def test_ranks_that_draw_different_samples_do_not_wait_for_each_other(tiny_data: Path, tmp_path: Path) -> None:

@@ -12,19 +12,19 @@ import torch
 
 from tests.groups import run_on_ranks
 from tests.runs import tiny_config
-from train import stragglers
 from train.config import Config
+from train.guards import stragglers
+from train.guards.stragglers import Stragglers, slow_ranks
 from train.main import run
-from train.mesh import Mesh
-from train.stragglers import Stragglers, slow_ranks
+from train.processes.group import ProcessGroup
 
 
-def train_with_rank_2_slow(mesh: Mesh, config: Config) -> None:
+def train_with_rank_2_slow(group: ProcessGroup, config: Config) -> None:
     """By a clock of its own, on which every reading is later by as much: a busy machine changes nothing."""
     stragglers.STEPS_BETWEEN_LOOKS = 5
-    readings = itertools.count(step=0.3 if mesh.rank == 2 else 0.1)
+    readings = itertools.count(step=0.3 if group.rank == 2 else 0.1)
     stragglers.time = SimpleNamespace(perf_counter=lambda: float(next(readings)))  # type: ignore[assignment]
-    run(config, mesh)
+    run(config, group)
 
 
 @pytest.mark.parametrize(("mode", "factor"), [("ddp", 1), ("fsdp", 2)])
@@ -45,7 +45,7 @@ def test_the_slow_rank_is_named_in_the_log_and_no_other(
 
 def test_a_rank_is_said_to_be_slow_at_the_second_look_and_again_only_after_it_was_fine() -> None:
     said: list[str] = []
-    looking = Stragglers(Mesh(0, 4, torch.device("cpu")), ["a", "a", "b", "b"], said.append)
+    looking = Stragglers(ProcessGroup(0, 4, torch.device("cpu")), ["a", "a", "b", "b"], said.append)
     fine, slow = [0.150, 0.140, 0.160, 0.150], [0.150, 0.140, 0.160, 0.300]
     lines = []
     for seconds in (fine, slow, fine, slow, slow, slow, slow, fine, slow, slow):
@@ -66,11 +66,11 @@ def test_slow_is_more_than_half_again_the_median_of_the_others() -> None:
 
 
 def test_a_warm_up_is_no_step_and_a_world_of_one_measures_nothing() -> None:
-    alone = Stragglers(Mesh(0, 1, torch.device("cpu")), ["a"], print)
+    alone = Stragglers(ProcessGroup(0, 1, torch.device("cpu")), ["a"], print)
     alone.begin_step()
     alone.end_step()
     alone.record(100)
-    many = Stragglers(Mesh(0, 2, torch.device("cpu")), ["a", "b"], print)
+    many = Stragglers(ProcessGroup(0, 2, torch.device("cpu")), ["a", "b"], print)
     many.end_step()
     many.begin_step()
     many.end_step()

@@ -16,14 +16,14 @@ import pytest
 import torch
 import tyro
 
-from data_prep.errors import InputError
+from common.errors import InputError
 from launch import runs, submit
 from launch.grid import points_of, split
-from launch.on_slurm import refusal, sbatch_flags
-from launch.on_this_machine import shares_of_gpus
+from launch.local import shares_of_gpus
 from launch.options import SubmitOptions, minutes_of
 from launch.runs import look, runs_in
-from model.trained import list_checkpoints, step_of
+from launch.slurm_jobs import refusal, sbatch_flags
+from model.checkpoint import list_checkpoints, step_of
 from tests.runs import ROOT, assert_same_tensors, called, curve, final_tensors, losses, status, tiny_flags
 from train import main as trainer
 from train.config import parse

@@ -15,8 +15,8 @@ import pytest
 import torch
 import tyro
 
+from common.tables import put_into
 from data_prep.manifest import read_manifest
-from data_prep.pages import put_into
 from launch import experiments, submit, sweep
 from launch.experiments import ABLATIONS, CPU_PRESET, NAMES, PRESETS_SWEPT, RUNGS, sweep_named
 from launch.grid import Point
@@ -27,10 +27,10 @@ from tests.groups import run_on_ranks
 from tests.runs import ROOT, called, rows, status, tiny_config, tiny_flags
 from train import main as trainer
 from train.config import parse
+from train.guards.nonfinite import DivergedError
 from train.main import run
-from train.mesh import Mesh
-from train.nonfinite import DivergedError
 from train.presets import PRESETS
+from train.processes.group import ProcessGroup
 
 
 @pytest.mark.parametrize(
@@ -58,9 +58,9 @@ def test_the_published_sizes_are_swept() -> None:
     story = parse(["tinystories"], PRESETS)
     assert {3e-4, 1e-2} <= {entry.x for entry in sweep_named("lr", story).entries}
     sizes = {entry.x for entry in sweep_named("batch", story).entries}
-    assert min(sizes) == 1 and max(sizes) == 512 and story.windows_per_step in sizes
+    assert min(sizes) == 1 and max(sizes) == 512 and story.sequences_per_step in sizes
     largest = parse(["tinystories", *sweep_named("batch", story, world=8).entries[-1].flags], PRESETS)
-    assert largest.train.micro_batch == 64, "512 windows of 8 processes"
+    assert largest.train.micro_batch == 64, "512 sequences of 8 processes"
 
 
 def test_the_rate_grows_with_the_root_of_the_batch() -> None:
@@ -78,11 +78,11 @@ def tiny(data: Path) -> list[str]:
     return [*left, "--sample.every", "None"]
 
 
-def diverges_somewhere(mesh: Mesh, data: Path, folder: Path) -> str:
+def diverges_somewhere(group: ProcessGroup, data: Path, folder: Path) -> str:
     config = tiny_config(data, folder / "run", diverged_above=3.3)
     config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr_peak=30.0, clip_norm=None))
     try:
-        run(config, mesh)
+        run(config, group)
     except DivergedError as error:
         return str(error)
     return "learned"
@@ -102,7 +102,7 @@ def test_a_run_that_diverges_ends_as_failed_on_every_rank(tiny_data: Path, tmp_p
 def test_one_row_above_is_a_bad_batch(tiny_data: Path, tmp_path: Path) -> None:
     """The first row is ln V of 33 characters, 3.5; the rows after it are below."""
     config = tiny_config(tiny_data, tmp_path / "run", steps=4, diverged_above=3.49)
-    run(config, Mesh(0, 1, torch.device("cpu")))
+    run(config, ProcessGroup(0, 1, torch.device("cpu")))
     found = [row["loss"] for row in rows(tmp_path / "run") if "loss" in row]
     assert found[0] > 3.49 > found[1] and status(tmp_path / "run")["state"] == "done"
 
@@ -218,7 +218,7 @@ def test_wrong_input_is_one_line(tmp_path: Path) -> None:
         (["budget"], "--minutes M is for budget, and budget needs it"),
         (["budget", "--minutes", "-1"], "--minutes -1 must be a finite number above 0"),
         (["budget", "--minutes", "1", "--train.steps", "9"], "--train.steps: the sweep budget sets it for each run"),
-        (["ladder", "--model.rung", "head"], "--model.rung: the sweep ladder sets it for each run"),
+        (["ladder", "--model.kind", "head"], "--model.kind: the sweep ladder sets it for each run"),
         (["lr", "--optim.lr-peak", "1"], "--optim.lr-peak: the sweep lr sets it for each run"),
         (["ablate", "--model.mlp=gelu"], "--model.mlp: the sweep ablate sets it for each run"),
         (["descent", "--nodes", "2"], "descent takes no flag but --into; given: --nodes 2"),

@@ -8,19 +8,19 @@ from typing import Any
 import pytest
 import torch
 
-from data_prep.errors import InputError
+from common.errors import InputError
 from data_prep.manifest import read_manifest
+from model.checkpoint import load_model
 from model.gpt import build_model
-from model.trained import load_trained
 from tests.groups import leaving_no_group, run_on_ranks
 from tests.runs import assert_same_tensors, curve, final_tensors, losses, tiny_config, with_save
 from tests.test_exact import cut_back
 from tests.test_switches import MODERN
 from train.config import Config, ParallelConfig, settings_without_effect, with_vocabulary
-from train.fit import check_device
 from train.main import run
-from train.mesh import Mesh
 from train.optim import build_optimizer
+from train.parallel.auto_micro_batch import check_device
+from train.processes.group import ProcessGroup
 
 STEPS = 12
 WAYS: dict[str, dict[str, Any]] = {
@@ -40,14 +40,14 @@ def configured(data: Path, folder: Path, name: str, **train: Any) -> Config:
     return replace(config, model=replace(config.model, **MODERN, num_layers=3), parallel=ParallelConfig(mode=mode))
 
 
-def train_ways(mesh: Mesh, data: Path, folder: Path, names: list[str]) -> None:
+def train_ways(group: ProcessGroup, data: Path, folder: Path, names: list[str]) -> None:
     for name in names:
-        with leaving_no_group(mesh):
-            run(configured(data, folder, name), mesh)
+        with leaving_no_group(group):
+            run(configured(data, folder, name), group)
     if "fsdp" in names:  # lose all after step 5, and go on
         again = replace(configured(data, folder, "fsdp"), run_dir=folder / "again")
-        mesh.on_main(partial(cut_back, folder / "fsdp", again.directory, step=5))
-        run(again, mesh)
+        group.on_main(partial(cut_back, folder / "fsdp", again.directory, step=5))
+        run(again, group)
 
 
 RUNS_ARE_LONG = pytest.mark.long(reason="runs with many switches; test_switches.py has each, test_modes.py the layouts")
@@ -91,7 +91,7 @@ def test_a_checkpoint_holds_the_untied_head_and_reads_back(trained: Path) -> Non
     tensors = final_tensors(trained / "fsdp")
     names = {name for name in tensors if name.startswith("model.")}
     assert {"model.lm_head.weight", "model.transformer.h.2.attn.value_mix"} <= names
-    model = load_trained(trained / "fsdp").model
+    model = load_model(trained / "fsdp").model
     assert {f"model.{name}" for name in model.state_dict()} == names
     assert all(torch.equal(tensor, tensors[f"model.{name}"]) for name, tensor in model.state_dict().items())
 
@@ -104,9 +104,9 @@ def test_compiled_and_sharded_and_recomputed_it_is_the_same_run(tiny_data: Path,
     assert (losses(trained / "compiled") - losses(trained / "none")).abs().max() <= 1e-5
 
 
-def train_compiled(mesh: Mesh, data: Path, folder: Path) -> None:
+def train_compiled(group: ProcessGroup, data: Path, folder: Path) -> None:
     config = configured(data, folder, "fsdp, checkpointing", compile=True)
-    run(replace(config, run_dir=folder / "compiled"), mesh)
+    run(replace(config, run_dir=folder / "compiled"), group)
 
 
 @RUNS_ARE_LONG
@@ -128,7 +128,7 @@ def test_flex_is_refused_where_it_cannot_train(tiny_data: Path, tmp_path: Path) 
     config = configured(tiny_data, tmp_path, "none")
     flex = replace(config, model=replace(config.model, attention="flex"))
     with pytest.raises(InputError, match="has no backward pass on a CPU; train with --model"):
-        run(flex, Mesh(0, 1, torch.device("cpu")))
+        run(flex, ProcessGroup(0, 1, torch.device("cpu")))
     assert not flex.directory.exists()
     check_device(flex, torch.device("cuda"))
 

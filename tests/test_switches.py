@@ -16,18 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_prep.errors import InputError
-from model.attention import Shared, naive_attention, rope_rotation, rotated
-from model.blocks import MLP, Block
+from common.errors import InputError
 from model.config import GPT2, ModelConfig
-from model.gpt import GPT, build_model
-from model.hf_format import from_hugging_face, to_hugging_face
-from model.layers import make_norm
-from train.losses import Objective
+from model.gpt import GPT, MLP, Block, Shared, build_model, make_norm, naive_attention, rope_rotation, rotated
+from model.hf.format import from_hugging_face, to_hugging_face
+from train.losses import LossModel
 
 TINY = ModelConfig(num_layers=3, num_heads=2, width=32, vocab_size=100, context_len=16)
 MODERN: dict[str, Any] = {
-    "positions": "rope",
+    "position_embedding": "rope",
     "norm": "rmsnorm",
     "mlp": "swiglu",
     "tie": False,
@@ -37,8 +34,8 @@ MODERN: dict[str, Any] = {
     "value_residual": True,
 }
 ONE_BY_ONE: list[dict[str, Any]] = [
-    {"positions": "rope"},
-    {"positions": "none"},
+    {"position_embedding": "rope"},
+    {"position_embedding": "none"},
     {"norm": "rmsnorm"},
     {"norm": "none"},
     {"norm_place": "post"},
@@ -46,8 +43,8 @@ ONE_BY_ONE: list[dict[str, Any]] = [
     {"mlp": "relu2"},
     {"mlp": "silu"},
     {"mlp": "swiglu"},
-    {"mlp": "swiglu", "hidden_size": 48},
-    {"hidden_size": 40},
+    {"mlp": "swiglu", "mlp_width": 48},
+    {"mlp_width": 40},
     {"tie": False},
     {"bias": False},
     {"qk_norm": True},
@@ -111,13 +108,13 @@ def assert_same_function(
 
 def test_with_llamas_switches_it_is_llama() -> None:
     """Positions, norm, MLP, head and the order of it all, gradients too."""
-    config = switched(positions="rope", norm="rmsnorm", mlp="swiglu", tie=False, bias=False)
+    config = switched(position_embedding="rope", norm="rmsnorm", mlp="swiglu", tie=False, bias=False)
     ours = moved(config)
     theirs = transformers().LlamaForCausalLM(
         transformers().LlamaConfig(
             vocab_size=config.padded_vocab_size,
             hidden_size=config.width,
-            intermediate_size=config.mlp_width,
+            intermediate_size=config.resolved_mlp_width,
             num_hidden_layers=config.num_layers,
             num_attention_heads=config.num_heads,
             max_position_embeddings=config.context_len,
@@ -131,13 +128,13 @@ def test_with_llamas_switches_it_is_llama() -> None:
 
 
 def test_with_qk_norm_too_it_is_qwen3() -> None:
-    config = switched(positions="rope", norm="rmsnorm", mlp="swiglu", bias=False, qk_norm=True)
+    config = switched(position_embedding="rope", norm="rmsnorm", mlp="swiglu", bias=False, qk_norm=True)
     ours = moved(config)
     theirs = transformers().Qwen3ForCausalLM(
         transformers().Qwen3Config(
             vocab_size=config.padded_vocab_size,
             hidden_size=config.width,
-            intermediate_size=config.mlp_width,
+            intermediate_size=config.resolved_mlp_width,
             num_hidden_layers=config.num_layers,
             num_attention_heads=config.num_heads,
             num_key_value_heads=config.num_heads,
@@ -195,7 +192,7 @@ def assert_same_models(ours: GPT, theirs: nn.Module, rename: Callable[[dict[str,
     [
         ({"mlp": "silu"}, {"activation_function": "silu"}),
         ({"mlp": "relu2"}, {"activation_function": "relu2"}),
-        ({"hidden_size": 40}, {"n_inner": 40}),
+        ({"mlp_width": 40}, {"n_inner": 40}),
         ({"tie": False}, {"tie_word_embeddings": False}),
         ({"attention": "naive"}, {}),
     ],
@@ -227,7 +224,7 @@ def test_what_it_cannot_express_is_refused_by_name() -> None:
     with pytest.raises(InputError) as caught:
         to_hugging_face(build_model(config, seed=1).state_dict(), config)
     for said in (
-        "--model.positions rope",
+        "--model.position-embedding rope",
         "--model.norm rmsnorm",
         "--model.mlp swiglu",
         "--model.bias False",
@@ -274,7 +271,7 @@ def test_norms_are_computed_in_fp32() -> None:
 
 @pytest.mark.parametrize("kind", ["gelu", "relu2", "silu", "swiglu"])
 def test_mlps_by_their_equations(kind: Any) -> None:
-    mlp = MLP(switched(mlp=kind, hidden_size=24))
+    mlp = MLP(switched(mlp=kind, mlp_width=24))
     for index, parameter in enumerate(mlp.parameters()):
         nn.init.normal_(parameter, generator=torch.Generator().manual_seed(index))
     weights = {name: parameter.detach() for name, parameter in mlp.named_parameters()}
@@ -361,7 +358,7 @@ def test_post_norm_by_its_equation() -> None:
         return found
 
     assert_same_function(lambda x: block(x, Shared())[0], written_out, torch.randn(2, 16, 32))
-    x_BTD = model.features(some_tokens())
+    x_BTD = model.hidden_states(some_tokens())
     last = "transformer.h.2.ln_2"
     normed = (x_BTD - model.get_parameter(f"{last}.bias")) / model.get_parameter(f"{last}.weight")
     torch.testing.assert_close(normed.mean(dim=2), torch.zeros(2, 16), rtol=0, atol=1e-5)
@@ -384,7 +381,7 @@ def test_without_norms_a_block_adds_its_halves() -> None:
 
 def test_without_positions_only_the_causal_mask_tells_them_apart() -> None:
     """And in one block, of the tokens before it, not in which order they stand."""
-    model = build_model(switched(positions="none", num_layers=1), seed=1)
+    model = build_model(switched(position_embedding="none", num_layers=1), seed=1)
     assert "transformer.wpe.weight" not in model.state_dict()
     same = model(torch.full((1, 16), 7))[0]
     torch.testing.assert_close(same, same[:1].expand_as(same))
@@ -415,7 +412,7 @@ def test_the_value_residual_by_its_equation() -> None:
         x_BTD = x_BTD + block.attn.c_proj(y_BHTK.transpose(1, 2).flatten(2))
         x_BTD = x_BTD + block.mlp(block.ln_2(x_BTD))
     wanted = model.transformer["ln_f"](x_BTD)
-    found = model.features(tokens_BT)
+    found = model.hidden_states(tokens_BT)
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-5)
     parameters = [parameter for name, parameter in weights.items() if "c_attn" in name or "value_mix" in name]
     slope = torch.linspace(-1, 1, 32)
@@ -431,20 +428,20 @@ def test_the_softcap_by_its_equation(chunked: bool, is_compiled: bool) -> None:
     """In logits, loss, gradients and validation alike."""
     model = moved(switched(logit_softcap=2.0))
     inputs_BT, targets_BT = some_tokens(), some_tokens().roll(1, dims=1)
-    raw_BTV = F.linear(model.features(inputs_BT), model.lm_head.weight)
+    raw_BTV = F.linear(model.hidden_states(inputs_BT), model.lm_head.weight)
     assert raw_BTV.abs().max() > 2
     capped_BTV = 2 * torch.tanh(raw_BTV / 2)
     torch.testing.assert_close(model(inputs_BT), capped_BTV)
     wanted = F.cross_entropy(capped_BTV[..., :100].flatten(0, 1), targets_BT.flatten(), reduction="sum")
-    objective = Objective(model, chunked=chunked, compiled=is_compiled)
-    found = objective(inputs_BT, targets_BT, torch.ones(()))
+    loss_model = LossModel(model, chunked=chunked, compiled=is_compiled)
+    found = loss_model(inputs_BT, targets_BT, torch.ones(()))
     torch.testing.assert_close(found[0], wanted)
     parameters = list(model.parameters())
     for ours, theirs in zip(
         torch.autograd.grad(found[0], parameters), torch.autograd.grad(wanted, parameters), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(objective.token_losses(inputs_BT, targets_BT).sum(), wanted)
+    torch.testing.assert_close(loss_model.token_losses(inputs_BT, targets_BT).sum(), wanted)
 
 
 def test_an_untied_head_is_a_matrix_of_its_own() -> None:
@@ -458,7 +455,7 @@ def test_projections_that_begin_at_zero_make_blocks_the_identity() -> None:
     model = build_model(switched(zero_init_projections=True), seed=1)
     tokens_BT = some_tokens()
     x_BTD = model.transformer["wte"](tokens_BT) + model.state_dict()["transformer.wpe.weight"]
-    assert torch.equal(model.features(tokens_BT), model.transformer["ln_f"](x_BTD))
+    assert torch.equal(model.hidden_states(tokens_BT), model.transformer["ln_f"](x_BTD))
 
 
 # --- Documents --------------------------------------------------------------------------------------------------------
@@ -466,7 +463,7 @@ def test_projections_that_begin_at_zero_make_blocks_the_identity() -> None:
 
 def with_documents(tokens_BT: Tensor, eot_id: int) -> Tensor:
     """GPT-2's logits, documents cut out and put through the model one by one, at the places where they stood."""
-    model = build_model(switched(positions="rope"), seed=1)  # which sees only distances
+    model = build_model(switched(position_embedding="rope"), seed=1)  # which sees only distances
     logits_BTV = torch.empty(*tokens_BT.shape, model.config.padded_vocab_size)
     for row_T, logits_TV in zip(tokens_BT, logits_BTV, strict=True):
         begins = sorted({0, *(row_T == eot_id).nonzero().flatten().tolist()})
@@ -480,11 +477,11 @@ def with_documents(tokens_BT: Tensor, eot_id: int) -> Tensor:
 def test_flex_sees_a_tokens_own_document_alone() -> None:
     tokens_BT = some_tokens(3)
     tokens_BT[0, [4, 5, 11]] = tokens_BT[1, 0] = 3
-    model = build_model(switched(positions="rope", attention="flex", eot_id=3), seed=1)
+    model = build_model(switched(position_embedding="rope", attention="flex", eot_id=3), seed=1)
     torch.testing.assert_close(model(tokens_BT), with_documents(tokens_BT, 3), rtol=0, atol=1e-5)
-    plain = build_model(switched(positions="rope"), seed=1)
+    plain = build_model(switched(position_embedding="rope"), seed=1)
     assert (model(tokens_BT) - plain(tokens_BT)).abs().max() > 1e-3
-    unmarked = build_model(switched(positions="rope", attention="flex", eot_id=None), seed=1)
+    unmarked = build_model(switched(position_embedding="rope", attention="flex", eot_id=None), seed=1)
     torch.testing.assert_close(unmarked(tokens_BT), plain(tokens_BT), rtol=0, atol=1e-5)
 
 
@@ -494,7 +491,7 @@ def test_flex_compiled_is_flex_in_eager() -> None:
     """A minute of C++ compilation."""
     tokens_BT = some_tokens(3)
     tokens_BT[0, [4, 5, 11]] = 3
-    model = build_model(switched(positions="rope", attention="flex", eot_id=3), seed=1)
+    model = build_model(switched(position_embedding="rope", attention="flex", eot_id=3), seed=1)
     for part in model.compiled_parts:
         part.forward = torch.compile(part.forward, dynamic=False)
     torch.testing.assert_close(model(tokens_BT), with_documents(tokens_BT, 3), rtol=0, atol=1e-5)
@@ -521,10 +518,10 @@ def test_it_is_causal_and_learns(switches: dict[str, Any]) -> None:
     before, after = model(tokens_BT), model(changed_BT)
     torch.testing.assert_close(before[:, :9], after[:, :9], rtol=0, atol=1e-6)
     assert not torch.equal(before[0, 9:], after[0, 9:])
-    objective, optimizer = Objective(model, chunked=False), torch.optim.AdamW(model.parameters(), lr=1e-2)
+    loss_model, optimizer = LossModel(model, chunked=False), torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(30):
-        loss = objective(tokens_BT[:, :-1], tokens_BT[:, 1:], torch.tensor(1 / 30))[0]
+        loss = loss_model(tokens_BT[:, :-1], tokens_BT[:, 1:], torch.tensor(1 / 30))[0]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -562,20 +559,23 @@ def test_compiled_equals_eager(switches: dict[str, Any], dtype: torch.dtype, bac
 
 def test_hidden_sizes_match_parameters_within_2_percent() -> None:
     for width in (*range(8, 200), 384, 512, 768, 1024, 1280, 1600, 2048, 12288):
-        hidden_size = dataclasses.replace(GPT2, width=width, num_heads=1, mlp="swiglu").mlp_width
-        assert 3 * hidden_size * width == pytest.approx(8 * width**2, rel=0.02), width
+        mlp_width = dataclasses.replace(GPT2, width=width, num_heads=1, mlp="swiglu").resolved_mlp_width
+        assert 3 * mlp_width * width == pytest.approx(8 * width**2, rel=0.02), width
         if width >= 1600:
-            assert hidden_size % 64 == 0
-    assert switched(mlp="swiglu", width=768).mlp_width == 2048
-    assert switched(mlp="relu2").mlp_width == 128 and switched(mlp="relu2", hidden_size=7).mlp_width == 7
+            assert mlp_width % 64 == 0
+    assert switched(mlp="swiglu", width=768).resolved_mlp_width == 2048
+    assert (
+        switched(mlp="relu2").resolved_mlp_width == 128 and switched(mlp="relu2", mlp_width=7).resolved_mlp_width == 7
+    )
 
 
 @pytest.mark.parametrize(
     ("switches", "said"),
     [
         (
-            {"positions": "rope", "num_heads": 32},
-            "--model.positions rope turns pairs, but a head has 1 = --model.width 32 / --model.num-heads 32 elements; "
+            {"position_embedding": "rope", "num_heads": 32},
+            "--model.position-embedding rope turns pairs, but a head has 1 = --model.width 32 / "
+            "--model.num-heads 32 elements; "
             "try --model.width 64",
         ),
         (
@@ -584,7 +584,7 @@ def test_hidden_sizes_match_parameters_within_2_percent() -> None:
         ),
         ({"logit_softcap": 0.0}, "--model.logit-softcap 0.0 must be a finite number above 0, or None"),
         ({"logit_softcap": math.inf}, "--model.logit-softcap inf must be a finite number above 0, or None"),
-        ({"hidden_size": 0}, "--model.hidden-size 0 must be at least 1"),
+        ({"mlp_width": 0}, "--model.mlp-width 0 must be at least 1"),
     ],
 )
 def test_what_contradicts_itself_is_refused(switches: dict[str, Any], said: str) -> None:

@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import tiktoken
 
-from data_prep.codec import load_codec
-from data_prep.errors import InputError
+from common.errors import InputError
 from data_prep.manifest import Manifest
 from data_prep.textfiles import Options, main, prepare
+from data_prep.tokenizer import load_tokenizer
 from tests.runs import called
 
 SCRIPT = str(Path(__file__).resolve().parents[1] / "data_prep" / "textfiles.py")
@@ -56,8 +56,8 @@ def tokens(data: Path, split: str) -> list[int]:
 
 
 def decoded(data: Path) -> bytes:
-    codec = load_codec(data)
-    return codec.decode_bytes(tokens(data, "train")) + codec.decode_bytes(tokens(data, "val"))
+    tokenizer = load_tokenizer(data)
+    return tokenizer.decode_bytes(tokens(data, "train")) + tokenizer.decode_bytes(tokens(data, "val"))
 
 
 def state(folder: Path) -> dict[str, tuple[bytes, int]]:
@@ -150,17 +150,15 @@ def test_every_file_is_a_document_that_begins_with_eot(shared_data: Path, tmp_pa
         assert starts == [place for place, index in enumerate(expected) if index == EOT]
 
 
-@pytest.mark.parametrize("tokenizer", ["char", "gpt2"])
-def test_a_cut_between_two_files_divides_neither(shared_data: Path, tmp_path: Path, tokenizer: str) -> None:
+@pytest.mark.parametrize("name", ["char", "gpt2"])
+def test_a_cut_between_two_files_divides_neither(shared_data: Path, tmp_path: Path, name: str) -> None:
     sources = (write(tmp_path / "a.txt", "aaa\n" * 10), write(tmp_path / "b.txt", "bbb\n" * 10))
-    manifest = prepare(Options(sources, tmp_path / "data", tokenizer, val_fraction=0.5))
-    codec = load_codec(tmp_path / "data")
-    assert codec.decode_bytes(tokens(tmp_path / "data", "train")) == b"aaa\n" * 10
-    assert codec.decode_bytes(tokens(tmp_path / "data", "val")) == b"bbb\n" * 10
+    manifest = prepare(Options(sources, tmp_path / "data", name, val_fraction=0.5))
+    tokenizer = load_tokenizer(tmp_path / "data")
+    assert tokenizer.decode_bytes(tokens(tmp_path / "data", "train")) == b"aaa\n" * 10
+    assert tokenizer.decode_bytes(tokens(tmp_path / "data", "val")) == b"bbb\n" * 10
     assert [manifest.splits[split].documents for split in ("train", "val")] == [1, 1]
-    assert (tokens(tmp_path / "data", "val") + tokens(tmp_path / "data", "train")).count(EOT) == 2 * (
-        tokenizer == "gpt2"
-    )
+    assert (tokens(tmp_path / "data", "val") + tokens(tmp_path / "data", "train")).count(EOT) == 2 * (name == "gpt2")
 
 
 @pytest.mark.parametrize(
@@ -426,9 +424,9 @@ def test_one_row_is_not_cut(tmp_path: Path) -> None:
 def test_a_validation_file_of_its_own(tmp_path: Path) -> None:
     train, val = write(tmp_path / "train.txt", ALICE), write(tmp_path / "val.txt", "the end ~")
     manifest = prepare(Options((train,), tmp_path / "data", "char", val_input=(val,)))
-    codec = load_codec(tmp_path / "data")
-    assert codec.decode_bytes(tokens(tmp_path / "data", "train")) == ALICE.encode()
-    assert codec.decode_bytes(tokens(tmp_path / "data", "val")) == b"the end ~"
+    tokenizer = load_tokenizer(tmp_path / "data")
+    assert tokenizer.decode_bytes(tokens(tmp_path / "data", "train")) == ALICE.encode()
+    assert tokenizer.decode_bytes(tokens(tmp_path / "data", "val")) == b"the end ~"
     assert [file["name"] for file in manifest.source["val_files"]] == ["val.txt"]
     assert manifest.options["val_fraction"] is None
 

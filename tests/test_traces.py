@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from data_prep.errors import InputError
-from train.traces import Trace, open_trace, parse_steps
+from common.errors import InputError
+from train.metrics.profiler import Trace, open_trace, parse_steps
 
 
 def train(trace: Trace | None, steps: range) -> None:
@@ -78,7 +78,7 @@ def test_the_table_names_the_kernels_and_its_shares_are_of_the_whole(tmp_path: P
     assert sum(shares) == pytest.approx(100 * sum(times) / total, abs=4)  # both are rounded
 
 
-def test_a_run_that_ends_inside_the_window_writes_what_there_is(tmp_path: Path) -> None:
+def test_a_run_that_ends_inside_the_sequence_writes_what_there_is(tmp_path: Path) -> None:
     trace, said = open_here(tmp_path, range(3, 100))
     train(trace, range(6))
     path = tmp_path / "traces" / "steps_3_6_rank0.json.gz"
@@ -95,7 +95,7 @@ def test_a_run_that_ends_inside_the_window_writes_what_there_is(tmp_path: Path) 
     ],
     ids=["never reached", "resumed inside", "prepared only"],
 )
-def test_a_window_that_is_not_met_is_said_and_writes_nothing(tmp_path: Path, steps: range, warning: str) -> None:
+def test_a_sequence_that_is_not_met_is_said_and_writes_nothing(tmp_path: Path, steps: range, warning: str) -> None:
     trace, said = open_here(tmp_path, range(8, 12))
     train(trace, steps)
     assert said == [warning]

@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
-from train import tracking
-from train.tracking import Tracking, open_tracking
+from train.metrics import wandb_process
+from train.metrics.wandb_process import Tracking, open_tracking
 
 ROOT = Path(__file__).resolve().parents[1]
 ID = "abcd1234"
@@ -203,7 +203,7 @@ def test_without_a_login_it_says_so_and_records_offline(start: Any, tmp_path: Pa
 
 
 def test_without_a_server_it_records_offline(start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "INIT_SECONDS", 1.0)
+    monkeypatch.setattr(wandb_process, "INIT_SECONDS", 1.0)
     monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # the discard port: nothing listens
     monkeypatch.setenv("WANDB_API_KEY", "a" * 40)
     before = time.monotonic()
@@ -317,13 +317,13 @@ def test_a_failed_trainer_does_not_wait_and_its_run_is_ended_as_failed(start: An
     tracked.leave()
     assert time.monotonic() - started < 1.0
     assert "wandb sync" in said[-1]
-    wait_for(lambda: [str(len(tracking.LEFT))] if tracking.LEFT[-1].poll() is not None else [])
+    wait_for(lambda: [str(len(wandb_process.LEFT))] if wandb_process.LEFT[-1].poll() is not None else [])
     (attempt,) = attempts(tmp_path / "run")
     assert exit_codes(attempt) == [1] and [row["step"] for row in logged(attempt)] == [1, 2, 5]
 
 
 def test_a_helper_that_hangs_delays_nothing(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "CLOSE_SECONDS", 0.5)
+    monkeypatch.setattr(wandb_process, "CLOSE_SECONDS", 0.5)
     tracked, said = start()
     os.kill(tracked._helper.pid, signal.SIGSTOP)
     before = time.monotonic()
@@ -336,7 +336,7 @@ def test_a_helper_that_hangs_delays_nothing(start: Any, monkeypatch: pytest.Monk
 
 
 def test_rows_that_nobody_takes_are_not_kept_for_ever(start: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tracking, "MAX_UNSENT_BYTES", 10_000)
+    monkeypatch.setattr(wandb_process, "MAX_UNSENT_BYTES", 10_000)
     tracked, said = start()
     os.kill(tracked._helper.pid, signal.SIGSTOP)
     for step in range(10_000):
@@ -349,7 +349,7 @@ TRAINER = """
 import os, signal, sys, time
 sys.path[0] = {root!r}
 from pathlib import Path
-from train.tracking import open_tracking
+from train.metrics.wandb_process import open_tracking
 signal.signal(signal.SIGINT, lambda number, frame: None)
 tracked = open_tracking(mode="offline", run_dir=Path("run"), run_id={id!r}, name="tiny", project="ladder", group=None,
                         tags=(), config={{}}, provenance={{}}, say=print)

@@ -15,20 +15,21 @@ from typing import Any
 import pytest
 import torch
 
-from data_prep.atomic import sha256_of_file
+from common.files import sha256_of_file
 from data_prep.textfiles import Options, prepare
+from model.checkpoint import STATE_FILE, SUMS_FILE
 from model.hf_bridge import main as bridge
-from model.trained import STATE_FILE, SUMS_FILE
 from tests.corpus import make_text
 from tests.groups import run_on_ranks
 from tests.hellaswag_items import write_items
 from tests.runs import ROOT, called, rows, tiny_config, torchrun
-from train import hellaswag_score, validate
+from train import validate
+from train.evals import hellaswag
+from train.evals.validation import Validation
 from train.main import run
-from train.mesh import Mesh
-from train.stops import Stops
+from train.processes.group import ProcessGroup
+from train.processes.stop_requests import StopRequests
 from train.validate import main
-from train.validation import Validation
 
 NUM_ITEMS = 60
 
@@ -40,7 +41,7 @@ def trained_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     items = write_items(folder / "items.jsonl", NUM_ITEMS)
     config = tiny_config(tiny_data, folder / "run", steps=50)
     config = replace(config, validate=replace(config.validate, hellaswag=items, hellaswag_every=10))
-    run(config, Mesh(0, 1, torch.device("cpu")))
+    run(config, ProcessGroup(0, 1, torch.device("cpu")))
     return folder / "run"
 
 
@@ -137,8 +138,8 @@ def test_micro_batch_and_compilation_change_nothing_but_rounding(
     assert report["hellaswag"]["acc_norm"] == row["hellaswag_acc_norm"]
 
 
-def in_ranks(mesh: Mesh, args: dict[str, Any]) -> dict[str, Any]:
-    return validate.evaluate(validate.Options(**args), mesh, Stops(None, is_main=mesh.is_main))
+def in_ranks(group: ProcessGroup, args: dict[str, Any]) -> dict[str, Any]:
+    return validate.evaluate(validate.Options(**args), group, StopRequests(None, is_main=group.is_main))
 
 
 def check_of_two_processes(found: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -191,12 +192,12 @@ def test_a_killed_evaluation_goes_on(own_run: Path, trained_run: Path) -> None:
 
 
 def test_a_stop_keeps_what_was_scored(own_run: Path, trained_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    items, sound, calls = trained_run.parent / "items.jsonl", hellaswag_score.ending_losses, list[int]()
+    items, sound, calls = trained_run.parent / "items.jsonl", hellaswag.ending_losses, list[int]()
 
-    def stopping(*args: Any, stops: Any, **options: Any) -> Any:
+    def stopping(*args: Any, stop_requests: Any, **options: Any) -> Any:
         calls.append(1)
-        stops.reason = "SIGTERM" if len(calls) == 3 else stops.reason
-        return sound(*args, stops=stops, **options)
+        stop_requests.reason = "SIGTERM" if len(calls) == 3 else stop_requests.reason
+        return sound(*args, stop_requests=stop_requests, **options)
 
     monkeypatch.setattr(validate, "ending_losses", stopping)
     done = called(main, str(own_run), "--hellaswag", str(items), "--micro-batch", "1")
@@ -240,7 +241,7 @@ def test_a_hugging_face_folder_scores_as_its_run_and_nothing_is_written_there(
     items = write_items(tmp_path / "items.jsonl", NUM_ITEMS)
     config = tiny_config(data, tmp_path / "run", steps=5)
     config = replace(config, validate=replace(config.validate, hellaswag=items))
-    run(config, Mesh(0, 1, torch.device("cpu")))
+    run(config, ProcessGroup(0, 1, torch.device("cpu")))
     assert called(bridge, "export", str(tmp_path / "run"), "--out", str(tmp_path / "folder")).returncode == 0
     row = logged(tmp_path / "run", 5)
     card = (tmp_path / "folder" / "README.md").read_text()

@@ -1,4 +1,4 @@
-"""Validation against a plain loop over the split, one window at a time."""
+"""Validation against a plain loop over the split, one sequence at a time."""
 
 import math
 from pathlib import Path
@@ -7,24 +7,24 @@ import numpy as np
 import pytest
 import torch
 
-from data_prep.codec import load_codec
-from data_prep.errors import InputError
+from common.errors import InputError
 from data_prep.manifest import open_split
 from data_prep.shards import TokenStream, open_shard
+from data_prep.tokenizer import load_tokenizer
 from model.config import ModelConfig
 from model.gpt import GPT, build_model
-from train.losses import Objective
-from train.mesh import Mesh
-from train.stops import Stops
-from train.validation import ValidationSet, standard_error, validate, window_sums
+from train.evals.validation import ValidationSet, sequence_sums, standard_error, validate
+from train.losses import LossModel
+from train.processes.group import ProcessGroup
+from train.processes.stop_requests import StopRequests
 
-ALONE = Mesh(0, 1, torch.device("cpu"))
+ALONE = ProcessGroup(0, 1, torch.device("cpu"))
 T = 32
 
 
 @pytest.fixture
 def model(tiny_data: Path) -> GPT:
-    vocab_size = load_codec(tiny_data).vocab_size
+    vocab_size = load_tokenizer(tiny_data).vocab_size
     return build_model(ModelConfig(2, 2, 32, vocab_size=vocab_size, context_len=T), seed=1)
 
 
@@ -34,7 +34,7 @@ def validation_set(data: Path, micro_batch: int, num_tokens: int | None) -> Vali
         seq_len=T,
         micro_batch=micro_batch,
         num_tokens=num_tokens,
-        byte_lengths=load_codec(data).byte_lengths(),
+        byte_lengths=load_tokenizer(data).byte_lengths(),
     )
 
 
@@ -44,41 +44,43 @@ def test_equals_a_plain_loop(tiny_data: Path, model: GPT, micro_batch: int, num_
     stream = open_split(tiny_data, "val")
     tokens = torch.from_numpy(stream.read(0, len(stream)).astype(np.int64))
     scored = min(num_tokens or len(tokens), len(tokens) - 1)
-    text = load_codec(tiny_data).decode_bytes(tokens[1 : scored + 1].tolist())
-    window_losses = []
+    text = load_tokenizer(tiny_data).decode_bytes(tokens[1 : scored + 1].tolist())
+    sequence_losses = []
     with torch.no_grad():
         for start in range(0, scored, T):
             stop = min(start + T, scored)
             logits = model(tokens[None, start:stop])[0, :, : model.config.vocab_size]
             targets = tokens[start + 1 : stop + 1]
-            window_losses.append(torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item())
-    loss_sum = math.fsum(window_losses)
+            sequence_losses.append(torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item())
+    loss_sum = math.fsum(sequence_losses)
 
     data = validation_set(tiny_data, micro_batch, num_tokens)
-    objective = Objective(model, chunked=micro_batch == 7)
+    loss_model = LossModel(model, chunked=micro_batch == 7)
     heard: list[str] = []
-    found = validate(objective, data, mesh=ALONE, stops=Stops(Path("none"), is_main=True), beat=heard.append)
+    found = validate(
+        loss_model, data, group=ALONE, stop_requests=StopRequests(Path("none"), is_main=True), heartbeat=heard.append
+    )
     assert found is not None and found.tokens == scored
     assert len(heard) == data.num_batches
     assert found.loss == pytest.approx(loss_sum / scored, abs=1e-6)
     assert found.bits_per_byte == pytest.approx(loss_sum / math.log(2) / len(text), abs=1e-6)
     assert model.training
-    if len(window_losses) < 2:
+    if len(sequence_losses) < 2:
         assert found.stderr is None
     elif scored % T == 0:
-        means = np.array(window_losses) / T
+        means = np.array(sequence_losses) / T
         assert found.stderr == pytest.approx(means.std(ddof=1) / math.sqrt(len(means)), rel=1e-4)
     else:
         assert found.stderr is not None and 0 < found.stderr < 0.1
 
 
-def test_the_standard_error_is_how_far_samples_of_windows_spread() -> None:
-    """Against many draws from a population whose windows differ in loss and in length."""
+def test_the_standard_error_is_how_far_samples_of_sequences_spread() -> None:
+    """Against many draws from a population whose sequences differ in loss and in length."""
     generator = np.random.default_rng(1)
     tokens = np.where(generator.random((4000, 50)) < 0.1, 8.0, 32.0)
     losses = tokens * generator.normal(3.0, 0.5, (4000, 50))
     found = [
-        standard_error(*window_sums(torch.from_numpy(ls), torch.from_numpy(ns)).tolist())
+        standard_error(*sequence_sums(torch.from_numpy(ls), torch.from_numpy(ns)).tolist())
         for ls, ns in zip(losses, tokens, strict=True)
     ]
     means = losses.sum(axis=1) / tokens.sum(axis=1)
@@ -86,10 +88,13 @@ def test_the_standard_error_is_how_far_samples_of_windows_spread() -> None:
 
 
 def test_a_stop_ends_it(tiny_data: Path, model: GPT) -> None:
-    stops = Stops(Path("none"), is_main=True)
-    stops.reason = "test"
+    stop_requests = StopRequests(Path("none"), is_main=True)
+    stop_requests.reason = "test"
     data = validation_set(tiny_data, 1, None)
-    assert validate(Objective(model, chunked=False), data, mesh=ALONE, stops=stops, beat=print) is None
+    assert (
+        validate(LossModel(model, chunked=False), data, group=ALONE, stop_requests=stop_requests, heartbeat=print)
+        is None
+    )
 
 
 def test_an_empty_split_is_refused(tiny_data: Path) -> None:

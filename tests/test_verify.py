@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data_prep.codec import BpeCodec, ByteCodec, CharCodec
-from data_prep.errors import InputError
+from common.errors import InputError
 from data_prep.textfiles import Options, prepare
+from data_prep.tokenizer import BpeTokenizer, ByteTokenizer, CharTokenizer
 from data_prep.verify import main
 
 SCRIPT = str(Path(__file__).resolve().parents[1] / "data_prep" / "verify.py")
@@ -27,7 +27,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three documents by a small byte-pair vocabulary: 5 shards of train, 2 of val."""
     folder = tmp_path_factory.mktemp("sound")
     ranks = {bytes([byte]): byte for byte in range(256)} | {b"ab": 256, b"abc": 257}
-    BpeCodec(ranks, name="small").save(folder)
+    BpeTokenizer(ranks, name="small").save(folder)
     for number, text in enumerate(TEXTS):
         (folder / f"{number}.txt").write_text(text, encoding="utf-8")
     sources = tuple(str(folder / f"{number}.txt") for number in range(3))
@@ -174,9 +174,9 @@ def test_two_swapped_shards_are_found(data: Path, complaint: Callable[[Path], st
     assert names_file(said, second)
 
 
-@pytest.mark.parametrize("other", [ByteCodec(), CharCodec("abc")])
+@pytest.mark.parametrize("other", [ByteTokenizer(), CharTokenizer("abc")])
 def test_a_swapped_tokenizer_is_found(
-    data: Path, complaint: Callable[[Path], str], other: ByteCodec | CharCodec
+    data: Path, complaint: Callable[[Path], str], other: ByteTokenizer | CharTokenizer
 ) -> None:
     shutil.rmtree(data / "tokenizer")
     other.save(data)

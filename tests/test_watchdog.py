@@ -22,20 +22,22 @@ import torch.multiprocessing as mp
 from tests.groups import run_on_ranks, start_on_ranks
 from tests.runs import assert_same_tensors, curve, final_tensors, rows, status, tiny_config, tiny_flags, torchrun
 from tests.test_survival import children_of, finish, kill_everything, wait_for
-from train import loop, mesh, watchdog
-from train.batches import BatchPlan, Windows
+from train import loop
 from train.config import Config, ParallelConfig, parse
+from train.data import BatchPlan, TrainingSequences
+from train.guards import watchdog
+from train.guards.watchdog import Watchdog, verdict
 from train.main import run
-from train.mesh import Mesh
 from train.presets import PRESETS
-from train.run_dir import RunDirectory
-from train.watchdog import Watchdog, verdict
+from train.processes import group
+from train.processes.group import ProcessGroup
+from train.run.directory import RunDirectory
 
 WORLD = 3
 STEPS = 24  # the hangs are at steps 13 to 16, after a save at 10
 LIMIT_SECONDS = 4.0
 HOST = socket.gethostname()
-ALONE = Mesh(0, 1, torch.device("cpu"))
+ALONE = ProcessGroup(0, 1, torch.device("cpu"))
 
 
 def flags(data: Path, run_dir: Path) -> list[str]:
@@ -46,34 +48,34 @@ def configured(data: Path, run_dir: Path) -> Config:
     return parse(flags(data, run_dir), PRESETS)
 
 
-def sleep_then_lose_rank_0(mesh: Mesh, config: Config, folder: Path) -> None:
+def sleep_then_lose_rank_0(group: ProcessGroup, config: Config, folder: Path) -> None:
     """All wait in step 13 for the file `go`, for the test to put them to sleep; rank 0 never comes to step 16."""
     watchdog.GRACE_SECONDS = 2.0
     take_step = loop.take_step
 
-    def stopping(run: loop.Run) -> loop.Report:
-        if run.progress.step == 12 and mesh.rank == 0:
+    def stopping(run: loop.Run) -> loop.StepResult:
+        if run.progress.step == 12 and group.rank == 0:
             (folder / "reached").touch()
             while not (folder / "go").exists():
                 time.sleep(0.01)
-        if run.progress.step == 15 and mesh.rank == 0:
+        if run.progress.step == 15 and group.rank == 0:
             os.kill(os.getpid(), signal.SIGSTOP)
         return take_step(run)
 
     loop.take_step = stopping
-    run(config, mesh)
+    run(config, group)
 
 
-def block_in_a_read_of_rank_2(mesh: Mesh, config: Config) -> None:
-    micro_batches = Windows.micro_batches
+def block_in_a_read_of_rank_2(group: ProcessGroup, config: Config) -> None:
+    micro_batches = TrainingSequences.micro_batches
 
-    def a_read_that_blocks(self: Windows, position: int, plan: BatchPlan, rank: int) -> Any:
-        if rank == 2 and position // plan.windows == 12:
+    def a_read_that_blocks(self: TrainingSequences, position: int, plan: BatchPlan, rank: int) -> Any:
+        if rank == 2 and position // plan.sequences == 12:
             threading.Event().wait()
         return micro_batches(self, position, plan, rank)
 
-    Windows.micro_batches = a_read_that_blocks  # type: ignore[method-assign]
-    run(config, mesh)
+    TrainingSequences.micro_batches = a_read_that_blocks  # type: ignore[method-assign]
+    run(config, group)
 
 
 @dataclasses.dataclass
@@ -207,7 +209,7 @@ def test_a_rank_that_waits_for_its_data_is_furthest_behind(hung: Hung) -> None:
     assert "in a_read_that_blocks" in stacks and "in take" in stacks
 
 
-def finish_them(mesh_: Mesh, configs: list[Config]) -> list[float]:
+def finish_them(mesh_: ProcessGroup, configs: list[Config]) -> list[float]:
     """All runs to their end; how long a collective of each group may last by then."""
     later = dist.new_group(backend="gloo")
     for config in configs:
@@ -227,7 +229,7 @@ def test_the_same_command_then_goes_on_to_the_bits_of_the_run_that_never_hung(
         assert status(run_dir) == {"state": "done", "step": STEPS, "reason": None, "attempt": 2}
         assert curve(run_dir) == curve(whole)
         assert_same_tensors(final_tensors(run_dir), final_tensors(whole))
-    assert found == [[LIMIT_SECONDS + mesh.LATER_SECONDS] * 2] * WORLD, "every group's"
+    assert found == [[LIMIT_SECONDS + group.LATER_SECONDS] * 2] * WORLD, "every group's"
 
 
 def test_the_long_limit_holds_until_the_first_step_is_done(
@@ -261,11 +263,11 @@ def test_a_world_of_one_is_watched_too(directory: RunDirectory, monkeypatch: pyt
 
     monkeypatch.setattr(os, "_exit", leave)
     with Watchdog(ParallelConfig(init_timeout_seconds=4.0, timeout_seconds=0.1), ALONE, directory) as watched:
-        watched.beat("compiling")
+        watched.heartbeat("compiling")
         time.sleep(1.0)
         assert left == [], "the short limit does not hold yet"
         watched.expect_steps()
-        watched.beat("step 2")
+        watched.heartbeat("step 2")
         watched._thread.join(60)
     assert left == [1]
     assert status(directory.path)["state"] == "failed"

@@ -11,25 +11,26 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from data_prep.errors import InputError
+from common.errors import InputError
+from common.former_flags import refuse_former_flags
 from model.config import ModelConfig
-from model.peaks import DType
-from train.traces import parse_steps
+from model.costs.gpu_peaks import DType
+from train.metrics.profiler import parse_steps
 
 
 @dataclass(frozen=True)
 class DataConfig:
     dir: Path = Path("data/fineweb_edu_10B")
     """Data directory, as data_prep/ makes it."""
-    leave_out: tuple[int, ...] = ()
-    """Training windows never to read, such as made a step non-finite: the one after each in the data stands in its
+    skip_sequences: tuple[int, ...] = ()
+    """Training sequences never to read, such as made a step non-finite: the one after each in the data stands in its
     place. May be added to when a run is continued."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     seq_len: int = 1024
-    """Tokens per window; also the model's context."""
+    """Tokens per sequence; also the model's context."""
     steps: int = 19_073
     """Optimizer steps."""
     tokens: int | None = None
@@ -37,8 +38,8 @@ class TrainConfig:
     batch_tokens: int = 524_288
     """Tokens per step over all processes, whatever their number."""
     micro_batch: int | Literal["auto"] = 16
-    """Windows of one process's forward pass; must divide its share of the batch, or be the whole of it where the share
-    is less. Accumulation makes up the rest. auto: the largest that fits the GPU, found before step 0 and kept in
+    """Sequences of one process's forward pass; must divide its share of the batch, or be the whole of it where the
+    share is less. Accumulation makes up the rest. auto: the largest that fits the GPU, found before step 0 and kept in
     config.json."""
     dtype: DType = "bf16"
     """Of the activations and matrix products; weights, gradients and their reduction are fp32. fp16 comes with a
@@ -54,7 +55,7 @@ class TrainConfig:
     """Deterministic kernels only: bitwise repeatable on a GPU too, somewhat slower."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """When a step's loss or gradient is not finite, its update is never made. stop: save the state before it, name its
-    windows, fail. skip: note its windows and go on, but for 20 such steps in a row."""
+    sequences, fail. skip: note its sequences and go on, but for 20 such steps in a row."""
     diverged_above: float | None = None
     """A loss above this in two rows of metrics.jsonl, one after the other, ends the run as failed."""
 
@@ -134,7 +135,7 @@ class ParallelConfig:
     """hsdp: processes that together hold one copy; None: those of one host."""
     reshard_after_forward: bool = True
     """fsdp, hsdp: free each block's gathered weights between its forward and backward passes, and gather them twice."""
-    accumulate: Literal["auto", "whole", "sharded"] = "auto"
+    reduce_gradients: Literal["auto", "step", "micro_batch"] = "auto"
     """fsdp, hsdp: add up whole gradients over micro-batches and reduce them once a step, for 4 bytes per parameter, or
     reduce them after each and keep the own shard. auto: whole while they fit comfortably."""
     init_timeout_seconds: float = 1800
@@ -156,7 +157,7 @@ class TrackConfig:
     tags: tuple[str, ...] = ()
     """W&B tags."""
     peak_tflops: float | None = None
-    """The GPU's dense peak in TFLOP/s at --train.dtype, for MFU; None: from the table in model/peaks.py."""
+    """The GPU's dense peak in TFLOP/s at --train.dtype, for MFU; None: from the table in model/costs/gpu_peaks.py."""
 
 
 @dataclass(frozen=True)
@@ -199,8 +200,8 @@ class Config:
         return self.run_dir or Path("runs") / self.preset
 
     @property
-    def windows_per_step(self) -> int:
-        """The global batch in windows of seq_len tokens."""
+    def sequences_per_step(self) -> int:
+        """The global batch in sequences of seq_len tokens."""
         return self.train.batch_tokens // self.train.seq_len
 
     def to_json(self) -> dict[str, Any]:
@@ -217,6 +218,7 @@ def parse(args: Sequence[str], presets: dict[str, Config]) -> Config:
     name, flags = ("gpt2-small", list(args)) if not args or args[0].startswith("-") else (args[0], list(args[1:]))
     if name not in presets:
         raise InputError(f"no preset {name!r}{_suggestion(name, presets)}; there are {', '.join(presets)}")
+    refuse_former_flags(flags)
     preset = presets[name]
     config, unknown = tyro.cli(
         Config,
@@ -251,7 +253,7 @@ def parse_duration(text: str) -> int:
 
 
 def resolve(config: Config) -> Config:
-    """Fill in what follows from other fields: the steps from the tokens, the context from the window."""
+    """Fill in what follows from other fields: the steps from the tokens, the context from the sequence."""
     train = config.train
     if train.tokens is not None:
         train = dataclasses.replace(train, steps=train.tokens // train.batch_tokens, tokens=None)
@@ -351,8 +353,8 @@ def settings_without_effect(config: Config, device_type: str, world: int, mode: 
     one line each, for a warning."""
     said = []
     parallel, model = config.parallel, config.model
-    if model.rung != "gpt" and config.train.activation_checkpointing:
-        said.append(f"--train.activation-checkpointing has no effect with --model.rung {model.rung}: it has no blocks")
+    if model.kind != "gpt" and config.train.activation_checkpointing:
+        said.append(f"--train.activation-checkpointing has no effect with --model.kind {model.kind}: it has no blocks")
     if model.value_residual and model.num_layers == 1:
         said.append("--model.value-residual has no effect with --model.num-layers 1: there are no later blocks")
     if model.attention == "flex" and model.eot_id is None:
@@ -363,8 +365,10 @@ def settings_without_effect(config: Config, device_type: str, world: int, mode: 
         said.append(f"--parallel.shard-size {parallel.shard_size} has no effect with --parallel.mode {mode}")
     if mode in ("none", "ddp") and not parallel.reshard_after_forward:
         said.append(f"--parallel.no-reshard-after-forward has no effect with --parallel.mode {mode}")
-    if mode in ("none", "ddp") and parallel.accumulate != "auto":
-        said.append(f"--parallel.accumulate {parallel.accumulate} has no effect with --parallel.mode {mode}")
+    if mode in ("none", "ddp") and parallel.reduce_gradients != "auto":
+        said.append(
+            f"--parallel.reduce-gradients {parallel.reduce_gradients} has no effect with --parallel.mode {mode}"
+        )
     if config.preflight and config.dry_run:
         said.append("--preflight has no effect with --dry-run")
     track, sample, trace_ranks = config.track, config.sample, " ".join(map(str, config.trace_ranks))

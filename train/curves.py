@@ -27,12 +27,12 @@ if not __package__:
 
 import tyro
 
-from data_prep.atomic import write_atomically
-from data_prep.errors import InputError, one_line_errors
-from data_prep.pages import markdown, new_figure
-from model.budget import budget
-from model.config import ModelConfig
-from train.sinks import METRICS_FILE
+from common.errors import InputError, one_line_errors
+from common.files import write_atomically
+from common.tables import markdown, new_figure
+from model.config import ModelConfig, with_current_names
+from model.cost import model_cost
+from train.metrics.logger import METRICS_FILE
 
 Row = dict[str, Any]
 Axis = Literal["step", "tokens", "seconds", "flops"]
@@ -97,8 +97,9 @@ def count_parameters_of(run_dir: Path) -> int | None:
     if not path.is_file():
         return None
     try:
-        return budget(ModelConfig(**json.loads(path.read_text(encoding="utf-8"))["config"]["model"])).num_parameters
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+        recorded = json.loads(path.read_text(encoding="utf-8"))["config"]["model"]
+        return model_cost(ModelConfig(**with_current_names(recorded))).num_parameters
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         print(f"curves: warning: {path}: no model of this version in it ({error!r})", file=sys.stderr)
         return None
 

@@ -23,12 +23,12 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train import launcher
+from train.processes import parent_watch
 
-launcher.remember()
+parent_watch.remember()
 
-from data_prep.errors import InputError, first_line, one_line_errors
-from train.mesh import open_mesh
+from common.errors import InputError, first_line, one_line_errors
+from train.processes.group import open_process_group
 
 USAGE = f"usage: train/harness.py MODEL [--dtype fp32|bf16] --tasks TASK [lm-eval's flags]\n\n{__doc__}"
 BATCH_SIZE = "8"  # lm-eval's own is 1
@@ -77,23 +77,23 @@ def main(args: Sequence[str] | None = None) -> None:
             sys.argv = ["lm_eval", "run", "--help"] if wants_help else command_line(given)
             parser = HarnessCLI()
             options = parser.parse_args()
-            from train import harness_model
+            from train.evals import harness_model
 
-            with open_mesh(TIMEOUT_SECONDS, Path(tempfile.gettempdir()), program="harness") as mesh:
-                harness_model.use(mesh)
+            with open_process_group(TIMEOUT_SECONDS, Path(tempfile.gettempdir()), program="harness") as group:
+                harness_model.use(group)
                 if not any(flag.split("=")[0] == "--device" for flag in given):
-                    options.device = str(mesh.device)  # else lm-eval's default, a GPU, whether there is one or not
+                    options.device = str(group.device)  # else lm-eval's default, a GPU, whether there is one or not
                 try:
                     parser.execute(options)
                 except InputError as error:
-                    if not mesh.is_main:  # it may be this process's alone, in its share of the requests
-                        print(f"harness: rank {mesh.rank}: {error}", file=sys.stderr)
+                    if not group.is_main:  # it may be this process's alone, in its share of the requests
+                        print(f"harness: rank {group.rank}: {error}", file=sys.stderr)
                     raise
                 except ValueError as error:
                     if not str(error).startswith("Tasks not found"):
                         raise
                     raise InputError(f"lm-eval: {first_line(error)}") from error
-                mesh.barrier()  # launchers kill the rest when the first process exits
+                group.barrier()  # launchers kill the rest when the first process exits
         finally:
             sys.argv = before
 

@@ -16,23 +16,26 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from model.language_model import LanguageModel
-from train import hellaswag_score, nonfinite, optim, parallel, validation
-from train.batches import BatchPlan, Prefetcher
+from model.base import LanguageModel
+from train import optim
 from train.config import Config
-from train.layout import Layout
-from train.losses import Objective
-from train.mesh import Mesh
-from train.meters import Meters, Startup
-from train.numerics import LossScale
-from train.run_dir import RunDirectory
-from train.samples import Sampler
-from train.saves import Progress, Saver
-from train.sinks import NONFINITE_FILE, Sinks
-from train.stops import Stops
-from train.stragglers import Stragglers
-from train.traces import Trace
-from train.watchdog import Watchdog
+from train.data import BatchPlan, Prefetcher
+from train.evals import hellaswag, validation
+from train.evals.samples import Sampler
+from train.guards import nonfinite
+from train.guards.stragglers import Stragglers
+from train.guards.watchdog import Watchdog
+from train.losses import LossModel
+from train.metrics.logger import NONFINITE_FILE, RunLogger
+from train.metrics.meters import Meters, Startup
+from train.metrics.profiler import Trace
+from train.parallel import apply
+from train.parallel.plan import ParallelPlan
+from train.parallel.precision import LossScale
+from train.processes.group import ProcessGroup
+from train.processes.stop_requests import StopRequests
+from train.run.checkpoints import CheckpointWriter, Progress
+from train.run.directory import RunDirectory
 
 
 @dataclass
@@ -49,30 +52,30 @@ class Run:
     """What a run is made of. `module` is what trains: `objective` itself, or wrapped for many processes."""
 
     config: Config
-    mesh: Mesh
-    layout: Layout
+    group: ProcessGroup
+    parallel_plan: ParallelPlan
     directory: RunDirectory
     plan: BatchPlan
     batches: Prefetcher
     validation: validation.ValidationSet | None
-    hellaswag: hellaswag_score.HellaSwag | None
+    hellaswag: hellaswag.HellaSwag | None
     sampler: Sampler | None
     model: LanguageModel
-    objective: Objective
+    loss_model: LossModel
     module: nn.Module
     optimizer: torch.optim.AdamW
     mean: Tensor  # turns a rank's sum of token losses into its part of the global batch's mean
     loss_scale: LossScale | None  # with fp16
-    sinks: Sinks
-    stops: Stops
+    logger: RunLogger
+    stop_requests: StopRequests
     watchdog: Watchdog
     stragglers: Stragglers
     progress: Progress
     meters: Meters
     startup: Startup
     trace: Trace | None
-    saver: Saver
-    halt: nonfinite.Halt
+    checkpoint_writer: CheckpointWriter
+    guard: nonfinite.NonFiniteGuard
     loaded: Path | None  # the checkpoint this run continued from
     asked: Asked = field(default_factory=Asked)
     failure: Exception | None = None  # to raise once what was done is saved
@@ -80,7 +83,7 @@ class Run:
 
 
 @dataclass(frozen=True)
-class Report:
+class StepResult:
     """A step whose results may still be on their way to the host: fp64 [loss, norm, finite, bad, stops, saves wanted,
     parts of a save written, loss scale].
 
@@ -99,7 +102,7 @@ class Report:
 def train(run: Run) -> tuple[str, str | None]:
     """Train from run.progress to the last step or a stop. Returns the state and reason for status.json."""
     config, num_steps = run.config, run.config.train.steps
-    reports: deque[Report] = deque()
+    reports: deque[StepResult] = deque()
     if run.progress.step < num_steps:
         run.asked.stop = warm_up(run)
         run.startup.done("warm-up and compilation")
@@ -135,63 +138,63 @@ def train(run: Run) -> tuple[str, str | None]:
         save_at_the_end(run)
     if run.failure is not None:
         raise run.failure
-    run.mesh.on_main(run.stops.remove_file)
+    run.group.on_main(run.stop_requests.remove_file)
     if run.progress.step == num_steps and not is_due_to_look(run):
         return "done", None
-    reasons = [reason for reason in run.mesh.gather(run.stops.reason) if reason]
+    reasons = [reason for reason in run.group.gather(run.stop_requests.reason) if reason]
     return "stopped", reasons[0]
 
 
-def take_step(run: Run) -> Report:
+def take_step(run: Run) -> StepResult:
     """Enqueue one optimizer step at run.progress: batches, gradients, agreement, update."""
-    config, mesh, scale, saver = run.config, run.mesh, run.loss_scale, run.saver
+    config, group, scale, checkpoint_writer = run.config, run.group, run.loss_scale, run.checkpoint_writer
     if run.trace is not None:
         run.trace.before_step(run.progress.step)
-    run.watchdog.beat(f"step {run.progress.step + 1}, waiting for its data")
+    run.watchdog.heartbeat(f"step {run.progress.step + 1}, waiting for its data")
     run.stragglers.begin_step()
     before = time.perf_counter()
     batches = run.batches.take(run.progress.position)
     run.meters.waited_for_data(time.perf_counter() - before)
-    if run.layout.is_sharded:
+    if run.parallel_plan.is_sharded:
         run.stragglers.end()  # gathering waits for the other ranks
-    run.watchdog.beat(f"step {run.progress.step + 1}")
+    run.watchdog.heartbeat(f"step {run.progress.step + 1}")
 
     loss_sum = accumulate_gradients(run, batches, run.mean if scale is None else run.mean * scale.scale)
-    squares = optim.sum_of_squares(run.model.parameters()) / run.layout.replicas
-    flags = (run.stops.wanted(), saver.is_overdue(), saver.has_written())
+    squares = optim.sum_of_squares(run.model.parameters()) / run.parallel_plan.replicas
+    flags = (run.stop_requests.wanted(), checkpoint_writer.is_overdue(), checkpoint_writer.has_written())
     fills = [torch.full_like(loss_sum, flag) for flag in flags]  # no copy, no wait
-    totals = mesh.sum_(torch.stack([loss_sum, squares, *fills]))
+    totals = group.sum_(torch.stack([loss_sum, squares, *fills]))
     loss, norm = totals[0] / config.train.batch_tokens, totals[1].sqrt().float()
     if scale is not None:
         norm = norm / scale.scale
-    is_finite, is_bad = run.halt.judge(loss, norm, scale)
+    is_finite, is_bad = run.guard.judge(loss, norm, scale)
     lr = optim.learning_rate(run.progress.step, config.optim, config.train.steps)
-    saver.wait_until_staged()
+    checkpoint_writer.wait_until_staged()
     optim.update(run.optimizer, lr, norm, is_finite, config.optim.clip_norm, scale.scale if scale else None)
-    parallel.zero_gradients(run.module)
+    apply.zero_gradients(run.module)
     used_scale = torch.ones_like(loss) if scale is None else scale.scale.double()
     if scale is not None:
-        scale.update(is_finite, frozen=run.halt.is_halted | is_bad)
+        scale.update(is_finite, frozen=run.guard.is_halted | is_bad)
 
     results = torch.stack([loss, norm.double(), is_finite.double(), is_bad.double(), *totals[2:], used_scale])
     ready = None
-    if mesh.device.type == "cuda":
+    if group.device.type == "cuda":
         results = results.to("cpu", non_blocking=True)
         ready = torch.cuda.Event()
         ready.record()
     if run.trace is not None:
         run.trace.after_step(run.progress.step)
-    progress = run.progress.advanced(windows=run.plan.windows, tokens=config.train.batch_tokens)
-    return Report(run.progress, progress, lr, results, ready, run.meters.seconds, run.meters.data_wait_seconds)
+    progress = run.progress.advanced(sequences=run.plan.sequences, tokens=config.train.batch_tokens)
+    return StepResult(run.progress, progress, lr, results, ready, run.meters.seconds, run.meters.data_wait_seconds)
 
 
 def accumulate_gradients(run: Run, batches: list[tuple[Tensor, Tensor]], scale: Tensor) -> Tensor:
     """Gradients of (sum of token losses x scale), averaged over the ranks; this rank's loss sum, fp64."""
-    loss_sum = torch.zeros((), dtype=torch.float64, device=run.mesh.device)
+    loss_sum = torch.zeros((), dtype=torch.float64, device=run.group.device)
     for index, (inputs_BT, targets_BT) in enumerate(batches):
-        run.watchdog.beat()
+        run.watchdog.heartbeat()
         is_last = index == len(batches) - 1
-        parallel.set_gradient_sync(run.module, run.layout, is_last)
+        apply.set_gradient_sync(run.module, run.parallel_plan, is_last)
         scaled, unscaled = run.module(inputs_BT, targets_BT, scale)
         if is_last:
             run.stragglers.end_step()  # the backward pass waits for the other ranks
@@ -207,44 +210,44 @@ def warm_up(run: Run) -> bool:
     the order of addition. Without this, the first step after a resume would round differently. What validation
     and sampling call is compiled here too, under the long time-out. True if a stop was asked for meanwhile.
     """
-    run.watchdog.beat("warm-up and compilation")
+    run.watchdog.heartbeat("warm-up and compilation")
     shape = (run.plan.micro_batch, run.config.train.seq_len)
-    zeros_BT = torch.zeros(shape, dtype=torch.int64, device=run.mesh.device)
+    zeros_BT = torch.zeros(shape, dtype=torch.int64, device=run.group.device)
     for _ in range(2):
         if is_stopped(run):
             return True
         accumulate_gradients(run, [(zeros_BT, zeros_BT)], run.mean)
-        parallel.zero_gradients(run.module)
+        apply.zero_gradients(run.module)
     if run.config.train.compile:
         shapes = [shape] if run.validation is not None or run.sampler is not None else []
         for shape in [*shapes, *(run.hellaswag.shapes if run.hellaswag is not None else [])]:
-            run.watchdog.beat()
-            zeros_BT = torch.zeros(shape, dtype=torch.int64, device=run.mesh.device)
-            run.objective.token_losses(zeros_BT, zeros_BT)
-        parallel.free_gathered(run.module)
+            run.watchdog.heartbeat()
+            zeros_BT = torch.zeros(shape, dtype=torch.int64, device=run.group.device)
+            run.loss_model.token_losses(zeros_BT, zeros_BT)
+        apply.free_gathered(run.module)
     return is_stopped(run)
 
 
 def is_stopped(run: Run) -> bool:
     """Was any rank asked to stop? For where no step carries the answer: the host waits for every rank."""
-    return run.mesh.any(run.stops.wanted())
+    return run.group.any(run.stop_requests.wanted())
 
 
-def record(run: Run, report: Report) -> None:
+def record(run: Run, report: StepResult) -> None:
     """Read a step's results: note what they ask for, log them if it is their turn."""
-    run.watchdog.beat(f"step {report.progress.step}, waiting for its results")
+    run.watchdog.heartbeat(f"step {report.progress.step}, waiting for its results")
     seconds = report.seconds
     if report.ready is not None:
         report.ready.synchronize()
         seconds = run.meters.seconds
-    loss, norm, finite, bad, stops, saves, written, scale = report.results.tolist()
+    loss, norm, finite, bad, stop_requests, saves, written, scale = report.results.tolist()
     progress, config = report.progress, run.config
-    run.watchdog.beat(f"step {progress.step}, reporting")
+    run.watchdog.heartbeat(f"step {progress.step}, reporting")
     run.stragglers.record(progress.step)
-    run.asked.stop |= stops > 0
+    run.asked.stop |= stop_requests > 0
     run.asked.save |= saves > 0
-    run.asked.finish_save |= written == run.mesh.world
-    run.halt.num_in_a_row = run.halt.num_in_a_row + 1 if bad else 0
+    run.asked.finish_save |= written == run.group.world
+    run.guard.num_in_a_row = run.guard.num_in_a_row + 1 if bad else 0
     if bad:
         skip_or_stop(run, report, loss, norm)
     if progress.step == 1 or progress.step % config.track.every == 0 or progress.step == config.train.steps:
@@ -257,34 +260,34 @@ def record(run: Run, report: Report) -> None:
             lr=report.lr,
             norm=norm if finite else None,
         )
-        run.sinks.row(row if run.loss_scale is None else row | {"loss_scale": scale})
+        run.logger.row(row if run.loss_scale is None else row | {"loss_scale": scale})
         end_if_diverged(run, progress.step, loss)
     if (account := run.startup.first_step()) is not None:
-        run.sinks.say(account)
+        run.logger.say(account)
         run.watchdog.expect_steps()
 
 
-def skip_or_stop(run: Run, report: Report, loss: float, norm: float) -> None:
-    """A step whose update was not made: note its windows; then go on, or stop with all that was done saved."""
+def skip_or_stop(run: Run, report: StepResult, loss: float, norm: float) -> None:
+    """A step whose update was not made: note its sequences; then go on, or stop with all that was done saved."""
     config, step = run.config, report.progress.step
-    windows, suspects = run.batches.window_ids(report.before.position), list[int]()
-    if run.halt.mode == "stop":
+    sequences, suspects = run.batches.sequence_ids(report.before.position), list[int]()
+    if run.guard.mode == "stop":
         run.progress = report.before
         suspects = find_suspects(run)
-    run.sinks.note_nonfinite(
+    run.logger.note_nonfinite(
         {"step": step, "attempt": run.directory.attempt, "loss": str(loss), "grad_norm": str(norm)}
-        | {"windows": windows, "suspects": suspects}
+        | {"sequences": sequences, "suspects": suspects}
     )
     what = f"step {step}: loss {loss}, gradient norm {norm}; its update was not made"
-    if run.halt.mode == "stop":
+    if run.guard.mode == "stop":
         save_at_the_end(run)
         to_do = nonfinite.advice(data=config.data.dir, seq_len=config.train.seq_len, suspects=suspects)
         saved = f"step {step - 1} is saved" if step > 1 else "there was no step before it"
         raise nonfinite.NonFiniteError(f"{what}, and {saved}. {to_do}")
-    run.sinks.say(f"warning: {what} (--train.on-nonfinite skip); its windows are in {NONFINITE_FILE}")
-    if run.halt.num_in_a_row == nonfinite.MOST_IN_A_ROW:
+    run.logger.say(f"warning: {what} (--train.on-nonfinite skip); its sequences are in {NONFINITE_FILE}")
+    if run.guard.num_in_a_row == nonfinite.MOST_IN_A_ROW:
         run.asked.stop = True
-        run.failure = nonfinite.NonFiniteError(f"{what}, nor were those of the {run.halt.num_in_a_row - 1} before it")
+        run.failure = nonfinite.NonFiniteError(f"{what}, nor were those of the {run.guard.num_in_a_row - 1} before it")
 
 
 def end_if_diverged(run: Run, step: int, loss: float) -> None:
@@ -299,40 +302,40 @@ def end_if_diverged(run: Run, step: int, loss: float) -> None:
 
 
 def find_suspects(run: Run) -> list[int]:
-    """The windows of the step at run.progress, of any rank, whose own loss or gradient is not finite. Collective.
+    """The sequences of the step at run.progress, of any rank, whose own loss or gradient is not finite. Collective.
 
     Every pass is one of all ranks, since a gradient may be spread over them: each micro-batch as it was; of one that is
-    bad, halves of the ranks and halves of those, while the others read zeros; of a bad rank each window in its place.
-    None where zeros are not finite either: that is no matter of windows.
+    bad, halves of the ranks and halves of those, while the others read zeros; of a bad rank each sequence in its place.
+    None where zeros are not finite either: that is no matter of sequences.
     """
-    plan, mesh, found = run.plan, run.mesh, list[int]()
-    own = run.batches.window_ids(run.progress.position)[mesh.rank * plan.windows_per_rank :]
-    zeros_BT = torch.zeros((plan.micro_batch, run.config.train.seq_len), dtype=torch.int64, device=mesh.device)
+    plan, group, found = run.plan, run.group, list[int]()
+    own = run.batches.sequence_ids(run.progress.position)[group.rank * plan.sequences_per_rank :]
+    zeros_BT = torch.zeros((plan.micro_batch, run.config.train.seq_len), dtype=torch.int64, device=group.device)
     if not is_finite(run, zeros_BT, zeros_BT):
         return []
     for index, batch in enumerate(run.batches.take(run.progress.position)):
-        groups = [range(mesh.world)]
+        groups = [range(group.world)]
         while groups:
             ranks = groups.pop()
-            if is_finite(run, *(batch if mesh.rank in ranks else (zeros_BT, zeros_BT))):
+            if is_finite(run, *(batch if group.rank in ranks else (zeros_BT, zeros_BT))):
                 continue
             if len(ranks) > 1:
                 groups += [ranks[: len(ranks) // 2], ranks[len(ranks) // 2 :]]
                 continue
             for row in range(plan.micro_batch):  # repeated to a micro-batch: the shape that is compiled
                 repeated = [tensor_BT[row].expand_as(tensor_BT).contiguous() for tensor_BT in batch]
-                if not is_finite(run, *(repeated if mesh.rank in ranks else (zeros_BT, zeros_BT))):
-                    found += [own[index * plan.micro_batch + row]] if mesh.rank in ranks else []
-    parallel.zero_gradients(run.module)
-    return sorted(number for numbers in mesh.gather(found) for number in numbers)
+                if not is_finite(run, *(repeated if group.rank in ranks else (zeros_BT, zeros_BT))):
+                    found += [own[index * plan.micro_batch + row]] if group.rank in ranks else []
+    apply.zero_gradients(run.module)
+    return sorted(number for numbers in group.gather(found) for number in numbers)
 
 
 def is_finite(run: Run, inputs_BT: Tensor, targets_BT: Tensor) -> bool:
     """Are the loss and the gradient of all ranks' micro-batches finite, with the weights as they are? Collective."""
-    run.watchdog.beat(f"step {run.progress.step + 1}, looking for what is not finite")
-    parallel.zero_gradients(run.module)
+    run.watchdog.heartbeat(f"step {run.progress.step + 1}, looking for what is not finite")
+    apply.zero_gradients(run.module)
     loss_sum = accumulate_gradients(run, [(inputs_BT, targets_BT)], run.mean)
-    return not run.mesh.any(not math.isfinite(loss_sum + optim.sum_of_squares(run.model.parameters())))
+    return not run.group.any(not math.isfinite(loss_sum + optim.sum_of_squares(run.model.parameters())))
 
 
 def look(run: Run) -> bool:
@@ -343,7 +346,7 @@ def look(run: Run) -> bool:
         or (is_due_to_score(run) and score_now(run))
         or (is_due_to_sample(run) and sample_now(run))
     )
-    parallel.free_gathered(run.module)
+    apply.free_gathered(run.module)
     return stopped
 
 
@@ -355,7 +358,7 @@ def is_due_to_look(run: Run) -> bool:
 def is_due_to_validate(run: Run) -> bool:
     """At step 0, at every interval and at the end, unless this very step was validated before a restart."""
     step, every = run.progress.step, run.config.validate.every
-    if run.validation is None or every is None or step in run.sinks.validated_steps:
+    if run.validation is None or every is None or step in run.logger.validated_steps:
         return False
     return step % every == 0 or step == run.config.train.steps
 
@@ -363,7 +366,7 @@ def is_due_to_validate(run: Run) -> bool:
 def is_due_to_score(run: Run) -> bool:
     """HellaSwag, at every interval of its own and at the end, unless this very step was scored before a restart."""
     step, every = run.progress.step, run.config.validate.hellaswag_every
-    if run.hellaswag is None or every is None or step in run.sinks.scored_steps:
+    if run.hellaswag is None or every is None or step in run.logger.scored_steps:
         return False
     return step > 0 and (step % every == 0 or step == run.config.train.steps)
 
@@ -371,7 +374,7 @@ def is_due_to_score(run: Run) -> bool:
 def is_due_to_sample(run: Run) -> bool:
     """At every interval and at the end, unless this very step was sampled before a restart."""
     step, every = run.progress.step, run.config.sample.every
-    if run.sampler is None or every is None or step in run.sinks.sampled_steps:
+    if run.sampler is None or every is None or step in run.logger.sampled_steps:
         return False
     return step > 0 and (step % every == 0 or step == run.config.train.steps)
 
@@ -385,13 +388,19 @@ def is_due_to_save(run: Run) -> bool:
 def validate_now(run: Run) -> bool:
     """Validate and log; True, and nothing logged, if a stop was asked for meanwhile."""
     assert run.validation is not None
-    found = validation.validate(run.objective, run.validation, mesh=run.mesh, stops=run.stops, beat=run.watchdog.beat)
+    found = validation.validate(
+        run.loss_model,
+        run.validation,
+        group=run.group,
+        stop_requests=run.stop_requests,
+        heartbeat=run.watchdog.heartbeat,
+    )
     if found is None:
         return True
     progress = run.progress
-    run.sinks.validated_steps.add(progress.step)
+    run.logger.validated_steps.add(progress.step)
     axes = run.meters.axes(step=progress.step, tokens=progress.tokens, seconds=run.meters.seconds)
-    run.sinks.row(
+    run.logger.row(
         axes | {"val_loss": found.loss, "val_loss_stderr": found.stderr, "val_bits_per_byte": found.bits_per_byte}
     )
     return False
@@ -400,18 +409,22 @@ def validate_now(run: Run) -> bool:
 def score_now(run: Run) -> bool:
     """Score HellaSwag and log it; True, and nothing logged, if a stop was asked for meanwhile."""
     assert run.hellaswag is not None
-    losses_Q4 = hellaswag_score.ending_losses(
-        run.objective, run.hellaswag, mesh=run.mesh, stops=run.stops, beat=run.watchdog.beat
+    losses_Q4 = hellaswag.ending_losses(
+        run.loss_model,
+        run.hellaswag,
+        group=run.group,
+        stop_requests=run.stop_requests,
+        heartbeat=run.watchdog.heartbeat,
     )
     if losses_Q4 is None:
         return True
-    found = hellaswag_score.score(run.hellaswag.questions, losses_Q4)
+    found = hellaswag.score(run.hellaswag.questions, losses_Q4)
     progress = run.progress
-    run.sinks.scored_steps.add(progress.step)
+    run.logger.scored_steps.add(progress.step)
     axes = run.meters.axes(step=progress.step, tokens=progress.tokens, seconds=run.meters.seconds)
     values = {name: value if value is None or math.isfinite(value) else None for name, value in asdict(found).items()}
     values["pinned"] = run.hellaswag.is_pinned
-    run.sinks.row(axes | {f"hellaswag_{name}": value for name, value in values.items()})
+    run.logger.row(axes | {f"hellaswag_{name}": value for name, value in values.items()})
     return False
 
 
@@ -421,44 +434,44 @@ def sample_now(run: Run) -> bool:
     assert run.sampler is not None
 
     def is_stopped_here() -> bool:
-        run.watchdog.beat(f"sampling after step {run.progress.step}")
+        run.watchdog.heartbeat(f"sampling after step {run.progress.step}")
         return is_stopped(run)
 
-    samples = run.sampler.draw(run.objective, is_stopped_here)
+    samples = run.sampler.draw(run.loss_model, is_stopped_here)
     if samples is None:
         return True
-    run.sinks.sampled_steps.add(run.progress.step)
-    run.sinks.samples(run.progress.step, samples)
+    run.logger.sampled_steps.add(run.progress.step)
+    run.logger.samples(run.progress.step, samples)
     return False
 
 
 def save_now(run: Run) -> None:
     """Begin a checkpoint of where the run stands, and finish it unless saves are asynchronous. Rows up to here are on
     disk before it is."""
-    if run.saver.is_under_way:
-        run.sinks.say("warning: the checkpoint before this one is still being written; waiting for it")
+    if run.checkpoint_writer.is_under_way:
+        run.logger.say("warning: the checkpoint before this one is still being written; waiting for it")
     finish_save(run)
-    run.watchdog.beat(f"saving after step {run.progress.step}")
+    run.watchdog.heartbeat(f"saving after step {run.progress.step}")
     run.progress = replace(run.progress, seconds=run.meters.seconds)
-    run.sinks.make_durable()
-    run.saver.begin(run.progress)
+    run.logger.make_durable()
+    run.checkpoint_writer.begin(run.progress)
     run.asked.save = False
-    if not run.saver.is_async:
+    if not run.checkpoint_writer.is_async:
         finish_save(run)
 
 
 def save_at_the_end(run: Run) -> None:
     """Leave a checkpoint of where the run stands, if there is not one already."""
     finish_save(run)
-    if run.progress.step not in (0, run.saver.saved_step):
+    if run.progress.step not in (0, run.checkpoint_writer.saved_step):
         save_now(run)
         finish_save(run)
 
 
 def finish_save(run: Run) -> None:
     """Give the checkpoint under way, if there is one, its name as soon as every rank has written its part."""
-    run.watchdog.beat(f"finishing a save before step {run.progress.step + 1}")
-    step = run.saver.finish()
+    run.watchdog.heartbeat(f"finishing a save before step {run.progress.step + 1}")
+    step = run.checkpoint_writer.finish()
     run.asked.finish_save = False
     if step is not None:
         run.directory.report(step)

@@ -12,9 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.base import LanguageModel, softcapped
 from model.config import ModelConfig
-from model.language_model import LanguageModel
-from model.layers import softcapped
 
 IGNORED = -100  # a target that is not scored
 CHUNK_TOKENS = 1024  # 206 MB of fp32 logits with GPT-2's vocabulary
@@ -100,7 +99,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         return x_gradient * outer, weight_gradient * outer, None, None, None, None, None
 
 
-class Objective(nn.Module):
+class LossModel(nn.Module):
     """The model and its loss in one module: what trains, and what is wrapped for many processes.
 
     inputs_BT, targets_BT, scale [] -> fp32 [2]: (sum of the token losses) x scale, to call backward on, and the sum.
@@ -119,7 +118,7 @@ class Objective(nn.Module):
             self._tokens = torch.compile(token_losses, dynamic=False)
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor, scale: Tensor) -> Tensor:
-        x_ND, targets_N = self.model.features(inputs_BT).flatten(0, 1), targets_BT.flatten()
+        x_ND, targets_N = self.model.hidden_states(inputs_BT).flatten(0, 1), targets_BT.flatten()
         weight_VD = self.model.lm_head.weight
         vocab_size, cap = self.config.vocab_size, self.config.logit_softcap
         if self._is_chunked:
@@ -131,14 +130,14 @@ class Objective(nn.Module):
     def config(self) -> ModelConfig:
         return self.model.config
 
-    def logits_at(self, tokens_BT: Tensor, places_B: Tensor) -> Tensor:
+    def logits_at(self, tokens_BT: Tensor, positions_B: Tensor) -> Tensor:
         """GPT.logits_at: what sampling reads."""
-        return self.model.logits_at(tokens_BT, places_B)
+        return self.model.logits_at(tokens_BT, positions_B)
 
     @torch.no_grad()
     def token_losses(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Loss of each token in nats, fp32 [B, T], 0 where ignored: what validation reads."""
-        x_ND, targets_N = self.model.features(inputs_BT).flatten(0, 1), targets_BT.flatten()
+        x_ND, targets_N = self.model.hidden_states(inputs_BT).flatten(0, 1), targets_BT.flatten()
         size = CHUNK_TOKENS if self._is_chunked else len(x_ND)
         losses = [
             self._tokens(self.model.lm_head(x_nD), targets_n, self.config.vocab_size, self.config.logit_softcap)

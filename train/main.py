@@ -20,39 +20,39 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train import launcher
+from train.processes import parent_watch
 
-launcher.remember()
+parent_watch.remember()
 
 import torch
 
-from data_prep.codec import load_codec
-from data_prep.errors import one_line_errors
+from common.errors import one_line_errors
 from data_prep.manifest import FILE_NAME, Manifest, read_manifest
-from model.trained import list_checkpoints
-from train.assemble import assemble, open_data
-from train.batches import BatchPlan, divisors, plan_batches
+from data_prep.tokenizer import load_tokenizer
+from model.checkpoint import list_checkpoints
 from train.config import Config, parse, settings_without_effect, with_vocabulary
-from train.fit import check_device
-from train.layout import Layout, agree_on_layout, choose_layout, memory_of
+from train.data import BatchPlan, divisors, plan_batches
+from train.guards.watchdog import Watchdog
 from train.loop import Run, train
-from train.mesh import Mesh, open_mesh
-from train.meters import Startup
-from train.numerics import set_numerics
-from train.place import Place, take_place
+from train.metrics.meters import Startup
+from train.parallel.auto_micro_batch import check_device
+from train.parallel.plan import ParallelPlan, agree_on_parallel_plan, choose_parallel_plan, memory_of
+from train.parallel.precision import set_numerics
 from train.preflight import preflight
 from train.presets import PRESETS
-from train.resume import settle_origin
-from train.run_card import CPU, run_card
-from train.run_dir import RunDirectory, refuse_disagreement
-from train.stops import Stops
-from train.watchdog import Watchdog
+from train.processes.group import ProcessGroup, open_process_group
+from train.processes.ranks import RankInfo, take_rank
+from train.processes.stop_requests import StopRequests
+from train.run.card import CPU, run_card
+from train.run.directory import RunDirectory, refuse_disagreement
+from train.run.resume import settle_origin
+from train.setup import assemble, open_data
 
 
 def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors("train"):
         given = sys.argv[1:] if args is None else args
-        place = take_place(is_plan="--dry-run" in given)
+        place = take_rank(is_plan="--dry-run" in given)
         config = parse(given, PRESETS)
         if config.dry_run:
             lines = planned(config, place)
@@ -61,90 +61,102 @@ def main(args: Sequence[str] | None = None) -> None:
             return
         startup = Startup(STARTED)
         startup.done("imports")
-        with open_mesh(config.parallel.init_timeout_seconds, config.directory) as mesh:
+        with open_process_group(config.parallel.init_timeout_seconds, config.directory) as group:
             startup.done("process group")
             if config.preflight:
-                preflight(mesh, config.directory, functools.partial(print, flush=True))
+                preflight(group, config.directory, functools.partial(print, flush=True))
                 startup.done("preflight")
-            run(config, mesh, startup)
+            run(config, group, startup)
 
 
-def planned(config: Config, place: Place) -> list[str]:
+def planned(config: Config, place: RankInfo) -> list[str]:
     """The run card for as many processes as `place` says, and every refusal that needs no GPU; touches nothing."""
     manifest = read_manifest(config.data.dir) if (config.data.dir / FILE_NAME).is_file() else None
     if manifest is not None:
         config = with_vocabulary(config, manifest.vocab_size, manifest.eot_id)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     memory_bytes = memory_of(device, place.local_world)
-    layout = choose_layout(config, world=place.world, local_world=place.local_world, memory_bytes=memory_bytes)
+    parallel_plan = choose_parallel_plan(
+        config, world=place.world, local_world=place.local_world, memory_bytes=memory_bytes
+    )
     config = settle_origin(config)
     plan = plan_batches(config, place.world)
     if manifest is not None:
-        RunDirectory(config, manifest.fingerprint, Mesh(0, 1, torch.device("cpu"))).check_start()
-        open_data(config, plan, load_codec(config.data.dir))
+        RunDirectory(config, manifest.fingerprint, ProcessGroup(0, 1, torch.device("cpu"))).check_start()
+        open_data(config, plan, load_tokenizer(config.data.dir))
     saved = [f"continues from {path}" for path in list_checkpoints(config.directory)[-1:]]
-    idle = settings_without_effect(config, device.type, place.world, layout.mode)
-    return [card(config, manifest, plan, layout), *saved, *(f"warning: {line}" for line in idle)]
+    idle = settings_without_effect(config, device.type, place.world, parallel_plan.mode)
+    return [card(config, manifest, plan, parallel_plan), *saved, *(f"warning: {line}" for line in idle)]
 
 
-def run(config: Config, mesh: Mesh, startup: Startup | None = None) -> None:
+def run(config: Config, group: ProcessGroup, startup: Startup | None = None) -> None:
     """One attempt at a run, from its directory to its end. Collective. `startup`: if the program began before this."""
     startup = startup or Startup(time.perf_counter())
-    manifest = mesh.on_all(lambda: read_manifest(config.data.dir))
+    manifest = group.on_all(lambda: read_manifest(config.data.dir))
     config = with_vocabulary(config, manifest.vocab_size, manifest.eot_id)
-    refuse_disagreement(config, manifest.fingerprint, mesh)
-    layout = agree_on_layout(config, mesh)
-    check_device(config, mesh.device)
-    plan_batches(config, mesh.world)
-    mesh.on_all(lambda: set_numerics(config.train, mesh.device))
-    config = mesh.on_main(lambda: settle_origin(config))
+    refuse_disagreement(config, manifest.fingerprint, group)
+    parallel_plan = agree_on_parallel_plan(config, group)
+    check_device(config, group.device)
+    plan_batches(config, group.world)
+    group.on_all(lambda: set_numerics(config.train, group.device))
+    config = group.on_main(lambda: settle_origin(config))
     with (
-        Stops(config.directory, is_main=mesh.is_main, after=config.stop_after, started=startup.started) as stops,
-        RunDirectory(config, manifest.fingerprint, mesh) as directory,
-        Watchdog(config.parallel, mesh, directory) as watchdog,
+        StopRequests(
+            config.directory, is_main=group.is_main, after=config.stop_after, started=startup.started
+        ) as stop_requests,
+        RunDirectory(config, manifest.fingerprint, group) as directory,
+        Watchdog(config.parallel, group, directory) as watchdog,
     ):
-        this = assemble(config, mesh, layout, manifest, directory, stops, watchdog, startup)
+        this = assemble(config, group, parallel_plan, manifest, directory, stop_requests, watchdog, startup)
         try:
-            with this.saver, this.sinks as sinks:
-                sinks.say(card(this.config, manifest, this.plan, layout))
+            with this.checkpoint_writer, this.logger as logger:
+                logger.say(card(this.config, manifest, this.plan, parallel_plan))
                 if this.loaded is not None:
-                    sinks.say(f"continuing from {this.loaded}")
+                    logger.say(f"continuing from {this.loaded}")
                 directory.report(this.progress.step)
                 state, reason = train(this)
-                watchdog.beat("the end")
-                sinks.make_durable()
+                watchdog.heartbeat("the end")
+                logger.make_durable()
                 directory.end(state, this.progress.step, reason)
-                sinks.say(f"{state} at step {this.progress.step}" + (f" ({reason})" if reason else ""))
+                logger.say(f"{state} at step {this.progress.step}" + (f" ({reason})" if reason else ""))
         except torch.OutOfMemoryError as error:
             error.add_note(what_to_set_for_memory(this, config))
             directory.forget()  # a micro-batch that was found to fit does not
             raise
         finally:
             this.batches.close()
-        mesh.barrier()  # launchers kill the rest when the first process exits
+        group.barrier()  # launchers kill the rest when the first process exits
 
 
 def what_to_set_for_memory(run: Run, asked: Config) -> str:
     """The flags that make a step smaller, those first that cost least. `asked`: before auto was settled."""
     train, plan = run.config.train, run.plan
-    smaller = max((n for n in divisors(plan.windows_per_rank) if n < plan.micro_batch), default=None)
+    smaller = max((n for n in divisors(plan.sequences_per_rank) if n < plan.micro_batch), default=None)
     flags = [] if smaller is None else [f"--train.micro-batch {smaller}"]
     flags += ["--train.micro-batch auto"] if smaller is not None and asked.train.micro_batch != "auto" else []
     flags += ["--train.loss chunked"] if train.loss == "plain" else []
     flags += [] if train.activation_checkpointing else ["--train.activation-checkpointing"]
-    layout = run.layout
-    flags += ["--parallel.mode fsdp"] if layout.mode == "ddp" else []
-    flags += ["--parallel.reshard-after-forward"] if layout.is_sharded and not layout.reshard_after_forward else []
-    flags += ["--parallel.accumulate sharded"] if layout.is_sharded and layout.whole_gradients else []
+    parallel_plan = run.parallel_plan
+    flags += ["--parallel.mode fsdp"] if parallel_plan.mode == "ddp" else []
+    flags += (
+        ["--parallel.reshard-after-forward"]
+        if parallel_plan.is_sharded and not parallel_plan.reshard_after_forward
+        else []
+    )
+    flags += (
+        ["--parallel.reduce-gradients micro_batch"]
+        if parallel_plan.is_sharded and parallel_plan.whole_gradients
+        else []
+    )
     advice = " or ".join(flags) or "a smaller --train.seq-len or a smaller model"
     tried = f"out of memory with --train.micro-batch {plan.micro_batch} and --train.seq-len {train.seq_len}"
-    start = "from its last checkpoint" if run.saver.saved_step else "from the beginning"
+    start = "from its last checkpoint" if run.checkpoint_writer.saved_step else "from the beginning"
     return f"{tried}: set {advice}; the same command then goes on {start}"
 
 
-def card(config: Config, manifest: Manifest | None, plan: BatchPlan, layout: Layout) -> str:
+def card(config: Config, manifest: Manifest | None, plan: BatchPlan, parallel_plan: ParallelPlan) -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else CPU
-    return run_card(config, manifest, plan, layout, device)
+    return run_card(config, manifest, plan, parallel_plan, device)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from train.config import OptimConfig
-from train.parallel import local
+from train.parallel.apply import local
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:

@@ -22,17 +22,25 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train import launcher
+from train.processes import parent_watch
 
-launcher.remember()
+parent_watch.remember()
 
 import torch
 import tyro
 
-from data_prep.errors import InputError, one_line_errors
-from train.mesh import Mesh, open_mesh
-from train.probes import Link, Rank, compare_clocks, describe, exchange_files, measure_links, time_all_reduces
-from train.stragglers import median_of_others
+from common.errors import InputError, one_line_errors
+from train.guards.preflight_checks import (
+    Link,
+    Rank,
+    compare_clocks,
+    describe,
+    exchange_files,
+    measure_links,
+    time_all_reduces,
+)
+from train.guards.stragglers import median_of_others
+from train.processes.group import ProcessGroup, open_process_group
 
 MOST_SKEW_SECONDS = 5.0  # a choice: the lock goes by the file server's clock, but logs of hosts are read side by side
 LEAST_FREE = 0.5  # of the median of the other GPUs' free memory
@@ -53,31 +61,31 @@ class Host:
     """Hosts whose file in the run directory it cannot read."""
 
 
-def preflight(mesh: Mesh, run_dir: Path, say: Callable[[str], None]) -> None:
+def preflight(group: ProcessGroup, run_dir: Path, say: Callable[[str], None]) -> None:
     """Look over the world; rank 0 says what was found. InputError on every rank if it is unfit. Collective."""
-    ranks = mesh.gather(describe(mesh.device))
+    ranks = group.gather(describe(group.device))
     ranks_of: dict[str, list[int]] = {}
     for number, rank in enumerate(ranks):
         ranks_of.setdefault(rank.host, []).append(number)
     firsts = {name: numbers[0] for name, numbers in ranks_of.items()}
-    clocks = compare_clocks(mesh, firsts)
-    faults, unseen = exchange_files(mesh, run_dir, firsts)
+    clocks = compare_clocks(group, firsts)
+    faults, unseen = exchange_files(group, run_dir, firsts)
     hosts = [Host(name, numbers, clocks[name], faults.get(name), unseen[name]) for name, numbers in ranks_of.items()]
-    reduces = time_all_reduces(mesh)
-    speeds = measure_links(mesh, firsts)
-    if mesh.device.type == "cuda":  # the run begins with a GPU as it found it
+    reduces = time_all_reduces(group)
+    speeds = measure_links(group, firsts)
+    if group.device.type == "cuda":  # the run begins with a GPU as it found it
         torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(mesh.device)
+        torch.cuda.reset_peak_memory_stats(group.device)
 
     def judge() -> None:
-        for line in (*table_of_hosts(ranks, hosts, speeds), *table_of_reduces(reduces, mesh.world)):
+        for line in (*table_of_hosts(ranks, hosts, speeds), *table_of_reduces(reduces, group.world)):
             say(line)
         reasons = unfit_because(ranks, hosts, speeds, run_dir)
         if reasons:
             raise InputError(f"preflight: unfit: {'; '.join(reasons)}")
         say("preflight: fit to train")
 
-    mesh.on_main(judge)
+    group.on_main(judge)
 
 
 def unfit_because(
@@ -224,8 +232,8 @@ class Options:
 def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors("train"):
         options = tyro.cli(Options, description=__doc__, args=args)
-        with open_mesh(options.timeout_seconds, options.run_dir) as mesh:
-            preflight(mesh, options.run_dir, functools.partial(print, flush=True))
+        with open_process_group(options.timeout_seconds, options.run_dir) as group:
+            preflight(group, options.run_dir, functools.partial(print, flush=True))
 
 
 if __name__ == "__main__":

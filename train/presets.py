@@ -88,7 +88,7 @@ def gpt2_small_134m() -> Config:
 def tinystories() -> Config:
     """TinyStories with a vocabulary of 10,000: RMSNorm, RoPE, SwiGLU, no biases, an own head, 35.9M parameters.
 
-    5,000 steps of 128 windows of 256, 163.8M tokens, learning rate 2e-3: published as val 1.349 (1.45 is the usual
+    5,000 steps of 128 sequences of 256, 163.8M tokens, learning rate 2e-3: published as val 1.349 (1.45 is the usual
     target). Data: data_prep/bpe.py --vocab-size 10000, then data_prep/textfiles.py --tokenizer FOLDER.
     Cost: 3.2e16 FLOPs; some 3 minutes on an H100 at 20 % of its peak. Not measured.
     """
@@ -107,7 +107,7 @@ def tinystories() -> Config:
 def openwebtext_32k() -> Config:
     """The same shape on OpenWebText with a vocabulary of 32,000: 58.5M parameters, 42.1M with --model.tie.
 
-    20,000 steps of 128 windows of 512 tokens, 1.3B tokens. Data: data_prep/bpe.py --vocab-size 32000 on a part of the
+    20,000 steps of 128 sequences of 512 tokens, 1.3B tokens. Data: data_prep/bpe.py --vocab-size 32000 on a part of the
     text, then data_prep/textfiles.py openwebtext --tokenizer FOLDER.
     Cost: 3.6e17 FLOPs; 15 minutes on an H100 at 40 % of its peak.
     """
@@ -169,7 +169,7 @@ def finetune() -> Config:
     """GPT-2 small's own weights, trained further on own text: give --data.dir, tokenized with --tokenizer gpt2.
 
     --from-checkpoint is the Hugging Face folder `gpt2` unless another is given (of another size with its
-    --model.num-layers, --model.num-heads and --model.width). 20 steps of 32 windows of 1,024 at a constant 3e-5,
+    --model.num-layers, --model.num-heads and --model.width). 20 steps of 32 sequences of 1,024 at a constant 3e-5,
     without warm-up: nanoGPT, config/finetune_shakespeare.py (there GPT-2 XL, on 2.2 epochs of Tiny Shakespeare). A
     shorter --train.seq-len takes the folder's first positions. Not measured with OpenAI's weights.
     Cost: 5.6e14 FLOPs; some seconds on a recent GPU.

@@ -9,7 +9,7 @@ As its training loop does it, with the same numbers but for the rounding of anot
 FSDP2 rounds the norms' weights too): on all processes, each with the whole model. Prints a table with
 standard errors, and all of it as JSON in the last line. What is done is kept in RUN/evaluations (or --out), and not
 done again; killed while it scores HellaSwag, the same command goes on. HellaSwag is scored in the completion style,
-which train/hellaswag_score.py describes; train/harness.py has lm-evaluation-harness's.
+which train/evals/hellaswag.py describes; train/harness.py has lm-evaluation-harness's.
 
 1,000 items of HellaSwag take a model of 4 layers x 128, with byte pairs of its own, half a minute of a CPU core.
 """
@@ -20,9 +20,9 @@ from pathlib import Path
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from train import launcher
+from train.processes import parent_watch
 
-launcher.remember()
+parent_watch.remember()
 
 import functools
 import json
@@ -35,22 +35,22 @@ from typing import Annotated, Any, Literal
 import torch
 import tyro
 
-from data_prep.codec import gives_same_ids, load_codec, name_of
-from data_prep.errors import InputError, one_line_errors
+from common.errors import InputError, one_line_errors
 from data_prep.hellaswag import NUM_ENDINGS
 from data_prep.manifest import open_split, read_manifest
-from model.hf_folder import is_hugging_face
-from model.peaks import DType
-from model.trained import Trained, find_checkpoint, load_checkpoint, load_trained, read_state
+from data_prep.tokenizer import gives_same_ids, load_tokenizer, name_of
+from model.checkpoint import TrainedModel, find_checkpoint, load_checkpoint, load_model, read_state
+from model.costs.gpu_peaks import DType
+from model.hf.folder import is_hugging_face
 from train.config import TrainConfig, ValidateConfig
-from train.evaluations import FOLDER, Key, ScoreLog, fingerprint_of, read_result, record_name, write_result
-from train.hellaswag_score import STYLE, HellaSwag, ending_losses, open_hellaswag, score
-from train.losses import Objective
-from train.mesh import Mesh, open_mesh
-from train.numerics import COMPUTE_DTYPES, set_numerics
-from train.parallel import compile_parts
-from train.stops import Stops
-from train.validation import Validation, ValidationSet, validate
+from train.evals.hellaswag import STYLE, HellaSwag, ending_losses, open_hellaswag, score
+from train.evals.results import FOLDER, Key, ScoreLog, fingerprint_of, read_result, record_name, write_result
+from train.evals.validation import Validation, ValidationSet, validate
+from train.losses import LossModel
+from train.parallel.apply import compile_parts
+from train.parallel.precision import COMPUTE_DTYPES, set_numerics
+from train.processes.group import ProcessGroup, open_process_group
+from train.processes.stop_requests import StopRequests
 
 TIMEOUT_SECONDS = 1800.0
 LARGEST_EXPONENT = 700  # e^709 is the largest that a float holds
@@ -76,7 +76,7 @@ class Options:
     items: int | None = None
     """The first so many of its items; None: all."""
     micro_batch: int | None = None
-    """Windows of one forward pass; None: the run's, else 8."""
+    """Sequences of one forward pass; None: the run's, else 8."""
     dtype: DType | None = None
     """Of the products; None: what the run trained in, else fp32."""
     compile: bool = False
@@ -102,9 +102,9 @@ class Settings:
 class Subject:
     """The model, ready, and what its results are kept under."""
 
-    trained: Trained
+    trained: TrainedModel
     settings: Settings
-    objective: Objective
+    loss_model: LossModel
     out: Path | None
     key: dict[str, Any]
 
@@ -158,45 +158,45 @@ def find(options: Options) -> Path | None:
     return find_checkpoint(options.path if options.step is None else f"{options.path}@{options.step}")
 
 
-def prepare(options: Options, checkpoint: Path | None, mesh: Mesh) -> Subject:
+def prepare(options: Options, checkpoint: Path | None, group: ProcessGroup) -> Subject:
     """Load the model. InputError for whatever is unusable; on each rank, without collectives."""
     settings = Settings() if checkpoint is None else settings_of(checkpoint)
     dtype = options.dtype or settings.dtype
-    set_numerics(TrainConfig(dtype=dtype, deterministic=settings.deterministic), mesh.device)
-    load = functools.partial(load_trained if checkpoint is None else load_checkpoint, checkpoint or Path(options.path))
-    trained = load(device=mesh.device, dtype=COMPUTE_DTYPES[dtype])
-    objective = Objective(trained.model, chunked=settings.is_chunked, compiled=options.compile)
+    set_numerics(TrainConfig(dtype=dtype, deterministic=settings.deterministic), group.device)
+    load = functools.partial(load_model if checkpoint is None else load_checkpoint, checkpoint or Path(options.path))
+    trained = load(device=group.device, dtype=COMPUTE_DTYPES[dtype])
+    loss_model = LossModel(trained.model, chunked=settings.is_chunked, compiled=options.compile)
     if options.compile:
         compile_parts(trained.model)
     out = options.out
     if out is None and checkpoint is not None:
         out = checkpoint.resolve().parents[1] / FOLDER
     key = {"weights": fingerprint_of(trained.model), "dtype": dtype}
-    return Subject(trained, settings, objective, out, key)
+    return Subject(trained, settings, loss_model, out, key)
 
 
-def evaluate(options: Options, mesh: Mesh, stops: Stops) -> dict[str, Any]:
+def evaluate(options: Options, group: ProcessGroup, stop_requests: StopRequests) -> dict[str, Any]:
     """All that was asked for. Collective. InputError, on all ranks, before anything is scored if some of it is bad."""
-    checkpoint = mesh.on_main(lambda: find(options))  # by one, while a run may be writing the next
-    subject = mesh.on_all(lambda: prepare(options, checkpoint, mesh))
-    if len(set(mesh.gather(subject.key["weights"]))) > 1:
+    checkpoint = group.on_main(lambda: find(options))  # by one, while a run may be writing the next
+    subject = group.on_all(lambda: prepare(options, checkpoint, group))
+    if len(set(group.gather(subject.key["weights"]))) > 1:
         raise InputError(f"{options.path}: the processes read different weights there; is it one directory for all?")
     trained = subject.trained
-    validation = mesh.on_all(lambda: open_validation(options, subject))
-    hellaswag = mesh.on_all(lambda: open_items_for(options, subject))
+    validation = group.on_all(lambda: open_validation(options, subject))
+    hellaswag = group.on_all(lambda: open_items_for(options, subject))
     at_step = "" if trained.step is None else f" at step {trained.step:,}"
-    say(mesh, f"{options.path}{at_step}, {subject.key['dtype']}, processes: {mesh.world}, {mesh.device.type}")
+    say(group, f"{options.path}{at_step}, {subject.key['dtype']}, processes: {group.world}, {group.device.type}")
     report = {"model": str(trained.checkpoint), "step": trained.step, **subject.key}
     report |= {"validation": None, "hellaswag": None}
     if validation is not None:
-        report["validation"] = validated(subject, *validation, mesh, stops)
+        report["validation"] = validated(subject, *validation, group, stop_requests)
     if hellaswag is not None:
-        report["hellaswag"] = answered(subject, hellaswag, mesh, stops)
+        report["hellaswag"] = answered(subject, hellaswag, group, stop_requests)
     return report
 
 
-def say(mesh: Mesh, text: str) -> None:
-    if mesh.is_main:
+def say(group: ProcessGroup, text: str) -> None:
+    if group.is_main:
         print(text, flush=True)
 
 
@@ -214,15 +214,15 @@ def open_validation(options: Options, subject: Subject) -> tuple[ValidationSet, 
             raise InputError(f"{options.path}: says of no data; give --data or --hellaswag")
         if not directory.is_dir():
             raise InputError(f"{directory}: the data of this run is not here; give --data or --hellaswag")
-    manifest, codec = read_manifest(directory), load_codec(directory)
+    manifest, tokenizer = read_manifest(directory), load_tokenizer(directory)
     if options.data is None and manifest.fingerprint != subject.settings.fingerprint:
         raise InputError(
             f"{directory}: other data than this run was trained on; --data {directory} takes it all the same"
         )
-    ours = subject.trained.codec
-    if not gives_same_ids(codec, ours):
+    ours = subject.trained.tokenizer
+    if not gives_same_ids(tokenizer, ours):
         raise InputError(
-            f"--data {directory}: its tokenizer is {name_of(codec)}, the model's is {name_of(ours)}; "
+            f"--data {directory}: its tokenizer is {name_of(tokenizer)}, the model's is {name_of(ours)}; "
             "prepare the data with the model's"
         )
     given = options.tokens if options.tokens is not None else subject.settings.tokens
@@ -238,24 +238,26 @@ def open_validation(options: Options, subject: Subject) -> tuple[ValidationSet, 
 
 
 def validated(
-    subject: Subject, data: ValidationSet, about: Mapping[str, Any], mesh: Mesh, stops: Stops
+    subject: Subject, data: ValidationSet, about: Mapping[str, Any], group: ProcessGroup, stop_requests: StopRequests
 ) -> dict[str, Any]:
     """Found before, or now, printed and kept."""
     key = subject.key | {name: about[name] for name in ("data", "split", "tokens")}
     path = None if subject.out is None else subject.out / f"{record_name('validation', subject.trained.step, key)}.json"
-    kept = mesh.on_main(lambda: None if path is None else read_result(path, key))
+    kept = group.on_main(lambda: None if path is None else read_result(path, key))
     is_new = kept is None
     if kept is None:
-        found = validate(subject.objective, data, mesh=mesh, stops=stops, beat=lambda where: None)
+        found = validate(
+            subject.loss_model, data, group=group, stop_requests=stop_requests, heartbeat=lambda where: None
+        )
         if found is None:
             raise StoppedError
         kept = asdict(found)
-    say(mesh, f"validation  {about['directory']}, {about['split']}{'' if is_new else f'; from {path}'}")
+    say(group, f"validation  {about['directory']}, {about['split']}{'' if is_new else f'; from {path}'}")
     result = kept | with_perplexity(Validation(**kept))
-    say(mesh, table_of({name: (result[name], result[error]) for name, error in VALIDATION_ROWS.items()}))
-    say(mesh, f"  {'tokens':<16}{result['tokens']:>12,}")
+    say(group, table_of({name: (result[name], result[error]) for name, error in VALIDATION_ROWS.items()}))
+    say(group, f"  {'tokens':<16}{result['tokens']:>12,}")
     if is_new and path is not None:  # once it is said: the directory may be another's to write
-        mesh.on_main(lambda: write_result(path, key, kept))
+        group.on_main(lambda: write_result(path, key, kept))
     return dict(about) | result
 
 
@@ -289,7 +291,7 @@ def open_items_for(options: Options, subject: Subject) -> HellaSwag | None:
     context_len = subject.trained.model.config.context_len
     return open_hellaswag(
         options.hellaswag,
-        subject.trained.codec,
+        subject.trained.tokenizer,
         context_len=context_len,
         batch_tokens=(options.micro_batch or subject.settings.micro_batch) * context_len,
         fixed_shapes=options.compile,
@@ -297,34 +299,38 @@ def open_items_for(options: Options, subject: Subject) -> HellaSwag | None:
     )
 
 
-def answered(subject: Subject, data: HellaSwag, mesh: Mesh, stops: Stops) -> dict[str, Any]:
+def answered(subject: Subject, data: HellaSwag, group: ProcessGroup, stop_requests: StopRequests) -> dict[str, Any]:
     """Scored from where an evaluation before this one was cut off; printed and kept."""
     key = subject.key | {"questions": data.fingerprint()}
     base = None if subject.out is None else subject.out / record_name("hellaswag", subject.trained.step, key)
-    log = None if base is None else mesh.on_main(lambda: open_log(Path(f"{base}.jsonl"), key, data))
-    losses = {} if log is None else dict(log.losses)
+    score_log = None if base is None else group.on_main(lambda: open_log(Path(f"{base}.jsonl"), key, data))
+    losses = {} if score_log is None else dict(score_log.losses)
     to_do = [b for b in range(data.num_batches) if not losses.keys() >= set(data.questions_of(b))]
     num_before = len(losses)
-    stride = BATCHES_BETWEEN_LOGS * mesh.world
+    stride = BATCHES_BETWEEN_LOGS * group.world
     for start in range(0, len(to_do), stride):
         batches = to_do[start : start + stride]
-        found_Q4 = ending_losses(subject.objective, data, batches, mesh=mesh, stops=stops, beat=lambda where: None)
+        found_Q4 = ending_losses(
+            subject.loss_model, data, batches, group=group, stop_requests=stop_requests, heartbeat=lambda where: None
+        )
         if found_Q4 is None:
             raise StoppedError
         found = {n: found_Q4[n].tolist() for b in batches for n in data.questions_of(b)}
         losses |= found
-        if log is not None:
-            mesh.on_main(functools.partial(log.add, found))
-        say_progress(mesh, len(losses), len(data.questions))
+        if score_log is not None:
+            group.on_main(functools.partial(score_log.add, found))
+        say_progress(group, len(losses), len(data.questions))
     result = score(data.questions, torch.tensor([losses[n] for n in range(len(data.questions))], dtype=torch.float64))
     kept = asdict(result) | {"style": STYLE, "remarks": list(data.remarks)}
     if base is not None:
-        mesh.on_main(lambda: write_result(Path(f"{base}.json"), key, kept))
+        group.on_main(lambda: write_result(Path(f"{base}.json"), key, kept))
     before = f"; {num_before:,} of its items from {base}.jsonl" if num_before else ""
-    say(mesh, f"hellaswag   {STYLE}{before}")
-    say(mesh, "\n".join(f"  note: {remark}" for remark in data.remarks) or "  the whole pinned set")
-    say(mesh, table_of({"acc": (result.acc, result.acc_stderr), "acc_norm": (result.acc_norm, result.acc_norm_stderr)}))
-    say(mesh, f"  {'items':<16}{result.items:>12,}")
+    say(group, f"hellaswag   {STYLE}{before}")
+    say(group, "\n".join(f"  note: {remark}" for remark in data.remarks) or "  the whole pinned set")
+    say(
+        group, table_of({"acc": (result.acc, result.acc_stderr), "acc_norm": (result.acc_norm, result.acc_norm_stderr)})
+    )
+    say(group, f"  {'items':<16}{result.items:>12,}")
     return {"questions": key["questions"]} | kept
 
 
@@ -332,9 +338,9 @@ def open_log(path: Path, key: Key, data: HellaSwag) -> ScoreLog:
     return ScoreLog(path, key, num_questions=len(data.questions), num_endings=NUM_ENDINGS)
 
 
-def say_progress(mesh: Mesh, num_done: int, num_items: int) -> None:
+def say_progress(group: ProcessGroup, num_done: int, num_items: int) -> None:
     """Where a person waits at a terminal."""
-    if mesh.is_main and sys.stderr.isatty():
+    if group.is_main and sys.stderr.isatty():
         print(f"hellaswag: {num_done:,} of {num_items:,} items", file=sys.stderr)
 
 
@@ -354,15 +360,15 @@ def main(args: Sequence[str] | None = None) -> None:
         options = tyro.cli(Options, args=args, description=__doc__)
         check(options)
         reasons: list[str | None] = []
-        with open_mesh(TIMEOUT_SECONDS, Path(tempfile.gettempdir()), program="validate") as mesh:
-            with Stops(None, is_main=mesh.is_main) as stops:
+        with open_process_group(TIMEOUT_SECONDS, Path(tempfile.gettempdir()), program="validate") as group:
+            with StopRequests(None, is_main=group.is_main) as stop_requests:
                 try:
-                    say(mesh, json.dumps(null_where_not_finite(evaluate(options, mesh, stops))))
+                    say(group, json.dumps(null_where_not_finite(evaluate(options, group, stop_requests))))
                 except StoppedError:
-                    reasons = [reason for reason in mesh.gather(stops.reason) if reason]
-            mesh.barrier()  # launchers kill the rest when the first process exits
+                    reasons = [reason for reason in group.gather(stop_requests.reason) if reason]
+            group.barrier()  # launchers kill the rest when the first process exits
         if reasons:
-            if mesh.is_main:
+            if group.is_main:
                 print(f"validate: stopped ({reasons[0]}); the same command goes on", file=sys.stderr)
             sys.exit(1)
 

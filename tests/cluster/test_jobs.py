@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from model.trained import list_checkpoints, step_of
+from model.checkpoint import list_checkpoints, step_of
 from tests.cluster.slurm import Cluster, Job, broken
 from tests.cluster.tiny import STEPS, assert_close_losses, assert_same_curve, flags, train_plainly
 from tests.runs import assert_same_tensors, final_tensors, rows, status

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch.experiments import RUNGS
-from model.trained import list_checkpoints, step_of
+from model.checkpoint import list_checkpoints, step_of
 from tests.cluster.slurm import Cluster, Job, broken
 from tests.cluster.tiny import STEPS, assert_same_curve, flags, train_plainly
 from tests.pages import make_pages, write_pages
@@ -47,7 +47,7 @@ def test_the_submitted_code_runs_and_preemption_changes_nothing(
     arguments = flags(tiny_data, run_dir, "--train.steps", "100000", "--track.wandb", "offline")
     more = ("--partition", "low", "--sbatch", "exclusive", "hold")
     (job,) = jobs_in(cluster, submit(cluster, *SHAPE, *more, arguments=arguments))
-    with broken(cluster.checkout, "slurm/body.sh", "launch/rank.py"):
+    with broken(cluster.checkout, "slurm/body.sh", "launch/task.py"):
         assert cluster.run("scontrol", "release", str(job.id)).returncode == 0
         job.wait_for(lambda: steps_saved(run_dir) >= 10, "a checkpoint")
         everywhere = ("--partition=high", f"--nodes={len(cluster.nodes)}", "--exclusive", "--wrap", "sleep 1")
@@ -125,7 +125,7 @@ def test_an_experiment_is_an_array_of_jobs_and_ends_with_its_table(
     assert done.returncode == 0, done.stderr
     jobs = jobs_in(cluster, done.stdout)
     assert len({str(job.id).partition("_")[0] for job in jobs}) == 1 and len(jobs) == len(RUNGS), done.stdout
-    assert [status(base / rung)["state"] for rung in RUNGS] == ["done"] * len(RUNGS)
+    assert [status(base / kind)["state"] for kind in RUNGS] == ["done"] * len(RUNGS)
     table = (base / "sweep.md").read_text()
     assert [line.split()[1] for line in table.splitlines()[2:]] == list(RUNGS) and table in done.stdout
     again = cluster.run("python", "launch/sweep.py", *words)

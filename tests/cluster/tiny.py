@@ -6,8 +6,8 @@ from tests.groups import run_on_ranks
 from tests.runs import curve, losses, rows, tiny_flags
 from train.config import Config, parse
 from train.main import run
-from train.mesh import Mesh
 from train.presets import PRESETS
+from train.processes.group import ProcessGroup
 
 STEPS = 50
 
@@ -32,8 +32,8 @@ def train_plainly(world: int, data: Path, run_dir: Path, *more: str) -> Path:
     return run_dir
 
 
-def _run(mesh: Mesh, config: Config) -> None:
-    run(config, mesh)
+def _run(group: ProcessGroup, config: Config) -> None:
+    run(config, group)
 
 
 def assert_same_curve(run_dir: Path, plain: Path) -> None:

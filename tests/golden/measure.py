@@ -28,11 +28,11 @@ from tests.corpus import make_text
 from tests.groups import leaving_no_group, run_on_ranks
 from tests.pages import make_pages, write_pages
 from tests.runs import called, curve, final_tensors, make_tiny_data, tiny_flags, validations
-from train.batches import permute, substitutes
 from train.config import parse
+from train.data import permute, substitutes
 from train.main import run
-from train.mesh import Mesh
 from train.presets import PRESETS
+from train.processes.group import ProcessGroup
 
 GOLDEN = Path(__file__).with_name("golden.json")
 STEPS = 8
@@ -49,16 +49,16 @@ RUNS: dict[str, tuple[int, str]] = {
     "no clipping": (1, "--optim.clip-norm None"),
     "wsd": (1, "--optim.schedule wsd --optim.warmdown-fraction 0.5"),
     "constant": (1, "--optim.schedule constant"),
-    "skipped sequences": (1, "--data.leave-out 0 1 2 3 4 5 6 7 8 9"),
-    "rope": (1, "--model.positions rope"),
-    "no positions": (1, "--model.positions none"),
+    "skipped sequences": (1, "--data.skip-sequences 0 1 2 3 4 5 6 7 8 9"),
+    "rope": (1, "--model.position-embedding rope"),
+    "no positions": (1, "--model.position-embedding none"),
     "rmsnorm": (1, "--model.norm rmsnorm"),
     "no norms": (1, "--model.norm none"),
     "post-norm": (1, "--model.norm-place post"),
     "relu2": (1, "--model.mlp relu2"),
     "silu": (1, "--model.mlp silu"),
     "swiglu": (1, "--model.mlp swiglu"),
-    "mlp width": (1, "--model.hidden-size 48"),
+    "mlp width": (1, "--model.mlp-width 48"),
     "own head": (1, "--model.no-tie"),
     "no bias": (1, "--model.no-bias"),
     "qk-norm": (1, "--model.qk-norm"),
@@ -67,10 +67,10 @@ RUNS: dict[str, tuple[int, str]] = {
     "zero-initialised projections": (1, "--model.zero-init-projections"),
     "value residual": (1, "--model.value-residual"),
     "naive attention": (1, "--model.attention naive"),
-    "bigram": (1, "--model.rung bigram"),
-    "head": (1, "--model.rung head"),
-    "heads": (1, "--model.rung heads"),
-    "block": (1, "--model.rung block"),
+    "bigram": (1, "--model.kind bigram"),
+    "head": (1, "--model.kind head"),
+    "heads": (1, "--model.kind heads"),
+    "block": (1, "--model.kind block"),
     "ddp on 2": (2, "--parallel.mode ddp --train.micro-batch 3"),
     "fsdp on 2": (2, "--parallel.mode fsdp --train.micro-batch 3"),
     "hsdp on 4": (4, "--parallel.mode hsdp --parallel.shard-size 2 --train.micro-batch 1"),
@@ -96,12 +96,12 @@ def digest(tensors: dict[str, Tensor]) -> str:
     return found.hexdigest()
 
 
-def train_all(mesh: Mesh, data: Path, folder: Path, names: list[str]) -> None:
+def train_all(group: ProcessGroup, data: Path, folder: Path, names: list[str]) -> None:
     for name in names:
         flags = [*tiny_flags(data, folder / name), "--train.steps", str(STEPS), "--validate.every", str(STEPS)]
         flags += ["--sample.every", "None"]
-        with leaving_no_group(mesh):
-            run(parse([*flags, *RUNS[name][1].split()], PRESETS), mesh)
+        with leaving_no_group(group):
+            run(parse([*flags, *RUNS[name][1].split()], PRESETS), group)
 
 
 def measure_runs(data: Path, folder: Path) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def measure_order() -> dict[str, Any]:
     first = torch.arange(12).numpy().astype("uint64")
     return {
         "permutations": {f"{n} {key}": permute(first, n, key).tolist() for n in (12, 562, 10**9) for key in (0, 1337)},
-        "stand-ins": {str(window): other for window, other in substitutes([3, 4, 9, 11], 12).items()},
+        "stand-ins": {str(sequence): other for sequence, other in substitutes([3, 4, 9, 11], 12).items()},
     }
 
 

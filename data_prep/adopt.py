@@ -1,0 +1,145 @@
+"""Ready-made token files of other projects get a manifest where they lie; the files themselves are only read.
+
+What a file is, its bytes say: llm.c's magic number, numpy's, or neither (then a .bin is taken for nanoGPT's bare
+uint16, which the scan of its ids confirms: other data holds ids beyond the vocabulary). Which split it is, its name
+says: `train` or `val` before the number, as in fineweb_train_000001.bin, edufineweb_val_000000.npy, train.bin.
+"""
+
+import hashlib
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from common.errors import InputError
+from common.files import sha256_of_file
+from data_prep.manifest import FILE_NAME, Manifest, SplitInfo, read_manifest
+from data_prep.shards import MAGIC, VERSION, Format, ShardInfo, open_shard
+from data_prep.tokenizer import Tokenizer
+
+NAME = re.compile(r"(?:(?P<stem>[^.].*)_)?(?P<split>train|val)(?:_(?P<number>\d+))?\.(?:bin|npy)")
+NPY_MAGIC = b"\x93NUMPY"
+# llm.c, dev/data/data_common.py: version 7 is Llama 3's uint32 ids; dev/data/hellaswag.py: 20240522.
+OTHER_MAGICS = {20240801: "Llama 3's uint32 tokens; ids here are uint16", 20240522: "HellaSwag items, not tokens"}
+BLOCK_TOKENS = 2**24
+
+
+@dataclass(frozen=True)
+class TokenFile:
+    """One file that is to be adopted."""
+
+    path: Path
+    format: Format
+    stem: str
+    split: str
+    number: int
+
+
+def adopt(directory: Path, tokenizer: Tokenizer) -> bool:
+    """Write manifest.json and tokenizer/ for the token files in `directory`. False: they were adopted before."""
+    earlier = read_manifest(directory) if (directory / FILE_NAME).exists() else None
+    if earlier is not None and "adopted" not in earlier.source:
+        raise InputError(f"{directory}: has a manifest from its preparation; there is nothing to adopt")
+    files = find_token_files(directory)
+    infos = {file.path: describe(file, tokenizer) for file in files}
+    splits = {}
+    for split in ("train", "val"):
+        own = sorted((file for file in files if file.split == split), key=lambda file: file.number)
+        if not own:
+            continue
+        shards = tuple(infos[file.path] for file in own)
+        stream = hashlib.sha256()
+        for file in own:
+            add_tokens(stream, open_shard(file.path, file.format).tokens)
+        splits[split] = SplitInfo(
+            shards, sum(info.tokens for info in shards), sum(info.documents for info in shards), stream.hexdigest()
+        )
+    manifest = Manifest({"adopted": files[0].format}, {}, tokenizer.describe(), splits)
+    if earlier is not None:
+        check_same(directory, earlier, manifest)
+        return False
+    tokenizer.save(directory)
+    manifest.write(directory)
+    return True
+
+
+def check_same(directory: Path, earlier: Manifest, manifest: Manifest) -> None:
+    """InputError unless the manifest that is there is this one."""
+    if earlier.tokenizer != manifest.tokenizer:
+        raise InputError(f"{directory}: was adopted with another --tokenizer; to change that, remove its {FILE_NAME}")
+    old, new = ({info for split in each.splits.values() for info in split.shards} for each in (earlier, manifest))
+    if old != new:
+        names = ", ".join(sorted({info.file for info in old ^ new}))
+        raise InputError(f"{directory}: {names} changed since it was adopted; to adopt it anew, remove its {FILE_NAME}")
+
+
+def find_token_files(directory: Path) -> list[TokenFile]:
+    """Every token file in `directory`; InputError where they are not one set of one format."""
+    if not directory.is_dir():
+        raise InputError(f"{directory}: no such directory (--adopt)")
+    found = []
+    for path in sorted(directory.iterdir()):
+        match = NAME.fullmatch(path.name)
+        if match and path.is_file():
+            file_format = format_of(path)
+            found.append(TokenFile(path, file_format, match["stem"] or "", match["split"], int(match["number"] or 0)))
+    if not found:
+        raise InputError(f"{directory}: no token file named *train*.bin, *val*.bin or .npy (--adopt)")
+    for aspect in ("format", "stem"):
+        kinds = {getattr(file, aspect): file.path.name for file in found}
+        if len(kinds) > 1:
+            raise InputError(
+                f"{directory}: files of several sets ({', '.join(kinds.values())}); adopt one per directory"
+            )
+    places = {(file.split, file.number): file.path.name for file in found}
+    if len(places) < len(found):
+        raise InputError(f"{directory}: several files of the same split and number (--adopt)")
+    return found
+
+
+def format_of(path: Path) -> Format:
+    """The format that the file's first bytes show."""
+    with path.open("rb") as file:
+        head = file.read(16)
+    if head.startswith(NPY_MAGIC):
+        return "npy"
+    if path.suffix == ".npy":
+        raise InputError(f"{path}: does not begin like a .npy file")
+    magic, version, _, vocab_size = np.frombuffer(head.ljust(16, b"\0"), dtype="<i4").tolist()
+    if magic in OTHER_MAGICS:
+        raise InputError(f"{path}: {OTHER_MAGICS[magic]} (header {magic}, version {version})")
+    if magic != MAGIC:
+        return "headerless"
+    if version != VERSION:
+        raise InputError(f"{path}: version {version} of llm.c's format; only {VERSION}, uint16 tokens, is read")
+    if vocab_size:
+        raise InputError(f"{path}: a shard of this project's own whose preparation did not finish; prepare it again")
+    return "llm.c"
+
+
+def describe(file: TokenFile, tokenizer: Tokenizer) -> ShardInfo:
+    """What the manifest keeps of the file; every id is held against the vocabulary."""
+    tokens = open_shard(file.path, file.format).tokens
+    documents = 0
+    for begin in range(0, len(tokens), BLOCK_TOKENS):
+        block = np.asarray(tokens[begin : begin + BLOCK_TOKENS])
+        if int(block.max()) >= tokenizer.vocab_size:
+            place = begin + int(np.argmax(block >= tokenizer.vocab_size))
+            raise InputError(
+                f"{file.path}: token {place:,} is id {tokens[place]}, outside the vocabulary of "
+                f"{tokenizer.vocab_size}; "
+                "another --tokenizer, or no token file"
+            )
+        if tokenizer.eot_id is not None:
+            documents += int(np.count_nonzero(block == tokenizer.eot_id))
+    size = file.path.stat().st_size
+    return ShardInfo(
+        file.path.name, file.format, len(tokens), documents, size, sha256_of_file(file.path), idx_sha256=None
+    )
+
+
+def add_tokens(stream: "hashlib._Hash", tokens: np.ndarray) -> None:
+    """Add tokens to the hash of a stream, without a copy of them all."""
+    for begin in range(0, len(tokens), BLOCK_TOKENS):
+        stream.update(tokens[begin : begin + BLOCK_TOKENS].tobytes())

@@ -1,0 +1,165 @@
+"""The hidden directory beside --out in which it grows: kept across kills, its name given only when it is whole."""
+
+import contextlib
+import fcntl
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from common.errors import InputError
+from common.files import fsync_directory
+from data_prep.manifest import FILE_NAME, Manifest, open_split, read_manifest
+from data_prep.tokenizer import Tokenizer
+
+PARTS = "parts"
+KEPT = ("plan.json", "listing.json")
+
+
+@contextlib.contextmanager
+def unfinished_directory(out: Path, *, shared: bool = False) -> Iterator[Path]:
+    """`.NAME.partial`, with its folder of parts, for one process at a time, or for all who make nothing but parts.
+
+    After a failure the finished parts stay, which the error says; where there is none, and nobody shares it, nothing.
+    """
+    partial = out.with_name(f".{out.name}.partial")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(out, shared=shared):
+        _finish_swap(out)
+        (partial / PARTS).mkdir(parents=True, exist_ok=True)
+        if not shared:
+            _free_all_but_parts(partial)  # of an earlier attempt
+        try:
+            yield partial
+        except (InputError, OSError) as error:
+            raise InputError(f"{error}{_leave(partial, shared=shared)}") from error
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"interrupted{_leave(partial, shared=shared)}") from None
+
+
+@contextlib.contextmanager
+def _locked(out: Path, *, shared: bool) -> Iterator[None]:
+    """Hold `.NAME.lock`. It is removed by who holds it alone: others may share it."""
+    path = out.with_name(f".{out.name}.lock")
+    while True:
+        with path.open("a+") as lock:  # NFS locks what is open for reading and for writing
+            try:
+                fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise InputError(f"--out {out}: another process is making it right now") from error
+            except OSError as error:
+                raise InputError(f"{path}: this file system has no locks ({error}); choose another --out") from error
+            if not path.exists() or path.stat().st_ino != os.fstat(lock.fileno()).st_ino:
+                continue  # removed by who had it before: another may have a new one
+            try:
+                yield
+            finally:
+                if not shared:
+                    path.unlink()
+            return
+
+
+def _free_all_but_parts(partial: Path) -> None:
+    for path in partial.iterdir():
+        if path.is_dir() and path.name != PARTS:
+            shutil.rmtree(path)
+        elif path.is_file():
+            path.unlink()
+
+
+def free_other_parts(partial: Path, stems: set[Path]) -> None:
+    """Remove parts of another input or of other options."""
+    for path in (partial / PARTS).iterdir():
+        if path.suffix in (".part", ".json", ".tmp") and path.name not in KEPT and path.with_suffix("") not in stems:
+            path.unlink()
+
+
+def _leave(partial: Path, *, shared: bool) -> str:
+    """Give back the disk that a failed run filled, except for finished parts; what to say of those."""
+    finished = [path for path in (partial / PARTS).glob("*.part") if path.with_suffix(".json").exists()]
+    if not shared:
+        _free_all_but_parts(partial)
+        for path in (partial / PARTS).glob("*.tmp"):
+            path.unlink()
+        if not finished:
+            shutil.rmtree(partial)
+    if not finished:
+        return ""
+    megabytes = sum(path.stat().st_size for path in finished) / 1e6
+    return (
+        f"; {len(finished)} finished parts ({megabytes:,.1f} MB) stay in {partial}: the same command goes on from "
+        "them, or remove it"
+    )
+
+
+def existing_data(
+    out: Path,
+    is_same_source: Callable[[dict[str, Any]], bool],
+    options: dict[str, Any],
+    tokenizer: Tokenizer,
+    *,
+    overwrite: bool,
+) -> Manifest | None:
+    """The manifest in --out if it already holds exactly this; None if --out is free or to be replaced."""
+    if any(path.exists() for path in (out / PARTS, _replaced(out), _removing(out))):  # left by a kill in put_in_place
+        with _locked(out, shared=False):
+            _finish_swap(out)
+    if not out.exists():
+        return None
+    if not (out / FILE_NAME).is_file():
+        if out.is_dir() and not any(out.iterdir()):
+            return None
+        raise InputError(f"--out {out}: exists and is no data directory; choose another or remove it")
+    if overwrite:
+        return None
+    manifest = read_manifest(out)
+    differing = [] if is_same_source(manifest.source) else ["other input"]
+    differing += [] if manifest.tokenizer == tokenizer.describe() else ["another tokenizer"]
+    differing += differences(manifest.options, options)
+    if not differing:
+        for split in manifest.splits:
+            open_split(out, split)  # are all shards there, at their full size?
+        return manifest
+    raise InputError(
+        f"--out {out}: already holds finished data, of {', '.join(differing)}; "
+        "choose another --out, or replace it with --overwrite"
+    )
+
+
+def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Each option that differs, as a flag with its values."""
+    return [
+        f"--{name.replace('_', '-')} {now.get(name)} (was {before.get(name)})"
+        for name in {**before, **now}
+        if now.get(name) != before.get(name)
+    ]
+
+
+def put_in_place(partial: Path, out: Path) -> None:
+    """Give the finished directory its name. Killed at any moment, `_finish_swap` of the next start makes it good."""
+    if out.exists():
+        out.rename(_replaced(out))
+    partial.rename(out)
+    fsync_directory(out.parent)
+    _finish_swap(out)
+
+
+def _finish_swap(out: Path) -> None:
+    """What was replaced gets its name back if nothing has it; where the new one has, that and the parts go."""
+    old, doomed = _replaced(out), _removing(out)
+    shutil.rmtree(doomed, ignore_errors=True)
+    if not out.exists() and any(old.glob("*.json")):  # which every finished directory has
+        old.rename(out)
+    for leftover in (out / PARTS, old):
+        if leftover.exists():
+            leftover.rename(doomed)  # so that what is half removed is never taken for something
+            shutil.rmtree(doomed)
+
+
+def _replaced(out: Path) -> Path:
+    return out.with_name(f".{out.name}.replaced")
+
+
+def _removing(out: Path) -> Path:
+    return out.with_name(f".{out.name}.removing")

@@ -1,0 +1,159 @@
+"""A sample of bounded size, spread over all of the input, and held-out text that is never in it.
+
+Every document has a key, a hash of its text. The sample is the documents with the smallest keys until it is full, the
+held-out text those with the largest: which they are depends on the texts alone, not on the order of the files, and
+equal documents count as one, so that a copy of a held-out one is held out too. A file that is one document is cut into
+pieces at line ends, which are drawn like documents.
+"""
+
+import hashlib
+import heapq
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from common.errors import InputError
+from data_prep.pipeline.sources import (
+    InputFile,
+    Reading,
+    end_of_piece,
+    is_one_document,
+    plan_units,
+    read_documents,
+    read_pieces,
+)
+from data_prep.pipeline.workers import Progress
+from data_prep.tokenizer import EOT
+
+PIECE_BYTES = 2**14
+HELD_OUT_FRACTION = 0.05
+HELD_OUT_BYTES = 4_000_000  # half a second of encoding
+LARGEST_KEY = 2**64 - 1
+RULE = (
+    f"documents, or pieces of at most {PIECE_BYTES} bytes of a file that is one, in the order of the 64-bit blake2b of "
+    f"their text, equal ones once: held out are the last, {HELD_OUT_FRACTION} of all bytes, at most {HELD_OUT_BYTES}, "
+    "at least one document; the sample are the first, until it is full"
+)
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """UTF-8 documents to train on, in the order of their keys, and held out. What was read: documents, bytes, marks.
+
+    eot_marks: how often "<|endoftext|>" stands in the text.
+    """
+
+    sample: list[bytes]
+    held_out: list[bytes]
+    documents: int
+    num_bytes: int
+    eot_marks: int
+
+
+def read_texts(files: list[InputFile], reading: Reading, progress: Progress) -> Iterator[str]:
+    """Every document of the files, or pieces of those that are one; a block and a document in memory at a time."""
+    for file in files:
+        if is_one_document(file, reading):
+            for piece in read_pieces(file, PIECE_BYTES):
+                yield piece
+                progress.add(0 if file.compressed else len(piece), 1)
+            continue
+        for unit in plan_units(file, reading):
+            documents = 0
+            for _, text in read_documents(unit, reading):
+                documents += 1
+                yield text
+            progress.add(unit.num_bytes, documents)
+
+
+def draw(texts: Iterable[str], sample_bytes: int) -> Drawn:
+    """Read all of `texts` and keep at most sample_bytes to train on. Memory: that, HELD_OUT_BYTES and a document.
+
+    InputError if there are not two different documents.
+    """
+    first = _Smallest(sample_bytes)
+    last = _Smallest(HELD_OUT_BYTES)
+    documents = num_bytes = eot_marks = 0
+    for text in texts:
+        if not text:
+            continue
+        data = utf8(text)
+        key = key_of(data)
+        first.add(key, data)
+        last.add(LARGEST_KEY - key, data)
+        documents += 1
+        num_bytes += len(data)
+        eot_marks += text.count(EOT)
+    wanted = min(HELD_OUT_BYTES, int(HELD_OUT_FRACTION * num_bytes))
+    held_out: dict[int, bytes] = {}
+    for key, data in last.in_order():
+        held_out[LARGEST_KEY - key] = data
+        if (wanted := wanted - len(data)) <= 0:
+            break
+    sample = [data for key, data in first.in_order() if key not in held_out]
+    if not sample:
+        raise InputError(
+            f"--input: {documents} documents, of which one is held out, leave nothing to train on; at least two "
+            "different ones are needed"
+        )
+    too_many = sum(map(len, sample)) - sample_bytes
+    if too_many > 0:  # in the last one alone; half a character at the cut goes with it
+        sample[-1] = sample[-1][:-too_many].decode("utf-8", "ignore").encode("utf-8")
+    return Drawn(sample, list(held_out.values()), documents, num_bytes, eot_marks)
+
+
+def spread(texts: Iterable[str], limit: int) -> list[bytes]:
+    """The documents with the smallest keys, as few as reach `limit` bytes."""
+    smallest = _Smallest(limit)
+    for text in texts:
+        if text:
+            data = utf8(text)
+            smallest.add(key_of(data), data)
+    return [data for _, data in smallest.in_order()]
+
+
+def pieces(documents: Iterable[bytes]) -> Iterator[str]:
+    """The documents, long ones cut like a file that is one: trainers and tiktoken fail at a word of a million bytes."""
+    for data in documents:
+        begin = 0
+        while len(data) - begin > PIECE_BYTES:
+            stop = end_of_piece(data, begin, begin + PIECE_BYTES)
+            yield data[begin:stop].decode("utf-8")
+            begin = stop
+        yield data[begin:].decode("utf-8")
+
+
+def key_of(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest())
+
+
+def utf8(text: str) -> bytes:
+    """UTF-8, U+FFFD for a lone surrogate: what tiktoken makes of it."""
+    try:
+        return text.encode("utf-8")
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode("utf-8")
+
+
+class _Smallest:
+    """The documents with the smallest keys, as few as reach `limit` bytes, of any number that are added."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._num_bytes = 0
+        self._heap: list[tuple[int, bytes]] = []  # the largest key first: it is the next to go
+        self._keys: set[int] = set()
+
+    def add(self, key: int, data: bytes) -> None:
+        if key in self._keys or (self._num_bytes >= self._limit and key > -self._heap[0][0]):
+            return
+        heapq.heappush(self._heap, (-key, data))
+        self._keys.add(key)
+        self._num_bytes += len(data)
+        while self._num_bytes - len(self._heap[0][1]) >= self._limit:
+            negative_key, gone = heapq.heappop(self._heap)
+            self._keys.remove(-negative_key)
+            self._num_bytes -= len(gone)
+
+    def in_order(self) -> list[tuple[int, bytes]]:
+        """(key, document), smallest key first."""
+        return [(-negative_key, data) for negative_key, data in sorted(self._heap, reverse=True)]

@@ -1,0 +1,129 @@
+"""Many processes for many units: results as they come, progress lines, and an end where one is killed.
+
+Only counts travel between processes, never token ids (17 MB/s against 39 MB/s on two cores).
+"""
+
+import multiprocessing
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import connection
+from types import TracebackType
+from typing import TypeVar
+
+from common.errors import InputError
+
+REPORT_SECONDS = 5.0
+TERMINAL_SECONDS = 0.2
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+
+def available_cores() -> int:
+    """The cores that this process may use: a container or a job often has fewer than the machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class Workers:
+    """`run` in this process when num_workers is 1, else in that many spawned ones. A context manager."""
+
+    def __init__(self, num_workers: int) -> None:
+        self.num_workers = num_workers
+        self._pool: ProcessPoolExecutor | None = None
+
+    def __enter__(self) -> "Workers":
+        if self.num_workers > 1:  # spawned: a forked child of a process with threads may hang
+            self._pool = ProcessPoolExecutor(
+                self.num_workers, mp_context=multiprocessing.get_context("spawn"), initializer=_begin
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._pool is not None:  # what has begun is finished, so that its part counts
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def run(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[tuple[int, Result]]:
+        """(index, function(task)) of every task, in the order in which they finish."""
+        if self._pool is None:
+            for index, task in enumerate(tasks):
+                yield index, function(task)
+            return
+        try:
+            # Workers are started here, and inherit this: Ctrl-C is for their parent alone, from their first moment.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+            try:
+                futures = {self._pool.submit(function, task): index for index, task in enumerate(tasks)}
+            finally:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenProcessPool as error:
+            raise InputError(
+                "a worker process was killed, perhaps for want of memory; try fewer with --workers"
+            ) from error
+
+
+def _begin() -> None:
+    """A worker leaves when its parent is killed, instead of waiting for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow(sentinel: int = parent.sentinel) -> None:
+        connection.wait([sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+class Progress:
+    """Bytes, documents, tokens, rates and time left on stderr: at a terminal one line that changes, else a line every
+    REPORT_SECONDS, none for a quick job."""
+
+    def __init__(self, stage: str, total_bytes: int) -> None:
+        self._stage = stage
+        self._total_bytes = total_bytes
+        self._started = self._reported = time.perf_counter()
+        self._bytes = self._documents = self._tokens = 0
+        self._is_over = total_bytes == 0
+
+    def add(self, num_bytes: int, documents: int = 0, tokens: int = 0) -> None:
+        self._bytes += num_bytes
+        self._documents += documents
+        self._tokens += tokens
+        now = time.perf_counter()
+        is_terminal = sys.stderr.isatty()
+        is_last = self._bytes >= self._total_bytes
+        is_time = now - self._reported >= (TERMINAL_SECONDS if is_terminal else REPORT_SECONDS)
+        if self._is_over or not (is_time or (is_terminal and is_last)):
+            return
+        self._reported = now
+        self._is_over = is_last
+        begin, end = ("\r\x1b[K", "\n" if is_last else "") if is_terminal else ("", "\n")
+        print(f"{begin}{self._line(now - self._started)}", end=end, file=sys.stderr, flush=True)
+
+    def _line(self, seconds: float) -> str:
+        rate = self._bytes / seconds
+        left = max(0, self._total_bytes - self._bytes) / rate if rate else float("inf")
+        documents = f"  {self._documents:,} documents" if self._documents else ""
+        tokens = f"  {self._tokens:,} tokens  {self._tokens / seconds:,.0f} tokens/s" if self._tokens else ""
+        return (
+            f"{self._stage}  {self._bytes / 1e6:,.1f} of {self._total_bytes / 1e6:,.1f} MB  {rate / 1e6:.1f} MB/s"
+            f"{documents}{tokens}  {clock(left)} left"
+        )
+
+
+def clock(seconds: float) -> str:
+    """Seconds, minutes or hours, to be read by a person."""
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"

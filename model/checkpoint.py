@@ -1,0 +1,283 @@
+"""Run directory, checkpoint or Hugging Face folder -> model and codec; the read side of the checkpoint format.
+
+    RUN/checkpoints/step_00000500/
+        *.distcp, .metadata   torch.distributed.checkpoint of model.* and optimizer.*
+        state.json            progress, configuration, data fingerprint, random state, versions
+        SHA256SUMS            of all of these, as `sha256sum -c SHA256SUMS` reads it
+
+A directory with such a name is complete: it was written elsewhere and renamed. Nothing in it can run code:
+hashes are checked first, and DCP's pickled .metadata is read through an allow-list. Hugging Face's folders are
+model/hf/folder.py's to read.
+"""
+
+import io
+import json
+import pickle
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+
+from common.errors import InputError
+from common.files import sha256_of_file
+from data_prep.tokenizer import Tokenizer, load_tokenizer
+from model.base import HEAD, LanguageModel
+from model.config import ModelConfig, with_current_names
+from model.hf.folder import is_hugging_face, open_folder
+from model.ladder import make_model
+
+CHECKPOINTS = "checkpoints"
+STATE_FILE = "state.json"
+SUMS_FILE = "SHA256SUMS"
+STEP_NAME = re.compile(r"step_(\d{8,})")
+
+
+def step_of(checkpoint: Path) -> int:
+    """500 for .../step_00000500; InputError for any other name."""
+    match = STEP_NAME.fullmatch(checkpoint.name)
+    if not match:
+        raise InputError(f"{checkpoint}: not a checkpoint; their folders are named step_00000500")
+    return int(match[1])
+
+
+def list_checkpoints(run_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first, sound or not."""
+    folder = run_dir / CHECKPOINTS
+    found = [path for path in folder.iterdir() if STEP_NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(found, key=step_of)
+
+
+def fault_of(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint's files, in one line; None when every hash is as it was written."""
+    try:
+        lines = (checkpoint / SUMS_FILE).read_text(encoding="ascii").splitlines()
+        sums = {name: sha256 for sha256, name in (line.split("  ", 1) for line in lines)}
+    except FileNotFoundError:
+        return f"{checkpoint}: {SUMS_FILE} is missing"
+    except OSError as error:
+        return f"{checkpoint}: unreadable: {error}"
+    except (UnicodeDecodeError, ValueError):
+        return f"{checkpoint}: {SUMS_FILE} is damaged"
+    try:
+        present = {path.name for path in checkpoint.iterdir()} - {SUMS_FILE}
+        if STATE_FILE not in sums or present != set(sums):
+            odd = ", ".join(sorted(present ^ set(sums))) or STATE_FILE
+            return f"{checkpoint}: its files are not those of {SUMS_FILE}: {odd}"
+        for name, sha256 in sums.items():
+            if sha256_of_file(checkpoint / name) != sha256:
+                return f"{checkpoint}: {name} is damaged (its sha256 is not the one in {SUMS_FILE})"
+    except OSError as error:
+        return f"{checkpoint}: unreadable: {error}"
+    return None
+
+
+def newest_sound(run_dir: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint whose hashes hold, and the faults of the newer ones that were passed over."""
+    faults: list[str] = []
+    for checkpoint in reversed(list_checkpoints(run_dir)):
+        fault = fault_of(checkpoint)
+        if fault is None:
+            return checkpoint, faults
+        faults.append(fault)
+    return None, faults
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """state.json of a checkpoint."""
+    path = checkpoint / STATE_FILE
+    try:
+        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: damaged ({error})") from error
+    return state
+
+
+def model_tensors(model: LanguageModel) -> dict[str, Tensor]:
+    """The model's tensors by their names in a checkpoint."""
+    state_dict, is_tied = model.state_dict(), model.is_tied
+    return {f"model.{name}": tensor for name, tensor in state_dict.items() if not (is_tied and name == HEAD)}
+
+
+@dataclass(frozen=True)
+class TrainedModel:
+    """A model in eval mode with its tokenizer, the step it stands at, and where it came from.
+
+    `step`: None of a Hugging Face folder, which does not say; `checkpoint` is then the folder.
+    """
+
+    model: LanguageModel
+    tokenizer: Tokenizer
+    step: int | None
+    checkpoint: Path
+
+
+def find_checkpoint(name: str | Path) -> Path:
+    """RUN's newest sound checkpoint, RUN@STEP's, or the checkpoint at a path. InputError: not there, or not sound."""
+    path = Path(name)
+    run, at, step = str(name).rpartition("@")
+    if at and step.isdigit() and not path.exists():
+        path = Path(run) / CHECKPOINTS / f"step_{int(step):08d}"
+        if Path(run).is_dir() and not path.is_dir():
+            there = ", ".join(str(step_of(checkpoint)) for checkpoint in list_checkpoints(Path(run)))
+            raise InputError(f"{run}: no checkpoint of step {step}; there are {there or 'none'}")
+    if not path.is_dir():
+        raise InputError(f"{path}: no such run directory or checkpoint")
+    if STEP_NAME.fullmatch(path.name):
+        fault = fault_of(path)
+        if fault is not None:
+            raise InputError(fault)
+        return path
+    newest, faults = newest_sound(path)
+    if newest is None:
+        raise InputError(
+            "; ".join(faults) or f"{path}: no checkpoint in it yet, and no weights as Hugging Face names them"
+        )
+    return newest
+
+
+def check_device(device: str) -> None:
+    """InputError where torch does not see such a one."""
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise InputError(f"--device {device}: torch {torch.__version__} sees no GPU here; use --device cpu")
+
+
+def load_model(
+    name: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> TrainedModel:
+    """What RUN, RUN@STEP or a checkpoint's own path names (see `find_checkpoint`), or a Hugging Face folder.
+
+    The model computes in `dtype`; its weights are fp32. Raises InputError in one line for anything unusable.
+    """
+    if is_hugging_face(Path(name)):
+        return _load_folder(Path(name), device=device, dtype=dtype)
+    return load_checkpoint(find_checkpoint(name), device=device, dtype=dtype)
+
+
+def load_checkpoint(
+    checkpoint: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> TrainedModel:
+    """The same of a checkpoint that `find_checkpoint` found sound. Not a collective, whatever group there is."""
+    model = make_model(model_config(read_state(checkpoint), checkpoint), compute_dtype=dtype)
+    read_tensors(checkpoint, model_tensors(model), alone=True)
+    tokenizer = load_tokenizer(checkpoint.resolve().parents[1])
+    if tokenizer.vocab_size != model.config.vocab_size:
+        raise InputError(
+            f"{checkpoint}: its tokenizer has {tokenizer.vocab_size} ids, "
+            f"its model {model.config.vocab_size}; they do not belong together"
+        )
+    return TrainedModel(model.to(device).eval(), tokenizer, step_of(checkpoint), checkpoint)
+
+
+@torch.no_grad()
+def _load_folder(path: Path, *, device: torch.device | str, dtype: torch.dtype) -> TrainedModel:
+    folder = open_folder(path)
+    with torch.device("meta"):
+        model = make_model(folder.config, compute_dtype=dtype)
+    model.to_empty(device=device)
+    model.tie_weights()
+    for parameter_name, parameter in model.named_parameters():
+        parameter.copy_(folder.parameter(parameter_name, folder.config))
+    return TrainedModel(model.eval(), folder.tokenizer, None, path)
+
+
+def model_config(state: Mapping[str, Any], checkpoint: Path) -> ModelConfig:
+    """The shape that a checkpoint's state.json records."""
+    try:
+        return ModelConfig(**with_current_names(state["config"]["model"]))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{checkpoint / STATE_FILE}: no model of this code: {error}") from error
+
+
+# --- Tensors out of torch.distributed.checkpoint's files --------------------------------------------------------------
+
+
+class AllowListUnpickler(pickle.Unpickler):
+    """Builds DCP's description of tensors, and refuses every other name before it is imported."""
+
+    ALLOWED = frozenset(
+        {
+            ("torch.distributed.checkpoint.metadata", name)
+            for name in (
+                "ChunkStorageMetadata",
+                "Metadata",
+                "MetadataIndex",
+                "StorageMeta",
+                "TensorProperties",
+                "TensorStorageMetadata",
+                "_MEM_FORMAT_ENCODING",
+            )
+        }
+        | {
+            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+            ("torch.serialization", "_get_layout"),
+            ("torch", "Size"),
+            ("pathlib", "Path"),
+            ("pathlib", "PosixPath"),
+            ("pathlib", "WindowsPath"),
+        }
+        | {("torch", name) for name in ("float32", "bfloat16", "float16", "float64", "int64", "uint8")}
+    )
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.ALLOWED:
+            raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
+        return super().find_class(module, name)
+
+
+class SafeReader(dcp.FileSystemReader):
+    """DCP's reader with its pickle replaced by the allow-list, and for tensors only."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        path = Path(self.path) / ".metadata"
+        try:
+            metadata = AllowListUnpickler(io.BytesIO(path.read_bytes())).load()
+        except (
+            pickle.UnpicklingError,
+            EOFError,
+            AttributeError,
+            ValueError,
+            TypeError,
+            IndexError,
+            KeyError,
+        ) as error:
+            raise InputError(f"{path}: refused: {error}") from error
+        entries = metadata.state_dict_metadata.values() if isinstance(metadata, Metadata) else [None]
+        if not all(isinstance(entry, TensorStorageMetadata) for entry in entries):
+            raise InputError(f"{path}: refused: a checkpoint holds tensors only")
+        assert metadata.storage_meta is not None
+        metadata.storage_meta.load_id = self.load_id
+        return metadata
+
+
+def read_tensors(checkpoint: Path, into: dict[str, Tensor], *, alone: bool = False) -> None:
+    """Fill the tensors of `into` from a checkpoint of any layout.
+
+    Plain or sharded ones, and collective if there is a group; `alone`: plain ones, and this process by itself.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+        try:
+            dcp.load(dict(into), storage_reader=SafeReader(checkpoint), no_dist=alone or not dist.is_initialized())
+        except (CheckpointException, RuntimeError, ValueError) as error:
+            if isinstance(error, InputError):
+                raise
+            raise InputError(f"{checkpoint}: its tensors do not fit this model: {last_line_of(error)}") from error
+
+
+def last_line_of(error: BaseException) -> str:
+    """The line of a long message that says what happened."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
+
+
+def data_files_of(checkpoint: Path) -> set[str]:
+    """Names of the files that hold a checkpoint's tensors, as its metadata has them."""
+    return {entry.relative_path for entry in SafeReader(checkpoint).read_metadata().storage_data.values()}

@@ -1,0 +1,356 @@
+"""What a model costs: parameters, FLOPs and bytes, counted structurally, matrix by matrix.
+
+    python model/cost.py gpt2-xl --model.mlp swiglu --model.position-embedding rope --batch 1 --seq-len 1024
+    python model/cost.py gpt2-small --card a100 --num-cards 8 --mfu 0.4 --tokens 10000000000
+
+Half a second. One source for the run card, the meters, this command and every plan. Matmul FLOPs equal
+torch.utils.flop_counter's; what else a model computes is not counted.
+"""
+
+import itertools
+import math
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+if not __package__:
+    sys.path[0] = str(Path(__file__).resolve().parents[1])
+
+import tyro
+
+from common.errors import InputError, one_line_errors
+from common.former_flags import refuse_former_flags
+from model.config import NAMED_SHAPES, ModelConfig
+from model.costs.activations import FP32_BYTES, StepShape
+from model.costs.gpu_peaks import PEAKS, peak_flops
+from model.costs.memory import count_activations, memory
+
+TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022, table 3: the most from a given number of FLOPs
+COMPUTE_BYTES = {"bf16": 2, "fp16": 2, "tf32": 4, "fp32": 4}
+
+
+@dataclass(frozen=True)
+class Cost:
+    """num_parameters: without vocabulary padding. flops_per_token: forward and backward, at full context."""
+
+    num_parameters: int
+    num_padding_parameters: int
+    flops_per_token: int
+    gradient_bytes: int
+    state_bytes: int
+    checkpoint_bytes: int
+
+
+def count_parameters(config: ModelConfig) -> dict[str, int]:
+    """Trained parameters by component, vocabulary padding left out, a tied head counted once."""
+    D, F, L, V = config.width, config.resolved_mlp_width, config.num_layers, config.vocab_size
+    if config.kind == "bigram":
+        return {"head": V * V}
+    if config.kind != "gpt":
+        is_block = config.kind == "block"
+        return {
+            "token embedding": V * D,
+            "position embedding": config.context_len * D,
+            "attention": (3 + is_block) * D * D,
+            "mlp": is_block * 2 * D * 4 * D,
+            "norms": is_block * 3 * D,
+            "head": V * D,
+        }
+    num_inner = config.num_mlp_matrices - 1
+    biases = {"attention": L * (3 * D + D), "mlp": L * (num_inner * F + D)} if config.bias else {}
+    num_norms = 0 if config.norm == "none" else 2 * L + config.has_last_norm
+    norm = 2 * D if config.norm == "layernorm" and config.bias else D
+    return {
+        "token embedding": V * D,
+        "position embedding": config.context_len * D if config.position_embedding == "learned" else 0,
+        "attention": L * (3 * D * D + D * D) + biases.get("attention", 0) + (L - 1) * config.value_residual,
+        "mlp": L * (num_inner + 1) * D * F + biases.get("mlp", 0),
+        "norms": num_norms * norm + L * 2 * config.head_size * config.qk_norm,
+        "head": 0 if config.tie else V * D,
+    }
+
+
+def count_forward_flops(config: ModelConfig, *, batch: int, seq_len: int) -> dict[str, int]:
+    """Floating-point operations of the matrix products of one forward pass, 2 per multiply-add: 2 m n k of a product of
+    m x k and k x n.
+
+    Attention scores are counted in full, not halved for the causal mask, as in Chowdhery et al. 2022 (PaLM),
+    appendix B, and as flop_counter counts them. The head is counted with its padding, which is computed.
+    """
+    D, F, L, T = config.width, config.resolved_mlp_width, config.num_layers, seq_len
+    tokens = batch * seq_len
+    if config.kind == "bigram":
+        return {"head": 2 * tokens * config.vocab_size**2}  # with one-hot rows
+    if config.kind != "gpt":
+        is_block = config.kind == "block"
+        return {
+            "attention projections": 2 * tokens * (3 + is_block) * D * D,
+            "attention scores": 2 * tokens * T * D,
+            "attention values": 2 * tokens * T * D,
+            "mlp": 2 * tokens * is_block * 2 * D * 4 * D,
+            "head": 2 * tokens * D * config.vocab_size,
+        }
+    return {
+        "attention projections": 2 * tokens * L * (D * 3 * D + D * D),
+        "attention scores": 2 * tokens * L * T * D,
+        "attention values": 2 * tokens * L * T * D,
+        "mlp": 2 * tokens * L * config.num_mlp_matrices * D * F,
+        "head": 2 * tokens * D * config.padded_vocab_size,
+    }
+
+
+def count_backward_flops(config: ModelConfig, *, batch: int, seq_len: int) -> dict[str, int]:
+    """The same of the backward pass: for each product two, one per operand, but for a bigram's rows, which are data."""
+    operands = 1 if config.kind == "bigram" else 2
+    forward = count_forward_flops(config, batch=batch, seq_len=seq_len)
+    return {part: operands * flops for part, flops in forward.items()}
+
+
+def count_cache_bytes(config: ModelConfig, compute_bytes: int) -> int:
+    """Of the keys and values of one token in all blocks, which generation keeps."""
+    return 2 * config.num_layers * config.width * compute_bytes
+
+
+def model_cost(config: ModelConfig) -> Cost:
+    """The totals, FLOPs at full context."""
+    parameters = sum(count_parameters(config).values())
+    padding = (config.padded_vocab_size - config.vocab_size) * config.width * (1 if config.tie else 2)
+    padding = padding if config.kind == "gpt" else 0
+    passes = (count_forward_flops, count_backward_flops)
+    flops = sum(sum(count(config, batch=1, seq_len=config.context_len).values()) for count in passes)
+    held = parameters + padding
+    return Cost(
+        num_parameters=parameters,
+        num_padding_parameters=padding,
+        flops_per_token=flops // config.context_len,
+        gradient_bytes=FP32_BYTES * held,
+        state_bytes=4 * FP32_BYTES * held,  # weights, gradients, AdamW's two moments
+        checkpoint_bytes=3 * FP32_BYTES * held,  # all of these but the gradients
+    )
+
+
+# --- The command ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Card:
+    """Its memory by its datasheet, and what torch calls it, as in model/costs/gpu_peaks.py."""
+
+    gigabytes: float
+    name: str
+
+
+CARDS = {
+    "rtx-4090": Card(24, "NVIDIA GeForce RTX 4090"),
+    "rtx-5090": Card(32, "NVIDIA GeForce RTX 5090"),
+    "l4": Card(24, "NVIDIA L4"),
+    "l40s": Card(48, "NVIDIA L40S"),
+    "a100-40gb": Card(40, "NVIDIA A100-SXM4-40GB"),
+    "a100": Card(80, "NVIDIA A100-SXM4-80GB"),
+    "h100": Card(80, "NVIDIA H100 80GB HBM3"),
+    "h200": Card(141, "NVIDIA H200"),
+    "b200": Card(180, "NVIDIA B200"),
+    "mi300x": Card(192, "AMD Instinct MI300X"),
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """What a model costs: parameters, FLOPs, bytes, days."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    vocab_size: int = 50257
+    """The tokenizer's."""
+    batch: int = 1
+    """Sequences in a micro-batch."""
+    seq_len: int = 1024
+    """Tokens in a sequence; also the model's context."""
+    dtype: Literal["bf16", "fp16", "tf32", "fp32"] = "bf16"
+    """Of activations and products; weights, gradients and optimizer are fp32."""
+    card: str = "h100"
+    """A card's name, or its memory in GB (10^9 bytes)."""
+    peak_tflops: float | None = None
+    """Of a card given by its memory: its dense peak at --dtype in TFLOP/s."""
+    num_cards: int = 8
+    """Cards that train together, each with the whole model (DDP)."""
+    mfu: float = 0.4
+    """The part of the cards' peak that the model's own FLOPs reach (Chowdhery et al. 2022, appendix B)."""
+    tokens: int | None = None
+    """To train on; None: 20 for each parameter (Hoffmann et al. 2022)."""
+
+
+def parse(args: Sequence[str]) -> Options:
+    """`[SHAPE] [--flags]`; every fault in one InputError."""
+    name, flags = ("gpt2-small", list(args)) if not args or args[0].startswith("-") else (args[0], list(args[1:]))
+    if name not in NAMED_SHAPES:
+        raise InputError(f"no shape {name!r}; there are {', '.join(NAMED_SHAPES)}")
+    refuse_former_flags(flags)
+    shape = NAMED_SHAPES[name]
+    options = tyro.cli(
+        Options,
+        prog=f"model/cost.py {name}",
+        description=f"{__doc__} Shapes, first on the line: {', '.join(NAMED_SHAPES)}.",
+        args=flags,
+        default=Options(model=shape, vocab_size=shape.vocab_size, seq_len=shape.context_len),
+    )
+    faults = options.model.faults()
+    if options.model.kind != "gpt":
+        faults.append(
+            f"--model.kind {options.model.kind}: train/main.py --dry-run tells what it costs; this is for gpt"
+        )
+    faults += [
+        f"--{flag.replace('_', '-')} {value} must be more than 0"
+        for flag in ("vocab_size", "batch", "seq_len", "num_cards", "mfu", "tokens", "peak_tflops")
+        if (value := getattr(options, flag)) is not None and not value > 0
+    ]
+    if options.mfu > 1:
+        faults.append(f"--mfu {options.mfu} is a part of the peak, like 0.4")
+    memory_bytes, _ = find_card(options)
+    if not 0 < memory_bytes < math.inf:
+        faults.append(f"--card {options.card}: its memory in GB must be a finite number above 0")
+    if faults:
+        raise InputError("; ".join(faults))
+    return replace(options, model=replace(options.model, vocab_size=options.vocab_size, context_len=options.seq_len))
+
+
+def find_card(options: Options) -> tuple[float, float | None]:
+    """Bytes of memory, and dense FLOP/s at --dtype, None where nobody said."""
+    asked = None if options.peak_tflops is None else options.peak_tflops * 1e12
+    if options.card in CARDS:
+        card = CARDS[options.card]
+        assert card.name in PEAKS
+        return card.gigabytes * 1e9, asked or peak_flops(card.name, options.dtype)
+    try:
+        return float(options.card) * 1e9, asked
+    except ValueError:
+        raise InputError(f"--card {options.card}: give its memory in GB, or one of {', '.join(CARDS)}") from None
+
+
+def largest_batch(config: ModelConfig, shape: StepShape, memory_bytes: float) -> int:
+    """The most sequences in a micro-batch whose step's peak fits; 0 if not even one does."""
+
+    def fits(sequences: int) -> bool:
+        return memory(config, replace(shape, micro_batch=sequences)).peak_bytes <= memory_bytes
+
+    if not fits(1):
+        return 0
+    fitting, failing = 1, 2
+    while fits(failing):
+        fitting, failing = failing, 2 * failing
+    while failing - fitting > 1:
+        middle = (fitting + failing) // 2
+        fitting, failing = (middle, failing) if fits(middle) else (fitting, middle)
+    return fitting
+
+
+def report(options: Options) -> str:
+    """All that the command prints."""
+    config, batch, seq_len = options.model, options.batch, options.seq_len
+    cost = model_cost(config)
+    switches = " ".join(f"{name}={value}" for name, value in config.switched().items())
+    lines = [
+        f"{config.num_layers} layers x {config.width} wide x {config.num_heads} heads, "
+        f"MLP {config.resolved_mlp_width}, context {seq_len}; {switches or 'GPT-2 as published'}",
+        "",
+        f"{'parameters':<24}{'':>16}{'share':>8}",
+        *table(count_parameters(config), "{:,}".format),
+        f"{'  of vocabulary padding':<24}{cost.num_padding_parameters:>16,}    more",
+        "",
+        f"{f'FLOPs of {batch} x {seq_len}':<24}{'forward':>16}{'share':>8}{'backward':>16}",
+        *flops_table(config, batch, seq_len),
+        "",
+        f"{'bytes':<24}",
+        *bytes_table(options, cost),
+        "",
+        *memory_table(options),
+        "",
+        time_line(options, cost),
+    ]
+    return "\n".join(lines)
+
+
+def table(parts: dict[str, int], show: Callable[[int], str]) -> list[str]:
+    """A row for each part that is not 0, with its share, and the total."""
+    total = sum(parts.values())
+    rows = [f"{f'  {part}':<24}{show(n):>16}{100 * n / total:>6.1f} %" for part, n in parts.items() if n]
+    return [*rows, f"{'  total':<24}{show(total):>16}"]
+
+
+def flops_table(config: ModelConfig, batch: int, seq_len: int) -> list[str]:
+    backward = count_backward_flops(config, batch=batch, seq_len=seq_len)
+    ends = [*backward.values(), sum(backward.values())]
+    rows = table(count_forward_flops(config, batch=batch, seq_len=seq_len), in_flops)
+    return [f"{row:<48}{in_flops(flops):>16}" for row, flops in zip(rows, ends, strict=True)]
+
+
+def in_flops(flops: int) -> str:
+    """In GFLOP up to 10,000, then in TFLOP."""
+    return f"{flops / 1e9:,.0f} GFLOP" if flops < 1e13 else f"{flops / 1e12:,.1f} TFLOP"
+
+
+def in_bytes(num_bytes: float) -> str:
+    size, unit = next((n, u) for n, u in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if num_bytes >= n / 10 or u == "kB")
+    return f"{num_bytes / size:,.{1 if unit == 'kB' else 2}f} {unit}"
+
+
+def bytes_table(options: Options, cost: Cost) -> list[str]:
+    """What lasts: weights as published, and what a process of a run holds and saves."""
+    held = {
+        "weights, fp32": FP32_BYTES * cost.num_parameters,
+        "weights with padding": cost.gradient_bytes,
+        "gradients, fp32": cost.gradient_bytes,
+        "AdamW's moments, fp32": 2 * cost.gradient_bytes,
+        "checkpoint": cost.checkpoint_bytes,
+        "KV cache per token": count_cache_bytes(options.model, COMPUTE_BYTES[options.dtype]),
+    }
+    return [f"{f'  {part}':<24}{in_bytes(n):>16}" for part, n in held.items()]
+
+
+def memory_table(options: Options) -> list[str]:
+    """Activations, a step's peak and the largest batch: with fused and written-out attention, with checkpointing."""
+    memory_bytes, _ = find_card(options)
+    head = f"one process, {options.dtype}, eager, plain loss"
+    rows = [f"{head:<48}{'activations':>16}{'peak of a step':>16}{'largest batch':>16}"]
+    kinds: dict[str, Literal["sdpa", "naive"]] = {"fused attention": "sdpa", "written-out attention": "naive"}
+    for (name, attention), checkpointing in itertools.product(kinds.items(), (False, True)):
+        config = replace(options.model, attention=attention)
+        shape = StepShape(
+            micro_batch=options.batch,
+            seq_len=options.seq_len,
+            compute_bytes=COMPUTE_BYTES[options.dtype],
+            activation_checkpointing=checkpointing,
+        )
+        fits = largest_batch(config, shape, memory_bytes)
+        kept, peak = count_activations(config, shape), memory(config, shape).peak_bytes
+        label = f"  {name}{', checkpointing' if checkpointing else ''}"
+        rows.append(f"{label:<48}{in_bytes(kept):>16}{in_bytes(peak):>16}{fits:>16,}")
+    return [
+        *rows,
+        f"(largest batch: sequences of {options.seq_len} in {memory_bytes / 1e9:g} GB, --card {options.card})",
+    ]
+
+
+def time_line(options: Options, cost: Cost) -> str:
+    """From tokens to FLOPs to days."""
+    tokens = options.tokens or TOKENS_PER_PARAMETER * cost.num_parameters
+    flops = tokens * cost.flops_per_token
+    said = f"{tokens:,} tokens x {cost.flops_per_token:.3g} FLOPs = {flops:.3g} FLOPs"
+    _, peak = find_card(options)
+    if peak is None:
+        return f"{said}; --peak-tflops tells how long that takes"
+    seconds = flops / (options.num_cards * peak * options.mfu)
+    return (
+        f"{said}: {seconds / 86400:,.2f} days on {options.num_cards} x {options.card} at {100 * options.mfu:g} % of "
+        f"{peak / 1e12:,.1f} TFLOP/s each"
+    )
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    with one_line_errors("budget"):
+        print(report(parse(sys.argv[1:] if args is None else args)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""What GPT2LMHeadModel is, in our words: its settings, and its tensors. Names are the same on both sides.
+
+Hugging Face keeps the block matrices as Conv1D, the transpose of nn.Linear, and no vocabulary padding.
+"""
+
+import json
+import reprlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from common.errors import InputError
+from model.base import EMBEDDING, HEAD
+from model.config import GPT2, ModelConfig, flag_of
+from model.gpt import NORM_EPS
+
+# What GPT2Config can say in its own words: n_inner, activation_function, tie_word_embeddings. Or what is no part of the
+# trained model.
+EXPRESSIBLE = ("mlp_width", "tie", "zero_init_projections")
+CONV1D_SUFFIXES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
+POSITIONS = "transformer.wpe.weight"
+
+SIZES = {
+    "num_layers": "n_layer",
+    "num_heads": "n_head",
+    "width": "n_embd",
+    "context_len": "n_positions",
+    "vocab_size": "vocab_size",
+}
+LARGEST_SIZE = 1_000_000  # far beyond any GPT-2, and far below what overflows when sizes are multiplied
+ACTIVATIONS = {"gelu": "gelu_new", "silu": "silu", "relu2": "relu2"}  # ACT2FN's names of ours
+OTHER_SPELLINGS = {"gelu_pytorch_tanh": "gelu", "swish": "silu"}
+# What GPT2Config can say and our model cannot be: its default.
+FIXED: dict[str, Any] = {
+    "layer_norm_epsilon": NORM_EPS,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "add_cross_attention": False,
+    "pruned_heads": {},
+    "quantization_config": None,
+    "auto_map": None,  # the model would be code in the folder
+}
+LARGEST_JSON_BYTES = 64_000_000  # a tokenizer of 65,536 ids takes 5
+
+
+def check_expressible(config: ModelConfig) -> None:
+    """InputError, naming the switches, for a model that GPT2LMHeadModel cannot be."""
+    switched = config.switched()
+    if config.mlp in ACTIVATIONS:
+        switched.pop("mlp", None)
+    if config.attention == "naive":
+        switched.pop("attention", None)
+    odd = [f"{flag_of(name)} {value}" for name, value in switched.items() if name not in EXPRESSIBLE]
+    if odd:
+        raise InputError(f"GPT2LMHeadModel has no {', '.join(odd)}; only GPT-2's own form can be Hugging Face's")
+
+
+def to_hugging_face(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Our tensors as GPT2LMHeadModel.load_state_dict takes them: transposed back, padding cut off."""
+    check_expressible(config)
+    return {
+        name: _transposed(name, tensor)[: config.vocab_size if name in (EMBEDDING, HEAD) else None]
+        for name, tensor in state_dict.items()
+    }
+
+
+def from_hugging_face(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """GPT2LMHeadModel's tensors as GPT.load_state_dict takes them: transposed, padded by zero rows."""
+    check_expressible(config)
+    return {name: as_ours(name, tensor, config) for name, tensor in state_dict.items()}
+
+
+def as_ours(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
+    """One tensor of GPT2LMHeadModel as our parameter of that name."""
+    padding = config.padded_vocab_size - tensor.shape[0] if name in (EMBEDDING, HEAD) else 0
+    return torch.nn.functional.pad(tensor, (0, 0, 0, padding)) if padding else _transposed(name, tensor)
+
+
+def _transposed(name: str, tensor: Tensor) -> Tensor:
+    return tensor.T.contiguous() if name.endswith(CONV1D_SUFFIXES) else tensor
+
+
+def to_json(config: ModelConfig) -> dict[str, Any]:
+    """config.json of a GPT2LMHeadModel that is this model. It has no dropout, as in our training."""
+    check_expressible(config)
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        **{theirs: getattr(config, ours) for ours, theirs in SIZES.items()},
+        "n_inner": config.mlp_width,
+        "activation_function": ACTIVATIONS[config.mlp],
+        "layer_norm_epsilon": NORM_EPS,
+        "tie_word_embeddings": config.tie,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "bos_token_id": config.eot_id,
+        "eos_token_id": config.eot_id,
+        "dtype": "float32",
+    }
+
+
+def from_json(content: Any, path: Path) -> ModelConfig:
+    """The model that config.json describes; what it leaves out is GPT2Config's default, GPT-2 small's.
+
+    InputError, naming the settings, for one that ours cannot be. `eot_id` is the tokenizer's to say.
+    """
+    kind = content.get("model_type") if isinstance(content, dict) else None
+    if kind != "gpt2":
+        raise InputError(f'{path}: "model_type" is {reprlib.repr(kind)}; only "gpt2" can be read')
+    sizes = {ours: content.get(theirs, getattr(GPT2, ours)) for ours, theirs in SIZES.items()}
+    inner = content.get("n_inner")
+    counted = {theirs: sizes[ours] for ours, theirs in SIZES.items()} | ({} if inner is None else {"n_inner": inner})
+    faults = [
+        f"{name} {reprlib.repr(value)} (a whole number from 1 to {LARGEST_SIZE:,} is needed)"
+        for name, value in counted.items()
+        if type(value) is not int or not 1 <= value <= LARGEST_SIZE
+    ]
+    if not faults and sizes["width"] % sizes["num_heads"]:
+        faults.append(f"n_embd {sizes['width']} (not divisible by n_head {sizes['num_heads']})")
+    spelled: dict[str, Any] = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | OTHER_SPELLINGS
+    activation, tie = content.get("activation_function", "gelu_new"), content.get("tie_word_embeddings", True)
+    if not isinstance(activation, str) or activation not in spelled:
+        faults.append(f"activation_function {reprlib.repr(activation)} (there are {', '.join(spelled)})")
+    if not isinstance(tie, bool):
+        faults.append(f"tie_word_embeddings {reprlib.repr(tie)} (true or false)")
+    fixed = FIXED | {"n_ctx": sizes["context_len"]}  # which was once another name for n_positions
+    faults += [
+        f"{name} {reprlib.repr(content[name])} (only {json.dumps(value)})"
+        for name, value in fixed.items()
+        if content.get(name, value) != value
+    ]
+    if faults:
+        raise InputError(f"{path}: this code has no model with {'; '.join(faults)}")
+    mlp_width = None if inner == 4 * sizes["width"] else inner
+    return ModelConfig(**sizes, mlp_width=mlp_width, mlp=spelled[activation], tie=tie, eot_id=None)
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file holds; InputError if it is missing, damaged, or larger than such a file can be."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such file; a Hugging Face folder has one")
+    if path.stat().st_size > LARGEST_JSON_BYTES:
+        raise InputError(f"{path}: {path.stat().st_size:,} bytes, where at most {LARGEST_JSON_BYTES:,} make sense")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number too long; nested too deep
+        raise InputError(f"{path}: damaged ({type(error).__name__}: {error})") from error

@@ -1,0 +1,206 @@
+"""(stream of tokens, position) -> this rank's batches. The position is the loop's; nothing is kept here.
+
+One split is one stream. Window i is its tokens [iT, iT+T]: neighbours share one token and none is lost. Each
+epoch is a permutation of the sequences that is computed, not stored: O(1) to seek, no table on any rank.
+
+A sequence that is left out is replaced where it stands by the one after it in the data, not removed: removing it would
+move every later sequence, so that no list could be changed in the middle of a run.
+"""
+
+import functools
+from collections.abc import Collection
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from common.errors import InputError
+from data_prep.shards import TokenStream
+from train.config import Config
+
+Indices = npt.NDArray[np.uint64]
+NUM_ROUNDS = 6  # of the Feistel network; Luby & Rackoff 1988 need 4 for a strong pseudorandom permutation
+
+
+@dataclass(frozen=True)
+class BatchPlan:
+    """One step's sequences, over ranks and micro-batches: sequences = world x accumulation x micro_batch."""
+
+    sequences: int
+    sequences_per_rank: int
+    micro_batch: int
+    accumulation: int
+
+
+def plan_batches(config: Config, world: int) -> BatchPlan:
+    """How `world` processes share the global batch; InputError names the nearest values that fit.
+
+    --train.micro-batch auto stands for the most it can become, a rank's whole share (see parallel/auto_micro_batch.py).
+    """
+    sequences, seq_len = config.sequences_per_step, config.train.seq_len
+    if sequences % world:
+        nearest_world = min(divisors(sequences), key=lambda n: abs(n - world))
+        lower = sequences // world * world
+        nearest_tokens = [n * seq_len for n in (lower, lower + world) if n]
+        raise InputError(
+            f"--train.batch-tokens {config.train.batch_tokens} is {sequences} sequences of {seq_len}, which {world} "
+            f"processes do not share evenly; try {nearest_world} processes, or --train.batch-tokens "
+            f"{' or '.join(str(n) for n in nearest_tokens)}"
+        )
+    per_rank = sequences // world
+    micro_batch = per_rank if config.train.micro_batch == "auto" else min(config.train.micro_batch, per_rank)
+    if per_rank % micro_batch:
+        nearest = min(divisors(per_rank), key=lambda n: abs(n - micro_batch))
+        raise InputError(
+            f"--train.batch-tokens {config.train.batch_tokens} is not divisible by micro_batch {micro_batch} x "
+            f"seq_len {seq_len} x {world} ranks = {micro_batch * seq_len * world}; try --train.micro-batch {nearest}"
+        )
+    return BatchPlan(sequences, per_rank, micro_batch, per_rank // micro_batch)
+
+
+def permute(indices: Indices, count: int, key: int) -> Indices:
+    """A pseudorandom permutation of range(count), evaluated at `indices`: uint64 [n] -> uint64 [n].
+
+    A balanced Feistel network over the least even number of bits that holds `count`, walked along its cycle
+    until it lands inside (Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains"): at most 4 walks
+    on average.
+    """
+    assert len(indices) == 0 or int(indices.max()) < count
+    half_bits = np.uint64(max(1, (max(count - 1, 1).bit_length() + 1) // 2))
+    mask = np.uint64((1 << int(half_bits)) - 1)
+    round_keys = _mix(np.arange(1, NUM_ROUNDS + 1, dtype=np.uint64) + _mix(np.array([key % 2**64], dtype=np.uint64)))
+    result = indices.copy()
+    outside = np.ones(len(result), dtype=bool)
+    while outside.any():
+        left, right = result[outside] >> half_bits, result[outside] & mask
+        for round_key in round_keys:
+            left, right = right, left ^ (_mix(right + round_key) & mask)
+        result[outside] = (left << half_bits) | right
+        outside = result >= np.uint64(count)
+    return result
+
+
+def _mix(x: Indices) -> Indices:
+    """splitmix64's finaliser (Steele, Lea & Flood 2014, figure 15), modulo 2^64."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def divisors(count: int) -> list[int]:
+    return [n for n in range(1, count + 1) if count % n == 0]
+
+
+def substitutes(skip_sequences: Collection[int], count: int) -> dict[int, int]:
+    """For each sequence that is left out of `count`, the next one that is not, cyclically; InputError if none is."""
+    outside = sorted(sequence for sequence in skip_sequences if not 0 <= sequence < count)
+    if outside:
+        raise InputError(
+            f"--data.skip-sequences {' '.join(map(str, outside))}: the training split has {count} sequences, "
+            "numbered from 0"
+        )
+    left_out = set(skip_sequences)
+    if len(left_out) == count:
+        raise InputError(
+            f"--data.skip-sequences names all {count} sequences of the training split; leave some to train on"
+        )
+    found: dict[int, int] = {}
+    for sequence in sorted(left_out, reverse=True):  # from the end, so that most need to look at the next one only
+        after = (sequence + 1) % count
+        while after in left_out:
+            after = found.get(after, (after + 1) % count)
+        found[sequence] = after
+    return found
+
+
+class TrainingSequences:
+    """A split cut into sequences of seq_len + 1 tokens, served in the order of (seed, epoch).
+
+    In the places of the sequences `leave_out` stand those after them in the data (after the last, the first).
+    """
+
+    def __init__(self, stream: TokenStream, seq_len: int, seed: int, skip_sequences: Collection[int] = ()) -> None:
+        self._stream = stream
+        self._seq_len = seq_len
+        self._seed = seed
+        self.count = (len(stream) - 1) // seq_len
+        if self.count < 1:
+            raise InputError(
+                f"the training split has {len(stream)} tokens, less than one sequence of --train.seq-len {seq_len} + 1"
+            )
+        self._stands_in = substitutes(skip_sequences, self.count)
+
+    def ids_at(self, position: int, num_sequences: int) -> list[int]:
+        """Which sequences stand at positions [position, position + num_sequences), epochs following one another."""
+        ids: list[int] = []
+        while num_sequences:
+            epoch, offset = divmod(position, self.count)
+            taken = min(num_sequences, self.count - offset)
+            positions = np.arange(offset, offset + taken, dtype=np.uint64)
+            permuted = permute(positions, self.count, key=(self._seed << 32) + epoch).tolist()
+            ids.extend(self._stands_in.get(sequence, sequence) for sequence in permuted)
+            position += taken
+            num_sequences -= taken
+        return ids
+
+    def read(self, ids: list[int]) -> tuple[Tensor, Tensor]:
+        """Sequences -> inputs_BT, targets_BT (targets are the inputs, one token on), int64 on the CPU."""
+        T = self._seq_len
+        rows = np.stack([self._stream.read(i * T, i * T + T + 1) for i in ids]).astype(np.int64)
+        rows_BT1 = torch.from_numpy(rows)
+        return rows_BT1[:, :-1].contiguous(), rows_BT1[:, 1:].contiguous()
+
+    def micro_batches(self, position: int, plan: BatchPlan, rank: int) -> list[tuple[Tensor, Tensor]]:
+        """This rank's part of the step at `position`: its contiguous block of sequences, micro-batches in order."""
+        ids = self.ids_at(position + rank * plan.sequences_per_rank, plan.sequences_per_rank)
+        return [self.read(ids[start : start + plan.micro_batch]) for start in range(0, len(ids), plan.micro_batch)]
+
+
+class Prefetcher:
+    """Reads the next step's sequences in a thread while this step computes, into pinned memory where there is a GPU.
+
+    The position is the loop's: what was read ahead for another one is thrown away and read anew.
+    """
+
+    def __init__(self, sequences: TrainingSequences, plan: BatchPlan, *, rank: int, device: torch.device) -> None:
+        self._sequences = sequences
+        self._plan = plan
+        self._rank = rank
+        self._device = device
+        # Pinning memory belongs to the current device, which each thread has to be told.
+        initializer = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch", initializer=initializer)
+        self._ahead: tuple[int, Future[list[tuple[Tensor, Tensor]]]] | None = None
+
+    def take(self, position: int) -> list[tuple[Tensor, Tensor]]:
+        """This rank's micro-batches of the step at `position`, on its device or on their way to it."""
+        if self._ahead is None or self._ahead[0] != position:
+            self._ahead = position, self._thread.submit(self._read, position)
+        batches = self._ahead[1].result()
+        following = position + self._plan.sequences
+        self._ahead = following, self._thread.submit(self._read, following)
+        return [
+            (inputs_BT.to(self._device, non_blocking=True), targets_BT.to(self._device, non_blocking=True))
+            for inputs_BT, targets_BT in batches
+        ]
+
+    def sequence_ids(self, position: int) -> list[int]:
+        """Every rank's sequences of the step at `position`, in order."""
+        return self._sequences.ids_at(position, self._plan.sequences)
+
+    def close(self) -> None:
+        self._thread.shutdown(cancel_futures=True)
+
+    def _read(self, position: int) -> list[tuple[Tensor, Tensor]]:
+        batches = self._sequences.micro_batches(position, self._plan, self._rank)
+        return [
+            (pinned(inputs_BT, self._device), pinned(targets_BT, self._device)) for inputs_BT, targets_BT in batches
+        ]
+
+
+def pinned(tensor: Tensor, device: torch.device) -> Tensor:
+    """In page-locked memory where there is a GPU, so that copying it does not make the host wait."""
+    return tensor.pin_memory() if device.type == "cuda" else tensor

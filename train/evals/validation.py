@@ -1,0 +1,176 @@
+"""Validation loss and bits per byte on fixed tokens, shared among all ranks, the same at every world size."""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from common.errors import InputError
+from data_prep.shards import TokenStream
+from train.data import pinned
+from train.losses import IGNORED, LossModel
+from train.processes.group import ProcessGroup
+from train.processes.stop_requests import StopRequests
+
+
+@dataclass(frozen=True)
+class Validation:
+    """Mean loss in nats per token, bits per UTF-8 byte of exactly the tokens scored, and their standard errors.
+
+    The standard errors are over sequences, since the tokens of one sequence are not independent of each other.
+    Sequences of one document are not either, so the errors are a little low. They are None with one sequence.
+    """
+
+    loss: float
+    stderr: float | None
+    bits_per_byte: float
+    bits_per_byte_stderr: float | None
+    tokens: int
+
+
+class StopAskedError(Exception):
+    """Some rank was asked to stop before everything was scored."""
+
+
+class Batches(Protocol):
+    """What is scored, cut into batches of few shapes."""
+
+    @property
+    def num_batches(self) -> int: ...
+
+    def batch(self, index: int) -> tuple[Tensor, Tensor]:
+        """inputs_BT, and targets_BT with IGNORED where nothing is scored: beyond the last batch everywhere."""
+        ...
+
+
+def scored_batches(
+    loss_model: LossModel,
+    data: Batches,
+    numbers: Sequence[int],
+    *,
+    what: str,
+    group: ProcessGroup,
+    stop_requests: StopRequests,
+    heartbeat: Callable[[str], None],
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """(its number, targets_BT, losses_BT) of this rank's batches out of `numbers`, which the ranks take in turn.
+
+    Collective: every rank must take all that comes. Who has no batch left gets one without targets, so that all call
+    the model equally often. Raises StopAskedError on all ranks if any is asked to stop. `beat` hears what is next.
+    """
+    loss_model.eval()
+    asked: Tensor | None = None  # to stop, by any rank; read a batch late, so that no batch waits for it
+    for first in range(0, len(numbers), group.world):
+        heartbeat(f"{what}, batches from {first} of {len(numbers)}")
+        place = first + group.rank
+        number = numbers[place] if place < len(numbers) else data.num_batches
+        inputs_BT, targets_BT = (
+            pinned(tensor_BT, group.device).to(group.device, non_blocking=True) for tensor_BT in data.batch(number)
+        )
+        yield number, targets_BT, loss_model.token_losses(inputs_BT, targets_BT)
+        if asked is not None and asked.item():
+            break
+        asked = group.sum_(torch.full((), float(stop_requests.wanted()), device=group.device))
+    loss_model.train()
+    if asked is not None and asked.item():
+        raise StopAskedError
+
+
+class ValidationSet:
+    """The first `num_tokens` predictions of a split (None: all), in sequences of seq_len.
+
+    The last sequence may be short; it is padded with ignored targets, so that every forward pass has one shape.
+    byte_lengths: int64 [vocab_size], UTF-8 bytes of each id.
+    """
+
+    def __init__(
+        self,
+        stream: TokenStream,
+        *,
+        seq_len: int,
+        micro_batch: int,
+        num_tokens: int | None,
+        byte_lengths: np.ndarray,
+    ) -> None:
+        available = len(stream) - 1
+        if available < 1:
+            raise InputError(f"the validation split has {len(stream)} tokens; prepare it with a larger --val-fraction")
+        self.num_tokens = available if num_tokens is None else min(num_tokens, available)
+        self.byte_lengths = byte_lengths
+        self._stream = stream
+        self._seq_len = seq_len
+        self._micro_batch = micro_batch
+
+    @property
+    def num_batches(self) -> int:
+        return -(-self.num_tokens // (self._seq_len * self._micro_batch))
+
+    def batch(self, index: int) -> tuple[Tensor, Tensor]:
+        B, T = self._micro_batch, self._seq_len
+        start = index * B * T
+        stop = max(start, min(start + B * T, self.num_tokens))
+        inputs, targets = np.zeros(B * T, dtype=np.int64), np.full(B * T, IGNORED, dtype=np.int64)
+        if stop > start:
+            tokens = self._stream.read(start, stop + 1).astype(np.int64)
+            inputs[: stop - start] = tokens[:-1]
+            targets[: stop - start] = tokens[1:]
+        return torch.from_numpy(inputs).view(B, T), torch.from_numpy(targets).view(B, T)
+
+
+def validate(
+    loss_model: LossModel,
+    data: ValidationSet,
+    *,
+    group: ProcessGroup,
+    stop_requests: StopRequests,
+    heartbeat: Callable[[str], None],
+) -> Validation | None:
+    """Score the set on all ranks, batch i on rank i mod W; None if a stop was asked for meanwhile. Collective.
+
+    Each sequence is summed in fp32, the sequences in fp64: so sharing them out changes the loss by its rounding only.
+    """
+    byte_lengths_V = torch.from_numpy(data.byte_lengths).to(group.device)
+    totals = torch.zeros(2, 6, dtype=torch.float64, device=group.device)  # per token, per byte
+    numbers = range(data.num_batches)
+    try:
+        for _, targets_BT, losses_BT in scored_batches(
+            loss_model, data, numbers, what="validation", group=group, stop_requests=stop_requests, heartbeat=heartbeat
+        ):
+            is_scored_BT = targets_BT != IGNORED
+            bytes_BT = byte_lengths_V[targets_BT.clamp(min=0)] * is_scored_BT
+            losses_B = losses_BT.sum(dim=1).double()
+            totals += torch.stack([sequence_sums(losses_B, each_BT.sum(dim=1)) for each_BT in (is_scored_BT, bytes_BT)])
+    except StopAskedError:
+        return None
+    per_token, per_byte = group.sum_(totals).tolist()
+    loss, tokens, *_ = per_token
+    byte_stderr = standard_error(*per_byte)
+    return Validation(
+        loss=loss / tokens,
+        stderr=standard_error(*per_token),
+        bits_per_byte=loss / math.log(2) / per_byte[1],
+        bits_per_byte_stderr=None if byte_stderr is None else byte_stderr / math.log(2),
+        tokens=int(tokens),
+    )
+
+
+def sequence_sums(losses_B: Tensor, units_B: Tensor) -> Tensor:
+    """Sums over sequences of: loss l, units n (tokens or bytes), sequences with units, l^2, l n, n^2. fp64 [6]."""
+    units_B = units_B.double()
+    columns = (losses_B, units_B, (units_B > 0).double(), losses_B**2, losses_B * units_B, units_B**2)
+    return torch.stack([column.sum() for column in columns])
+
+
+def standard_error(
+    loss: float, units: float, num_sequences: float, loss_squared: float, loss_units: float, units_squared: float
+) -> float | None:
+    """Of the ratio loss / units, with sequences as the sample (Cochran 1977, "Sampling Techniques", chapter 6)."""
+    if num_sequences < 2:
+        return None
+    mean = loss / units
+    residual = max(0.0, loss_squared - 2 * mean * loss_units + mean**2 * units_squared)
+    return math.sqrt(num_sequences / (num_sequences - 1) * residual) / units

@@ -1,0 +1,201 @@
+"""Where reports go: the same record to metrics.jsonl, to W&B and, as one line, to the console and log.txt.
+
+A file that cannot be written, as on a full disk, ends the run: rank 0, which alone can see it, asks for a stop and
+writes no more, so that no row follows a gap; `make_durable`, before the stop's checkpoint, raises it on every rank.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from io import FileIO
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+from common.errors import InputError, writing_to
+from common.files import write_atomically
+
+if TYPE_CHECKING:  # they import torch, for which curves.py, which wants METRICS_FILE alone, would wait for seconds
+    from train.evals.samples import Sample
+    from train.metrics.wandb_process import Tracking
+    from train.processes.group import ProcessGroup
+    from train.processes.stop_requests import StopRequests
+
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+NONFINITE_FILE = "nonfinite.jsonl"
+KEPT_FILES = (METRICS_FILE, SAMPLES_FILE)
+LOG_FILE = "log.txt"
+
+
+class RunLogger:
+    """Rank 0's reports; on other ranks every method does nothing. Opening drops the rows after `step`.
+
+    A fresh start (`step` None) drops every row: they are of an attempt that ended before its first checkpoint.
+    `tracking` is W&B's run, set by whoever opened it; None for none.
+    """
+
+    def __init__(self, run_dir: Path, *, step: int | None, group: ProcessGroup, stop_requests: StopRequests) -> None:
+        self._run_dir = run_dir
+        self._group = group
+        self._stop_requests = stop_requests
+        self._files: dict[str, FileIO] = {}
+        self._fault: OSError | None = None
+        self.tracking: Tracking | None = None
+
+        def open_files() -> list[list[dict[str, Any]]]:
+            with writing_to(run_dir):
+                kept = [drop_rows_after(run_dir / name, step) for name in KEPT_FILES]
+                self._open(METRICS_FILE)
+                self._open(LOG_FILE)
+            return kept
+
+        rows, samples = group.on_main(open_files)
+        self.validated_steps = {row["step"] for row in rows if "val_loss" in row}
+        self.scored_steps = {row["step"] for row in rows if "hellaswag_acc" in row}
+        self.sampled_steps = {row["step"] for row in samples}
+
+    def say(self, text: str) -> None:
+        """Text for people."""
+        if self._group.is_main:
+            self._print(text)
+            self._write(LOG_FILE, text)
+
+    def _print(self, text: str) -> None:
+        try:
+            print(text, flush=True)
+        except OSError as error:  # a closed pipe or terminal is no reason to lose a run
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            self._write(LOG_FILE, f"warning: the console is gone ({error}); this file goes on")
+
+    def _open(self, name: str) -> FileIO:
+        """Without a buffer, or closing it would write again what could not be written."""
+        if name not in self._files:
+            self._files[name] = (self._run_dir / name).open("ab", buffering=0)
+        return self._files[name]
+
+    def _write(self, name: str, line: str) -> None:
+        """A line to a file, at once; nothing after what could not be written."""
+        rest = memoryview(f"{line}\n".encode())
+        try:
+            while rest and self._fault is None:
+                rest = rest[self._open(name).write(rest) :]
+        except OSError as error:
+            self._fault = error
+            self._stop_requests.reason = self._stop_requests.reason or f"{name} could not be written"
+
+    def row(self, row: dict[str, Any]) -> None:
+        """A record for programs, and its line for people."""
+        if self._group.is_main:
+            self._write(METRICS_FILE, json.dumps(row))
+            self.say(line_of(row))
+            if self.tracking is not None:
+                self.tracking.row(row)
+
+    def samples(self, step: int, samples: list[Sample]) -> None:
+        """What the model said at `step`, to samples.jsonl and to people."""
+        if not self._group.is_main:
+            return
+        row = {"step": step, "samples": [asdict(sample) for sample in samples]}
+        self._write(SAMPLES_FILE, json.dumps(row))
+        for sample in samples:
+            self.say(f"step {step:>7}  sample {json.dumps(sample.prompt + sample.text)}")
+        if self.tracking is not None:
+            self.tracking.row(row)
+
+    def note_nonfinite(self, row: dict[str, Any]) -> None:
+        """A step that was not finite: all its sequences, and those that are not finite by themselves. Never dropped."""
+        if self._group.is_main:
+            self._write(NONFINITE_FILE, json.dumps(row))
+
+    def make_durable(self) -> None:
+        """Rows up to here survive a crash of the machine; called before each checkpoint and at the end. Collective.
+
+        InputError on every rank if any of them could not be written.
+        """
+        self._group.on_main(self._synchronize)
+
+    def _synchronize(self) -> None:
+        with writing_to(self._run_dir):
+            if self._fault is not None:
+                raise self._fault
+            for file in self._files.values():
+                os.fsync(file.fileno())
+
+    def __enter__(self) -> RunLogger:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self.tracking is not None and kind is None:
+            self.tracking.close(exit_code=0)
+        elif self.tracking is not None:
+            self.tracking.leave()
+        for file in self._files.values():
+            file.close()
+
+
+def drop_rows_after(path: Path, step: int | None) -> list[dict[str, Any]]:
+    """Rewrite a file of rows with those up to `step`, and return them."""
+    if not path.exists():
+        return []
+    rows = kept_rows(path, step)
+    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
+    return rows
+
+
+def kept_rows(path: Path, step: int | None) -> list[dict[str, Any]]:
+    """The rows of a file up to `step`; a last line cut short by a kill is dropped with the later ones."""
+    if step is None or not path.is_file():
+        return []
+    rows = []
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise InputError(f"{path}:{number}: damaged ({error}); mend or remove that line") from error
+        if row["step"] <= step:
+            rows.append(row)
+    return rows
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """One report in fixed columns."""
+    if "val_loss" in row:
+        stderr = "" if row["val_loss_stderr"] is None else f" +- {row['val_loss_stderr']:.4f}"
+        return (
+            f"step {row['step']:>7}  val loss {row['val_loss']:.4f}{stderr}  bits/byte {row['val_bits_per_byte']:.4f}"
+        )
+    if "hellaswag_acc" in row:
+        shares = [
+            f"{name} nan"
+            if (share := row[f"hellaswag_{name}"]) is None
+            else f"{name} {share:.4f}"
+            + ("" if (stderr := row[f"hellaswag_{name}_stderr"]) is None else f" +- {stderr:.4f}")
+            for name in ("acc", "acc_norm")
+        ]
+        return f"step {row['step']:>7}  hellaswag {'  '.join(shares)}  of {row['hellaswag_items']:,}"
+    mfu = "    -" if row["mfu"] is None else f"{row['mfu']:5.1%}"
+    loss = "     nan" if row["loss"] is None else f"{row['loss']:8.4f}"
+    norm = "skipped" if row["grad_norm"] is None else f"{row['grad_norm']:7.3f}"
+    return (
+        f"step {row['step']:>7}  loss {loss}  lr {row['lr']:.2e}  norm {norm}  "
+        f"{row['step_seconds'] * 1e3:8.1f} ms  {row['tokens_per_second']:>11,.0f} tok/s  mfu {mfu}  "
+        f"left {duration(row['eta_seconds'])}"
+    )
+
+
+def duration(seconds: float) -> str:
+    """4:05 (minutes) or 27:04:05 (hours)."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours}:{minutes:02}:{rest:02}"
+    return f"{minutes}:{rest:02}"

@@ -1,0 +1,133 @@
+"""Loss, tokens/s, MFU, memory and data wait: what one metrics row says of its step."""
+
+import resource
+import sys
+import time
+from typing import Any
+
+import torch
+
+from model.cost import model_cost
+from model.costs.gpu_peaks import peak_flops
+from train.config import Config
+
+GIB = 2**30
+
+
+def device_peak_flops(config: Config, device: torch.device) -> float | None:
+    """One device's peak at the run's dtype: --track.peak-tflops, or a known GPU's; None: then MFU is null."""
+    if config.track.peak_tflops is not None:
+        return config.track.peak_tflops * 1e12
+    return peak_flops(torch.cuda.get_device_name(device), config.train.dtype) if device.type == "cuda" else None
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory this process has used: allocated on its GPU, or resident on the host."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): kilobytes on Linux, bytes on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+def memory_retries(device: torch.device) -> int | None:
+    """How often the GPU's allocator had to give memory back before it could allocate: above 0, memory is short."""
+    return int(torch.cuda.memory_stats(device)["num_alloc_retries"]) if device.type == "cuda" else None
+
+
+class Startup:
+    """What passes between the start of the program and its first step, by phase."""
+
+    def __init__(self, started: float) -> None:
+        """started: time.perf_counter() before anything slow was imported."""
+        self._last = self.started = started
+        self._phases: list[tuple[str, float]] = []
+        self._is_over = False
+
+    def done(self, phase: str) -> None:
+        now = time.perf_counter()
+        self._phases.append((phase, now - self._last))
+        self._last = now
+
+    def first_step(self) -> str | None:
+        """The account, when the first step is done; None ever after."""
+        if self._is_over:
+            return None
+        self.done("first step")
+        self._is_over = True
+        phases = ", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in self._phases)
+        return f"first step done after {self._last - self.started:.1f} s: {phases}"
+
+
+class Meters:
+    """Turns steps into metrics rows. Rates are means since the row before, validation and saving left out."""
+
+    def __init__(self, config: Config, *, device: torch.device, world: int, step: int, seconds: float) -> None:
+        self._batch_tokens = config.train.batch_tokens
+        self._flops_per_token = model_cost(config.model).flops_per_token
+        self._num_steps = config.train.steps
+        peak = device_peak_flops(config, device)
+        self._peak_flops = None if peak is None else peak * world
+        self._device = device
+        self._elapsed = seconds
+        self._since: float | None = None
+        self._lap_step, self._lap_seconds = step, seconds
+        self.data_wait_seconds = 0.0  # since this attempt began
+        self._lap_data_wait = 0.0
+
+    def start(self) -> None:
+        self._since = time.perf_counter()
+
+    def pause(self) -> None:
+        """What follows, until `start`, is not training."""
+        self._elapsed, self._since = self.seconds, None
+
+    def waited_for_data(self, seconds: float) -> None:
+        self.data_wait_seconds += seconds
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of training in all attempts."""
+        return self._elapsed + (time.perf_counter() - self._since if self._since is not None else 0.0)
+
+    def axes(self, *, step: int, tokens: int, seconds: float) -> dict[str, Any]:
+        """What any record can be plotted against."""
+        return {
+            "step": step,
+            "tokens": tokens,
+            "seconds": round(seconds, 4),
+            "flops": tokens * self._flops_per_token,
+        }
+
+    def row(
+        self,
+        *,
+        step: int,
+        tokens: int,
+        seconds: float,
+        data_wait_seconds: float,
+        loss: float | None,
+        lr: float,
+        norm: float | None,
+    ) -> dict[str, Any]:
+        """The record of the step that was done after `seconds` of training, and the start of the next lap."""
+        num_steps, lap_seconds = step - self._lap_step, seconds - self._lap_seconds
+        tokens_per_second = num_steps * self._batch_tokens / lap_seconds
+        row = self.axes(step=step, tokens=tokens, seconds=seconds) | {
+            "loss": loss,
+            "lr": lr,
+            "grad_norm": norm,
+            "tokens_per_second": round(tokens_per_second, 1),
+            "mfu": self._mfu(tokens_per_second),
+            "step_seconds": round(lap_seconds / num_steps, 6),
+            "data_wait_fraction": round((data_wait_seconds - self._lap_data_wait) / lap_seconds, 4),
+            "peak_memory_gib": round(peak_memory_gib(self._device), 3),
+            "memory_retries": memory_retries(self._device),
+            "eta_seconds": round((self._num_steps - step) * lap_seconds / num_steps, 3),
+        }
+        self._lap_step, self._lap_seconds, self._lap_data_wait = step, seconds, data_wait_seconds
+        return row
+
+    def _mfu(self, tokens_per_second: float) -> float | None:
+        if self._peak_flops is None:
+            return None
+        return round(tokens_per_second * self._flops_per_token / self._peak_flops, 4)

@@ -1,0 +1,177 @@
+"""Everything that is done to the plain model before it trains, in one visible order."""
+
+import math
+import types
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from model.base import LanguageModel, init_weights
+from model.gpt import Block, Shared
+from model.ladder import make_model
+from train.config import Config
+from train.losses import LossModel
+from train.parallel.plan import ParallelPlan
+from train.parallel.precision import compute_dtype
+from train.processes.group import ProcessGroup
+
+
+def build_loss_model(config: Config, parallel_plan: ParallelPlan, group: ProcessGroup) -> LossModel:
+    """The model with its loss and its initial weights, ready for this process. Parameter names stay as they are.
+
+    1. Without memory (on the meta device), so that no rank ever holds more than its part and one whole parameter.
+    2. Activation checkpointing, block by block: the compiler must see it to plan what is computed again.
+    3. compile, in place and block by block: one graph serves all blocks (with a value residual two). A block's forward
+       is compiled, not its call, so that FSDP's hooks, which run around it, break no graph. Shapes are static:
+       training, validation and sampling call the model in one and the same, HellaSwag in a few. Dynamo's own cutting at
+       DDP's buckets is switched off: blocks are pieces enough to overlap communication with, and every world size then
+       compiles the same graph.
+    4. FSDP2, so that what it gathers and frees is a block with all that was done to it.
+    5. Memory and initial values, each drawn whole and cut: the same numbers however the model is spread.
+    6. DDP, in `wrap`, so that it sees the final parameters. The optimizer comes after sharding: it is made of shards.
+    """
+    train = config.train
+    with torch.device("meta"):
+        model = make_model(config.model, compute_dtype=compute_dtype(train))
+        loss_model = LossModel(model, chunked=train.loss == "chunked", compiled=train.compile)
+    if train.activation_checkpointing:
+        for block in model.blocks:
+            block.forward = types.MethodType(recomputed, block)
+    if train.compile:
+        compile_parts(model)
+    if parallel_plan.is_sharded:
+        shard(loss_model, parallel_plan, group)
+        group.set_timeout(config.parallel.init_timeout_seconds)  # of the groups that were made for it, too
+    loss_model.to_empty(device=group.device)
+    model.tie_weights()
+    init_weights(model, config.seed, put=put)
+    holders = [p for _, p in model.named_parameters(remove_duplicate=False) if p is model.lm_head.weight]
+    assert (len(holders) == 2) == model.is_tied
+    return loss_model
+
+
+def compile_parts(model: LanguageModel) -> None:
+    """3. Of graphs for one function torch keeps 8, and computes what comes after them without compiling: too few for
+    the shapes of training, validation and HellaSwag together, of which a value residual needs each twice."""
+    torch._dynamo.config.optimize_ddp = False
+    torch._dynamo.config.recompile_limit = 32
+    for part in model.compiled_parts:
+        part.forward = torch.compile(part.forward, dynamic=False)
+
+
+def recomputed(block: Block, x_BTD: Tensor, shared: Shared) -> tuple[Tensor, Tensor | None]:
+    """A block that keeps its inputs alone. Nothing random happens in it, so no generator has to be put back.
+
+    A function of ours around `checkpoint`, since Dynamo skips the frames of torch.utils.checkpoint that it meets first.
+    """
+    found: tuple[Tensor, Tensor | None] = checkpoint(
+        Block.forward, block, x_BTD, shared, use_reentrant=False, preserve_rng_state=False
+    )
+    return found
+
+
+def shard(loss_model: LossModel, parallel_plan: ParallelPlan, group: ProcessGroup) -> None:
+    """FSDP2: every rank keeps the rows of each parameter that are its own, and gathers a block when it is its turn.
+
+    A block's weights are gathered in the dtype that it computes with, which is how the plain model uses them but for
+    the norms', whose gain and bias are rounded here; its gradients are reduced in fp32. The rest (the embedding, which
+    is also the head or has it beside it, positions and last norm) is one group of the root and is gathered in fp32: the
+    embedding's gradient is a sum over tokens, which in bf16 would lose what the plain model keeps. The last block and
+    the root stay gathered between their passes: the backward pass begins with them.
+    """
+    device_mesh = make_device_mesh(parallel_plan, group)
+    dtype = loss_model.model.compute_dtype
+    in_compute_dtype = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    *blocks, last = loss_model.model.blocks
+    for block in blocks:
+        fully_shard(
+            block,
+            mesh=device_mesh,
+            mp_policy=in_compute_dtype,
+            reshard_after_forward=parallel_plan.reshard_after_forward,
+        )
+    fully_shard(last, mesh=device_mesh, mp_policy=in_compute_dtype, reshard_after_forward=False)
+    fully_shard(
+        loss_model,
+        mesh=device_mesh,
+        mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False),
+        reshard_after_forward=False,
+    )
+    for method in ("token_losses", "logits_at"):  # they gather as `forward` does
+        register_fsdp_forward_method(loss_model, method)
+
+
+def make_device_mesh(parallel_plan: ParallelPlan, group: ProcessGroup) -> DeviceMesh:
+    """The ranks as a row of shards, or as a table: a row for each replica. Collective."""
+    group.need_group()
+    if parallel_plan.mode == "hsdp":
+        shape, names = (parallel_plan.replicas, parallel_plan.shards), ("replicate", "shard")
+        return init_device_mesh(group.device.type, shape, mesh_dim_names=names)
+    return init_device_mesh(group.device.type, (parallel_plan.shards,), mesh_dim_names=("shard",))
+
+
+@torch.no_grad()
+def put(parameter: Tensor, value: Tensor) -> None:
+    """`value` into a parameter that may be sharded: then this rank's rows of it, without communication."""
+    part = local(parameter)
+    if isinstance(parameter, DTensor):
+        device_mesh = parameter.device_mesh
+        start = device_mesh.get_local_rank(device_mesh.ndim - 1) * math.ceil(len(value) / device_mesh.size(-1))
+        value = value[start : start + len(part)]
+    part.copy_(value)
+
+
+def wrap(loss_model: LossModel, parallel_plan: ParallelPlan) -> nn.Module:
+    """6. DDP last. gradient_as_bucket_view saves one copy of the gradients.
+
+    The module to call in training; the objective itself stays the one to validate and sample from.
+    """
+    if parallel_plan.mode == "ddp":
+        return DistributedDataParallel(loss_model, gradient_as_bucket_view=True)
+    return loss_model
+
+
+def zero_gradients(module: nn.Module) -> None:
+    """Forget the gradients; DDP's are zeroed in place, since they lie in its buckets: without them there, micro-batches
+    that are not reduced would hold a second copy of all gradients."""
+    module.zero_grad(set_to_none=not isinstance(module, DistributedDataParallel))
+
+
+def set_gradient_sync(module: nn.Module, parallel_plan: ParallelPlan, is_last: bool) -> None:
+    """Whether the next micro-batch is the last of its step. Call before its *forward*.
+
+    The root's weights stay gathered until then: every pass uses them first and last of all, so freeing them would
+    lower no peak. With whole gradients nothing is reduced before the last, and weights that stay gathered from the
+    forward to the backward pass stay so until then. Else every micro-batch's gradients are scattered over a replica's
+    shards, and the last one's sums are added up over the replicas.
+    """
+    if isinstance(module, DistributedDataParallel):
+        module.require_backward_grad_sync = is_last
+    if isinstance(module, FSDPModule):
+        module.set_is_last_backward(is_last)
+        keeps_all = parallel_plan.whole_gradients and not parallel_plan.reshard_after_forward
+        module.set_reshard_after_backward(is_last, recurse=keeps_all)
+        if parallel_plan.whole_gradients:
+            module.set_requires_gradient_sync(is_last)
+        elif parallel_plan.replicas > 1:
+            module.set_requires_all_reduce(is_last)
+
+
+def free_gathered(module: nn.Module) -> None:
+    """After forward passes without a backward pass: what FSDP2 kept gathered for it is freed."""
+    if isinstance(module, FSDPModule):
+        for part in module.modules():
+            if isinstance(part, FSDPModule):
+                part.reshard()
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a tensor that may be sharded: a view of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

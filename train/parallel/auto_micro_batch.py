@@ -1,0 +1,154 @@
+"""--train.micro-batch auto: the largest that fits this GPU, found by trying it before step 0.
+
+Two small micro-batches tell what a sequence costs; the largest that should fit is then tried, and the next smaller
+one where it does not. A run does this once: what was found stands in its config.json, and resuming reads it there.
+"""
+
+import dataclasses
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from common.errors import InputError
+from train.config import Config
+from train.data import divisors, plan_batches
+from train.losses import LossModel
+from train.parallel import apply
+from train.parallel.plan import ParallelPlan
+from train.processes.group import ProcessGroup
+from train.run.directory import RunDirectory
+
+# Of the GPU's memory. The rest is for NCCL's buffers, samples and what fragmentation costs over a long run.
+USABLE = 0.92
+OTHER_WORDS = "out of memory|ALLOC_FAILED"
+
+
+def check_device(config: Config, device: torch.device) -> None:
+    """InputError if something is asked for that only a GPU can do."""
+    if config.train.micro_batch == "auto" and device.type != "cuda":
+        raise InputError("--train.micro-batch auto measures a GPU's memory; give a number on a CPU, such as 16")
+    if config.model.attention == "flex" and device.type != "cuda":
+        raise InputError(
+            f"--model.attention flex: FlexAttention of torch {torch.__version__} has no backward pass on a CPU; "
+            "train with --model.attention sdpa there, or on a GPU"
+        )
+
+
+def settle_micro_batch(
+    config: Config, loss_model: LossModel, parallel_plan: ParallelPlan, directory: RunDirectory, group: ProcessGroup
+) -> Config:
+    """`config` with the largest micro-batch that fits on every rank, in place of auto. Collective.
+
+    What this run found on this kind of GPU stays, as long as the model is spread the same way; DDP with another number
+    of processes takes the next one that they can share."""
+    shares = divisors(plan_batches(config, group.world).sequences_per_rank)
+    conditions = conditions_of(config, parallel_plan, group)
+    found = group.on_main(lambda: kept_micro_batch(directory.found, conditions))
+    if found is None:
+        found = search(config, loss_model, parallel_plan, shares, group)
+        directory.record({"micro_batch": found, "conditions": conditions})
+    return with_micro_batch(config, max(share for share in shares if share <= found))
+
+
+def conditions_of(config: Config, parallel_plan: ParallelPlan, group: ProcessGroup) -> dict[str, Any]:
+    """What decides how much memory a sequence takes, and how much there is."""
+    train = config.train
+    return {
+        "device": torch.cuda.get_device_name(group.device),
+        "dtype": train.dtype,
+        "compile": train.compile,
+        "loss": train.loss,
+        "activation_checkpointing": train.activation_checkpointing,
+        "mode": parallel_plan.mode,
+        "shards": parallel_plan.shards,
+        "reshard_after_forward": parallel_plan.reshard_after_forward,
+        "whole_gradients": parallel_plan.whole_gradients,
+    }
+
+
+def kept_micro_batch(found: dict[str, Any], conditions: dict[str, Any]) -> int | None:
+    """What config.json says was found under the same conditions; None for nothing."""
+    return found["micro_batch"] if found.get("conditions") == conditions else None
+
+
+def search(
+    config: Config, loss_model: LossModel, parallel_plan: ParallelPlan, shares: Sequence[int], group: ProcessGroup
+) -> int:
+    """The largest of `shares` that fits every rank's GPU, which is left as it was found: no blocks held, no counts.
+
+    Collective: all ranks try the same sizes, and what is too large for one is too large for all.
+    """
+    device = group.device
+    free, total = torch.cuda.mem_get_info(device)
+    budget = min(group.gather(int(free + torch.cuda.memory_reserved(device) - (1 - USABLE) * total)))
+
+    def measure(sequences: int) -> int | None:
+        peaks = group.gather(peak_bytes(loss_model, parallel_plan, sequences, config.train.seq_len, device))
+        return None if None in peaks else max(peaks)
+
+    try:
+        return largest_that_fits(shares, measure, budget, may_fail=not parallel_plan.is_sharded)
+    finally:
+        torch.compiler.reset()  # the shapes that were tried count towards Dynamo's limit of recompilations
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.reset_accumulated_memory_stats(device)
+
+
+def largest_that_fits(
+    sizes: Sequence[int], measure: Callable[[int], int | None], budget: int, *, may_fail: bool = True
+) -> int:
+    """The largest of `sizes` (ascending) whose measured peak is within `budget` bytes.
+
+    `measure` returns None where memory ran out; without `may_fail` the second size is tried only if it must fit,
+    were all that the first took activations. InputError if even the smallest does not fit.
+    """
+    smallest = measure(sizes[0])
+    if smallest is None or smallest > budget:
+        raise InputError(
+            f"not even --train.micro-batch {sizes[0]} fits this GPU ({budget / 2**30:.1f} GiB usable); set "
+            "--train.activation-checkpointing, --train.loss chunked, a smaller --train.seq-len or a smaller model"
+        )
+    if not may_fail and len(sizes) > 1 and smallest * sizes[1] > budget * sizes[0]:
+        return sizes[0]
+    if len(sizes) == 1 or (second := measure(sizes[1])) is None or second > budget:
+        return sizes[0]
+    per_sequence = max(1.0, (second - smallest) / (sizes[1] - sizes[0]))
+    candidates = [size for size in sizes[2:] if second + per_sequence * (size - sizes[1]) <= budget]
+    for size in reversed(candidates):
+        peak = measure(size)
+        if peak is not None and peak <= budget:
+            return size
+    return sizes[1]
+
+
+def peak_bytes(
+    loss_model: LossModel, parallel_plan: ParallelPlan, sequences: int, seq_len: int, device: torch.device
+) -> int | None:
+    """Most memory allocated during the two last micro-batches of a step, of so many sequences; None where it ran out.
+
+    A sharded model raises then, since the other ranks wait for this one in the middle of a pass.
+    """
+    torch.cuda.empty_cache()
+    zeros_BT = torch.zeros((sequences, seq_len), dtype=torch.int64, device=device)
+    scale = torch.ones((), device=device)
+    try:
+        apply.set_gradient_sync(loss_model, parallel_plan, is_last=False)
+        loss_model(zeros_BT, zeros_BT, scale)[0].backward()  # compiles, which takes memory of its own
+        torch.cuda.reset_peak_memory_stats(device)
+        apply.set_gradient_sync(loss_model, parallel_plan, is_last=True)
+        loss_model(zeros_BT, zeros_BT, scale)[0].backward()  # finds the first one's gradients in place
+        return torch.cuda.max_memory_allocated(device)
+    except RuntimeError as error:  # OutOfMemoryError is one; cuBLAS and Triton say it in their own words
+        is_memory = isinstance(error, torch.OutOfMemoryError) or re.search(OTHER_WORDS, str(error), re.IGNORECASE)
+        if parallel_plan.is_sharded or not is_memory:
+            raise
+        return None
+    finally:
+        loss_model.zero_grad(set_to_none=True)
+
+
+def with_micro_batch(config: Config, micro_batch: int) -> Config:
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch=micro_batch))

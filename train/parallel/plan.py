@@ -1,0 +1,127 @@
+"""How a run is spread over its processes: what is copied, what is shared out, and why."""
+
+import itertools
+import math
+import os
+import socket
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+
+from common.errors import InputError
+from model.cost import model_cost
+from train.config import Config
+from train.data import divisors
+from train.processes.group import ProcessGroup
+
+Mode = Literal["none", "ddp", "fsdp", "hsdp"]
+
+# Of a process's memory: what weights, gradients and optimizer may take before they are shared out. The rest is for
+# activations, of which more at once make a step faster. A choice, not a measurement.
+COMFORTABLE = 0.5
+
+
+@dataclass(frozen=True)
+class ParallelPlan:
+    """`replicas` copies of weights, gradients and optimizer state, each spread over `shards` ranks in a row.
+
+    `reshard_after_forward`: gathered weights are freed after each block's forward pass and gathered again for its
+    backward pass. `whole_gradients`: micro-batches add up whole gradients, which are reduced once a step; otherwise
+    they are reduced, and only the own shard kept, after each. `reason`: why this and not another. `memory_bytes`: what
+    each rank may fill.
+    """
+
+    mode: Mode
+    shards: int
+    replicas: int
+    reshard_after_forward: bool
+    whole_gradients: bool
+    reason: str
+    memory_bytes: int
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.mode in ("fsdp", "hsdp")
+
+
+def choose_parallel_plan(config: Config, *, world: int, local_world: int, memory_bytes: int) -> ParallelPlan:
+    """What --parallel.mode asks for, or with auto what suits `world` ranks, `local_world` a host, of `memory_bytes`.
+
+    auto is DDP while a whole copy of the training state fits comfortably: it communicates least. Else FSDP2 on one
+    host. Over several hosts HSDP while a copy fits comfortably into a host's ranks, since weights are then gathered
+    within hosts only; else FSDP2 over all of them.
+
+    InputError if what is asked for does not fit the number of processes.
+    """
+    mode, reason = _mode_of(config, world, local_world, memory_bytes)
+    shards = {"none": 1, "ddp": 1, "fsdp": world, "hsdp": config.parallel.shard_size or local_world}[mode]
+    if mode == "hsdp" and (not 1 < shards < world or world % shards):
+        fitting = [n for n in divisors(world) if 1 < n < world]
+        advice = f"; --parallel.shard-size may be {' or '.join(map(str, fitting))}" if fitting else "; use fsdp"
+        raise InputError(f"--parallel.mode hsdp cannot give each of {world} processes one of {shards} shards{advice}")
+    is_sharded = mode in ("fsdp", "hsdp")
+    if is_sharded and config.model.kind != "gpt":
+        raise InputError(
+            f"--parallel.mode {mode} shares out blocks, --model.kind {config.model.kind} has none; use ddp"
+        )
+    return ParallelPlan(
+        mode=mode,
+        shards=shards,
+        replicas=world // shards,
+        reshard_after_forward=is_sharded and config.parallel.reshard_after_forward,
+        whole_gradients=not is_sharded or _adds_up_whole(config, shards, memory_bytes),
+        reason=reason,
+        memory_bytes=memory_bytes,
+    )
+
+
+def agree_on_parallel_plan(config: Config, group: ProcessGroup) -> ParallelPlan:
+    """The same one on every rank: by the least memory that any has, and by which ranks share a host. Collective."""
+    local_ranks = local_world_of(group.gather(socket.gethostname()))
+    memory_bytes = min(group.gather(memory_of(group.device, local_ranks)))
+    return choose_parallel_plan(config, world=group.world, local_world=local_ranks, memory_bytes=memory_bytes)
+
+
+def local_world_of(hosts: list[str]) -> int:
+    """Of the ranks' hosts: the most ranks in a row that always share one, from the first on in groups of that size."""
+    sizes = [len(list(ranks)) for _, ranks in itertools.groupby(hosts)]
+    return math.gcd(*sizes)
+
+
+def _mode_of(config: Config, world: int, local_world: int, memory_bytes: int) -> tuple[Mode, str]:
+    mode = config.parallel.mode
+    if mode == "none" and world > 1:
+        raise InputError(f"--parallel.mode none with {world} processes would train {world} models; use auto or ddp")
+    if mode == "ddp" and world == 1:
+        raise InputError("--parallel.mode ddp needs several processes: torchrun --nproc_per_node=2 train/main.py")
+    if mode != "auto":
+        shard_size = config.parallel.shard_size or local_world
+        is_across = mode == "hsdp" and local_world % shard_size != 0
+        return mode, "asked for" + ("; weights are gathered across hosts" if is_across else "")
+    if world == 1:
+        return "none", "one process"
+    state_bytes, limit_bytes = model_cost(config.model).state_bytes, COMFORTABLE * memory_bytes
+    state = f"the training state of {state_bytes / 1e9:.2f} GB"
+    limit = f"half of {memory_bytes / 1e9:.1f} GB"
+    if state_bytes <= limit_bytes:
+        return "ddp", f"{state} is within {limit}"
+    shards = config.parallel.shard_size or local_world
+    if 1 < shards < world and local_world % shards == 0 and state_bytes <= shards * limit_bytes:
+        return "hsdp", f"{state} is more than {limit}, but a shard of {shards} is not"
+    return "fsdp", f"{state} is more than {limit}"
+
+
+def _adds_up_whole(config: Config, shards: int, memory_bytes: int) -> bool:
+    """auto: whole while they fit comfortably beside the shards, since every reduction but the last is then saved."""
+    if config.parallel.reduce_gradients != "auto":
+        return config.parallel.reduce_gradients == "step"
+    cost = model_cost(config.model)
+    return cost.checkpoint_bytes // shards + cost.gradient_bytes <= COMFORTABLE * memory_bytes
+
+
+def memory_of(device: torch.device, local_ranks: int) -> int:
+    """Bytes that one rank may fill: its GPU's, or its share of the host's physical memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local_ranks

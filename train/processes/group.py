@@ -1,0 +1,180 @@
+"""Who am I among how many, on which device, and the few collectives that the engine itself needs."""
+
+import datetime
+import os
+import sys
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from common.errors import InputError
+from train.processes import flight_recorder, parent_watch
+from train.processes.ranks import take_rank
+
+LATER_SECONDS = 60.0  # than the watchdog (train/guards/watchdog.py), which strikes first, since it names the culprit
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class ProcessGroup:
+    """One process's place. With one process every collective here is a no-op, and there is no process group but where
+    `need_group` made one."""
+
+    rank: int
+    world: int
+    device: torch.device
+    program: str = "train"
+    """What its error messages begin with."""
+
+    def __enter__(self) -> "ProcessGroup":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if kind is None or self.world == 1:
+            if dist.is_initialized():
+                dist.destroy_process_group()
+            return
+        # Tearing down a group whose peers may be gone hangs: say what happened, then leave hard.
+        is_input_error = issubclass(kind, InputError)
+        if not is_input_error:
+            traceback.print_exception(kind, error, trace)
+        elif self.is_main:
+            print(f"{self.program}: {error}", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(2 if is_input_error else 1)
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Add the tensor up over all ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Does any rank say so? Waits on the host until every rank is here."""
+        if self.world == 1:
+            return flag
+        total = torch.full((1,), float(flag))
+        dist.all_reduce(total)
+        return bool(total.item())
+
+    def barrier(self) -> None:
+        """Wait on the host until every rank is here."""
+        if self.world > 1:
+            dist.all_reduce(torch.zeros(1))
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's plain value, in rank order, on every rank."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world
+        dist.all_gather_object(values, value)
+        return values
+
+    def on_all(self, function: Callable[[], Result]) -> Result:
+        """Run `function` on every rank; if it raises InputError or OSError on any, all raise it. Not for collectives.
+
+        So that a rank that alone cannot read a file does not leave the others waiting for it.
+        """
+        result: list[Result] = []
+        fault: str | None = None
+        try:
+            result.append(function())
+        except (InputError, OSError) as error:
+            if self.world == 1:
+                raise
+            fault = str(error)
+        for rank, text in enumerate(self.gather(fault)):
+            if text is not None:
+                raise InputError(text if rank == 0 else f"rank {rank}: {text}")
+        return result[0]
+
+    def on_main(self, function: Callable[[], Result]) -> Result:
+        """Run `function` on rank 0 alone; every rank returns its result or raises its InputError or OSError."""
+        if self.world == 1:
+            return function()
+        outcome: list[Any] = [None, None]
+        raised: BaseException | None = None
+        if self.is_main:
+            try:
+                outcome[0] = function()
+            except (InputError, OSError) as error:
+                raised = error
+                outcome[1] = str(error)
+        dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+        if outcome[1] is not None:
+            raise InputError(outcome[1]) from raised
+        result: Result = outcome[0]
+        return result
+
+    def need_group(self) -> None:
+        """A process group for one process too: what spreads a model asks for one."""
+        if not dist.is_initialized():
+            dist.init_process_group(backend_of(self.device), store=dist.HashStore(), rank=self.rank, world_size=1)
+
+    def set_timeout(self, seconds: float) -> None:
+        """From now on a collective of any group may last so long, and a little longer."""
+        for group in dist.distributed_c10d._world.pg_map:
+            dist.distributed_c10d._set_pg_timeout(group_timeout(seconds), group)
+
+
+def backend_of(device: torch.device) -> str:
+    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+
+
+def group_timeout(seconds: float) -> datetime.timedelta:
+    return datetime.timedelta(seconds=seconds + LATER_SECONDS)
+
+
+def open_process_group(timeout_seconds: float, run_dir: Path, *, program: str = "train") -> ProcessGroup:
+    """The world of this process (train/processes/ranks.py).
+
+    CUDA and NCCL where there are GPUs, else the CPU and gloo. A collective may last `timeout_seconds`, until
+    `set_timeout` says otherwise; the flight recorder's files of one that lasted longer go to `run_dir`.
+    """
+    refuse_broken_restarts()
+    place = take_rank()
+    rank, world, local_rank = place.rank, place.world, place.local_rank
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_rank >= torch.cuda.device_count():
+            fault = f"process {local_rank} of this host has no GPU: there are {torch.cuda.device_count()}"
+            if local_rank == torch.cuda.device_count():  # rank 0 has its GPU and cannot say it
+                advice = f"torchrun --nproc_per_node={local_rank} or srun --ntasks-per-node={local_rank}"
+                print(f"{program}: {fault}; use {advice}, and --gpus-per-node", file=sys.stderr, flush=True)
+            raise InputError(fault)
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    if world > 1:
+        flight_recorder.turn_on(run_dir)
+        with parent_watch.needed():
+            dist.init_process_group(
+                backend_of(device),
+                timeout=group_timeout(timeout_seconds),
+                device_id=device if device.type == "cuda" else None,
+            )
+    return ProcessGroup(rank, world, device, program)
+
+
+def refuse_broken_restarts() -> None:
+    """torch 2.13: a restarted attempt that shares the agent's store reads the last attempt's keys and hangs."""
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
+    if restarts > 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        raise InputError(
+            f"torchrun --max-restarts={restarts} hangs or fails with the store it shares between attempts; "
+            "run `export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1` first, or use --max-restarts=0"
+        )

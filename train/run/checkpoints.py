@@ -1,0 +1,311 @@
+"""The write side of checkpoints. The format is described in model/checkpoint.py, the way back in train/run/resume.py.
+
+A checkpoint is staged, written and sealed (hashes, all of it on disk) under a temporary name by a thread of each rank,
+which talk to each other over a gloo group of their own. Only when every rank's part is written does rank 0 give it its
+name, at a step boundary that all ranks agree on: a kill at any moment leaves the one before.
+"""
+
+import base64
+import functools
+import shutil
+import sys
+import time
+import warnings
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from common.errors import InputError
+from common.files import fsync_directory, sha256_of_file, write_atomically, write_json_atomically
+from model.base import LanguageModel
+from model.checkpoint import (
+    CHECKPOINTS,
+    STATE_FILE,
+    SUMS_FILE,
+    data_files_of,
+    last_line_of,
+    list_checkpoints,
+    model_tensors,
+    step_of,
+)
+from train.config import SaveConfig
+from train.parallel.apply import local
+from train.parallel.precision import LossScale
+from train.processes.group import ProcessGroup
+from train.run import directory as run_dirs
+
+SPARE_BYTES = 16 * 2**20  # for state.json, .metadata and the file system's own needs
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands: optimizer steps done, sequences consumed, tokens seen, seconds of training."""
+
+    step: int = 0
+    position: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+
+    def advanced(self, *, sequences: int, tokens: int) -> "Progress":
+        return replace(self, step=self.step + 1, position=self.position + sequences, tokens=self.tokens + tokens)
+
+
+@dataclass(frozen=True)
+class PendingCheckpoint:
+    """A checkpoint under way. `staged`: when its tensors are out of the GPU, None if they are; `written`: this rank's
+    part of it, or what went wrong there."""
+
+    step: int
+    temporary: Path
+    final: Path
+    staged: torch.cuda.Event | None
+    written: Future[None]
+
+
+class CheckpointWriter:
+    """Writes a run's checkpoints: `begin`, then `finish` at once (--save.mode sync) or some steps later (async).
+
+    What several ranks hold alike is shared out among them. Synchronously the tensors are written where they lie, and
+    nothing may change them until `finish` returns. Asynchronously they are copied first: on a CPU in `begin`, on a GPU
+    beside the next step's forward and backward passes, before whose update `wait_until_staged` must be called.
+
+    `attempt` makes the temporary name this start's own; `state`: what state.json holds beside progress and random
+    state; `loaded`: the checkpoint that this run continued from, which is kept. Leaving it as a context waits for the
+    thread, unless other ranks may be gone that it waits for.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        attempt: int,
+        model: LanguageModel,
+        optimizer: torch.optim.Optimizer,
+        loss_scale: LossScale | None = None,
+        config: SaveConfig,
+        state: dict[str, Any],
+        loaded: Path | None,
+        group: ProcessGroup,
+    ) -> None:
+        self.is_async = config.mode == "async" or (config.mode == "auto" and group.device.type == "cuda")
+        self.saved_step = None if loaded is None else step_of(loaded)  # of the newest checkpoint
+        self._run_dir = run_dir
+        self._attempt = attempt
+        self._parts = model, optimizer, loss_scale
+        self._config = config
+        self._state = state
+        self._loaded = loaded
+        self._group = group
+        self._save: PendingCheckpoint | None = None
+        self._undeletable: set[Path] = set()
+        self._last_begin = time.monotonic()
+        # The current device is each thread's own, and DCP copies out of the current one.
+        on_gpu = functools.partial(torch.cuda.set_device, group.device) if group.device.type == "cuda" else None
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="saves", initializer=on_gpu)
+        self._purging: Future[None] | None = None
+        self._save_group = dist.new_group(backend="gloo") if group.world > 1 else None
+        self._copies: dict[str, Tensor] = {}
+        self._stream = torch.cuda.Stream(group.device) if group.device.type == "cuda" and self.is_async else None
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
+
+    def begin(self, progress: Progress) -> None:
+        """Start writing step_N. Collective; all that the device was given must be done.
+
+        Raises InputError when there is no room, leaving every earlier checkpoint as it was.
+        """
+        assert self._save is None, "one at a time"
+        self._last_begin = time.monotonic()
+        folder = self._run_dir / CHECKPOINTS
+        final = folder / f"step_{progress.step:08d}"
+        temporary = folder / f".{final.name}.writing_{self._attempt}"
+        tensors = checkpoint_tensors(*self._parts)
+        self._group.on_main(lambda: self._make_room(folder, temporary, tensors))
+        content = self._state | {"progress": asdict(progress), "random": _random_state(self._group.device)}
+        own, staged = share_of(tensors, self._group), None
+        if self.is_async:
+            own, staged = self._copy(own)
+        written = self._thread.submit(self._write, own, staged, temporary, content)
+        self._save = PendingCheckpoint(progress.step, temporary, final, staged, written)
+
+    def _copy(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
+        """The tensors in host memory, which is taken once; and when they will be there, None for now."""
+        for name, tensor in tensors.items():
+            if name not in self._copies:
+                self._copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=self._stream is not None)
+        if self._stream is None:
+            for name, tensor in tensors.items():
+                local(self._copies[name]).copy_(local(tensor))
+            return self._copies, None
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            for name, tensor in tensors.items():
+                local(self._copies[name]).copy_(local(tensor), non_blocking=True)
+        staged = torch.cuda.Event()
+        staged.record(self._stream)
+        return self._copies, staged
+
+    def wait_until_staged(self) -> None:
+        """Before tensors change: let the GPU wait until those of a save under way are copied. The host does not."""
+        if self._save is not None and self._save.staged is not None:
+            torch.cuda.current_stream().wait_event(self._save.staged)
+
+    @property
+    def is_under_way(self) -> bool:
+        return self._save is not None
+
+    def has_written(self) -> bool:
+        """Is there a save under way, and this rank's part of it done, well or not?"""
+        return self._save is not None and self._save.written.done()
+
+    def is_overdue(self) -> bool:
+        """Have --save.every-seconds passed since the last save began? By rank 0's clock."""
+        seconds = self._config.every_seconds
+        if seconds is None or self._save is not None or not self._group.is_main:
+            return False
+        return time.monotonic() - self._last_begin >= seconds
+
+    def finish(self) -> int | None:
+        """Give the save under way its name once all of it is written, then delete what is no longer kept. Collective.
+
+        Returns its step; None if there was none. Raises what any rank met as InputError: then it is not there.
+        """
+        if self._save is None:
+            return None
+        save, self._save = self._save, None
+        error = save.written.exception()  # whatever it is, all ranks raise it together
+        errors: dict[str, int] = {}  # every distinct one, by the first rank that met it
+        for rank, text in enumerate(self._group.gather(None if error is None else last_line_of(error))):
+            if text is not None:
+                errors.setdefault(text, rank)
+        if errors:
+            self._group.on_main(lambda: shutil.rmtree(save.temporary, ignore_errors=True))
+            said = "; ".join(f"rank {rank}: {text}" for text, rank in errors.items())
+            raise InputError(f"{save.final}: not saved; {said}; mend that, then give the same command again") from error
+        self._group.on_main(lambda: _rename(save.temporary, save.final))
+        self.saved_step = save.step
+        if self._group.is_main:
+            held = {save.final} | ({self._loaded} if self._loaded else set())
+            self._purging = self._thread.submit(self._purge, held)
+        return save.step
+
+    def __enter__(self) -> "CheckpointWriter":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._thread.shutdown(wait=kind is None or self._group.world == 1)
+
+    def _make_room(self, folder: Path, temporary: Path, tensors: dict[str, Tensor]) -> None:
+        if self._purging is not None:
+            self._purging.result()
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + SPARE_BYTES
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise InputError(
+                f"{folder}: {free / 1e9:.2f} GB free, but a checkpoint needs {needed / 1e9:.2f} GB; "
+                "make room or set --run-dir elsewhere, then give the same command again"
+            )
+        temporary.mkdir()
+
+    def _write(
+        self, own: dict[str, Tensor], staged: torch.cuda.Event | None, temporary: Path, state: dict[str, Any]
+    ) -> None:
+        """This rank's part, in the thread; rank 0's is done when everything is."""
+        if staged is not None:
+            staged.synchronize()
+        writer = dcp.FileSystemWriter(temporary)
+        dcp.save(own, storage_writer=writer, process_group=self._save_group, no_dist=self._save_group is None)
+        if self._group.is_main:
+            _seal(temporary, state)
+
+    def _purge(self, held: set[Path]) -> None:
+        """Delete what is no longer kept, in the thread; what cannot be deleted is said once."""
+        for checkpoint in list_checkpoints(self._run_dir)[: -self._config.keep]:
+            is_nth = self._config.keep_every is not None and step_of(checkpoint) % self._config.keep_every == 0
+            if checkpoint in held or is_nth:
+                continue
+            doomed = checkpoint.with_name(f".{checkpoint.name}.deleting")
+            try:
+                shutil.rmtree(doomed, ignore_errors=True)
+                checkpoint.rename(doomed)
+                shutil.rmtree(doomed)
+            except OSError as error:
+                if checkpoint not in self._undeletable:
+                    print(f"warning: {checkpoint} could not be deleted: {error}", file=sys.stderr)
+                self._undeletable.add(checkpoint)
+
+
+def checkpoint_tensors(
+    model: LanguageModel, optimizer: torch.optim.Optimizer, loss_scale: LossScale | None = None
+) -> dict[str, Tensor]:
+    """Every tensor of a checkpoint by name: model.NAME, optimizer.NAME.KEY, loss_scale.NAME; views of the live ones."""
+    tensors = model_tensors(model)
+    for name, parameter in model.named_parameters():
+        for key, value in optimizer.state[parameter].items():
+            tensors[f"optimizer.{name}.{key}"] = value
+    return tensors if loss_scale is None else tensors | loss_scale.tensors()
+
+
+def share_of(tensors: dict[str, Tensor], group: ProcessGroup) -> dict[str, Tensor]:
+    """What this rank writes, the largest first, by who has least so far: a tensor that all ranks hold alike is one
+    rank's, a sharded one that of one replica's ranks, each its own shard."""
+    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
+    loads = [0.0] * group.world
+    own = {}
+    for name in sorted(tensors, key=lambda name: (-sizes[name], name)):
+        writers = min(holders_of(tensors[name], group), key=lambda ranks: sum(loads[rank] for rank in ranks))
+        for rank in writers:
+            loads[rank] += sizes[name] / len(writers)
+        if group.rank in writers:
+            own[name] = tensors[name]
+    return own
+
+
+def holders_of(tensor: Tensor, group: ProcessGroup) -> list[list[int]]:
+    """Every set of ranks that together hold a whole copy of the tensor."""
+    if not isinstance(tensor, DTensor):
+        return [[rank] for rank in range(group.world)]
+    shards = tensor.device_mesh.size(-1)  # the last dimension is what a replica is spread over
+    return tensor.device_mesh.mesh.reshape(-1, shards).tolist()
+
+
+def _seal(temporary: Path, state: dict[str, Any]) -> None:
+    """Add state.json and the hashes of all files. InputError if another rank's cannot be seen from here."""
+    end = time.monotonic() + run_dirs.SECONDS_TO_SEE
+    while missing := data_files_of(temporary) - {path.name for path in temporary.iterdir()}:
+        if time.monotonic() < end:
+            time.sleep(0.1)
+            continue
+        raise InputError(
+            f"{', '.join(sorted(missing))} of other ranks cannot be seen from rank 0: "
+            "--run-dir must lie on storage that all hosts share"
+        )
+    write_json_atomically(temporary / STATE_FILE, state)
+    sums = "".join(f"{sha256_of_file(path)}  {path.name}\n" for path in sorted(temporary.iterdir()))
+    write_atomically(temporary / SUMS_FILE, sums)
+
+
+def _rename(temporary: Path, final: Path) -> None:
+    if final.exists():  # an unsound one of the same step, passed over when this run started
+        shutil.rmtree(final)
+    temporary.rename(final)
+    fsync_directory(final.parent)
+
+
+def _random_state(device: torch.device) -> dict[str, str]:
+    """Rank 0's generators. Nothing in training draws from them today; what will must find them as they were."""
+    states = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["cuda"] = torch.cuda.get_rng_state(device)
+    return {name: base64.b64encode(value.numpy().tobytes()).decode("ascii") for name, value in states.items()}

@@ -1,0 +1,184 @@
+"""One writer per run directory: a lock file with host, pid, job and a heartbeat."""
+
+import json
+import os
+import socket
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from common.errors import InputError
+from train.processes.ranks import slurm_job
+
+FILE_NAME = "lock.json"
+HEARTBEAT_SECONDS = 10.0
+SECONDS_BETWEEN_LOOKS = 1.0
+DEAD_AFTER_SECONDS = 60.0  # without a heartbeat, for a holder on another host
+
+
+class RunLock:
+    """Held by rank 0 from `acquire` to `release`. A dead holder's lock is taken over, a living one's never.
+
+    On the same host a holder lives while its pid runs (and was started when the lock says, since pids are used
+    again); on another host while its heart beats: for up to a minute, by the file server's clock, one waits to see.
+    """
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / FILE_NAME
+        self._stop = threading.Event()
+        self._changing = threading.Lock()
+        self._now = 0.0
+        self._me: dict[str, Any] = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "started": _start_time(os.getpid()),
+            "job": slurm_job(os.environ),
+        }
+        self.text = json.dumps(self._me) + "\n"
+
+    def acquire(self) -> None:
+        """Take the lock, or raise InputError that names the holder."""
+        first: tuple[str, float] | None = None  # what the lock of another host said, and its heartbeat, at first sight
+        while not self._create():
+            try:
+                text, heartbeat = self._path.read_text(encoding="utf-8"), self._path.stat().st_mtime
+            except FileNotFoundError:
+                continue  # released meanwhile
+            is_alive = _is_alive_here(text)
+            if is_alive is None and self._now - heartbeat < DEAD_AFTER_SECONDS:
+                if first is None or first[0] != text:
+                    first = text, heartbeat
+                    print(f"{self._path}: waiting to see whether {_describe(text)} lives", file=sys.stderr, flush=True)
+                if first[1] == heartbeat:
+                    time.sleep(SECONDS_BETWEEN_LOOKS)
+                    continue
+                is_alive = True
+            if is_alive:
+                raise InputError(
+                    f"{self._path.parent}: another process is training here ({_describe(text)}); {self._path}"
+                )
+            self._remove_dead(text)
+        threading.Thread(target=self._beat, name="lock-heartbeat", daemon=True).start()
+
+    def release(self) -> None:
+        """Give the lock up, if it is still ours."""
+        self._stop.set()
+        with self._changing:
+            if self.reads(self.text):
+                self._path.unlink()
+
+    def reads(self, text: str) -> bool:
+        """Is this what the lock file says?"""
+        try:
+            return self._path.read_text(encoding="utf-8") == text
+        except FileNotFoundError:
+            return False
+
+    def _create(self) -> bool:
+        mine = self._path.with_name(f".{FILE_NAME}.{self._me['host']}.{self._me['pid']}")
+        try:
+            mine.write_text(self.text, encoding="utf-8")
+            self._now = mine.stat().st_mtime  # by the clock of the file server, which also dates the other's heartbeat
+            os.link(mine, self._path)  # atomic, with its content, also on NFS
+        except FileExistsError:
+            return False
+        finally:
+            mine.unlink(missing_ok=True)
+        return True
+
+    def _remove_dead(self, text: str) -> None:
+        """Move the dead lock aside; if a rival has put a new one in its place meanwhile, give that one back."""
+        aside = self._path.with_name(f".{FILE_NAME}.dead.{self._me['host']}.{self._me['pid']}")
+        try:
+            self._path.rename(aside)
+        except FileNotFoundError:
+            return
+        if aside.read_text(encoding="utf-8") != text:
+            os.link(aside, self._path)
+        aside.unlink()
+
+    def _beat(self) -> None:
+        while not self._stop.wait(HEARTBEAT_SECONDS):
+            with self._changing:
+                if self._stop.is_set():
+                    return
+                try:
+                    is_ours = self._is_still_ours()
+                except OSError:
+                    continue  # a file server that stumbles; the next beat may come through
+            if not is_ours:
+                # Silent for a minute, so another took over: writing on would spoil its run.
+                print(f"{self._path}: taken over by another process; leaving", file=sys.stderr, flush=True)
+                os._exit(1)
+
+    def _is_still_ours(self) -> bool:
+        """Show that we live; put the lock back if somebody removed it. False if another holds it."""
+        if self.reads(self.text):
+            os.utime(self._path)
+            return True
+        return not self._path.exists() and self._create()
+
+
+def living_holder(run_dir: Path) -> str | None:
+    """Who trains in the run directory, as far as can be told without waiting; None if nobody does."""
+    path = run_dir / FILE_NAME
+    try:
+        text, heartbeat = path.read_text(encoding="utf-8"), path.stat().st_mtime
+    except FileNotFoundError:
+        return None
+    is_alive = _is_alive_here(text)
+    if is_alive is None:
+        is_alive = _file_time(run_dir) - heartbeat < DEAD_AFTER_SECONDS
+    return _describe(text) if is_alive else None
+
+
+def _file_time(folder: Path) -> float:
+    """Now, by the clock of the file server, which dates heartbeats; by ours where nothing can be written."""
+    try:
+        with tempfile.TemporaryFile(dir=folder) as file:
+            return os.fstat(file.fileno()).st_mtime
+    except OSError:
+        return time.time()
+
+
+def _is_alive_here(text: str) -> bool | None:
+    """None for a holder on another host, and for what is no lock of ours: its heartbeat decides."""
+    try:
+        holder = json.loads(text)
+        if holder["host"] == socket.gethostname():
+            return holder["started"] is not None and _start_time(int(holder["pid"])) == holder["started"]
+    except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+        pass
+    return None
+
+
+def _start_time(pid: int) -> str | None:
+    """When a process of this host started, in the kernel's ticks; None if there is no such process.
+
+    Field 22 of /proc/PID/stat (proc(5)); a zombie counts as gone. Without /proc, a fixed mark while it runs.
+    """
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
+        return None if fields[0] == "Z" else fields[19]
+    except FileNotFoundError:
+        if Path("/proc/self/stat").exists():
+            return None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return None
+    except PermissionError:
+        pass
+    return "running"
+
+
+def _describe(text: str) -> str:
+    try:
+        holder = json.loads(text)
+        job = f", job {holder['job']}" if holder["job"] else ""
+        return f"pid {holder['pid']} on {holder['host']}{job}"
+    except (json.JSONDecodeError, KeyError, TypeError):
+        return text.strip()[:80]
