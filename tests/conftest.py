@@ -18,8 +18,8 @@ if (SHARED_DATA / "tiktoken_cache").is_dir():
 
 import torch
 
-from tests.groups import keep_frozen
-from tests.runs import make_tiny_data
+from tests.helpers.groups import keep_frozen
+from tests.helpers.runs import make_tiny_data
 
 torch.set_num_threads(1)
 
@@ -52,18 +52,18 @@ LONGEST = (
     "test_tracking",
     "test_encode",
     "test_precision",
-    "test_async_saves",
+    "test_async_checkpoints",
     "test_switches",
     "test_textfiles",
     "test_bpe",
     "test_sweep",
     "test_losses",
-    "test_limits",
-    "test_saves",
+    "test_memory_limits",
+    "test_checkpoints",
     "test_disk",
-    "test_run_dir",
+    "test_directory",
     "test_preflight",
-    "test_layout",
+    "test_house",
     "test_switched_runs",
     "test_stops",
     "test_config",

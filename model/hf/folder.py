@@ -38,7 +38,7 @@ BUFFER = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)")  # the 
 LAYER = re.compile(r"transformer\.h\.(\d+)\.")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # all are fp32 numbers
 NUM_NAMED = 3  # of many faults of one kind
-# What reading a damaged pickle or archive was seen to raise (tests/test_hf_folder.py), or may.
+# What reading a damaged pickle or archive was seen to raise (tests/unit/model/test_hf_folder.py), or may.
 UNREADABLE = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,

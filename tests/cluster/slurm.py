@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 from launch import snapshot
-from tests.runs import ROOT
+from tests.helpers.runs import ROOT
 
 SCRIPT = Path(__file__).with_name("cluster.sh")
 SECONDS_TO_END = 240.0  # of a job, on a busy machine

@@ -10,7 +10,7 @@ import pytest
 from tests.cluster.slurm import Cluster, Job, script
 from tests.cluster.test_jobs import attempt, steps_saved
 from tests.cluster.tiny import STEPS, assert_close_losses, assert_same_curve, flags, train_plainly
-from tests.runs import assert_same_tensors, final_tensors, status
+from tests.helpers.runs import assert_same_tensors, final_tensors, status
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 

@@ -10,7 +10,7 @@ import pytest
 from model.checkpoint import list_checkpoints, step_of
 from tests.cluster.slurm import Cluster, Job, broken
 from tests.cluster.tiny import STEPS, assert_close_losses, assert_same_curve, flags, train_plainly
-from tests.runs import assert_same_tensors, final_tensors, rows, status
+from tests.helpers.runs import assert_same_tensors, final_tensors, rows, status
 
 
 @pytest.fixture(scope="module")

@@ -11,8 +11,8 @@ from launch.experiments import RUNGS
 from model.checkpoint import list_checkpoints, step_of
 from tests.cluster.slurm import Cluster, Job, broken
 from tests.cluster.tiny import STEPS, assert_same_curve, flags, train_plainly
-from tests.pages import make_pages, write_pages
-from tests.runs import assert_same_tensors, final_tensors, rows, status
+from tests.helpers.pages import make_pages, write_pages
+from tests.helpers.runs import assert_same_tensors, final_tensors, rows, status
 
 SHAPE = ("--nodes", "2", "--gpus-per-node", "1", "--cpus-per-gpu", "2", "--time", "30")
 

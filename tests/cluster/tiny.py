@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from tests.groups import run_on_ranks
-from tests.runs import curve, losses, rows, tiny_flags
+from tests.helpers.groups import run_on_ranks
+from tests.helpers.runs import curve, losses, rows, tiny_flags
 from train.config import Config, parse
 from train.main import run
 from train.presets import PRESETS

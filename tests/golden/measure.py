@@ -24,10 +24,10 @@ from data_prep.fineweb import main as fineweb
 from data_prep.manifest import read_manifest
 from data_prep.textfiles import main as textfiles
 from model.generate import main as generate
-from tests.corpus import make_text
-from tests.groups import leaving_no_group, run_on_ranks
-from tests.pages import make_pages, write_pages
-from tests.runs import called, curve, final_tensors, make_tiny_data, tiny_flags, validations
+from tests.helpers.corpus import make_text
+from tests.helpers.groups import leaving_no_group, run_on_ranks
+from tests.helpers.pages import make_pages, write_pages
+from tests.helpers.runs import called, curve, final_tensors, make_tiny_data, tiny_flags, validations
 from train.config import parse
 from train.data import permute, substitutes
 from train.main import run
@@ -37,7 +37,7 @@ from train.processes.group import ProcessGroup
 GOLDEN = Path(__file__).with_name("golden.json")
 STEPS = 8
 
-# Name -> number of processes and the flags on top of tests/runs.py's tiny run.
+# Name -> number of processes and the flags on top of tests/helpers/runs.py's tiny run.
 RUNS: dict[str, tuple[int, str]] = {
     "plain": (1, ""),
     "another seed": (1, "--seed 7"),

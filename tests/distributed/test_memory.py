@@ -1,0 +1,300 @@
+"""What model/costs/memory.py counts, against what autograd keeps and the allocator hands out.
+
+The allocator's account is torch.profiler's: every allocation and release of the process, to the byte.
+"""
+
+import dataclasses
+import gc
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks import bench_memory
+from model.config import ModelConfig
+from model.costs.activations import StepShape, block_shapes, count_block_activations, count_kept_by_norm
+from model.costs.memory import _reduced, memory
+from model.gpt import build_model
+from tests.helpers.groups import run_on_ranks
+from tests.unit.model.test_switches import MODERN, ONE_BY_ONE, named
+from train import optim
+from train.config import Config, ParallelConfig, TrainConfig, resolve
+from train.data import plan_batches
+from train.parallel import apply
+from train.parallel.plan import choose_parallel_plan
+from train.processes.group import ProcessGroup
+from train.run.card import run_card, step_memory
+
+WIDE = {"width": 128, "vocab_size": 100, "sequences": 1, "seq_len": 16}  # blocks' weights are most of it
+LONG = {"width": 64, "vocab_size": 1000, "sequences": 8, "seq_len": 64}  # logits and activations are
+DEEP = {"width": 64, "vocab_size": 100, "sequences": 8, "seq_len": 64, "num_layers": 6}  # activations are
+
+
+def configured(
+    *,
+    width: int,
+    vocab_size: int,
+    sequences: int,
+    seq_len: int,
+    num_layers: int = 3,
+    accumulation: int = 1,
+    **options: Any,
+) -> Config:
+    spread = {field.name for field in dataclasses.fields(ParallelConfig)}
+    switches = {field.name for field in dataclasses.fields(ModelConfig)}
+    train = {name: value for name, value in options.items() if name not in spread | switches}
+    defaults: dict[str, Any] = {"dtype": "fp32", "compile": False, "micro_batch": sequences, "seq_len": seq_len}
+    batch_tokens = sequences * accumulation * seq_len
+    config = Config(
+        model=ModelConfig(
+            num_layers=num_layers,
+            num_heads=2,
+            width=width,
+            vocab_size=vocab_size,
+            **{name: value for name, value in options.items() if name in switches},
+        ),
+        train=TrainConfig(**(defaults | {"batch_tokens": batch_tokens} | train)),
+        parallel=ParallelConfig(**{name: value for name, value in options.items() if name in spread}),
+    )
+    return resolve(config)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("switches", [{}, *ONE_BY_ONE, {"attention": "naive"} | MODERN], ids=named)
+def test_what_autograd_keeps(switches: dict[str, Any], dtype: torch.dtype) -> None:
+    B, T = 2, 8
+    config = ModelConfig(num_layers=3, num_heads=2, width=32, vocab_size=100, context_len=16, **switches)
+    model = build_model(config, seed=1, compute_dtype=dtype)
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        features_BTD = model.hidden_states(torch.zeros(B, T, dtype=torch.int64))
+    assert features_BTD.requires_grad
+    N, D, c, is_low = B * T, config.width, dtype.itemsize, dtype != torch.float32
+    shape = StepShape(micro_batch=B, seq_len=T, compute_bytes=c, on_cpu=True)
+    blocks = 3 * sum(count_block_activations(config, shape).values())
+    last_norm = count_kept_by_norm(config, shape) if config.has_last_norm else 0
+    ids = 8 * (N + T * (config.position_embedding == "learned"))
+    matrices = 3 * sum(rows * columns[0] for rows, *columns in block_shapes(config) if columns)
+    copies = is_low * c * matrices
+    rotation = 2 * 4 * T * config.head_size * (config.position_embedding == "rope")
+    masks = 3 * T * T * (config.attention == "naive")
+    mixing = 0
+    if config.value_residual:  # a copy of each weight; the first block has none, nor mixed values
+        mixing = 2 * is_low * c - (N * D * c if config.attention != "naive" else 0)
+    expected = blocks + last_norm + ids + copies + rotation + masks + mixing
+    assert sum(size for place, size in kept.items() if place not in own) == expected
+
+
+def allocated_peak(group: ProcessGroup, config: Config, accumulation: int) -> int:
+    """Bytes at the peak of the third step, by the allocator's account."""
+    parallel_plan = choose_parallel_plan(config, world=group.world, local_world=group.world, memory_bytes=10**12)
+    loss_model = apply.build_loss_model(config, parallel_plan, group)
+    parameters = list(loss_model.model.parameters())
+    optimizer = optim.build_optimizer(loss_model.model, config.optim)
+    module, scale = apply.wrap(loss_model, parallel_plan), torch.ones(())
+    tokens_BT = torch.zeros(plan_batches(config, 1).micro_batch, config.train.seq_len, dtype=torch.int64)
+
+    def step() -> None:
+        for index in range(accumulation):
+            apply.set_gradient_sync(module, parallel_plan, index == accumulation - 1)
+            module(tokens_BT, tokens_BT, scale)[0].backward()
+        norm = optim.sum_of_squares(parameters).sqrt().float()
+        optim.update(optimizer, 1e-4, norm, torch.ones((), dtype=torch.bool), 1.0)
+        apply.zero_gradients(module)
+
+    for _ in range(2):  # DDP settles its buckets after the first
+        step()
+    gc.collect()
+    lasting = [apply.local(p) for p in parameters]
+    lasting += [apply.local(value) for state in optimizer.state.values() for value in state.values()]
+    lasting += [p.grad for p in parameters if p.grad is not None]
+    now = peak = sum(tensor.numel() * tensor.element_size() for tensor in lasting)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        step()
+    events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak
+
+
+def counted_peak(config: Config, world: int, accumulation: int) -> int:
+    parallel_plan = choose_parallel_plan(config, world=world, local_world=world, memory_bytes=10**12)
+    plan = dataclasses.replace(plan_batches(config, 1), accumulation=accumulation)
+    return step_memory(config, plan, parallel_plan, on_cpu=True).peak_bytes
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize(
+    "options",
+    [
+        WIDE,
+        LONG,
+        DEEP,
+        WIDE | {"dtype": "bf16"},
+        LONG | {"dtype": "bf16"},
+        DEEP | {"activation_checkpointing": True},
+        DEEP | {"activation_checkpointing": True, "dtype": "bf16"},
+        LONG | {"loss": "chunked"},
+        LONG | {"loss": "chunked", "dtype": "bf16"},
+        LONG | {"sequences": 1, "loss": "chunked", "dtype": "bf16"},
+    ],
+    ids=lambda options: " ".join(f"{name} {value}" for name, value in options.items()),
+)
+def test_the_peak_of_one_process(options: dict[str, Any], accumulation: int) -> None:
+    config = configured(**options, accumulation=accumulation)
+    measured = allocated_peak(ProcessGroup(0, 1, torch.device("cpu")), config, accumulation)
+    assert counted_peak(config, 1, accumulation) == pytest.approx(measured, rel=0.02)
+
+
+SWITCHED: list[dict[str, Any]] = [
+    *(shape | MODERN for shape in (WIDE, LONG, DEEP)),
+    LONG | MODERN | {"dtype": "bf16"},
+    DEEP | MODERN | {"activation_checkpointing": True},
+    LONG | MODERN | {"loss": "chunked"},
+    LONG | {"tie": False},
+    LONG | {"logit_softcap": 5.0},
+    *(DEEP | switches for switches in ONE_BY_ONE if switches not in (MODERN, {"tie": False})),
+    DEEP | {"attention": "naive", "seq_len": 256, "sequences": 2},
+    DEEP | {"attention": "naive", "seq_len": 256, "sequences": 2, "dtype": "bf16"},
+    DEEP | {"attention": "naive", "seq_len": 256, "sequences": 2, "activation_checkpointing": True},
+]
+
+
+LONG_TWICE = pytest.mark.long(reason="all of them with one micro-batch, and some without switches with two, are quick")
+
+
+@pytest.mark.parametrize(
+    ("options", "accumulation"),
+    [
+        *((options, 1) for options in SWITCHED),
+        (SWITCHED[0], 2),
+        *(pytest.param(options, 2, marks=LONG_TWICE) for options in SWITCHED[1:8]),
+    ],
+)
+def test_the_peak_with_switches(options: dict[str, Any], accumulation: int) -> None:
+    config = configured(**options, accumulation=accumulation)
+    measured = allocated_peak(ProcessGroup(0, 1, torch.device("cpu")), config, accumulation)
+    assert counted_peak(config, 1, accumulation) == pytest.approx(measured, rel=0.05)
+
+
+SPREAD: list[tuple[dict[str, Any], int]] = [
+    (WIDE | {"mode": "ddp"}, 2),
+    (WIDE | {"mode": "fsdp"}, 1),
+    (WIDE | {"mode": "fsdp", "reduce_gradients": "step"}, 2),
+    (WIDE | {"mode": "fsdp", "reduce_gradients": "micro_batch"}, 3),
+    (LONG | MODERN | {"mode": "ddp"}, 2),
+    (WIDE | MODERN | {"mode": "fsdp"}, 1),
+]
+ALSO_SPREAD: list[tuple[dict[str, Any], int]] = [
+    (WIDE | {"mode": "fsdp", "reduce_gradients": "step", "reshard_after_forward": False}, 2),
+    (LONG | {"mode": "fsdp", "reduce_gradients": "micro_batch", "dtype": "bf16"}, 2),
+    (DEEP | MODERN | {"mode": "fsdp", "reduce_gradients": "micro_batch"}, 2),
+    (LONG | MODERN | {"mode": "fsdp", "dtype": "bf16", "activation_checkpointing": True}, 2),
+]
+
+
+def allocated_peaks(group: ProcessGroup, spread: list[tuple[dict[str, Any], int]]) -> list[int]:
+    return [allocated_peak(group, configured(**options), accumulation) for options, accumulation in spread]
+
+
+@pytest.mark.parametrize(
+    "spread",
+    [
+        pytest.param(SPREAD, id="each mode"),
+        pytest.param(ALSO_SPREAD, id="with more", marks=pytest.mark.long(reason="the costlier combinations")),
+    ],
+)
+def test_the_peak_of_two_processes(spread: list[tuple[dict[str, Any], int]]) -> None:
+    measured = run_on_ranks(2, allocated_peaks, spread)
+    for (options, accumulation), *peaks in zip(spread, *measured, strict=True):
+        config = configured(**options)
+        counted = counted_peak(config, 2, accumulation)
+        late = 0
+        if options["mode"] == "fsdp":  # gloo's thread lets go of its copies some time after it has sent them
+            late = 2 * _reduced(block_shapes(config.model), StepShape(micro_batch=1, seq_len=1, shards=2))
+        for peak in peaks:
+            assert 0.98 * counted <= peak <= 1.02 * counted + late, (options, accumulation, counted, peaks)
+
+
+def test_a_shard_is_what_a_rank_holds() -> None:
+    """Of a width that two ranks do not share evenly."""
+    config = configured(width=33 * 2, vocab_size=100, sequences=1, seq_len=7, mode="fsdp")
+    phases = memory(config.model, StepShape(micro_batch=1, seq_len=7, mode="fsdp", shards=3)).phases
+    assert {phase["weights"] for phase in phases.values()} == set(held_bytes(config, 3))
+
+
+@pytest.mark.slow
+def test_the_resident_peak_of_a_run(capfd: pytest.CaptureFixture[str]) -> None:
+    """The same of a real run, as bench_memory.py measures it: 125 MB a rank, 6 of them not counted."""
+    bench_memory.main(["--layers", "2", "--width", "256", "--only", "fsdp sharded"])
+    found = json.loads(capfd.readouterr().out.splitlines()[-1])
+    assert found["least_ratio"] > 0.9 and found["largest_ratio"] < 1.1, found
+
+
+def held_bytes(config: Config, world: int) -> list[int]:
+    return run_on_ranks(world, held_by_a_rank, config)
+
+
+def held_by_a_rank(group: ProcessGroup, config: Config) -> int:
+    parallel_plan = choose_parallel_plan(config, world=group.world, local_world=group.world, memory_bytes=10**12)
+    model = apply.build_loss_model(config, parallel_plan, group).model
+    return sum(apply.local(p).untyped_storage().nbytes() for p in model.parameters())
+
+
+def test_the_peak_is_the_largest_phase_and_its_parts_are_named() -> None:
+    found = memory(ModelConfig(), StepShape(micro_batch=16, seq_len=1024, compute_bytes=2))
+    assert found.peak_bytes == sum(found.peak.values()) == max(sum(phase.values()) for phase in found.phases.values())
+    # The two largest of a micro-batch of GPT-2 small: 3 fp32 tensors of logits; 12 blocks at 36 x 768 bytes a token
+    # (8 for the fp32 inputs of two norms, 28 in bf16), log-sums and norms' deviations; the last norm's 6 x 768.
+    assert found.peak["loss"] == 3 * 16 * 1024 * 50257 * 4
+    per_token = 12 * (36 * 768 + 12 * 4 + 16) + 6 * 768 + 8
+    assert found.peak["activations"] == 16 * 1024 * per_token
+
+
+def card_lines(config: Config, world: int, memory_bytes: int, device: str = "CPU process") -> dict[str, str]:
+    parallel_plan = choose_parallel_plan(config, world=world, local_world=world, memory_bytes=memory_bytes)
+    card = run_card(config, None, plan_batches(config, world), parallel_plan, device)
+    return {line[:10].strip(): line[10:] for line in card.splitlines()}
+
+
+def test_the_card_names_the_switches() -> None:
+    line = card_lines(configured(**WIDE, mlp="swiglu", tie=False), 1, 10**9)["model"]
+    assert line.endswith(" vocabulary padding), --model.mlp swiglu, --model.tie False")
+
+
+def test_the_card_says_how_the_model_is_spread_and_what_that_takes() -> None:
+    config = configured(**WIDE, accumulation=8)
+    lines = card_lines(config, 1, 10**9)
+    assert lines["parallel"] == "none (one process)"
+    assert lines["memory"].startswith("about 0.01 of 1.0 GB per process, in the")
+    assert "WARNING" not in lines["memory"]
+    lines = card_lines(config, 2, 15 * 10**6)
+    assert lines["parallel"] == (
+        "fsdp, 2 shards (the training state of 0.01 GB is more than half of 0.0 GB); "
+        "whole gradients reduced once a step; weights gathered for each pass"
+    )
+    spread = dataclasses.replace(
+        config, parallel=ParallelConfig(mode="hsdp", shard_size=2, reshard_after_forward=False)
+    )
+    lines = card_lines(spread, 4, 10**6)
+    assert lines["parallel"] == (
+        "hsdp, 2 shards, 2 copies (asked for); gradients reduced each time; weights gathered once for both passes"
+    )
+    assert lines["memory"].endswith("WARNING: more than there is")
+
+
+def test_the_card_of_what_is_still_to_be_found() -> None:
+    config = configured(**WIDE, micro_batch="auto", accumulation=8)
+    assert "per process with a micro-batch of 1, in " in card_lines(config, 1, 10**9, "H100")["memory"]
+    compiled = dataclasses.replace(config, train=dataclasses.replace(config.train, compile=True))
+    assert card_lines(compiled, 1, 10**9, "H100")["memory"].startswith("at most 0.0")

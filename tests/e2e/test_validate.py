@@ -1,0 +1,383 @@
+"""The command that evaluates a trained model: the loop's numbers again, and from where a kill cut it off."""
+
+import json
+import math
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.files import sha256_of_file
+from data_prep.textfiles import Options, prepare
+from model.checkpoint import STATE_FILE, SUMS_FILE
+from model.hf_bridge import main as bridge
+from tests.helpers.corpus import make_text
+from tests.helpers.groups import run_on_ranks
+from tests.helpers.hellaswag_items import write_items
+from tests.helpers.runs import ROOT, called, rows, tiny_config, torchrun
+from train import validate
+from train.evals import hellaswag
+from train.evals.validation import Validation
+from train.main import run
+from train.processes.group import ProcessGroup
+from train.processes.stop_requests import StopRequests
+from train.validate import main
+
+NUM_ITEMS = 60
+
+
+@pytest.fixture(scope="module")
+def trained_run(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the HellaSwag items beside it."""
+    folder = tmp_path_factory.mktemp("validate")
+    items = write_items(folder / "items.jsonl", NUM_ITEMS)
+    config = tiny_config(tiny_data, folder / "run", steps=50)
+    config = replace(config, validate=replace(config.validate, hellaswag=items, hellaswag_every=10))
+    run(config, ProcessGroup(0, 1, torch.device("cpu")))
+    return folder / "run"
+
+
+@pytest.fixture
+def own_run(trained_run: Path, tmp_path: Path) -> Path:
+    """A copy, in which nothing is evaluated yet."""
+    return Path(shutil.copytree(trained_run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluations")))
+
+
+def report_of(printed: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(printed.splitlines()[-1])
+    return found
+
+
+def evaluated(*args: str | Path) -> tuple[str, dict[str, Any]]:
+    """The table, and the last line."""
+    done = called(main, *map(str, args))
+    assert (done.returncode, done.stderr) == (0, "")
+    return done.stdout.rpartition('{"model"')[0], report_of(done.stdout)
+
+
+def logged(run_dir: Path, step: int) -> dict[str, Any]:
+    merged: dict[str, Any] = {}
+    for row in rows(run_dir):
+        merged |= row if row["step"] == step else {}
+    return merged
+
+
+@pytest.mark.parametrize("step", [50, 20])
+def test_the_numbers_are_those_that_the_training_loop_logged(
+    trained_run: Path, tiny_data: Path, tmp_path: Path, step: int
+) -> None:
+    items = trained_run.parent / "items.jsonl"
+    flags = ["--data", str(tiny_data), "--hellaswag", str(items), "--out", str(tmp_path)]
+    text, report = evaluated(trained_run, "--step", str(step), *flags)
+    row = logged(trained_run, step)
+    if step == 50:  # validated every 25 steps
+        found = report["validation"]
+        assert [found[name] for name in ("loss", "stderr", "bits_per_byte", "tokens")] == [
+            *(row[f"val_{name}"] for name in ("loss", "loss_stderr", "bits_per_byte")),
+            1000,
+        ]
+        assert f"loss                  {row['val_loss']:.4f} +- {row['val_loss_stderr']:.4f}\n" in text
+    for name in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "items"):
+        assert report["hellaswag"][name] == row[f"hellaswag_{name}"]
+    assert "compares with nobody's score" in text
+    assert report["step"] == step
+    assert evaluated(f"{trained_run}@{step}", *flags)[1] == report
+
+
+def test_the_runs_own_data_is_the_default_and_what_is_done_is_not_done_again(
+    own_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    items = own_run / "items.jsonl"
+    write_items(items, NUM_ITEMS)
+    text, report = evaluated(own_run)
+    assert report["hellaswag"] is None and report["validation"]["tokens"] == 1000
+    _, scored = evaluated(own_run, "--hellaswag", items)
+    assert scored["validation"] is None
+    names = sorted(path.name.rpartition("_")[0] + path.suffix for path in (own_run / "evaluations").iterdir())
+    assert names == ["hellaswag_step_00000050.json", "hellaswag_step_00000050.jsonl", "validation_step_00000050.json"]
+
+    def refuse(*args: Any, **options: Any) -> None:
+        raise AssertionError("evaluated again")
+
+    monkeypatch.setattr(validate, "validate", refuse)
+    monkeypatch.setattr(validate, "ending_losses", refuse)
+    again, report_again = evaluated(own_run)
+    assert report_again == report
+    assert again.splitlines()[2:] == text.splitlines()[2:] and "; from " in again
+    again, report_again = evaluated(own_run, "--hellaswag", items)
+    assert report_again == scored and f"; {NUM_ITEMS} of its items from " in again
+    with pytest.raises(AssertionError, match="evaluated again"):
+        main([str(own_run), "--hellaswag", str(items), "--items", "59"])
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--micro-batch", "1"],
+        ["--micro-batch", "40"],
+        pytest.param(["--compile"], marks=pytest.mark.long(reason="kernels to compile")),
+    ],
+)
+def test_micro_batch_and_compilation_change_nothing_but_rounding(
+    own_run: Path, trained_run: Path, flags: list[str], tmp_path: Path
+) -> None:
+    items = trained_run.parent / "items.jsonl"
+    data = json.loads((own_run / "config.json").read_text())["config"]["data"]["dir"]
+    _, report = evaluated(own_run, "--data", data, "--hellaswag", items, *flags)
+    row = logged(trained_run, 50)
+    assert report["validation"]["loss"] == pytest.approx(row["val_loss"], abs=1e-6)
+    assert report["hellaswag"]["acc"] == row["hellaswag_acc"]
+    assert report["hellaswag"]["acc_norm"] == row["hellaswag_acc_norm"]
+
+
+def in_ranks(group: ProcessGroup, args: dict[str, Any]) -> dict[str, Any]:
+    return validate.evaluate(validate.Options(**args), group, StopRequests(None, is_main=group.is_main))
+
+
+def check_of_two_processes(found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    assert found["hellaswag"] == wanted["hellaswag"]
+    assert found["validation"]["loss"] == pytest.approx(wanted["validation"]["loss"], abs=1e-6)
+    assert found["weights"] == wanted["weights"]
+
+
+@pytest.mark.long(reason="two processes; test_exact.py validates in several in `make test`")
+def test_two_processes_find_what_one_does(own_run: Path, trained_run: Path, tiny_data: Path) -> None:
+    """The second of them, too, and of batches that they cannot share evenly."""
+    items = trained_run.parent / "items.jsonl"
+    wanted = evaluated(own_run, "--data", tiny_data, "--hellaswag", items, "--out", own_run / "other")[1]
+    args = {"path": str(own_run), "data": tiny_data, "hellaswag": items, "micro_batch": 7}
+    for found in run_on_ranks(2, in_ranks, args):
+        check_of_two_processes(found, wanted)
+
+
+@pytest.mark.long(reason="three interpreters that import torch; processes forked from one are in `make test`")
+def test_torchruns_two_processes_find_what_one_does(own_run: Path, trained_run: Path, tiny_data: Path) -> None:
+    flags = ["--data", str(tiny_data), "--hellaswag", str(trained_run.parent / "items.jsonl")]
+    process = torchrun(2, str(own_run), *flags, script="train/validate.py")
+    printed, _ = process.communicate(timeout=200)
+    assert process.returncode == 0, printed
+    check_of_two_processes(report_of(printed), evaluated(own_run, *flags, "--out", own_run / "other")[1])
+
+
+def test_a_killed_evaluation_goes_on(own_run: Path, trained_run: Path) -> None:
+    """kill -9 of a real process as soon as it has written something; then with the last line torn."""
+    items = trained_run.parent / "items.jsonl"
+    wanted = evaluated(own_run, "--hellaswag", items, "--out", own_run / "other")[1]["hellaswag"]
+    slow = "import sys, time; import train.validate as v; sound = v.ending_losses\n"
+    slow += "v.ending_losses = lambda *args, **options: time.sleep(0.3) or sound(*args, **options)\n"
+    slow += "v.main(sys.argv[1:])"
+    command = [sys.executable, "-c", slow, str(own_run), "--hellaswag", str(items), "--micro-batch", "1"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    end = time.monotonic() + 120
+    while not (logs := list((own_run / "evaluations").glob("*.jsonl"))) or logs[0].read_bytes().count(b"\n") < 6:
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    lines = logs[0].read_bytes().splitlines(keepends=True)
+    assert 6 <= len(lines) < NUM_ITEMS
+    logs[0].write_bytes(b"".join(lines) + b'{"question": 3, "los')
+    text, report = evaluated(own_run, "--hellaswag", items, "--micro-batch", "1")
+    assert f"; {len(lines) - 1} of its items from " in text
+    assert report["hellaswag"] == wanted
+    assert logs[0].read_bytes().count(b"\n") == NUM_ITEMS + 1
+
+
+def test_a_stop_keeps_what_was_scored(own_run: Path, trained_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    items, sound, calls = trained_run.parent / "items.jsonl", hellaswag.ending_losses, list[int]()
+
+    def stopping(*args: Any, stop_requests: Any, **options: Any) -> Any:
+        calls.append(1)
+        stop_requests.reason = "SIGTERM" if len(calls) == 3 else stop_requests.reason
+        return sound(*args, stop_requests=stop_requests, **options)
+
+    monkeypatch.setattr(validate, "ending_losses", stopping)
+    done = called(main, str(own_run), "--hellaswag", str(items), "--micro-batch", "1")
+    assert (done.returncode, done.stderr) == (1, "validate: stopped (SIGTERM); the same command goes on\n")
+    (log,) = (own_run / "evaluations").glob("*.jsonl")
+    assert len(log.read_text().splitlines()) == 1 + 2 * validate.BATCHES_BETWEEN_LOGS
+
+
+def test_damaged_records_are_refused_in_one_line(own_run: Path, trained_run: Path) -> None:
+    """Cut short, or with a byte changed: the same numbers, or one line that names the file."""
+    items, chance = trained_run.parent / "items.jsonl", random.Random(1)
+    args = [str(own_run), "--hellaswag", str(items)]
+    wanted = evaluated(*args)[1], evaluated(own_run)[1]
+    kept = {path: path.read_bytes() for path in sorted((own_run / "evaluations").iterdir())}
+    assert len(kept) == 3
+    refused = 0
+    for path, content in kept.items():
+        for _ in range(8):
+            place = chance.randrange(len(content))
+            changed = content[:place] + bytes([content[place] ^ chance.randint(1, 255)]) + content[place + 1 :]
+            path.write_bytes(chance.choice([changed, content[:place]]))
+            which = path.name.startswith("hellaswag")
+            done = called(main, *(args if which else args[:1]))
+            if done.returncode == 0:
+                assert report_of(done.stdout) == wanted[not which]
+            else:
+                assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+                assert str(path) in done.stderr and "remove the file" in done.stderr
+                refused += 1
+            path.write_bytes(content)
+    assert refused >= 8
+
+
+def test_a_hugging_face_folder_scores_as_its_run_and_nothing_is_written_there(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    """Byte pairs, so that the folder's tokenizer is theirs and ours."""
+    (tmp_path / "text.txt").write_text(make_text(20_000), encoding="utf-8")
+    data = tmp_path / "data"
+    prepare(Options(input=(str(tmp_path / "text.txt"),), out=data, tokenizer="byte"))
+    items = write_items(tmp_path / "items.jsonl", NUM_ITEMS)
+    config = tiny_config(data, tmp_path / "run", steps=5)
+    config = replace(config, validate=replace(config.validate, hellaswag=items))
+    run(config, ProcessGroup(0, 1, torch.device("cpu")))
+    assert called(bridge, "export", str(tmp_path / "run"), "--out", str(tmp_path / "folder")).returncode == 0
+    row = logged(tmp_path / "run", 5)
+    card = (tmp_path / "folder" / "README.md").read_text()
+    assert (
+        f"HellaSwag, {NUM_ITEMS} items in the completion style, at step 5: acc {row['hellaswag_acc']:.4f} +- " in card
+    )
+    assert "Not the whole validation set, so it compares with nobody's score." in card
+    before = sorted(path.name for path in (tmp_path / "folder").iterdir())
+    flags = ["--data", str(data), "--hellaswag", str(items), "--tokens", "1000"]
+    _, wanted = evaluated(tmp_path / "run", *flags)
+    _, found = evaluated(tmp_path / "folder", *flags)
+    assert sorted(path.name for path in (tmp_path / "folder").iterdir()) == before
+    assert found["step"] is None and found["hellaswag"] == wanted["hellaswag"]
+    assert found["validation"]["loss"] == pytest.approx(wanted["validation"]["loss"], abs=1e-6)
+    _, kept = evaluated(tmp_path / "folder", *flags, "--out", tmp_path / "kept")
+    assert kept == found and len(list((tmp_path / "kept").iterdir())) == 3
+    for args, said in {
+        ("--step", "5"): "is no run directory",
+        (): "says of no data; give --data or --hellaswag",
+    }.items():
+        done = called(main, str(tmp_path / "folder"), *args)
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1) and said in done.stderr
+
+
+def test_bad_input_is_one_line(own_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    items = write_items(tmp_path / "items.jsonl", 3)
+    line = items.read_text().splitlines()[0]
+    bad = {
+        "cut.jsonl": line[:100],
+        "label.jsonl": line.replace('"label": ', '"label": 7'),
+        "none.jsonl": "",
+        "deep.jsonl": "[" * 100_000,
+        "other.jsonl": line.replace('"ctx": "', '"ctx": "\\u4e00'),
+    }
+    for name, content in bad.items():
+        (tmp_path / name).write_text(content + "\n" if content else "")
+    (tmp_path / "text.txt").write_text(make_text(5_000))
+    prepare(Options(input=(str(tmp_path / "text.txt"),), out=tmp_path / "bytes", tokenizer="byte"))
+    cases = {
+        (str(tmp_path / "absent"),): "no such run directory or checkpoint",
+        (str(own_run), "--step", "7"): "no checkpoint of step 7; there are 10, 20, 30, 40, 50",
+        (str(own_run), "--items", "0"): "--items 0 must be at least 1",
+        (str(own_run), "--items", "3"): "--items counts HellaSwag's",
+        (str(own_run), "--tokens", "0"): "--tokens 0 must be at least 1",
+        (str(own_run), "--micro-batch", "-1"): "--micro-batch -1 must be at least 1",
+        (str(own_run), "--split", "test"): "has no split 'test', only train, val",
+        (str(own_run), "--data", str(tmp_path / "absent")): "no such data directory",
+        (
+            str(own_run),
+            "--data",
+            str(tmp_path / "bytes"),
+        ): "its tokenizer is byte (256 ids, sha256 40aff2e9), the model's is",
+        (str(own_run), "--hellaswag", str(tmp_path / "absent")): "no such HellaSwag file or directory",
+        (str(own_run), "--hellaswag", str(tiny_data)): "not HellaSwag's",
+        (str(own_run), "--hellaswag", str(items), "--tokens", "9"): "with --hellaswag give --data too",
+        (str(own_run), "--hellaswag", str(tmp_path / "cut.jsonl")): "cut.jsonl:1: not JSON",
+        (str(own_run), "--hellaswag", str(tmp_path / "label.jsonl")): "label is 7",
+        (str(own_run), "--hellaswag", str(tmp_path / "none.jsonl")): "none.jsonl: no items",
+        (str(own_run), "--hellaswag", str(tmp_path / "deep.jsonl")): "deep.jsonl:1: not JSON",
+        (
+            str(own_run),
+            "--hellaswag",
+            str(tmp_path / "other.jsonl"),
+        ): "1 of 1 items cannot be written with this tokenizer",
+    }
+    for args, said in cases.items():
+        done = called(main, *args)
+        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), (args, done.stderr)
+        assert said in done.stderr
+    shutil.rmtree(own_run / "tokenizer")
+    done = called(main, str(own_run))
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1) and "codec.json: missing" in done.stderr
+    assert not (own_run / "evaluations").exists()
+    shutil.move(own_run / "checkpoints", tmp_path / "elsewhere")
+    assert called(main, str(own_run)).returncode == 2
+
+
+def test_where_results_cannot_be_kept_they_are_said_all_the_same(own_run: Path) -> None:
+    """And HellaSwag's, which take long, are not begun."""
+    (own_run / "evaluations").write_text("in the way")
+    done = called(main, str(own_run))
+    assert done.returncode == 2 and "  perplexity  " in done.stdout
+    assert len(done.stderr.splitlines()) == 1 and "evaluations: cannot be written" in done.stderr
+
+
+def test_a_run_whose_data_is_gone_asks_for_some(own_run: Path, tmp_path: Path) -> None:
+    checkpoint = own_run / "checkpoints" / "step_00000050"
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["config"]["data"]["dir"] = str(tmp_path / "gone")
+    rewrite(checkpoint, state)
+    done = called(main, str(own_run))
+    assert "the data of this run is not here; give --data or --hellaswag" in done.stderr, done.stderr
+
+
+def test_a_model_that_diverged_still_ends_with_json(own_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nowhere = Validation(loss=math.nan, stderr=math.nan, bits_per_byte=math.inf, bits_per_byte_stderr=None, tokens=5)
+    monkeypatch.setattr("train.validate.validate", lambda *args, **given: nowhere)
+    done = called(main, str(own_run))
+
+    def refuse(word: str) -> None:
+        raise AssertionError(f"{word} is no JSON")
+
+    found = json.loads(done.stdout.splitlines()[-1], parse_constant=refuse)["validation"]
+    assert (found["loss"], found["perplexity"], found["bits_per_byte"], found["tokens"]) == (None, None, None, 5)
+
+
+def test_other_data_in_its_place_is_not_the_runs_own(own_run: Path, tiny_data: Path) -> None:
+    checkpoint = own_run / "checkpoints" / "step_00000050"
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["data"] = "0" * 64
+    rewrite(checkpoint, state)
+    done = called(main, str(own_run))
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert f"{tiny_data}: other data than this run was trained on; --data {tiny_data} takes it" in done.stderr
+    assert called(main, str(own_run), "--data", str(tiny_data)).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("dtype", "fp8"), ("micro_batch", "6"), ("loss", None), ("deterministic", None)]
+)
+def test_a_state_of_other_code_is_refused(own_run: Path, name: str, value: Any) -> None:
+    """Its hashes in order, as of a later version of this code."""
+    checkpoint = own_run / "checkpoints" / "step_00000050"
+    state = json.loads((checkpoint / "state.json").read_text())
+    state["config"]["train"][name] = value
+    if value is None:
+        del state["config"]["train"][name]
+    rewrite(checkpoint, state)
+    done = called(main, str(own_run))
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "its state.json has no configuration of this code" in done.stderr
+
+
+def rewrite(checkpoint: Path, state: dict[str, Any]) -> None:
+    """state.json, and the hashes that go with it."""
+    (checkpoint / STATE_FILE).write_text(json.dumps(state))
+    names = sorted(path.name for path in checkpoint.iterdir() if path.name != SUMS_FILE)
+    sums = "".join(f"{sha256_of_file(checkpoint / name)}  {name}\n" for name in names)
+    (checkpoint / SUMS_FILE).write_text(sums)

@@ -1,0 +1,139 @@
+"""A real torchrun of tests/helpers/faulty_train.py, its processes, and the blows that fall on them."""
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+
+from tests.helpers.faults import PAUSE, SIGNALS, WORLD, Episode, Strike
+from tests.helpers.runs import torchrun
+
+SECONDS_TO_REACH = 240.0  # a place, or the end, on a machine with much else to do
+SECONDS_TO_END = 240.0  # after the last strike, for every process; the watchdog and torchrun take a minute
+
+
+class StuckError(AssertionError):
+    """Something did not come to pass, however long it was waited for."""
+
+
+def processes_of(control: Path) -> list[int]:
+    """Every living process that was started with this control folder, whoever its parent is now."""
+    wanted, found = f"SOAK_CONTROL={control}".encode(), []
+    for environ in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if wanted in environ.read_bytes().split(b"\0") and is_running(int(environ.parent.name)):
+                found.append(int(environ.parent.name))
+    return found
+
+
+def is_running(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+def send(pid: int, number: signal.Signals) -> None:
+    with contextlib.suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+class Attempt:
+    """A torchrun of faulty_train.py and the marks that its processes leave."""
+
+    def __init__(self, control: Path, episode: Episode, run_dir: Path, flags: list[str]) -> None:
+        self.control, self.run_dir = control, run_dir
+        control.mkdir()
+        holds = [asdict(fault) for fault in episode.faults]
+        (control / "holds.json").write_text(json.dumps(holds))
+        env = {"SOAK_CONTROL": str(control)}
+        if episode.in_place:
+            env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        self.output = control / "output.txt"
+        with self.output.open("w") as output:
+            self.process = torchrun(
+                WORLD,
+                *(*flags, *episode.flags),
+                script="tests/helpers/faulty_train.py",
+                launcher_flags=(*episode.launcher_flags, f"--max-restarts={3 if episode.in_place else 0}"),
+                env=env,
+                stdout=output,
+            )
+
+    def wait_for(self, condition: Callable[[], bool], what: str, seconds: float, tick_seconds: float = 0.01) -> None:
+        end = time.monotonic() + seconds
+        while not condition():
+            if time.monotonic() > end:
+                self.ask_where_they_are()
+                raise StuckError(f"{what}: not after {seconds:.0f} s")
+            time.sleep(tick_seconds)
+
+    def ask_where_they_are(self) -> None:
+        """Let every rank write its stack into the output."""
+        for pid in self.ranks():
+            if is_running(pid):
+                send(pid, signal.SIGUSR2)
+        time.sleep(1)
+
+    def ranks(self) -> list[int]:
+        return [int(path.read_text()) for path in self.control.glob("pid_*")]
+
+    def living(self) -> list[int]:
+        """Of a process that is dying the kernel shows no environment any more, so ranks are looked at by id, too."""
+        return [*processes_of(self.control), *filter(is_running, self.ranks())]
+
+    def has(self, mark: str) -> bool:
+        return (self.control / mark).exists()
+
+    def reaches(self, mark: str) -> bool:
+        """Wait until a process makes the mark; False if the run ended instead."""
+        self.wait_for(lambda: self.has(mark) or self.process.poll() is not None, mark, SECONDS_TO_REACH)
+        return self.has(mark)
+
+    def is_under_way(self, start: int) -> bool:
+        """Wait until every rank of this start is there; False if the attempt is over."""
+        return all(self.reaches(f"pid_{start}_{rank}") for rank in range(WORLD)) and self.process.poll() is None
+
+    def strike(self, start: int, strike: Strike) -> bool:
+        """Do it; True if whoever should hear it was listening (a kill needs no ear)."""
+        pids = [int((self.control / f"pid_{start}_{rank}").read_text()) for rank in range(WORLD)]
+        hearers = [strike.rank] if strike.kind.endswith(" rank") else range(WORLD)
+        listening = all(self.has(f"listening_{start}_{rank}") for rank in hearers)
+        what, _, whom = strike.kind.partition(" ")
+        match strike.kind:
+            case "kill rank":
+                send(pids[strike.rank], signal.SIGKILL)
+            case "kill ranks":
+                for pid in pids:
+                    send(pid, signal.SIGKILL)
+            case "kill everything":
+                for pid in (self.process.pid, *pids):
+                    send(pid, signal.SIGKILL)
+            case "kill launcher":
+                self.process.kill()
+                self.process.wait()
+            case "STOP file":
+                (self.run_dir / "STOP").touch()
+            case "pause rank" | "freeze rank":
+                send(pids[strike.rank], signal.SIGSTOP)
+                if strike.kind == PAUSE:
+                    time.sleep(0.5)
+                    send(pids[strike.rank], signal.SIGCONT)
+            case _:
+                send(self.process.pid if whom == "launcher" else pids[strike.rank], SIGNALS[what])
+        return listening
+
+    def wait_for_the_end(self) -> None:
+        self.wait_for(lambda: self.process.poll() is not None, "the launcher's end", SECONDS_TO_END)
+        self.wait_for(lambda: not self.living(), "the end of every process", SECONDS_TO_END, 0.05)
+
+    def kill_everything(self) -> None:
+        while left := self.living():
+            for pid in left:
+                send(pid, signal.SIGKILL)
+            time.sleep(0.05)
+        self.process.wait()

@@ -1,0 +1,73 @@
+"""The benchmark of our step when the model is spread: the bare loop that it is held against sends what ours does."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from benchmarks.bench_parallel import Options, measure, table, ways_of
+from benchmarks.steps import Step, bare_step, configured, opened_run
+from common.errors import InputError
+from tests.helpers.groups import run_on_ranks
+from train.config import Config
+from train.processes.group import ProcessGroup
+
+OPTIONS = Options(sequences=8, micro_batch=2, rounds=2, block=1)
+
+
+class Sent(TorchDispatchMode):
+    """What is sent meanwhile: collectives by name and bytes, without those that only add up a few numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts = Counter[tuple[str, int]]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace in ("c10d", "_c10d_functional"):
+            num_bytes = max((leaf.nbytes for leaf in tree_leaves(args) if isinstance(leaf, Tensor)), default=0)
+            if num_bytes > 1024:
+                self.counts[str(func), num_bytes] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def measured(
+    group: ProcessGroup, ways: dict[str, Config]
+) -> tuple[dict[str, Any], dict[str, list[Counter[tuple[str, int]]]]]:
+    """How long the last way takes; what a step of ours and a bare one send in each."""
+    sent = dict[str, list[Counter[tuple[str, int]]]]()
+    for name, config in ways.items():
+        with opened_run(config, group) as (run, ours):
+            sent[name] = [what_is_sent(step) for step in (ours, bare_step(config, run.parallel_plan, group))]
+    return {name: measure(OPTIONS, config, group)}, sent
+
+
+def what_is_sent(step: Step) -> Counter[tuple[str, int]]:
+    """In the third step, since DDP lays out its buckets in the second."""
+    step()
+    step()
+    with Sent() as sent:
+        step()
+    return sent.counts
+
+
+@pytest.mark.slow
+def test_every_way_is_timed_against_a_bare_loop_that_sends_the_same(tmp_path: Path) -> None:
+    ways = ways_of(OPTIONS, tmp_path)
+    assert list(ways) == ["ddp", "fsdp whole", "fsdp sharded"]
+    found, sent = run_on_ranks(2, measured, ways)[0]
+    for ours, bare in sent.values():
+        assert ours == bare
+    assert len({frozenset(ours.items()) for ours, _ in sent.values()} - {frozenset()}) == len(ways)
+    assert found["fsdp sharded"]["ours_step_ms"] > 0 and found["fsdp sharded"]["bare_step_ms"] > 0
+    assert table(found).splitlines()[1].startswith("fsdp sharded  ")
+
+
+def test_what_cannot_be_timed(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="give --micro-batch"):
+        ways_of(Options(preset="gpt2-medium"), tmp_path)
+    with pytest.raises(InputError, match="there are gpt2-small, "):
+        configured(tmp_path, preset="none", sequences=1, vocab_size=256)

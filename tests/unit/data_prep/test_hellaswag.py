@@ -1,0 +1,243 @@
+"""HellaSwag's items: kept to the letter, checked line by line, fetched or brought."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from common.errors import InputError
+from data_prep import hellaswag
+from data_prep.hellaswag import Item, Options, main, prepare, read_items
+from data_prep.hub.corpora import RemoteFile
+from tests.helpers.runs import called
+from tests.unit.data_prep.test_download import Server, server  # noqa: F401
+from tests.unit.data_prep.test_textfiles import names
+
+ROW: dict[str, Any] = {
+    "ind": 24,
+    "activity_label": "Roof shingle removal",
+    "ctx_a": "A man is sitting on a roof.",
+    "ctx_b": "he",
+    "ctx": "A man is sitting on a roof. he",
+    "split": "val",
+    "split_type": "indomain",
+    "label": 3,
+    "endings": [
+        "is using wrap \u2028 to wrap.",
+        " rips tiles.",
+        "holds a Rubik's cube.",
+        "starts pulling up caf\u00e9.",
+    ],
+    "source_id": "activitynet~v_-JhWjGDPHMY",
+}
+OTHER = ROW | {"ind": 25, "ctx_b": "", "label": 0}
+
+
+def text_of(*rows: object) -> bytes:
+    return b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in rows)
+
+
+@pytest.fixture
+def pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A small file in the place of the real one, which is not here."""
+    path = tmp_path / "brought.jsonl"
+    path.write_bytes(text_of(ROW, OTHER))
+    pin(monkeypatch, "https://nowhere.invalid/hellaswag_val.jsonl", path.read_bytes())
+    return path
+
+
+def pin(monkeypatch: pytest.MonkeyPatch, url: str, content: bytes) -> None:
+    source = RemoteFile(url, hashlib.sha256(content).hexdigest(), len(content))
+    monkeypatch.setattr(hellaswag, "SOURCE", source)
+
+
+def manifest_of(directory: Path) -> dict[str, Any]:
+    manifest: dict[str, Any] = json.loads((directory / "manifest.json").read_text())
+    return manifest
+
+
+def test_the_text_is_kept(pinned: Path, tmp_path: Path) -> None:
+    out = tmp_path / "data" / "hellaswag"
+    ran = called(main, "--input", str(pinned), "--out", str(out))
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.stdout.startswith(f"{out}: 2 items, the pinned validation set; sha256 ")
+    first, second = read_items(out)
+    kept = {name: ROW[name] for name in ("ind", "activity_label", "ctx_a", "ctx_b", "ctx", "label")}
+    assert first == Item(**kept, endings=tuple(ROW["endings"]))
+    assert (second.ind, second.ctx_b, second.label) == (25, "", 0)
+    assert names(out) == ["manifest.json", "val.jsonl"]
+    assert names(tmp_path / "data") == ["hellaswag"]
+    written = (out / "val.jsonl").read_bytes()
+    assert manifest_of(out) == {
+        "kind": "hellaswag",
+        "format_version": 1,
+        "source": {
+            "url": "https://nowhere.invalid/hellaswag_val.jsonl",
+            "name": "brought.jsonl",
+            "sha256": hashlib.sha256(pinned.read_bytes()).hexdigest(),
+            "is_pinned": True,
+        },
+        "file": "val.jsonl",
+        "items": 2,
+        "sha256": hashlib.sha256(written).hexdigest(),
+    }
+
+
+def test_real_items(shared_data: Path, tmp_path: Path) -> None:
+    part = shared_data / "hellaswag_val_1000.jsonl"
+    refused = called(main, "--input", str(part), "--out", str(tmp_path / "out"))
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert "its sha256 is 79b87117" in refused.stderr and "add --accept-other" in refused.stderr
+    assert list(tmp_path.iterdir()) == []
+    ran = called(main, "--input", str(part), "--out", str(tmp_path / "out"), "--accept-other")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert "1,000 items, of " in ran.stdout and "which is not the pinned file" in ran.stdout
+    source = manifest_of(tmp_path / "out")["source"]
+    assert (source["is_pinned"], source["url"]) == (False, None)
+    items = read_items(tmp_path / "out")
+    rows = [json.loads(line) for line in part.read_text(encoding="utf-8").splitlines()]
+    for item, row in zip(items, rows, strict=True):
+        assert {name: row[name] for name in vars(item)} == vars(item) | {"endings": list(item.endings)}
+
+
+def test_it_is_fetched_once(
+    server: Server,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    server.content = text_of(ROW, OTHER)
+    server.faults = ["drop"]
+    pin(monkeypatch, server.url, server.content)
+    monkeypatch.chdir(tmp_path)
+    assert prepare(Options()) == 2
+    assert names(tmp_path / "data") == ["downloads", "hellaswag"]
+    assert len(server.asked) == 2
+    before = (tmp_path / "data/hellaswag/val.jsonl").stat()
+    (tmp_path / "data/downloads/file.bin").unlink()
+    again = called(main)
+    assert again.stdout == "data/hellaswag: 2 items, already complete, nothing to do\n"
+    assert (tmp_path / "data/hellaswag/val.jsonl").stat() == before
+    assert len(server.asked) == 2
+    server.content = b"something else"
+    lied = called(main, "--overwrite")
+    assert lied.returncode == 2 and "not the pinned" in lied.stderr
+    assert len(read_items(Path("data/hellaswag"))) == 2
+
+
+def test_another_file_needs_overwrite(pinned: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    other = tmp_path / "other.jsonl"
+    other.write_bytes(text_of(OTHER))
+    assert prepare(Options(pinned, out)) == 2
+    with pytest.raises(InputError, match="made of another file; choose another or use --overwrite"):
+        prepare(Options(other, out, accept_other=True))
+    assert prepare(Options(other, out, accept_other=True, overwrite=True)) == 1
+    assert [item.ind for item in read_items(out)] == [25]
+    assert names(tmp_path) == ["brought.jsonl", "other.jsonl", "out"]
+
+
+def test_a_useless_flag_is_told(pinned: Path, tmp_path: Path) -> None:
+    ran = called(main, "--input", str(pinned), "--out", str(tmp_path / "out"), "--accept-other")
+    assert ran.returncode == 0
+    assert "--accept-other has no effect" in ran.stderr
+
+
+DAMAGES: list[tuple[Callable[[bytes], bytes], str]] = [
+    (lambda text: text[:-30], "2: not JSON ("),
+    (lambda text: text + b"\n", "3: not JSON ("),
+    (lambda text: text + b"[1]\n", "3: a JSON list, not an object"),
+    (lambda text: text.replace(b'he"', b'h\xe9"', 1), "1: not UTF-8 (byte 0xe9)"),
+    (lambda text: text + text_of({name: ROW[name] for name in ROW if name != "ctx_b"}), "3: no field ctx_b; is this"),
+    (lambda text: text + text_of(ROW | {"ind": 1, "endings": ROW["endings"][:3]}), "3: 3 endings, must be a list of 4"),
+    (lambda text: text + text_of(ROW | {"ind": 1, "endings": "four"}), "3: endings 'four', must be a list of 4"),
+    (lambda text: text + text_of(ROW | {"ind": 1, "endings": ["a", "b", 3, "d"]}), "3: endings[2] is 3, must be a str"),
+    (lambda text: text + text_of(ROW | {"ind": 1, "endings": ["a", "b", " ", "d"]}), "3: endings[2] is empty"),
+    (lambda text: text + text_of(ROW | {"ind": 1, "ctx": ""}), "3: ctx is empty"),
+    (lambda text: text + text_of(ROW | {"ind": 1, "ctx_b": None}), "3: ctx_b is None, must be a string"),
+    (lambda text: text + text_of(ROW | {"ind": 1, "label": 4}), "3: label is 4, must be an integer from 0 to 3"),
+    (lambda text: text + text_of(ROW | {"ind": 1, "label": "3"}), "3: label is '3', must be an integer from 0 to 3"),
+    (lambda text: text + text_of(ROW | {"ind": 1, "label": True}), "3: label is True, must be an integer"),
+    (lambda text: text + text_of(ROW | {"ind": "1"}), "3: ind is '1', must be an integer"),
+    (lambda text: text + text_of(OTHER), "3: repeats the item of line 2 (ind 25)"),
+    (lambda text: b"", " no items"),
+]
+
+
+@pytest.mark.parametrize(("damage", "said"), DAMAGES, ids=[said for _, said in DAMAGES])
+def test_a_damaged_line_is_named(damage: Callable[[bytes], bytes], said: str, tmp_path: Path) -> None:
+    path = tmp_path / "part.jsonl"
+    path.write_bytes(damage(text_of(ROW, OTHER)))
+    ran = called(main, "--input", str(path), "--out", str(tmp_path / "out"), "--accept-other")
+    assert ran.returncode == 2
+    assert ran.stderr.startswith(f"hellaswag: {path}:{said}")
+    assert ran.stderr.count("\n") == 1
+    assert names(tmp_path) == ["part.jsonl"]
+
+
+def test_the_pinned_file_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "pinned.jsonl"
+    path.write_bytes(text_of(ROW, ROW, ROW | {"endings": ["", "b", "c", "d"]}))
+    pin(monkeypatch, "https://nowhere.invalid/file", path.read_bytes())
+    assert prepare(Options(path, tmp_path / "out")) == 3
+    assert len(read_items(tmp_path / "out")) == 3
+
+
+def test_what_changed_since_is_refused(pinned: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare(Options(pinned, out))
+    (out / "val.jsonl").write_bytes((out / "val.jsonl").read_bytes().replace(b"24", b"42"))
+    for read in (lambda: prepare(Options(pinned, out)), lambda: read_items(out)):
+        with pytest.raises(InputError, match=r"val.jsonl: not what manifest.json says; .* --overwrite"):
+            read()
+    assert prepare(Options(pinned, out, overwrite=True)) == 2
+    changed = manifest_of(out) | {"format_version": 2}
+    (out / "manifest.json").write_text(json.dumps(changed))
+    with pytest.raises(InputError, match="format version 2; this code reads 1"):
+        read_items(out)
+    assert prepare(Options(pinned, out, overwrite=True)) == 2
+
+
+@pytest.mark.parametrize(
+    ("manifest", "said"),
+    [
+        (None, "exists and is no HellaSwag directory"),
+        ("{", r"not HellaSwag's \(JSONDecodeError"),
+        ('{"format_version": 2, "splits": {}}', r"not HellaSwag's \(KeyError"),
+        (
+            '{"kind": "x", "format_version": 1, "sha256": "", "source": {"sha256": "", "is_pinned": 0}}',
+            "of 'x', not of",
+        ),
+    ],
+)
+def test_another_directory_is_not_replaced(pinned: Path, tmp_path: Path, manifest: str | None, said: str) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "precious").write_text("mine")
+    if manifest is not None:
+        (out / "manifest.json").write_text(manifest)
+    with pytest.raises(InputError, match=said):
+        prepare(Options(pinned, out, overwrite=True))
+    assert (out / "precious").read_text() == "mine"
+
+
+def test_what_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"no such file \(--input\)"):
+        prepare(Options(tmp_path / "none.jsonl", tmp_path / "out"))
+    with pytest.raises(InputError, match=r"make it with data_prep/hellaswag.py"):
+        read_items(tmp_path)
+    with pytest.raises(InputError, match="a name of its own"):
+        prepare(Options(out=Path("/")))
+
+
+def test_the_script_runs_from_anywhere(pinned: Path, tmp_path: Path) -> None:
+    script = Path(hellaswag.__file__)
+    command = [sys.executable, str(script), "--input", str(pinned), "--out", "out", "--accept-other"]
+    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (ran.returncode, ran.stderr) == (0, "")
+    assert ran.stdout.startswith("out: 2 items, of ")

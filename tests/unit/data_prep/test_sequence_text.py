@@ -1,0 +1,114 @@
+"""The text of training sequences: theirs by number, at the place named, whatever the shards and the tokenizer."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from data_prep.manifest import open_split
+from data_prep.textfiles import Options, prepare
+from data_prep.tokenizer import BpeTokenizer
+from data_prep.verify import main
+from tests.helpers.runs import called
+from train.data import TrainingSequences
+
+TEXT = "".join(f"line {number} of the caf\u00e9.\n" for number in range(60))
+EOT = "<|endoftext|>"
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """TEXT as bytes, in shards of 100; the last tenth is val."""
+    folder = tmp_path_factory.mktemp("plain")
+    (folder / "text.txt").write_text(TEXT, encoding="utf-8")
+    prepare(Options((str(folder / "text.txt"),), folder / "data", "byte", shard_tokens=100))
+    return folder / "data"
+
+
+@pytest.fixture(scope="module")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Ten documents of 20 letters; with EOT, 21 tokens each; the last one is val; shards of 50."""
+    folder = tmp_path_factory.mktemp("documents")
+    BpeTokenizer({bytes([byte]): byte for byte in range(256)}, name="bytes").save(folder)
+    (folder / "text.txt").write_text("|".join(chr(ord("a") + number) * 20 for number in range(10)))
+    source, tokenizer = str(folder / "text.txt"), str(folder / "tokenizer")
+    prepare(Options((source,), folder / "data", tokenizer, split_documents_on="|", shard_tokens=50, val_fraction=0.1))
+    return folder / "data"
+
+
+def test_a_sequence_is_shown_with_its_place_and_nothing_else_is_done(plain: Path) -> None:
+    done = called(main, str(plain), "--sequence", "7", "0", "--seq-len", "64")
+    content, shard = TEXT.encode(), plain / "train_000004.bin"
+    seventh = content[7 * 64 : 8 * 64 + 1].decode(errors="replace")
+    first = content[:65].decode(errors="replace")
+    assert done.stdout == (
+        f"sequence 7: {shard} from token 48, 0 documents begin in it\n{seventh}\n"
+        f"sequence 0: {plain / 'train_000000.bin'} from token 0, 1 documents begin in it\n{first}\n"
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_documents_and_their_ends_are_seen_across_shards(documents: Path) -> None:
+    """Window 1 at 40 is tokens 40 to 80: the last two of b, EOT and c's 20, EOT and 17 of d's."""
+    done = called(main, str(documents), "--sequence", "1", "--seq-len", "40")
+    assert done.stdout.splitlines() == [
+        f"sequence 1: {documents / 'train_000000.bin'} from token 40, 2 documents begin in it",
+        f"bb{EOT}{'c' * 20}{EOT}{'d' * 17}",
+    ]
+    validation = called(main, str(documents), "--sequence", "0", "--seq-len", "20", "--split", "val")
+    assert validation.stdout.splitlines()[1] == EOT + "j" * 20
+
+
+def test_every_sequence_is_the_one_that_training_reads(plain: Path) -> None:
+    sequences = TrainingSequences(open_split(plain, "train"), 48, seed=1)
+    numbers = [str(number) for number in range(sequences.count)]
+    shown = called(main, str(plain), "--sequence", *numbers, "--seq-len", "48").stdout
+    inputs_BT, targets_BT = sequences.read(list(range(sequences.count)))
+    texts = [
+        bytes([*inputs_T, targets_T[-1]]).decode(errors="replace")
+        for inputs_T, targets_T in zip(inputs_BT.tolist(), targets_BT.tolist(), strict=True)
+    ]
+    end = 0
+    for number, text in enumerate(texts):
+        end = shown.index(f"begin in it\n{text}\n", shown.index(f"sequence {number}: ", end))
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (
+            "--sequence 30 4 -1 --seq-len 64",
+            "--sequence 30 -1: train has 18 sequences of --seq-len 64, numbered from 0",
+        ),
+        ("--sequence 1", "--sequence 1: train has 1 sequences of --seq-len 1024, numbered from 0"),
+        ("--sequence 0 --seq-len 5000", "train has 0 sequences of --seq-len 5000"),
+        ("--sequence 0 --seq-len 0", "--seq-len 0 must be at least 1"),
+        ("--sequence 0 --split test", "has no split 'test', only train, val"),
+        ("--sequence 0 --adopt", "--adopt and --sequence are two things"),
+    ],
+)
+def test_what_is_not_there_is_refused_in_one_line(plain: Path, flags: str, said: str) -> None:
+    done = called(main, str(plain), *flags.split())
+    assert done.returncode == 2 and done.stdout == ""
+    assert said in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_an_id_that_the_tokenizer_does_not_have_is_named(plain: Path, tmp_path: Path) -> None:
+    data = Path(shutil.copytree(plain, tmp_path / "data"))
+    with (data / "train_000001.bin").open("r+b") as file:
+        file.seek(1024 + 2 * 5)
+        file.write(b"\x00\x01")
+    done = called(main, str(data), "--sequence", "1", "--seq-len", "100")
+    assert done.returncode == 2 and "sequence 1: holds id 256, vocabulary is 256" in done.stderr
+
+
+def test_flags_without_effect_are_told(plain: Path) -> None:
+    done = called(main, str(plain), "--seq-len", "64", "--split", "val", "--tokenizer", "gpt2")
+    warned = [line for line in done.stderr.splitlines() if "warning" in line]
+    assert warned == [
+        "verify: warning: --tokenizer has no effect without --adopt",
+        "verify: warning: --seq-len has no effect without --sequence",
+        "verify: warning: --split has no effect without --sequence",
+    ]
+    shown = called(main, str(plain), "--sequence", "0", "--seq-len", "8", "--samples", "3")
+    assert shown.stderr == "verify: warning: --samples has no effect with --sequence\n"

@@ -1,0 +1,138 @@
+"""A job's copy of the code: what is in it, that it runs itself, and that a changed one is not run."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from common.errors import InputError
+from launch import snapshot
+from launch.snapshot import check, take
+from tests.helpers.runs import ROOT, called
+from train.run.directory import SNAPSHOT_FILE
+
+
+@pytest.fixture
+def checkout(tmp_path: Path) -> Path:
+    """A small clone in which something has happened since."""
+    root = tmp_path / "checkout"
+    for name in ("train/main.py", "train/__init__.py", "launch/gone.py", "slurm/job.sh"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(f"# {name}\n")
+    (root / "slurm" / "job.sh").chmod(0o755)
+    (root / ".gitignore").write_text("runs/\n")
+    git(root, "init", "--quiet")
+    git(root, "add", "--all")
+    git(root, "-c", "user.name=t", "-c", "user.email=t@localhost", "commit", "--quiet", "-m", "first")
+    (root / "train" / "main.py").write_text("# changed\n")
+    (root / "train" / "new one.py").write_text("# new\n")
+    (root / "launch" / "gone.py").unlink()
+    (root / "runs").mkdir()
+    (root / "runs" / "old.py").write_text("# ignored\n")
+    return root
+
+
+def git(root: Path, *args: str) -> str:
+    return subprocess.run(["git", "-C", str(root), *args], check=True, capture_output=True, text=True).stdout
+
+
+def names_in(code: Path) -> list[str]:
+    return sorted(str(path.relative_to(code)) for path in code.rglob("*") if path.is_file())
+
+
+def test_tracked_changed_and_new_files_are_taken_and_nothing_else(checkout: Path, tmp_path: Path) -> None:
+    code = take(checkout, tmp_path / "run")
+    tracked = [".gitignore", "slurm/job.sh", "train/__init__.py", "train/main.py", "train/new one.py"]
+    assert names_in(code) == sorted([snapshot.RECORD, *tracked])
+    assert (code / "train" / "main.py").read_text() == "# changed\n"
+    assert (code / "slurm" / "job.sh").stat().st_mode & 0o777 == 0o555
+    record = json.loads((code / snapshot.RECORD).read_text())
+    assert record["commit"] == git(checkout, "rev-parse", "HEAD").strip()
+    assert "+# changed" in record["changes"] and "deleted file" in record["changes"]
+
+
+def test_the_same_code_is_kept_once_and_another_beside_it(checkout: Path, tmp_path: Path) -> None:
+    first = take(checkout, tmp_path / "run")
+    assert take(checkout, tmp_path / "run") == first
+    (checkout / "train" / "new one.py").chmod(0o755)
+    second = take(checkout, tmp_path / "run")
+    assert second != first and check(first) == first
+    assert {path.name for path in (tmp_path / "run" / "code").iterdir()} == {first.name, second.name}
+
+
+def test_a_run_directory_in_the_checkout_is_not_copied_into_itself(checkout: Path) -> None:
+    run_dir = checkout / "not_ignored"
+    first = take(checkout, run_dir)
+    assert take(checkout, run_dir) == first
+
+
+@pytest.mark.parametrize("damage", ["edited", "removed", "added", "record", "no record", "another name"])
+def test_code_that_is_not_what_was_submitted_does_not_run(checkout: Path, tmp_path: Path, damage: str) -> None:
+    code = take(checkout, tmp_path / "run")
+    changed, record = code / "train" / "main.py", code / snapshot.RECORD
+    line = "train/main.py is not what was submitted; remove it, submit again"
+    if damage == "edited":
+        changed.chmod(0o644)
+        changed.write_text("# changes\n")
+    elif damage == "removed":
+        changed.unlink()
+    elif damage == "added":
+        (code / "torch.py").touch()
+        (code / "train" / "__pycache__").mkdir()
+        (code / "train" / "__pycache__" / "main.pyc").touch()
+        line = f"{code}: torch.py is not what was submitted"
+    elif damage == "record":
+        record.write_text("{")
+        line = f"{record}: damaged"
+    elif damage == "no record":
+        record.unlink()
+        line = f"{code}: no snapshot, or a part of one: no {snapshot.RECORD}; submit again"
+    else:
+        code = code.rename(code.with_name("0123456789abcdef"))
+        line = f"{snapshot.RECORD} is not what was submitted"
+    with pytest.raises(InputError) as caught:
+        check(code)
+    assert line in str(caught.value)
+
+
+def test_what_is_no_clone_or_holds_data_is_refused(
+    checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    (tmp_path / "plain").mkdir()
+    with pytest.raises(InputError, match=r"plain: fatal: not a git repository"):
+        take(tmp_path / "plain", tmp_path / "run")
+    with (checkout / "tokens.bin").open("wb") as file:
+        file.truncate(65 << 20)
+    with pytest.raises(
+        InputError, match=r"65 MB to copy for the job, most of it tokens.bin; above 64 MB it is no code"
+    ):
+        take(checkout, tmp_path / "run")
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(InputError, match=r"no git on \S+, which knows the files to copy for a job; install it"):
+        take(checkout, tmp_path / "run")
+    assert not list((tmp_path / "run").rglob("*.*"))
+    shell = called(snapshot.main, "take", str(tmp_path / "run"), "--job", "7")
+    assert shell.stderr.startswith("slurm: no git on ") and shell.stderr.endswith(
+        "runs the checkout as it is at every start\n"
+    )
+
+
+@pytest.mark.long(reason="a whole copy that trains")
+def test_a_full_copy_of_ours_trains_itself_and_says_which_it_is(tiny_data: Path, tmp_path: Path) -> None:
+    """Through a link that is named after the job, started in another folder."""
+    done = called(snapshot.main, "take", str(tmp_path / "run"), "--job", "7")
+    link = tmp_path / "run" / "code" / "job_7"
+    assert done.stdout == f"{link.resolve()}\n" and link.is_symlink(), done.stderr
+    assert called(snapshot.main, "check", str(link)).stdout == done.stdout
+    script = f"import sys; sys.argv = ['{link}/train/main.py']; import runpy; m = runpy.run_path(sys.argv[0]); "
+    script += "import json, train.run_dir as r; print(json.dumps([r.__file__, r._code()]))"
+    ran = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
+    path, code = json.loads(ran.stdout)
+    assert path == f"{link.resolve()}/train/run_dir.py"
+    assert code["code"] == str(link.resolve())
+    head = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    assert code["commit"] == (head.stdout.strip() or None)
+    assert snapshot.RECORD == SNAPSHOT_FILE

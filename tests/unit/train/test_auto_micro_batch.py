@@ -1,0 +1,102 @@
+"""The largest micro-batch that fits: the search on a model of memory, what is kept, and what a CPU is told."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.errors import InputError
+from data_prep.manifest import read_manifest
+from tests.helpers.runs import tiny_config
+from train.config import Config, with_vocabulary
+from train.data import divisors
+from train.main import run
+from train.parallel.auto_micro_batch import kept_micro_batch, largest_that_fits, with_micro_batch
+from train.processes.group import ProcessGroup
+from train.run.directory import RunDirectory
+
+ALONE = ProcessGroup(0, 1, torch.device("cpu"))
+SIZES = divisors(512)
+
+
+class Memory:
+    """`fixed` bytes and `per_sequence` for each sequence, on a device that has `capacity`."""
+
+    def __init__(self, fixed: int, per_sequence: float, capacity: int) -> None:
+        self.fixed, self.per_sequence, self.capacity = fixed, per_sequence, capacity
+        self.tried: list[int] = []
+
+    def measure(self, sequences: int) -> int | None:
+        self.tried.append(sequences)
+        peak = int(self.fixed + self.per_sequence * sequences)
+        return peak if peak <= self.capacity else None
+
+
+@pytest.mark.parametrize(
+    ("per_sequence", "expected"),
+    [(0, 512), (1, 512), (10, 64), (15.5, 32), (120, 4), (300, 2), (400, 2), (500, 1), (819, 1)],
+)
+def test_the_largest_share_within_the_budget(per_sequence: float, expected: int) -> None:
+    memory = Memory(fixed=100, per_sequence=per_sequence, capacity=1000)
+    assert largest_that_fits(SIZES, memory.measure, budget=920) == expected
+    assert len(memory.tried) <= 3, "a trial costs a compilation"
+
+
+def test_one_that_was_thought_to_fit_and_does_not_is_passed_over() -> None:
+    """A jump at 17 sequences, as when a kernel takes another workspace."""
+
+    def measure(sequences: int) -> int | None:
+        return 100 + 10 * sequences + (10_000 if sequences > 16 else 0)
+
+    assert largest_that_fits(SIZES, measure, budget=920) == 16
+
+
+def test_a_sharded_model_tries_nothing_that_might_not_fit() -> None:
+    """What runs out of memory on one rank would leave the others waiting."""
+
+    def measure(sequences: int) -> int | None:
+        assert 100 + 500 * sequences <= 1000, "ran out of memory"
+        return 100 + 500 * sequences
+
+    assert largest_that_fits(SIZES, measure, budget=920, may_fail=False) == 1
+    memory = Memory(fixed=100, per_sequence=10, capacity=1000)
+    assert largest_that_fits(SIZES, memory.measure, budget=920, may_fail=False) == 64
+
+
+def test_not_even_one_sequence() -> None:
+    with pytest.raises(InputError, match=r"not even --train.micro-batch 1 fits .* --train.activation-checkpointing"):
+        largest_that_fits(SIZES, lambda sequences: None, budget=920)
+
+
+def test_only_what_was_found_under_these_conditions_is_kept() -> None:
+    conditions = {"device": "NVIDIA H200", "loss": "plain"}
+    assert kept_micro_batch({"micro_batch": 32, "conditions": conditions}, dict(conditions)) == 32
+    assert kept_micro_batch({"micro_batch": 32, "conditions": conditions}, conditions | {"loss": "chunked"}) is None
+    assert kept_micro_batch({}, conditions) is None
+
+
+def test_what_was_found_stays_in_config_json(tiny_data: Path, tmp_path: Path) -> None:
+    """Over a resumed attempt, whatever the other settings that may change; and is lost with the run it was found by."""
+    found = {"micro_batch": 3, "conditions": {"device": "NVIDIA H200"}}
+    config = tiny_config(tiny_data, tmp_path / "run", steps=5)
+    with RunDirectory(config, read_manifest(tiny_data).fingerprint, ALONE) as directory:
+        directory.record(found)
+    run(config, ALONE)  # no checkpoint had been made, so this is another run
+    assert config_json(config)["found"] == {}
+    with RunDirectory(with_vocabulary(config, 33), read_manifest(tiny_data).fingerprint, ALONE) as directory:
+        directory.record(found)
+    run(with_micro_batch(config, 4), ALONE)
+    assert config_json(config)["found"] == found
+
+
+def config_json(config: Config) -> dict[str, Any]:
+    content: dict[str, Any] = json.loads((config.directory / "config.json").read_text())
+    return content
+
+
+def test_a_cpu_cannot(tiny_data: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_data, tmp_path / "run", micro_batch="auto")
+    with pytest.raises(InputError, match="give a number on a CPU"):
+        run(config, ALONE)

@@ -1,0 +1,221 @@
+"""The command line: what it resolves to, and what it refuses, all at once and in words."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from common.errors import InputError
+from tests.helpers.runs import ROOT, called, tiny_flags
+from train.config import Config, parse, settings_without_effect
+from train.main import main, run
+from train.presets import PRESETS
+from train.processes.group import ProcessGroup
+
+
+def parsed(*args: str) -> Config:
+    return parse(args, PRESETS)
+
+
+def refusal(*args: str) -> str:
+    with pytest.raises(InputError) as caught:
+        parsed(*args)
+    return str(caught.value)
+
+
+def test_no_preset_is_gpt2_small_as_published() -> None:
+    config = parsed()
+    assert config.preset == "gpt2-small"
+    assert config.directory == Path("runs/gpt2-small")
+    assert (config.train.batch_tokens, config.train.steps, config.sequences_per_step) == (524_288, 19_073, 512)
+    assert (config.optim.lr_peak, config.optim.warmup_steps, config.optim.lr_final) == (6e-4, 700, 0.0)
+    assert (config.optim.beta1, config.optim.beta2, config.optim.weight_decay) == (0.9, 0.95, 0.1)
+    assert config.optim.clip_norm == 1.0
+    assert config.train.dtype == "bf16" and config.train.compile
+    assert config.data.dir == Path("data/fineweb_edu_10B")
+
+
+def test_flags_override_the_preset() -> None:
+    config = parsed("shakespeare-char-cpu", "--model.width", "64", "--train.compile", "--optim.clip-norm", "None")
+    assert (config.model.width, config.train.compile, config.optim.clip_norm) == (64, True, None)
+    assert config.model.num_layers == 4
+    assert config.model.context_len == config.train.seq_len == 64
+
+
+def test_the_flag_names_that_scripts_rely_on() -> None:
+    args = "--run-dir a --seed 2 --no-resume --data.dir d --model.num-layers 3 --model.num-heads 2 --model.width 8"
+    args += " --train.seq-len 16 --train.steps 5 --train.batch-tokens 64 --train.micro-batch 2 --train.dtype fp32"
+    args += " --train.no-compile --optim.name adamw --optim.lr-peak 1e-3 --optim.schedule constant"
+    args += " --optim.warmup-steps 1 --validate.every 3 --validate.tokens 100 --save.every 2 --save.keep 1"
+    args += " --parallel.mode ddp --track.every 4"
+    config = parsed(*args.split())
+    assert not config.resume and config.train.steps == 5 and config.parallel.mode == "ddp"
+
+
+def test_tokens_in_place_of_steps() -> None:
+    assert parsed("--train.tokens", "1000000000").train.steps == 1907
+    assert "give one" in refusal("--train.tokens", "1000000000", "--train.steps", "5")
+    assert "less than one step" in refusal("--train.tokens", "1000")
+
+
+def test_typos_get_suggestions() -> None:
+    assert "did you mean gpt2-small?" in refusal("gpt2-smal")
+    assert "unknown '--train.batch-token' (did you mean --train.batch-tokens?)" in refusal("--train.batch-token", "1")
+    assert "unknown 'extra'" in refusal("gpt2-small", "extra")
+
+
+def test_all_faults_are_reported_at_once_with_value_rule_and_flag() -> None:
+    text = refusal(
+        *("--train.batch-tokens", "500000", "--model.num-heads", "7", "--optim.lr-peak", "-1"),
+        *("--optim.beta2", "1.0", "--save.keep", "0", "--optim.warmup-steps", "-5"),
+    )
+    for line in (
+        "6 faults",
+        "--train.batch-tokens 500000 is not divisible by --train.seq-len 1024; try 499712 or 500736",
+        "--model.width 768 is not divisible by --model.num-heads 7; try --model.width 770",
+        "--optim.lr-peak -1.0 must be more than 0",
+        "--optim.beta2 1.0 must lie in [0, 1)",
+        "--save.keep 0 must be at least 1",
+        "--optim.warmup-steps -5 must not be negative",
+    ):
+        assert line in text
+
+
+def test_numbers_must_be_numbers() -> None:
+    text = refusal("--optim.lr-final", "nan", "--optim.lr-peak", "inf", "--optim.weight-decay", "nan")
+    for line in ("lr-final nan must be a finite", "lr-peak inf must be a finite", "weight-decay nan must be a finite"):
+        assert line in text
+
+
+def test_what_follows_from_the_data_is_no_flag() -> None:
+    text = refusal("--model.vocab-size", "100")
+    assert text.startswith("unknown '--model.vocab-size'") and "did you mean --model.vocab-size" not in text
+
+
+def test_a_mode_that_does_not_fit_is_refused_before_anything_is_touched(tmp_path: Path, tiny_data: Path) -> None:
+    args = ["shakespeare-char-cpu", "--data.dir", str(tiny_data), "--run-dir", str(tmp_path / "run")]
+    for extra in ([], ["--dry-run"]):
+        done = command(*args, "--parallel.mode", "ddp", *extra)
+        assert done.returncode == 2 and "--parallel.mode ddp needs several processes" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_setting_without_effect_is_named() -> None:
+    config = parsed("--optim.schedule", "constant", "--optim.lr-final", "1e-5", "--train.steps", "300")
+    assert [line.split(" ")[0] for line in settings_without_effect(config, "cuda", 1, "none")] == [
+        "--optim.lr-final",
+        "--optim.warmup-steps",
+    ]
+    assert settings_without_effect(parsed(), "cuda", 8, "ddp") == []
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--trace 30000:30001", "--trace 30000:30001 has no effect: the run has 19073 steps"),
+        ("--trace 1:2 --trace-ranks 3 7", "--trace-ranks 3 7: there are only ranks 0 to 1"),
+        ("--trace-ranks 1", "--trace-ranks has no effect without --trace"),
+        ("--track.wandb disabled --track.tags a b", "have no effect with --track.wandb disabled"),
+        ("--sample.every None --sample.tokens 5", "have no effect with --sample.every None"),
+        ("--validate.hellaswag-every 5", "have no effect without --validate.hellaswag"),
+        ("--validate.hellaswag-items 5", "have no effect without --validate.hellaswag"),
+        (
+            "--validate.hellaswag x --validate.hellaswag-every None",
+            "has no effect with --validate.hellaswag-every None",
+        ),
+        ("--optim.warmdown-fraction 0.5", "has no effect with --optim.schedule cosine"),
+        ("--train.dtype tf32", "--train.dtype tf32 has no effect on a CPU"),
+        ("--preflight --dry-run", "--preflight has no effect with --dry-run"),
+    ],
+)
+def test_every_setting_without_effect_is_named(flags: str, said: str) -> None:
+    (line,) = settings_without_effect(parsed(*flags.split()), "cpu", 2, "ddp")
+    assert said in line
+
+
+def test_switches_are_flags() -> None:
+    config = parsed(
+        *("--model.position-embedding", "rope", "--model.norm", "rmsnorm", "--model.mlp", "swiglu", "--model.no-tie"),
+        *("--model.no-bias", "--model.qk-norm", "--model.logit-softcap", "30", "--model.value-residual"),
+        *("--model.zero-init-projections", "--model.attention", "naive", "--model.mlp-width", "1024"),
+    )
+    model = config.model
+    assert (model.position_embedding, model.norm, model.mlp, model.attention) == ("rope", "rmsnorm", "swiglu", "naive")
+    assert (model.tie, model.bias, model.qk_norm, model.value_residual) == (False, False, True, True)
+    assert (model.zero_init_projections, model.logit_softcap, model.resolved_mlp_width) == (True, 30.0, 1024)
+    text = refusal("--model.norm", "none", "--model.norm-place", "post", "--model.num-heads", "7")
+    assert text.startswith("2 faults:") and "--model.norm-place post says where norms stand" in text
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_every_preset_resolves(name: str) -> None:
+    assert parsed(name).preset == name
+
+
+def command(*args: str, **env: str) -> "subprocess.CompletedProcess[str]":
+    """`python train/main.py ARGS`; test_bad_input starts a real one."""
+    return called(main, *args, **env)
+
+
+def test_dry_run_prints_the_card_without_data_or_traces(tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    done = command("--dry-run", "--run-dir", str(run_dir), "--data.dir", str(tmp_path / "none"), WORLD_SIZE="8")
+    assert done.returncode == 0, done.stderr
+    assert "124,439,808 parameters (+36,096 vocabulary padding)" in done.stdout
+    assert "524,288 tokens = 8 processes x 4 micro-batches x 16 sequences x 1024" in done.stdout
+    assert "19,073 steps = 9,999,745,024 tokens" in done.stdout
+    assert "not there yet" in done.stdout
+    assert not run_dir.exists()
+
+
+def test_dry_run_refuses_what_the_run_would(tmp_path: Path, tiny_data: Path) -> None:
+    run_dir = tmp_path / "run"
+    args = [*tiny_flags(tiny_data, run_dir), "--train.steps", "12", "--sample.every", "None"]
+    run(parsed(*args), ProcessGroup(0, 1, torch.device("cpu")))
+    kept = {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()}
+    for flags, said in (
+        (["--seed", "3"], "is another run: --seed 3 (was 1337)"),
+        (["--no-resume"], "holds checkpoints; drop --no-resume"),
+        (["--from-checkpoint", "runs/nope"], "no such run directory or checkpoint"),
+        (["--data.skip-sequences", "3", "1000"], "--data.skip-sequences 1000: the training split has 562 sequences"),
+        (["--train.seq-len", "20480", "--train.batch-tokens", "245760"], "less than one sequence"),
+    ):
+        elsewhere = [] if flags[0] in ("--seed", "--no-resume") else ["--run-dir", str(tmp_path / "new")]
+        done = command(*args, "--dry-run", *flags, *elsewhere)
+        assert done.returncode == 2 and said in done.stderr, (flags, done.stdout, done.stderr)
+    refused = command(*args, "--no-resume")
+    assert refused.returncode == 2 and "drop --no-resume" in refused.stderr
+    assert {path: path.read_bytes() for path in run_dir.rglob("*") if path.is_file()} == kept
+    assert not (tmp_path / "new").exists()
+
+
+def test_dry_run_warns_of_epochs(tiny_data: Path) -> None:
+    done = command("shakespeare-char-cpu", "--dry-run", "--data.dir", str(tiny_data))
+    assert "85.33 epochs  WARNING: more than one epoch" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("args", "said"),
+    [
+        (["--data.dir", "nowhere"], "nowhere: no such data directory"),
+        (["--optim.lr-pek", "1"], "did you mean --optim.lr-peak?"),
+        (["--train.batch-tokens", "500000"], "try 499712 or 500736"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(args: list[str], said: str) -> None:
+    """Of the script itself where it gets furthest, else without a new interpreter."""
+    line = [sys.executable, "train/main.py", *args]
+    if said.startswith("nowhere"):
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=False)
+    else:
+        done = command(*args)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and said in done.stderr
+    assert done.stdout == ""
+
+
+def test_ranks_other_than_the_first_are_silent() -> None:
+    assert command("--data.dir", "nowhere", "--dry-run", RANK="1", WORLD_SIZE="2").stdout == ""
+    assert command("gpt3", RANK="1", WORLD_SIZE="2").stderr == ""
