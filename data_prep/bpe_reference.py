@@ -5,8 +5,8 @@ and again the most frequent pair of neighbours becomes a new token, everywhere a
 
 Tie-break: of equally frequent pairs the one with the smallest ids, left id first. Ids are GPT-2's: 0 to 255 are the
 bytes in the order of GPT-2's vocabulary, 256 is the first merge. Hugging Face `tokenizers` decides in the same way, so
-that both trainers make the same merges (test_bpe.py). Characters newer than its Unicode tables are the exception: those of Unicode 16.0
-and before are split alike.
+that both trainers make the same merges (test_bpe.py). Only characters newer than Unicode 16.0 may be split
+differently.
 
 What makes it fast enough: equal words are counted once; only words that hold the merged pair are touched (`where`);
 the heap holds each pair once, and a count that has fallen since it was pushed is put right when it comes to the top.
