@@ -134,7 +134,9 @@ def run_two_steps(config: Config, group: ProcessGroup) -> dict[str, Any]:
     with opened_run(config, group) as (run, step):
         for _ in range(2):
             step()
-        memory = step_memory(run.config, run.plan, run.parallel_plan, on_cpu=group.device.type == "cpu")
+        memory = step_memory(
+            run.config, run.data.batch_plan, run.processes.parallel_plan, on_cpu=group.device.type == "cpu"
+        )
         return {"counted_bytes": memory.peak_bytes, "phase": memory.peak_phase, "parts": memory.peak}
 
 

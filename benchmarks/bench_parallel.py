@@ -90,7 +90,7 @@ def measure(options: Options, config: Config, group: ProcessGroup) -> dict[str, 
             torch.cuda.reset_peak_memory_stats()
         seconds_of(ours, options.block, group)
         memory = peak_memory_gib(group.device) if is_on_gpu else None  # before there is a bare model beside ours
-        bare = bare_step(run.config, run.parallel_plan, group)
+        bare = bare_step(run.config, run.processes.parallel_plan, group)
         found = compare(ours, bare, rounds=options.rounds, block=options.block, group=group)
     tokens_per_second = config.train.batch_tokens / found["ours_step_ms"] * 1e3
     flops_per_second = tokens_per_second * model_cost(config.model).flops_per_token
@@ -117,10 +117,10 @@ def first_losses(config: Config, group: ProcessGroup) -> list[float]:
     with opened_run(config, group) as (run, _):
         for _ in range(COMPARED_STEPS):
             report = take_step(run)
-            run.progress = report.progress
+            run.state.progress = report.progress
             if report.ready is not None:
                 report.ready.synchronize()
-            losses.append(report.results[0].item())
+            losses.append(report.numbers[0].item())
     return losses
 
 

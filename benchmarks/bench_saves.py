@@ -35,9 +35,9 @@ from benchmarks.steps import configured, opened_run, seconds_of, summary
 from common.errors import InputError, one_line_errors
 from model.checkpoint import list_checkpoints
 from train.config import Config, ParallelConfig, SaveConfig
-from train.loop import Run, finish_save, save_now
 from train.processes.group import ProcessGroup, open_process_group
 from train.run.directory import read_status
+from train.state import Run
 
 MOST_STEPS = 500  # that a save may last
 STOPS = ("in a step", "in validation", "at the start")
@@ -61,18 +61,19 @@ class Options:
 
 def steps_beside_a_save(run: Run, step: Callable[[], None]) -> int:
     """Take steps until the save that this begins has its name; their number."""
-    save_now(run)
+    schedule = run.reports.checkpoints
+    schedule.save(run.state.progress)
     for count in range(1, MOST_STEPS + 1):
         step()
-        if run.asked.finish_save:
-            finish_save(run)
+        if schedule.is_written:
+            schedule.finish(run.state.progress)
             return count
     raise InputError(f"the save took more than {MOST_STEPS} steps; choose a larger --sequences")
 
 
 def wait_for_a_save(run: Run) -> None:
-    save_now(run)
-    finish_save(run)
+    run.reports.checkpoints.save(run.state.progress)
+    run.reports.checkpoints.finish(run.state.progress)
 
 
 def measure(options: Options, config: Config, group: ProcessGroup) -> dict[str, object]:

@@ -47,7 +47,7 @@ class Options:
 
 def measure(options: Options, config: Config, group: ProcessGroup) -> dict[str, object]:
     with opened_run(config, group) as (run, ours):
-        bare = bare_step(run.config, run.parallel_plan, group)
+        bare = bare_step(run.config, run.processes.parallel_plan, group)
         found = compare(ours, bare, rounds=options.rounds, block=options.block, group=group)
     print(f"bare {found['bare_step_ms']:.2f} ms, ours {found['ours_step_ms']:.2f} ms per step")
     return conditions(config, group) | found

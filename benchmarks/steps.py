@@ -24,15 +24,18 @@ from model.gpt import GPT, build_model
 from train.config import Config, DataConfig, SampleConfig, TrackConfig, resolve, with_vocabulary
 from train.data import plan_batches
 from train.guards.watchdog import Watchdog
-from train.loop import Run, garbage_collected_by_hand, record, take_step, warm_up
+from train.loop import accumulate_gradients, read_result, take_step
+from train.metrics.garbage import collected_between_steps
 from train.metrics.meters import Startup
 from train.parallel.plan import ParallelPlan, agree_on_parallel_plan
 from train.parallel.precision import compute_dtype, set_numerics
+from train.parallel.warm_up import warm_up
 from train.presets import PRESETS
 from train.processes.group import ProcessGroup
 from train.processes.stop_requests import StopRequests
 from train.run.directory import RunDirectory
-from train.setup import assemble
+from train.setup import set_up
+from train.state import Run
 
 Step = Callable[[], None]
 
@@ -72,13 +75,26 @@ def opened_run(config: Config, group: ProcessGroup) -> Iterator[tuple[Run, Step]
         RunDirectory(config, manifest.fingerprint, group) as directory,
         Watchdog(config.parallel, group, directory) as watchdog,
     ):
-        run = assemble(
-            config, group, parallel_plan, manifest, directory, stop_requests, watchdog, Startup(time.perf_counter())
+        run = set_up(
+            config,
+            plan_batches(config, group.world),
+            manifest,
+            group=group,
+            parallel_plan=parallel_plan,
+            directory=directory,
+            stop_requests=stop_requests,
+            watchdog=watchdog,
+            startup=Startup(time.perf_counter()),
         )
-        with contextlib.closing(run.batches), run.checkpoint_writer, run.logger, garbage_collected_by_hand() as collect:
-            warm_up(run)
-            run.meters.start()
-            yield run, our_step(run, collect)
+        with (
+            contextlib.closing(run.data.batches),
+            run.reports.checkpoints.writer,
+            run.reports.logger,
+            collected_between_steps() as collect_garbage,
+        ):
+            warm_up(run, accumulate_gradients)
+            run.reports.meters.start()
+            yield run, our_step(run, collect_garbage)
 
 
 def our_step(run: Run, collect: Callable[[int], int]) -> Step:
@@ -87,12 +103,12 @@ def our_step(run: Run, collect: Callable[[int], int]) -> Step:
 
     def step() -> None:
         reports.append(take_step(run))
-        run.progress = reports[-1].progress
+        run.state.progress = reports[-1].progress
         if len(reports) > 1:
-            record(run, reports.pop(0))
-        if run.asked.stop:
+            read_result(run, reports.pop(0))
+        if run.must_stop:
             raise InputError("stopped")  # the run hears the signals that would end a script
-        if run.progress.step % run.config.track.every == 0:
+        if run.state.progress.step % run.config.track.every == 0:
             collect(1)
 
     return step

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from common.errors import InputError
+from data_prep.manifest import Manifest
 from data_prep.shards import TokenStream
-from train.config import Config
+from train.config import Config, with_vocabulary
 
 Indices = npt.NDArray[np.uint64]
 NUM_ROUNDS = 6  # of the Feistel network; Luby & Rackoff 1988 need 4 for a strong pseudorandom permutation
@@ -35,8 +36,19 @@ class BatchPlan:
     accumulation: int
 
 
+def resolve(config: Config, manifest: Manifest | None, world: int) -> tuple[Config, BatchPlan]:
+    """Return the config with the data's vocabulary, and how `world` processes share its global batch.
+
+    Everything after this reads both and changes neither, but for --train.micro-batch auto, which a GPU's memory
+    settles (train/parallel/auto_micro_batch.py). `manifest` None: the data is not there yet.
+    """
+    if manifest is not None:
+        config = with_vocabulary(config, manifest.vocab_size, manifest.eot_id)
+    return config, plan_batches(config, world)
+
+
 def plan_batches(config: Config, world: int) -> BatchPlan:
-    """How `world` processes share the global batch; InputError names the nearest values that fit.
+    """Return how `world` processes share the global batch. InputError names the nearest values that fit.
 
     --train.micro-batch auto stands for the most it can become, a rank's whole share (see parallel/auto_micro_batch.py).
     """

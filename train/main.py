@@ -30,10 +30,10 @@ from common.errors import one_line_errors
 from data_prep.manifest import FILE_NAME, Manifest, read_manifest
 from data_prep.tokenizer import load_tokenizer
 from model.checkpoint import list_checkpoints
-from train.config import Config, parse, settings_without_effect, with_vocabulary
-from train.data import BatchPlan, divisors, plan_batches
+from train.config import Config, parse, settings_without_effect
+from train.data import BatchPlan, divisors, resolve
 from train.guards.watchdog import Watchdog
-from train.loop import Run, train
+from train.loop import train
 from train.metrics.meters import Startup
 from train.parallel.auto_micro_batch import check_device
 from train.parallel.plan import ParallelPlan, agree_on_parallel_plan, choose_parallel_plan, memory_of
@@ -46,7 +46,8 @@ from train.processes.stop_requests import StopRequests
 from train.run.card import CPU, run_card
 from train.run.directory import RunDirectory, refuse_disagreement
 from train.run.resume import settle_origin
-from train.setup import assemble, open_data
+from train.setup import open_evaluation_data, open_sequences, set_up
+from train.state import Run
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -69,37 +70,36 @@ def main(args: Sequence[str] | None = None) -> None:
             run(config, group, startup)
 
 
-def planned(config: Config, place: RankInfo) -> list[str]:
-    """The run card for as many processes as `place` says, and every refusal that needs no GPU; touches nothing."""
+def planned(config: Config, rank_info: RankInfo) -> list[str]:
+    """Return the run card for `rank_info.world` processes, after every refusal that needs no GPU. Writes nothing."""
     manifest = read_manifest(config.data.dir) if (config.data.dir / FILE_NAME).is_file() else None
-    if manifest is not None:
-        config = with_vocabulary(config, manifest.vocab_size, manifest.eot_id)
+    config, batch_plan = resolve(settle_origin(config), manifest, rank_info.world)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    memory_bytes = memory_of(device, place.local_world)
     parallel_plan = choose_parallel_plan(
-        config, world=place.world, local_world=place.local_world, memory_bytes=memory_bytes
+        config,
+        world=rank_info.world,
+        local_world=rank_info.local_world,
+        memory_bytes=memory_of(device, rank_info.local_world),
     )
-    config = settle_origin(config)
-    plan = plan_batches(config, place.world)
     if manifest is not None:
         RunDirectory(config, manifest.fingerprint, ProcessGroup(0, 1, torch.device("cpu"))).check_start()
-        open_data(config, plan, load_tokenizer(config.data.dir))
+        open_sequences(config)
+        open_evaluation_data(config, batch_plan, load_tokenizer(config.data.dir))
     saved = [f"continues from {path}" for path in list_checkpoints(config.directory)[-1:]]
-    idle = settings_without_effect(config, device.type, place.world, parallel_plan.mode)
-    return [card(config, manifest, plan, parallel_plan), *saved, *(f"warning: {line}" for line in idle)]
+    idle = settings_without_effect(config, device.type, rank_info.world, parallel_plan.mode)
+    return [card(config, manifest, batch_plan, parallel_plan), *saved, *(f"warning: {line}" for line in idle)]
 
 
 def run(config: Config, group: ProcessGroup, startup: Startup | None = None) -> None:
-    """One attempt at a run, from its directory to its end. Collective. `startup`: if the program began before this."""
+    """Make one attempt at a run, from its directory to its end. Collective. `startup` began with the program."""
     startup = startup or Startup(time.perf_counter())
     manifest = group.on_all(lambda: read_manifest(config.data.dir))
-    config = with_vocabulary(config, manifest.vocab_size, manifest.eot_id)
     refuse_disagreement(config, manifest.fingerprint, group)
+    config = group.on_main(lambda: settle_origin(config))
+    config, batch_plan = resolve(config, manifest, group.world)
     parallel_plan = agree_on_parallel_plan(config, group)
     check_device(config, group.device)
-    plan_batches(config, group.world)
     group.on_all(lambda: set_numerics(config.train, group.device))
-    config = group.on_main(lambda: settle_origin(config))
     with (
         StopRequests(
             config.directory, is_main=group.is_main, after=config.stop_after, started=startup.started
@@ -107,56 +107,60 @@ def run(config: Config, group: ProcessGroup, startup: Startup | None = None) -> 
         RunDirectory(config, manifest.fingerprint, group) as directory,
         Watchdog(config.parallel, group, directory) as watchdog,
     ):
-        this = assemble(config, group, parallel_plan, manifest, directory, stop_requests, watchdog, startup)
+        run = set_up(
+            config,
+            batch_plan,
+            manifest,
+            group=group,
+            parallel_plan=parallel_plan,
+            directory=directory,
+            stop_requests=stop_requests,
+            watchdog=watchdog,
+            startup=startup,
+        )
         try:
-            with this.checkpoint_writer, this.logger as logger:
-                logger.say(card(this.config, manifest, this.plan, parallel_plan))
-                if this.loaded is not None:
-                    logger.say(f"continuing from {this.loaded}")
-                directory.report(this.progress.step)
-                state, reason = train(this)
+            with run.reports.checkpoints.writer, run.reports.logger as logger:
+                logger.log(card(run.config, manifest, run.data.batch_plan, parallel_plan))
+                if run.state.loaded is not None:
+                    logger.log(f"continuing from {run.state.loaded}")
+                directory.report(run.state.progress.step)
+                state, reason = train(run)
+                step = run.state.progress.step
                 watchdog.heartbeat("the end")
                 logger.make_durable()
-                directory.end(state, this.progress.step, reason)
-                logger.say(f"{state} at step {this.progress.step}" + (f" ({reason})" if reason else ""))
+                directory.end(state, step, reason)
+                logger.log(f"{state} at step {step}" + (f" ({reason})" if reason else ""))
         except torch.OutOfMemoryError as error:
-            error.add_note(what_to_set_for_memory(this, config))
-            directory.forget()  # a micro-batch that was found to fit does not
+            error.add_note(memory_advice(run, is_auto=config.train.micro_batch == "auto"))
+            directory.forget()  # the micro-batch that was found to fit does not
             raise
         finally:
-            this.batches.close()
+            run.data.batches.close()
         group.barrier()  # launchers kill the rest when the first process exits
 
 
-def what_to_set_for_memory(run: Run, asked: Config) -> str:
-    """The flags that make a step smaller, those first that cost least. `asked`: before auto was settled."""
-    train, plan = run.config.train, run.plan
-    smaller = max((n for n in divisors(plan.sequences_per_rank) if n < plan.micro_batch), default=None)
-    flags = [] if smaller is None else [f"--train.micro-batch {smaller}"]
-    flags += ["--train.micro-batch auto"] if smaller is not None and asked.train.micro_batch != "auto" else []
-    flags += ["--train.loss chunked"] if train.loss == "plain" else []
-    flags += [] if train.activation_checkpointing else ["--train.activation-checkpointing"]
-    parallel_plan = run.parallel_plan
-    flags += ["--parallel.mode fsdp"] if parallel_plan.mode == "ddp" else []
-    flags += (
-        ["--parallel.reshard-after-forward"]
-        if parallel_plan.is_sharded and not parallel_plan.reshard_after_forward
-        else []
-    )
-    flags += (
-        ["--parallel.reduce-gradients micro_batch"]
-        if parallel_plan.is_sharded and parallel_plan.whole_gradients
-        else []
-    )
-    advice = " or ".join(flags) or "a smaller --train.seq-len or a smaller model"
-    tried = f"out of memory with --train.micro-batch {plan.micro_batch} and --train.seq-len {train.seq_len}"
-    start = "from its last checkpoint" if run.checkpoint_writer.saved_step else "from the beginning"
+def memory_advice(run: Run, *, is_auto: bool) -> str:
+    """Return the flags that make a step smaller, the cheapest first. `is_auto`: the micro-batch was found by itself."""
+    train, batch_plan, parallel_plan = run.config.train, run.data.batch_plan, run.processes.parallel_plan
+    smaller = max((n for n in divisors(batch_plan.sequences_per_rank) if n < batch_plan.micro_batch), default=None)
+    flags = {
+        f"--train.micro-batch {smaller}": smaller is not None,
+        "--train.micro-batch auto": smaller is not None and not is_auto,
+        "--train.loss chunked": train.loss == "plain",
+        "--train.activation-checkpointing": not train.activation_checkpointing,
+        "--parallel.mode fsdp": parallel_plan.mode == "ddp",
+        "--parallel.reshard-after-forward": parallel_plan.is_sharded and not parallel_plan.reshard_after_forward,
+        "--parallel.reduce-gradients micro_batch": parallel_plan.is_sharded and parallel_plan.whole_gradients,
+    }
+    advice = " or ".join(flag for flag, helps in flags.items() if helps) or "a smaller --train.seq-len or model"
+    tried = f"out of memory with --train.micro-batch {batch_plan.micro_batch} and --train.seq-len {train.seq_len}"
+    start = "from its last checkpoint" if run.reports.checkpoints.writer.saved_step else "from the beginning"
     return f"{tried}: set {advice}; the same command then goes on {start}"
 
 
-def card(config: Config, manifest: Manifest | None, plan: BatchPlan, parallel_plan: ParallelPlan) -> str:
+def card(config: Config, manifest: Manifest | None, batch_plan: BatchPlan, parallel_plan: ParallelPlan) -> str:
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else CPU
-    return run_card(config, manifest, plan, parallel_plan, device)
+    return run_card(config, manifest, batch_plan, parallel_plan, device)
 
 
 if __name__ == "__main__":

@@ -172,7 +172,7 @@ def test_a_run_that_fails_gives_its_directory_up_only_when_its_thread_is_done(
     take_step, seal, done = loop.take_step, checkpoints._seal, []
 
     def failing(this: loop.Run) -> loop.StepResult:
-        if this.progress.step == 7:
+        if this.state.progress.step == 7:
             raise RuntimeError("out of luck")
         return take_step(this)
 

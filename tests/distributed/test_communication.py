@@ -20,7 +20,7 @@ from tests.helpers.groups import run_on_ranks
 from tests.helpers.runs import tiny_config
 from tests.unit.model.test_switches import MODERN
 from train.config import Config, ParallelConfig, ValidateConfig, resolve, with_vocabulary
-from train.loop import Run, look, record, take_step
+from train.loop import Run, evaluate, read_result, take_step
 from train.parallel.communication import Collectives, Communication, step_communication
 from train.parallel.plan import ParallelPlan
 from train.parallel.precision import compute_dtype
@@ -164,20 +164,20 @@ def count_all(group: ProcessGroup, configs: dict[Case, Config]) -> dict[Case, Co
 def count(group: ProcessGroup, config: Config) -> Counted:
     config = with_vocabulary(config, read_manifest(config.data.dir).vocab_size)
     with opened_run(config, group) as (run, _):
-        assert run.validation is not None
         step = count_step(run)
+        num_batches = -(-(config.validate.tokens or 0) // (config.train.seq_len * run.data.batch_plan.micro_batch))
         with Tape() as validation:
-            look(run)
+            evaluate(run)
         next_step = count_step(run)
-    rounds = -(-run.validation.num_batches // group.world)
-    return Counted(config, run.parallel_plan, rounds, step, validation.counts(), next_step)
+    rounds = -(-num_batches // group.world)
+    return Counted(config, run.processes.parallel_plan, rounds, step, validation.counts(), next_step)
 
 
 def count_step(run: Run) -> Communication:
     with Tape() as tape:
         report = take_step(run)
-    run.progress = report.progress
-    record(run, report)
+    run.state.progress = report.progress
+    read_result(run, report)
     return tape.communication()
 
 

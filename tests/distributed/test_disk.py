@@ -133,7 +133,7 @@ def fills_up_between_saves(can_mount: bool, data: Path, whole: Path, folder: Pat
     line = flags(data, run_dir, "--save.every", "100")
 
     def filling(run: loop.Run) -> loop.StepResult:
-        if run.progress.step == 12:
+        if run.state.progress.step == 12:
             disk.fill(leaving=0)
         return take_step(run)
 
@@ -212,7 +212,7 @@ def cannot_write_on_rank_0(group: ProcessGroup, config: Config) -> str:
     take_step, metrics = loop.take_step, config.directory / "metrics.jsonl"
 
     def limiting(run: loop.Run) -> loop.StepResult:
-        if run.progress.step == 12 and group.is_main:
+        if run.state.progress.step == 12 and group.is_main:
             resource.setrlimit(resource.RLIMIT_FSIZE, (metrics.stat().st_size, resource.RLIM_INFINITY))
         return take_step(run)
 

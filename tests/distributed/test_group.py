@@ -114,7 +114,7 @@ def run_out_of_memory_on_rank_1(group: ProcessGroup, config: Config) -> None:
     take_step = loop.take_step
 
     def failing(this: loop.Run) -> loop.StepResult:
-        if group.rank == 1 and this.progress.step == 3:
+        if group.rank == 1 and this.state.progress.step == 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return take_step(this)
 

@@ -30,7 +30,7 @@ from tests.helpers.runs import (
     with_save,
 )
 from train.config import Config, with_vocabulary
-from train.loop import Run, accumulate_gradients, record, take_step
+from train.loop import Run, accumulate_gradients, read_result, take_step
 from train.main import run
 from train.parallel.apply import local
 from train.processes.group import ProcessGroup
@@ -97,10 +97,10 @@ def continue_all(
         with leaving_no_group(group), opened_run(config, group) as (this, _):
             for source in [source for source, other in pairs if other == case]:
                 checkpoint = folder / str(source) / "checkpoints" / f"step_{SAVED:08d}"
-                state = load(checkpoint, model=this.model, optimizer=this.optimizer, group=group)
-                read = checkpoint_tensors(this.model, this.optimizer)
+                state = load(checkpoint, model=this.state.model, optimizer=this.state.optimizer, group=group)
+                read = checkpoint_tensors(this.state.model, this.state.optimizer)
                 assert_parts_of(torch.load(folder / f"{source}.pt", mmap=True), read)
-                this.progress = Progress(**state["progress"])
+                this.state.progress = Progress(**state["progress"])
                 found[f"{source} in {case}"] = [loss_and_norm(this) for _ in range(GOES_ON)]
     return found
 
@@ -108,9 +108,9 @@ def continue_all(
 def loss_and_norm(this: Run) -> tuple[float, float]:
     """Of the next step, as metrics.jsonl would have them."""
     report = take_step(this)
-    record(this, report)
-    this.progress = report.progress
-    return report.results[0].item(), report.results[1].item()
+    read_result(this, report)
+    this.state.progress = report.progress
+    return report.numbers[0].item(), report.numbers[1].item()
 
 
 def assert_parts_of(wanted: dict[str, Tensor], found: dict[str, Tensor]) -> None:
@@ -137,21 +137,21 @@ def first_gradients(group: ProcessGroup, data: Path, folder: Path) -> dict[str, 
             config = configured(case, data, folder / f"{case}_gradients_{micro_batch}", micro_batch=micro_batch)
             with leaving_no_group(group), opened_run(config, group) as (this, _):
                 assert_initial(this)
-                accumulate_gradients(this, this.batches.take(0), this.mean)
+                accumulate_gradients(this, this.data.batches.take(0), this.state.mean)
                 found[f"{case}/{micro_batch}"] = {
                     name: whole(gradient)
-                    for name, parameter in this.model.named_parameters()
+                    for name, parameter in this.state.model.named_parameters()
                     if (gradient := parameter.grad) is not None
                 }
-                assert isinstance(this.model, GPT)
-                assert this.model.lm_head.weight is this.model.transformer["wte"].weight, "untied"
+                assert isinstance(this.state.model, GPT)
+                assert this.state.model.lm_head.weight is this.state.model.transformer["wte"].weight, "untied"
     return found if group.is_main else {}
 
 
 def assert_initial(this: Run) -> None:
     """The weights are, on each rank, its part of those that one process makes of the seed."""
     plain = build_model(this.config.model, seed=this.config.seed).state_dict()
-    assert_parts_of(dict(plain), dict(this.model.state_dict()))
+    assert_parts_of(dict(plain), dict(this.state.model.state_dict()))
 
 
 def run_here(group: ProcessGroup, config: Config) -> None:

@@ -208,7 +208,7 @@ def save_both_ways(group: ProcessGroup, data: Path, folder: Path, mode: str) -> 
         run(replace(config, parallel=parallel), group)
     config = replace(tiny_config(data, folder / "shares"), parallel=parallel)
     with opened_run(with_vocabulary(config, 33), group) as (this, _):
-        own = share_of(checkpoint_tensors(this.model, this.optimizer), group)
+        own = share_of(checkpoint_tensors(this.state.model, this.state.optimizer), group)
         return sum(local(tensor).numel() for tensor in own.values())
 
 

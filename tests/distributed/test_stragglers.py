@@ -21,7 +21,7 @@ from train.processes.group import ProcessGroup
 
 def train_with_rank_2_slow(group: ProcessGroup, config: Config) -> None:
     """By a clock of its own, on which every reading is later by as much: a busy machine changes nothing."""
-    stragglers.STEPS_BETWEEN_LOOKS = 5
+    stragglers.STEPS_BETWEEN_CHECKS = 5
     readings = itertools.count(step=0.3 if group.rank == 2 else 0.1)
     stragglers.time = SimpleNamespace(perf_counter=lambda: float(next(readings)))  # type: ignore[assignment]
     run(config, group)
@@ -50,7 +50,7 @@ def test_a_rank_is_said_to_be_slow_at_the_second_look_and_again_only_after_it_wa
     lines = []
     for seconds in (fine, slow, fine, slow, slow, slow, slow, fine, slow, slow):
         before = len(said)
-        looking._look(seconds)
+        looking._check(seconds)
         lines.append(len(said) - before)
     assert lines == [0, 0, 0, 0, 1, 0, 0, 0, 0, 1]
     assert set(said) == {

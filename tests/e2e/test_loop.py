@@ -34,6 +34,7 @@ from train import loop
 from train import losses as train_losses
 from train.config import Config, SampleConfig
 from train.data import TrainingSequences
+from train.evals import hellaswag, validation
 from train.main import main, run
 from train.parallel.apply import build_loss_model
 from train.parallel.plan import agree_on_parallel_plan
@@ -140,14 +141,14 @@ def test_a_stop_while_hellaswag_is_scored_leaves_it_to_the_next_start(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = scoring(tiny_config(tiny_data, tmp_path / "run", steps=8), tmp_path, every=4)
-    sound = loop.hellaswag.ending_losses
+    sound = hellaswag.ending_losses
 
     def interrupted(*args: Any, stop_requests: Any, **options: Any) -> Any:
         stop_requests.reason = "test"
         return sound(*args, stop_requests=stop_requests, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.hellaswag, "ending_losses", interrupted)
+        patch.setattr(hellaswag, "ending_losses", interrupted)
         run(config, ALONE)
     assert status(tmp_path / "run") == {"state": "stopped", "step": 4, "reason": "test", "attempt": 1}
     assert scores(tmp_path / "run") == []
@@ -261,8 +262,8 @@ def test_samples_are_the_same_after_a_resume_and_do_not_touch_training(
     take_step = loop.take_step
 
     def stopping(this: loop.Run) -> loop.StepResult:
-        if this.progress.step == 11:
-            this.stop_requests.reason = "test"  # as a signal would
+        if this.state.progress.step == 11:
+            this.processes.stop_requests.reason = "test"  # as a signal would
         return take_step(this)
 
     monkeypatch.setattr(loop, "take_step", stopping)
@@ -278,7 +279,7 @@ def test_a_stop_in_the_last_validation_leaves_the_last_samples_to_the_next_start
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = sampling(tiny_config(tiny_data, tmp_path / "run", steps=20), every=20)
-    validate = loop.validation.validate
+    validate = validation.validate
 
     def interrupted(*args: Any, stop_requests: Any, **options: Any) -> Any:
         if any(row["step"] == 20 for row in rows(tmp_path / "run")):
@@ -286,7 +287,7 @@ def test_a_stop_in_the_last_validation_leaves_the_last_samples_to_the_next_start
         return validate(*args, stop_requests=stop_requests, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.validation, "validate", interrupted)
+        patch.setattr(validation, "validate", interrupted)
         run(config, ALONE)
     assert status(tmp_path / "run")["state"] == "stopped"
     assert not (tmp_path / "run" / "samples.jsonl").exists()
@@ -299,7 +300,7 @@ def test_rates_are_of_training_alone_and_data_wait_is_part_of_them(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A slow disk shows in data_wait_fraction, a slow validation nowhere, and MFU is FLOPs done over FLOPs possible."""
-    read, validate = TrainingSequences.read, loop.validation.validate
+    read, validate = TrainingSequences.read, validation.validate
 
     def slowly_read(self: TrainingSequences, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
         time.sleep(0.4)  # longer than a step's own work, also on a busy machine
@@ -310,7 +311,7 @@ def test_rates_are_of_training_alone_and_data_wait_is_part_of_them(
         return validate(*args, **options)
 
     monkeypatch.setattr(TrainingSequences, "read", slowly_read)
-    monkeypatch.setattr(loop.validation, "validate", slowly_validate)
+    monkeypatch.setattr(validation, "validate", slowly_validate)
     config = tiny_config(tiny_data, tmp_path / "run", steps=6, batch_tokens=192)
     config = dataclasses.replace(
         config,
@@ -349,7 +350,7 @@ def run_and_count_storages(group: ProcessGroup, config: Config) -> int:
 
     def counting(this: loop.Run) -> loop.StepResult:
         report = take_step(this)
-        gradients = [p.grad for p in this.model.parameters() if p.grad is not None]
+        gradients = [p.grad for p in this.state.model.parameters() if p.grad is not None]
         seen.append(len({gradient.untyped_storage().data_ptr() for gradient in gradients}))
         return report
 

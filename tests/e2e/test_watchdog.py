@@ -63,11 +63,11 @@ def sleep_then_lose_rank_0(group: ProcessGroup, config: Config, folder: Path) ->
     take_step = loop.take_step
 
     def stopping(run: loop.Run) -> loop.StepResult:
-        if run.progress.step == 12 and group.rank == 0:
+        if run.state.progress.step == 12 and group.rank == 0:
             (folder / "reached").touch()
             while not (folder / "go").exists():
                 time.sleep(0.01)
-        if run.progress.step == 15 and group.rank == 0:
+        if run.state.progress.step == 15 and group.rank == 0:
             os.kill(os.getpid(), signal.SIGSTOP)
         return take_step(run)
 

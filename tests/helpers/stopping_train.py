@@ -15,7 +15,7 @@ take_step = loop.take_step
 
 
 def stopping(run: loop.Run) -> loop.StepResult:
-    if run.progress.step == 12 and run.group.rank == 1:
+    if run.state.progress.step == 12 and run.processes.group.rank == 1:
         os.kill(os.getpid(), signal.SIGSTOP)
     return take_step(run)
 

@@ -106,6 +106,11 @@ class ValidationSet:
         self._micro_batch = micro_batch
 
     @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and tokens of every batch."""
+        return self._micro_batch, self._seq_len
+
+    @property
     def num_batches(self) -> int:
         return -(-self.num_tokens // (self._seq_len * self._micro_batch))
 

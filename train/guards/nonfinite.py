@@ -1,19 +1,23 @@
-"""Steps whose loss or gradient is not finite: judged on the device, before the update. Runs that diverge."""
+"""Steps whose loss or gradient is not finite, and runs that diverge.
 
-from collections.abc import Sequence
-from pathlib import Path
+A step is judged on the device, before its update. The search for the sequences that are at fault runs afterwards.
+"""
+
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from common.errors import InputError
+from train.config import Config
 from train.metrics.logger import NONFINITE_FILE
 from train.parallel.precision import LossScale
+from train.processes.group import ProcessGroup
 
-LEAST_LOSS_SCALE = 1.0  # below it fp16's small numbers are lost: what still overflows then is no matter of scale
+LEAST_LOSS_SCALE = 1.0  # below it fp16 loses small numbers: what still overflows there is not the scale's fault
 ROWS_ABOVE = 2  # one may be a bad batch
-MOST_IN_A_ROW = 20  # skipped steps after which it is no matter of a few sequences
+MOST_IN_A_ROW = 20  # skipped steps after which a few bad sequences are no longer the likely cause
 
 
 class NonFiniteError(InputError):
@@ -25,20 +29,24 @@ class DivergedError(InputError):
 
 
 class NonFiniteGuard:
-    """Decides alike on all ranks whether a step's update is made: their loss and norm are the same numbers.
+    """Decides whether a step's update is made, alike on all ranks: their loss and norm are the same numbers.
 
-    A step that is not finite is never an update. It is `bad` unless fp16's loss scale was merely too high, which lowers
-    itself. The host reads that one step late; with "stop" the steps enqueued meanwhile are no updates either, so that
-    the state is still the one before the bad step.
+    A step that is not finite is never an update. It is bad unless fp16's loss scale was merely too high, which lowers
+    itself. The host reads that one step late. In mode "stop" the steps enqueued meanwhile are no updates either, so
+    that the state is still the one before the bad step.
     """
 
-    def __init__(self, mode: Literal["stop", "skip"], device: torch.device) -> None:
+    def __init__(
+        self, mode: Literal["stop", "skip"], device: torch.device, *, diverged_above: float | None = None
+    ) -> None:
         self.mode = mode
         self.is_halted = torch.zeros((), dtype=torch.bool, device=device)
         self.num_in_a_row = 0
+        self._diverged_above = diverged_above
+        self._rows_above = 0
 
     def judge(self, loss: Tensor, norm: Tensor, scale: LossScale | None) -> tuple[Tensor, Tensor]:
-        """(is the update to be made, is the step bad), both bool scalars on the device; nothing waits."""
+        """Return (whether to make the update, whether the step is bad): bool scalars on the device; nothing waits."""
         is_finite = torch.isfinite(norm) & torch.isfinite(loss)
         is_bad = ~is_finite
         if scale is not None:
@@ -48,18 +56,77 @@ class NonFiniteGuard:
             is_finite = is_finite & ~self.is_halted
         return is_finite, is_bad
 
+    def check_divergence(self, step: int, loss: float) -> DivergedError | None:
+        """Return the error that ends the run if this row and the one before are above --train.diverged-above."""
+        limit = self._diverged_above
+        self._rows_above = self._rows_above + 1 if limit is not None and not loss <= limit else 0
+        if self._rows_above != ROWS_ABOVE:
+            return None
+        return DivergedError(
+            f"step {step}: loss {loss:.4f} is above --train.diverged-above {limit:g}, as in the row before; "
+            "a lower --optim.lr-peak may learn, in another --run-dir"
+        )
 
-def advice(*, data: Path, seq_len: int, suspects: Sequence[int]) -> str:
-    """What to look at and what to set, in one line."""
+
+def find_suspects(
+    micro_batches: Sequence[tuple[Tensor, Tensor]],
+    own_ids: Sequence[int],
+    is_finite: Callable[[Tensor, Tensor], bool],
+    *,
+    group: ProcessGroup,
+) -> list[int]:
+    """Return the sequences of a step, of any rank, whose own loss or gradient is not finite. Collective.
+
+    `micro_batches` and `own_ids` are this rank's. `is_finite(inputs_BT, targets_BT)` is a pass of all ranks, since a
+    gradient may be spread over them. A bad micro-batch is tried again with halves of the ranks, then halves of those,
+    while the others read zeros; on a bad rank each sequence is tried alone. Return none if zeros are not finite either:
+    then the cause is not in the sequences.
+    """
+    zeros_BT = torch.zeros_like(micro_batches[0][0])
+    micro_batch = len(zeros_BT)
+    suspects: list[int] = []
+    if not is_finite(zeros_BT, zeros_BT):
+        return []
+    for index, batch in enumerate(micro_batches):
+        rank_groups = [range(group.world)]
+        while rank_groups:
+            ranks = rank_groups.pop()
+            if is_finite(*(batch if group.rank in ranks else (zeros_BT, zeros_BT))):
+                continue
+            if len(ranks) > 1:
+                rank_groups += [ranks[: len(ranks) // 2], ranks[len(ranks) // 2 :]]
+                continue
+            for row in range(micro_batch):  # repeated to a micro-batch, the shape that is compiled
+                repeated = [tensor_BT[row].expand_as(tensor_BT).contiguous() for tensor_BT in batch]
+                if not is_finite(*(repeated if group.rank in ranks else (zeros_BT, zeros_BT))):
+                    suspects += [own_ids[index * micro_batch + row]] if group.rank in ranks else []
+    return sorted(number for numbers in group.gather(suspects) for number in numbers)
+
+
+def stop_error(message: str, config: Config, *, step: int, suspects: Sequence[int]) -> NonFiniteError:
+    """Return the error that ends a run at a bad step: what is saved, what to read and what to set."""
+    saved = f"step {step - 1} is saved" if step > 1 else "there was no step before it"
+    return NonFiniteError(f"{message}, and {saved}. {_advice(config, suspects)}")
+
+
+def skip_warning(message: str) -> str:
+    return f"warning: {message} (--train.on-nonfinite skip); its sequences are in {NONFINITE_FILE}"
+
+
+def too_many_error(message: str) -> NonFiniteError:
+    return NonFiniteError(f"{message}, nor were those of the {MOST_IN_A_ROW - 1} before it")
+
+
+def _advice(config: Config, suspects: Sequence[int]) -> str:
     skip = "to go on without such steps: --train.on-nonfinite skip"
     if not suspects:
         return (
-            "No sequence of it does that by itself, so look at the learning rate or the hardware before the text "
+            "No sequence of it is the cause by itself, so look at the learning rate or the hardware before the text "
             f"(all its sequences are in {NONFINITE_FILE}); {skip}"
         )
     numbers = " ".join(str(number) for number in suspects)
     return (
         f"Not finite by themselves: sequences {numbers}; to read them: "
-        f"python data_prep/verify.py {data} --seq-len {seq_len} --sequence {numbers}; "
-        f"to leave them out: --data.skip-sequences {numbers}; {skip}"
+        f"python data_prep/verify.py {config.data.dir} --seq-len {config.train.seq_len} --sequence {numbers}; "
+        f"to skip them: --data.skip-sequences {numbers}; {skip}"
     )

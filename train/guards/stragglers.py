@@ -15,7 +15,7 @@ from torch import nn
 
 from train.processes.group import ProcessGroup
 
-STEPS_BETWEEN_LOOKS = 100
+STEPS_BETWEEN_CHECKS = 100
 SLOW = 1.5  # times the median of the others', twice in a row
 
 Moment = float | torch.cuda.Event  # on the host's clock, or in the GPU's stream
@@ -24,16 +24,16 @@ Moment = float | torch.cuda.Event  # on the host's clock, or in the GPU's stream
 class Stragglers:
     """Clock reads or events in every step, and one gathering in a hundred. A world of one does nothing."""
 
-    def __init__(self, group: ProcessGroup, hosts: list[str], say: Callable[[str], None]) -> None:
+    def __init__(self, group: ProcessGroup, hosts: list[str], log: Callable[[str], None]) -> None:
         self._group = group
         self._hosts = hosts
-        self._say = say
+        self._log = log
         self._began: Moment | None = None
         self._pieces: list[tuple[Moment, Moment]] | None = None  # of the own part of the step under way
         self._parts: deque[list[tuple[Moment, Moment]]] = deque()  # of steps whose results nobody has read yet
-        self._seconds, self._num_steps = 0.0, 0  # since the last look
+        self._seconds, self._num_steps = 0.0, 0  # since the last check
         self._slow_before: set[int] = set()
-        self._said: set[int] = set()
+        self._reported: set[int] = set()
 
     def watch(self, block: nn.Module) -> None:
         """Count its forward passes in a step. After sharding: what FSDP's hooks around it wait for is left out."""
@@ -76,18 +76,18 @@ class Stragglers:
             return
         self._seconds += sum(seconds_between(began, ended) for began, ended in self._parts.popleft())
         self._num_steps += 1
-        if step % STEPS_BETWEEN_LOOKS == 0:
-            self._look(self._group.gather(self._seconds / self._num_steps))
+        if step % STEPS_BETWEEN_CHECKS == 0:
+            self._check(self._group.gather(self._seconds / self._num_steps))
             self._seconds, self._num_steps = 0.0, 0
 
-    def _look(self, seconds: list[float]) -> None:
+    def _check(self, seconds: list[float]) -> None:
         slow = slow_ranks(seconds)
-        for rank in sorted((slow & self._slow_before) - self._said):
-            self._say(
+        for rank in sorted((slow & self._slow_before) - self._reported):
+            self._log(
                 f"warning: rank {rank} on {self._hosts[rank]} is slow: its own part of a step takes "
                 f"{seconds[rank]:.3f} s, the others' median {median_of_others(seconds, rank):.3f} s"
             )
-        self._said = (self._said | self._slow_before) & slow
+        self._reported = (self._reported | self._slow_before) & slow
         self._slow_before = slow
 
 

@@ -103,7 +103,7 @@ class Watchdog:
             self._report(silent_seconds)
             reports = self._gather(grace_seconds)
             if min(reports) == self._group.rank:
-                self._say(f"hang: {verdict(reports, self.hosts)}; every rank's stacks are in {self._folder}")
+                self._log(f"hang: {verdict(reports, self.hosts)}; every rank's stacks are in {self._folder}")
             wait_for(self._folder / VERDICT_FILE, grace_seconds)  # launchers kill the rest when the first process exits
         finally:
             if sys.exc_info()[0] is not None:
@@ -148,7 +148,7 @@ class Watchdog:
                 return reports
             time.sleep(seconds / 100)
 
-    def _say(self, text: str) -> None:
+    def _log(self, text: str) -> None:
         print(f"train: {text}", file=sys.stderr, flush=True)
         with contextlib.suppress(InputError, OSError):  # a full disk for one, which may still take the others
             self._directory.fail(text)

@@ -58,7 +58,7 @@ class RunLogger:
         self.scored_steps = {row["step"] for row in rows if "hellaswag_acc" in row}
         self.sampled_steps = {row["step"] for row in samples}
 
-    def say(self, text: str) -> None:
+    def log(self, text: str) -> None:
         """Text for people."""
         if self._group.is_main:
             self._print(text)
@@ -91,7 +91,7 @@ class RunLogger:
         """A record for programs, and its line for people."""
         if self._group.is_main:
             self._write(METRICS_FILE, json.dumps(row))
-            self.say(line_of(row))
+            self.log(line_of(row))
             if self.tracking is not None:
                 self.tracking.row(row)
 
@@ -102,7 +102,7 @@ class RunLogger:
         row = {"step": step, "samples": [asdict(sample) for sample in samples]}
         self._write(SAMPLES_FILE, json.dumps(row))
         for sample in samples:
-            self.say(f"step {step:>7}  sample {json.dumps(sample.prompt + sample.text)}")
+            self.log(f"step {step:>7}  sample {json.dumps(sample.prompt + sample.text)}")
         if self.tracking is not None:
             self.tracking.row(row)
 

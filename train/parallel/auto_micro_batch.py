@@ -13,7 +13,7 @@ import torch
 
 from common.errors import InputError
 from train.config import Config
-from train.data import divisors, plan_batches
+from train.data import BatchPlan, divisors, plan_batches
 from train.losses import LossModel
 from train.parallel import apply
 from train.parallel.plan import ParallelPlan
@@ -37,19 +37,28 @@ def check_device(config: Config, device: torch.device) -> None:
 
 
 def settle_micro_batch(
-    config: Config, loss_model: LossModel, parallel_plan: ParallelPlan, directory: RunDirectory, group: ProcessGroup
-) -> Config:
-    """`config` with the largest micro-batch that fits on every rank, in place of auto. Collective.
+    config: Config,
+    batch_plan: BatchPlan,
+    *,
+    loss_model: LossModel,
+    parallel_plan: ParallelPlan,
+    directory: RunDirectory,
+    group: ProcessGroup,
+) -> tuple[Config, BatchPlan]:
+    """Return config and batch plan with the largest micro-batch that fits on every rank in place of auto. Collective.
 
-    What this run found on this kind of GPU stays, as long as the model is spread the same way; DDP with another number
-    of processes takes the next one that they can share."""
-    shares = divisors(plan_batches(config, group.world).sequences_per_rank)
+    A run keeps what it measured on this kind of GPU, as long as the model is spread the same way. DDP with another
+    number of processes takes the next smaller micro-batch that the processes can share.
+    """
+    shares = divisors(batch_plan.sequences_per_rank)
     conditions = conditions_of(config, parallel_plan, group)
-    found = group.on_main(lambda: kept_micro_batch(directory.found, conditions))
-    if found is None:
-        found = search(config, loss_model, parallel_plan, shares, group)
-        directory.record({"micro_batch": found, "conditions": conditions})
-    return with_micro_batch(config, max(share for share in shares if share <= found))
+    largest = group.on_main(lambda: kept_micro_batch(directory.found, conditions))
+    if largest is None:
+        largest = search(config, loss_model, parallel_plan, shares, group)
+        directory.record({"micro_batch": largest, "conditions": conditions})
+    micro_batch = max(share for share in shares if share <= largest)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch=micro_batch))
+    return config, plan_batches(config, group.world)
 
 
 def conditions_of(config: Config, parallel_plan: ParallelPlan, group: ProcessGroup) -> dict[str, Any]:
@@ -148,7 +157,3 @@ def peak_bytes(
         return None
     finally:
         loss_model.zero_grad(set_to_none=True)
-
-
-def with_micro_batch(config: Config, micro_batch: int) -> Config:
-    return dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch=micro_batch))

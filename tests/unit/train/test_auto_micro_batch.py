@@ -1,5 +1,6 @@
 """The largest micro-batch that fits: the search on a model of memory, what is kept, and what a CPU is told."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from tests.helpers.runs import tiny_config
 from train.config import Config, with_vocabulary
 from train.data import divisors
 from train.main import run
-from train.parallel.auto_micro_batch import kept_micro_batch, largest_that_fits, with_micro_batch
+from train.parallel.auto_micro_batch import kept_micro_batch, largest_that_fits
 from train.processes.group import ProcessGroup
 from train.run.directory import RunDirectory
 
@@ -87,7 +88,7 @@ def test_what_was_found_stays_in_config_json(tiny_data: Path, tmp_path: Path) ->
     assert config_json(config)["found"] == {}
     with RunDirectory(with_vocabulary(config, 33), read_manifest(tiny_data).fingerprint, ALONE) as directory:
         directory.record(found)
-    run(with_micro_batch(config, 4), ALONE)
+    run(dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch=4)), ALONE)
     assert config_json(config)["found"] == found
 
 

@@ -15,7 +15,8 @@ import torch
 from common.errors import InputError
 from model.checkpoint import list_checkpoints
 from tests.helpers.runs import ROOT, called, rows, status, tiny_config, tiny_flags
-from train import curves, loop
+from train import curves
+from train.evals import validation
 from train.main import run
 from train.metrics.logger import RunLogger
 from train.processes.group import ProcessGroup
@@ -179,7 +180,7 @@ def test_a_stop_file_made_before_the_start_is_honoured_and_the_next_start_runs(t
 def test_a_stop_in_the_last_validation_is_no_end(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config, sound = tiny_config(tiny_data, tmp_path / "run", steps=5), loop.validation.validate
+    config, sound = tiny_config(tiny_data, tmp_path / "run", steps=5), validation.validate
 
     def stopping(*args: Any, stop_requests: StopRequests, **kwargs: Any) -> Any:
         if any(row["step"] == 5 for row in rows(tmp_path / "run")):
@@ -187,7 +188,7 @@ def test_a_stop_in_the_last_validation_is_no_end(
         return sound(*args, stop_requests=stop_requests, **kwargs)
 
     with monkeypatch.context() as patch:
-        patch.setattr(loop.validation, "validate", stopping)
+        patch.setattr(validation, "validate", stopping)
         run(config, ALONE)
     assert status(tmp_path / "run")["state"] == "stopped" and status(tmp_path / "run")["step"] == 5
     run(config, ALONE)

@@ -1,0 +1,91 @@
+"""What a run consists of, in four parts: state, data, processes and reports."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from model.base import LanguageModel
+from train.config import Config
+from train.data import BatchPlan, Prefetcher
+from train.evals.periodic import PeriodicEvaluation
+from train.guards.nonfinite import NonFiniteGuard
+from train.guards.stragglers import Stragglers
+from train.guards.watchdog import Watchdog
+from train.losses import LossModel
+from train.metrics.logger import RunLogger
+from train.metrics.meters import Meters, Startup
+from train.metrics.profiler import Trace
+from train.parallel.plan import ParallelPlan
+from train.parallel.precision import LossScale
+from train.processes.group import ProcessGroup
+from train.processes.stop_requests import StopRequests
+from train.run.checkpoint_schedule import CheckpointSchedule
+from train.run.checkpoints import Progress
+from train.run.directory import RunDirectory
+
+
+@dataclass
+class TrainState:
+    """What a step changes.
+
+    `module` is what trains: `loss_model` itself, or DDP around it. `mean` turns a rank's sum of token losses into its
+    part of the global batch's mean. `loss_scale` is None but with fp16. `loaded`: the checkpoint this run continued
+    from, None for a new run.
+    """
+
+    model: LanguageModel
+    loss_model: LossModel
+    module: nn.Module
+    optimizer: torch.optim.AdamW
+    mean: Tensor
+    loss_scale: LossScale | None
+    guard: NonFiniteGuard
+    progress: Progress
+    loaded: Path | None
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What the run reads: batches, and the evaluations with their own data."""
+
+    batch_plan: BatchPlan
+    batches: Prefetcher
+    evaluations: list[PeriodicEvaluation]
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Who trains, how the model is spread, and who watches over it."""
+
+    group: ProcessGroup
+    parallel_plan: ParallelPlan
+    stop_requests: StopRequests
+    watchdog: Watchdog
+    stragglers: Stragglers
+
+
+@dataclass(frozen=True)
+class Reports:
+    """What the run leaves on disk and tells its reader."""
+
+    directory: RunDirectory
+    logger: RunLogger
+    meters: Meters
+    startup: Startup
+    trace: Trace | None
+    checkpoints: CheckpointSchedule
+
+
+@dataclass
+class Run:
+    """A run, ready to train. `failure` is raised once the work done so far is saved."""
+
+    config: Config
+    state: TrainState
+    data: RunData
+    processes: Processes
+    reports: Reports
+    must_stop: bool = False
+    failure: Exception | None = None
