@@ -36,7 +36,8 @@ from benchmarks.steps import configured
 from common.errors import InputError, one_line_errors
 from data_prep.manifest import open_split
 from model.config import NAMED_SHAPES
-from train.config import Config, TrainConfig, faults_of, resolve
+from train.config import Config, TrainConfig, resolve
+from train.config_checks import faults_of
 from train.data import Prefetcher, TrainingSequences, plan_batches
 from train.parallel.apply import build_loss_model
 from train.parallel.plan import agree_on_parallel_plan

@@ -30,7 +30,8 @@ from common.errors import one_line_errors
 from data_prep.manifest import FILE_NAME, Manifest, read_manifest
 from data_prep.tokenizer import load_tokenizer
 from model.checkpoint import list_checkpoints
-from train.config import Config, parse, settings_without_effect
+from train.config import Config, parse
+from train.config_checks import settings_without_effect
 from train.data import BatchPlan, divisors, resolve
 from train.guards.watchdog import Watchdog
 from train.loop import train

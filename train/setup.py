@@ -8,7 +8,8 @@ import torch
 
 from data_prep.manifest import Manifest, open_split
 from data_prep.tokenizer import Tokenizer, load_tokenizer
-from train.config import Config, settings_without_effect
+from train.config import Config
+from train.config_checks import parse_steps, settings_without_effect
 from train.data import BatchPlan, Prefetcher, TrainingSequences
 from train.evals.hellaswag import HellaSwag, open_hellaswag
 from train.evals.periodic import Evaluator, PeriodicEvaluation
@@ -19,7 +20,7 @@ from train.guards.stragglers import Stragglers
 from train.guards.watchdog import Watchdog
 from train.metrics.logger import RunLogger
 from train.metrics.meters import Meters, Startup, device_peak_flops
-from train.metrics.profiler import open_trace, parse_steps
+from train.metrics.profiler import open_trace
 from train.metrics.wandb_process import Tracking, open_tracking
 from train.optim import build_optimizer
 from train.parallel import apply

@@ -25,7 +25,8 @@ from tests.helpers.runs import (
     validations,
     with_save,
 )
-from train.config import Config, ParallelConfig, settings_without_effect, with_vocabulary
+from train.config import Config, ParallelConfig, with_vocabulary
+from train.config_checks import settings_without_effect
 from train.main import main, run
 from train.parallel.apply import local
 from train.parallel.plan import ParallelPlan, choose_parallel_plan, local_world_of

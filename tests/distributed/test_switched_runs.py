@@ -16,7 +16,8 @@ from tests.distributed.test_exact import cut_back
 from tests.helpers.groups import leaving_no_group, run_on_ranks
 from tests.helpers.runs import assert_same_tensors, curve, final_tensors, losses, tiny_config, with_save
 from tests.unit.model.test_switches import MODERN
-from train.config import Config, ParallelConfig, settings_without_effect, with_vocabulary
+from train.config import Config, ParallelConfig, with_vocabulary
+from train.config_checks import settings_without_effect
 from train.main import run
 from train.optim import build_optimizer
 from train.parallel.auto_micro_batch import check_device

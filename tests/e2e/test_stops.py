@@ -16,7 +16,8 @@ from model.checkpoint import list_checkpoints, step_of
 from tests.helpers.groups import run_on_ranks
 from tests.helpers.runs import assert_same_tensors, curve, final_tensors, rows, status, tiny_config
 from train import loop
-from train.config import Config, SampleConfig, faults_of, parse_duration
+from train.config import Config, SampleConfig
+from train.config_checks import faults_of, parse_duration
 from train.evals import samples
 from train.main import run
 from train.metrics.meters import Startup
@@ -36,10 +37,10 @@ def test_durations(text: str, seconds: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "0m", "50m3h", "3.5h", "2 h", "10", "-5m", "3h 50m", "1w"])
 def test_what_is_no_duration(text: str, tiny_data: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is no time; write it like 3h50m"):
+    with pytest.raises(InputError, match="is not a duration; write it like 3h50m"):
         parse_duration(text)
     config = dataclasses.replace(tiny_config(tiny_data, tmp_path), stop_after=text)
-    assert faults_of(config) == [f"--stop-after {text} is no time; write it like 3h50m, 90m, 1d12h or 45s"]
+    assert faults_of(config) == [f"--stop-after {text} is not a duration; write it like 3h50m, 90m, 1d12h or 45s"]
 
 
 def test_a_run_stops_when_its_time_is_over_and_goes_on_at_the_next_start(

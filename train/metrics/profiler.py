@@ -10,7 +10,6 @@ The traced steps run slower; trust their proportions, not the rows of metrics.js
 """
 
 import os
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -19,20 +18,10 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from common.errors import InputError
-
 FOLDER = "traces"
 TOP_KERNELS = 15
 NAME_WIDTH = 60  # a CUDA kernel's name with its template arguments can have thousands of characters
 MEMORY_EVENTS = 200_000  # the newest are kept; a step of GPT-2 small allocates some thousand times
-
-
-def parse_steps(text: str) -> range:
-    """`10:15` -> range(10, 15): the steps that make the metrics rows 11 to 15. Raises InputError."""
-    found = re.fullmatch(r"(\d+):(\d+)", text, re.ASCII)
-    if found is None or int(found[1]) >= int(found[2]):
-        raise InputError(f"--trace {text}: needs FIRST:END with 0 <= FIRST < END, as in --trace 10:15")
-    return range(int(found[1]), int(found[2]))
 
 
 def open_trace(

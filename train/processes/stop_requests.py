@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from types import FrameType, TracebackType
 
-from train.config import parse_duration
+from train.config_checks import parse_duration
 from train.processes import parent_watch
 
 FILE_NAME = "STOP"

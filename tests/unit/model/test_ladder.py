@@ -44,7 +44,8 @@ from tests.helpers.runs import (
 )
 from tests.unit.test_readme import help_of
 from train import main as trainer
-from train.config import Config, parse, settings_without_effect, with_vocabulary
+from train.config import Config, parse, with_vocabulary
+from train.config_checks import settings_without_effect
 from train.main import run
 from train.presets import PRESETS
 from train.processes.group import ProcessGroup

@@ -9,7 +9,8 @@ import torch
 
 from common.errors import InputError
 from tests.helpers.runs import ROOT, called, tiny_flags
-from train.config import Config, parse, settings_without_effect
+from train.config import Config, parse
+from train.config_checks import settings_without_effect
 from train.main import main, run
 from train.presets import PRESETS
 from train.processes.group import ProcessGroup

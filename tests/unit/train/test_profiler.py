@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from common.errors import InputError
-from train.metrics.profiler import Trace, open_trace, parse_steps
+from train.config_checks import parse_steps
+from train.metrics.profiler import Trace, open_trace
 
 
 def train(trace: Trace | None, steps: range) -> None:
