@@ -1,10 +1,11 @@
-"""(stream of tokens, position) -> this rank's batches. The position is the loop's; nothing is kept here.
+"""The stream of tokens and a position -> this rank's batches.
 
-One split is one stream. Window i is its tokens [iT, iT+T]: neighbours share one token and none is lost. Each
-epoch is a permutation of the sequences that is computed, not stored: O(1) to seek, no table on any rank.
+A split is one stream. Sequence i is its tokens [iT, iT+T], so neighbours share one token and none is lost. Each epoch
+is a permutation of the sequences that is computed, not stored: O(1) to seek, no table on any rank. The position is the
+loop's; nothing here remembers it.
 
-A sequence that is left out is replaced where it stands by the one after it in the data, not removed: removing it would
-move every later sequence, so that no list could be changed in the middle of a run.
+A skipped sequence is replaced by the next one of the data, not removed. Removing it would move every later sequence, so
+the list could not be changed in the middle of a run.
 """
 
 import functools
@@ -28,7 +29,7 @@ NUM_ROUNDS = 6  # of the Feistel network; Luby & Rackoff 1988 need 4 for a stron
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """One step's sequences, over ranks and micro-batches: sequences = world x accumulation x micro_batch."""
+    """How one step's sequences are shared: sequences = world x accumulation x micro_batch."""
 
     sequences: int
     sequences_per_rank: int
@@ -74,11 +75,10 @@ def plan_batches(config: Config, world: int) -> BatchPlan:
 
 
 def permute(indices: Indices, count: int, key: int) -> Indices:
-    """A pseudorandom permutation of range(count), evaluated at `indices`: uint64 [n] -> uint64 [n].
+    """Evaluate a pseudorandom permutation of range(count) at `indices`: uint64 [n] -> uint64 [n].
 
-    A balanced Feistel network over the least even number of bits that holds `count`, walked along its cycle
-    until it lands inside (Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains"): at most 4 walks
-    on average.
+    A balanced Feistel network over the least even number of bits that holds `count`, walked along its cycle until it lands
+    inside (Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains"): at most 4 walks on average.
     """
     assert len(indices) == 0 or int(indices.max()) < count
     half_bits = np.uint64(max(1, (max(count - 1, 1).bit_length() + 1) // 2))
@@ -96,7 +96,7 @@ def permute(indices: Indices, count: int, key: int) -> Indices:
 
 
 def _mix(x: Indices) -> Indices:
-    """splitmix64's finaliser (Steele, Lea & Flood 2014, figure 15), modulo 2^64."""
+    """Return splitmix64's finaliser (Steele, Lea & Flood 2014, figure 15), modulo 2^64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -107,31 +107,34 @@ def divisors(count: int) -> list[int]:
 
 
 def substitutes(skip_sequences: Collection[int], count: int) -> dict[int, int]:
-    """For each sequence that is left out of `count`, the next one that is not, cyclically; InputError if none is."""
+    """Map each skipped sequence to the next one that is not skipped, cyclically.
+
+    Raise InputError for a sequence that the split does not have, or if all are skipped.
+    """
     outside = sorted(sequence for sequence in skip_sequences if not 0 <= sequence < count)
     if outside:
         raise InputError(
             f"--data.skip-sequences {' '.join(map(str, outside))}: the training split has {count} sequences, "
             "numbered from 0"
         )
-    left_out = set(skip_sequences)
-    if len(left_out) == count:
+    skipped = set(skip_sequences)
+    if len(skipped) == count:
         raise InputError(
             f"--data.skip-sequences names all {count} sequences of the training split; leave some to train on"
         )
-    found: dict[int, int] = {}
-    for sequence in sorted(left_out, reverse=True):  # from the end, so that most need to look at the next one only
+    next_kept: dict[int, int] = {}
+    for sequence in sorted(skipped, reverse=True):  # from the end, so that most sequences need one step
         after = (sequence + 1) % count
-        while after in left_out:
-            after = found.get(after, (after + 1) % count)
-        found[sequence] = after
-    return found
+        while after in skipped:
+            after = next_kept.get(after, (after + 1) % count)
+        next_kept[sequence] = after
+    return next_kept
 
 
 class TrainingSequences:
     """A split cut into sequences of seq_len + 1 tokens, served in the order of (seed, epoch).
 
-    In the places of the sequences `leave_out` stand those after them in the data (after the last, the first).
+    Each skipped sequence is replaced by the next one of the data; after the last comes the first.
     """
 
     def __init__(self, stream: TokenStream, seq_len: int, seed: int, skip_sequences: Collection[int] = ()) -> None:
@@ -143,38 +146,38 @@ class TrainingSequences:
             raise InputError(
                 f"the training split has {len(stream)} tokens, less than one sequence of --train.seq-len {seq_len} + 1"
             )
-        self._stands_in = substitutes(skip_sequences, self.count)
+        self._substitutes = substitutes(skip_sequences, self.count)
 
     def ids_at(self, position: int, num_sequences: int) -> list[int]:
-        """Which sequences stand at positions [position, position + num_sequences), epochs following one another."""
+        """Return the sequences at positions [position, position + num_sequences), over epochs."""
         ids: list[int] = []
         while num_sequences:
             epoch, offset = divmod(position, self.count)
             taken = min(num_sequences, self.count - offset)
-            positions = np.arange(offset, offset + taken, dtype=np.uint64)
-            permuted = permute(positions, self.count, key=(self._seed << 32) + epoch).tolist()
-            ids.extend(self._stands_in.get(sequence, sequence) for sequence in permuted)
+            offsets = np.arange(offset, offset + taken, dtype=np.uint64)
+            permuted = permute(offsets, self.count, key=(self._seed << 32) + epoch).tolist()
+            ids.extend(self._substitutes.get(sequence, sequence) for sequence in permuted)
             position += taken
             num_sequences -= taken
         return ids
 
     def read(self, ids: list[int]) -> tuple[Tensor, Tensor]:
-        """Sequences -> inputs_BT, targets_BT (targets are the inputs, one token on), int64 on the CPU."""
+        """Read sequences -> inputs_BT and targets_BT (the inputs one token later), int64 on the CPU."""
         T = self._seq_len
         rows = np.stack([self._stream.read(i * T, i * T + T + 1) for i in ids]).astype(np.int64)
         rows_BT1 = torch.from_numpy(rows)
         return rows_BT1[:, :-1].contiguous(), rows_BT1[:, 1:].contiguous()
 
     def micro_batches(self, position: int, plan: BatchPlan, rank: int) -> list[tuple[Tensor, Tensor]]:
-        """This rank's part of the step at `position`: its contiguous block of sequences, micro-batches in order."""
+        """Return this rank's contiguous block of the step at `position`, micro-batches in order."""
         ids = self.ids_at(position + rank * plan.sequences_per_rank, plan.sequences_per_rank)
         return [self.read(ids[start : start + plan.micro_batch]) for start in range(0, len(ids), plan.micro_batch)]
 
 
 class Prefetcher:
-    """Reads the next step's sequences in a thread while this step computes, into pinned memory where there is a GPU.
+    """Reads the next step's sequences in a thread while this step computes, into pinned memory on a GPU machine.
 
-    The position is the loop's: what was read ahead for another one is thrown away and read anew.
+    The position is the loop's: what was read ahead for another position is discarded and read anew.
     """
 
     def __init__(self, sequences: TrainingSequences, plan: BatchPlan, *, rank: int, device: torch.device) -> None:
@@ -182,13 +185,13 @@ class Prefetcher:
         self._plan = plan
         self._rank = rank
         self._device = device
-        # Pinning memory belongs to the current device, which each thread has to be told.
+        # Pinned memory belongs to the current device, which each thread has to set.
         initializer = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch", initializer=initializer)
         self._ahead: tuple[int, Future[list[tuple[Tensor, Tensor]]]] | None = None
 
     def take(self, position: int) -> list[tuple[Tensor, Tensor]]:
-        """This rank's micro-batches of the step at `position`, on its device or on their way to it."""
+        """Return this rank's micro-batches of the step at `position`, on its device or on their way to it."""
         if self._ahead is None or self._ahead[0] != position:
             self._ahead = position, self._thread.submit(self._read, position)
         batches = self._ahead[1].result()
@@ -200,7 +203,7 @@ class Prefetcher:
         ]
 
     def sequence_ids(self, position: int) -> list[int]:
-        """Every rank's sequences of the step at `position`, in order."""
+        """Return every rank's sequences of the step at `position`, in order."""
         return self._sequences.ids_at(position, self._plan.sequences)
 
     def close(self) -> None:
@@ -214,5 +217,5 @@ class Prefetcher:
 
 
 def pinned(tensor: Tensor, device: torch.device) -> Tensor:
-    """In page-locked memory where there is a GPU, so that copying it does not make the host wait."""
+    """Return the tensor in page-locked memory on a GPU machine, so that copying it does not block the host."""
     return tensor.pin_memory() if device.type == "cuda" else tensor

@@ -1,8 +1,8 @@
-"""Cross-entropy as a sum over tokens, so that any split of a batch adds up to the same number: plain and chunked.
+"""Cross-entropy as a sum over tokens, plain and chunked: any split of a batch adds up to the same number.
 
-The chunked loss computes the logits of CHUNK_TOKENS positions at a time and, in training, their gradient at once,
-so that the logits of a micro-batch (B x T x V, the largest tensor of a small GPT-2) never exist. It multiplies the
-same matrices the same number of times as the plain loss; only the order of the additions differs.
+The chunked loss computes the logits of CHUNK_TOKENS positions at a time and, in training, their gradient at once. So the
+logits of a micro-batch (B x T x V, the largest tensor of a small GPT-2) never exist. It multiplies the same matrices the
+same number of times as the plain loss; only the order of the additions differs.
 """
 
 from collections.abc import Callable
@@ -22,9 +22,10 @@ ChunkFunction = Callable[..., tuple[Tensor, Tensor]]
 
 
 def token_losses(logits_NV: Tensor, targets_N: Tensor, vocab_size: int, cap: float | None = None) -> Tensor:
-    """Loss of each token in nats, fp32 [N], 0 where ignored; columns from `vocab_size` on do not exist.
+    """Return the loss of each token in nats, fp32 [N], 0 where the target is ignored.
 
-    `logits_NV` are not capped yet; `cap` here and below: --model.logit-softcap."""
+    Columns of `logits_NV` from `vocab_size` on are padding. The logits are not capped yet; `cap`: --model.logit-softcap.
+    """
     logits_NV = softcapped(logits_NV[:, :vocab_size].float(), cap)
     return F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORED, reduction="none")
 
@@ -32,7 +33,7 @@ def token_losses(logits_NV: Tensor, targets_N: Tensor, vocab_size: int, cap: flo
 def plain_loss(
     x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, scale: Tensor, vocab_size: int, cap: float | None = None
 ) -> Tensor:
-    """(sum of the token losses) x scale, and the sum itself without a gradient: fp32 [2]."""
+    """Return fp32 [2]: (sum of the token losses) x scale, and the sum itself without a gradient."""
     logits_NV = softcapped(F.linear(x_ND, weight_VD.to(x_ND.dtype))[:, :vocab_size].float(), cap)
     loss = F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORED, reduction="sum")
     return torch.stack([loss * scale, loss.detach()])
@@ -41,7 +42,7 @@ def plain_loss(
 def chunk_loss(
     x_nD: Tensor, weight_VD: Tensor, targets_n: Tensor, scale: Tensor, vocab_size: int, cap: float | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Sum of a chunk's token losses, fp32, and the gradient of (sum x scale) by its logits, in x's dtype [n, V].
+    """Return a chunk's sum of token losses, fp32, and the gradient of (sum x scale) by its logits, [n, V] in x's dtype.
 
     d loss / d logit = softmax - one-hot (Bridle 1990, equation 8), 0 for ignored targets and in padding columns; and
     d tanh(y) / dy = 1 - tanh(y)^2.
@@ -62,7 +63,7 @@ def chunk_loss(
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """`plain_loss`, chunk by chunk. The gradients are made in the forward pass, while a chunk's logits are there."""
+    """`plain_loss`, chunk by chunk. Gradients are computed in the forward pass, while a chunk's logits exist."""
 
     @staticmethod
     def forward(
@@ -93,7 +94,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        """The sum itself, element 1, is there to be read: only the scaled one carries a gradient."""
+        """Scale the gradients of element 0; element 1, the sum itself, is only read and carries none."""
         x_gradient, weight_gradient = ctx.saved_tensors
         outer = gradients[0][0]
         return x_gradient * outer, weight_gradient * outer, None, None, None, None, None
@@ -122,8 +123,8 @@ class LossModel(nn.Module):
         weight_VD = self.model.lm_head.weight
         vocab_size, cap = self.config.vocab_size, self.config.logit_softcap
         if self._is_chunked:
-            found: Tensor = ChunkedCrossEntropy.apply(x_ND, weight_VD, targets_N, scale, vocab_size, cap, self._chunk)
-            return found
+            losses: Tensor = ChunkedCrossEntropy.apply(x_ND, weight_VD, targets_N, scale, vocab_size, cap, self._chunk)
+            return losses
         return self._plain(x_ND, weight_VD, targets_N, scale, vocab_size, cap)
 
     @property
@@ -131,12 +132,12 @@ class LossModel(nn.Module):
         return self.model.config
 
     def logits_at(self, tokens_BT: Tensor, positions_B: Tensor) -> Tensor:
-        """GPT.logits_at: what sampling reads."""
+        """Return the model's logits_at, which sampling reads."""
         return self.model.logits_at(tokens_BT, positions_B)
 
     @torch.no_grad()
     def token_losses(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Loss of each token in nats, fp32 [B, T], 0 where ignored: what validation reads."""
+        """Return the loss of each token in nats, fp32 [B, T], 0 where ignored, which evaluations read."""
         x_ND, targets_N = self.model.hidden_states(inputs_BT).flatten(0, 1), targets_BT.flatten()
         size = CHUNK_TOKENS if self._is_chunked else len(x_ND)
         losses = [

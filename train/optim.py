@@ -11,10 +11,10 @@ from train.parallel.apply import local
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
-    """Fused AdamW (Loshchilov & Hutter 2019), its state in place from the start.
+    """Return fused AdamW (Loshchilov & Hutter 2019), its state in place from the start.
 
-    Matrices and embeddings decay, vectors do not. The state is made here rather than at the first step, so that
-    saving and loading meet the same tensors at any step.
+    Matrices and embeddings decay, vectors do not. The state is made here rather than at the first step, so that saving and
+    loading see the same tensors at any step.
     """
     parameters = list(model.parameters())
     groups = [
@@ -34,11 +34,11 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
 
 
 def learning_rate(step: int, config: OptimConfig, num_steps: int) -> float:
-    """The rate of step `step` (from 0): linear warm-up to lr_peak, then `config.schedule` to the end.
+    """Return the learning rate of step `step` (from 0): linear warm-up to lr_peak, then `config.schedule`.
 
-    cosine: Loshchilov & Hutter 2017, equation 5, one period over the steps after warm-up, to lr_final.
+    cosine: Loshchilov & Hutter 2017, equation 5, one half-period over the steps after warm-up, to lr_final.
     wsd (warmup, stable, decay: Hu et al. 2024, section 4): lr_peak, then linear to lr_final over the last
-    warmdown_fraction of all steps; linear over a fifth is what Haegele et al. 2024 recommend.
+    warmdown_fraction of all steps; Haegele et al. 2024 recommend linear over a fifth.
     """
     if step < config.warmup_steps:
         return config.lr_peak * (step + 1) / config.warmup_steps
@@ -53,8 +53,10 @@ def learning_rate(step: int, config: OptimConfig, num_steps: int) -> float:
 
 
 def sum_of_squares(parameters: Iterable[Tensor]) -> Tensor:
-    """Of this rank's part of all gradients, in fp64: a scalar on their device. Their norm is the root of its sum over
-    a replica's shards, rounded to fp32."""
+    """Return the sum of squares of this rank's part of all gradients, an fp64 scalar on their device.
+
+    The global norm is the root of its sum over a replica's shards, rounded to fp32.
+    """
     gradients = [local(p.grad) for p in parameters if p.grad is not None]
     norms = list(torch._foreach_norm(gradients, 2, dtype=torch.float64))
     return torch.stack(norms).square().sum()
@@ -68,11 +70,11 @@ def update(
     clip_norm: float | None,
     loss_scale: Tensor | None = None,
 ) -> None:
-    """One optimizer step on the device, clipped to `clip_norm`, and none at all where `is_finite` is False.
+    """Take one optimizer step on the device, clipped to `clip_norm`; take none where `is_finite` is False.
 
-    The gradients are `loss_scale` times too large where there is one; `norm` is of the true ones. Fused AdamW divides
-    by `grad_scale` and skips on `found_inf` inside its kernel, so neither clipping, unscaling nor the finiteness
-    check makes the host wait or reads the gradients once more.
+    The gradients are `loss_scale` times too large if it is given; `norm` is that of the true ones. Fused AdamW divides by
+    `grad_scale` and skips on `found_inf` inside its kernel. So clipping, unscaling and the finiteness check neither make
+    the host wait nor read the gradients once more.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -1,4 +1,4 @@
-"""Everything that is done to the plain model before it trains, in one visible order."""
+"""Everything that is applied to the plain model before it trains, in one ordered function."""
 
 import math
 import types
@@ -22,18 +22,17 @@ from train.processes.group import ProcessGroup
 
 
 def build_loss_model(config: Config, parallel_plan: ParallelPlan, group: ProcessGroup) -> LossModel:
-    """The model with its loss and its initial weights, ready for this process. Parameter names stay as they are.
+    """Return the model with its loss and initial weights, ready for this process. Parameter names stay as they are.
 
-    1. Without memory (on the meta device), so that no rank ever holds more than its part and one whole parameter.
-    2. Activation checkpointing, block by block: the compiler must see it to plan what is computed again.
-    3. compile, in place and block by block: one graph serves all blocks (with a value residual two). A block's forward
-       is compiled, not its call, so that FSDP's hooks, which run around it, break no graph. Shapes are static:
-       training, validation and sampling call the model in one and the same, HellaSwag in a few. Dynamo's own cutting at
-       DDP's buckets is switched off: blocks are pieces enough to overlap communication with, and every world size then
-       compiles the same graph.
-    4. FSDP2, so that what it gathers and frees is a block with all that was done to it.
-    5. Memory and initial values, each drawn whole and cut: the same numbers however the model is spread.
-    6. DDP, in `wrap`, so that it sees the final parameters. The optimizer comes after sharding: it is made of shards.
+    1. Build on the meta device, so that no rank ever holds more than its part and one whole parameter.
+    2. Apply activation checkpointing block by block. The compiler must see it to plan what is recomputed.
+    3. Compile in place and block by block: one graph serves all blocks (two with a value residual). A block's forward is
+       compiled, not its call, so that FSDP2's hooks, which run around it, break no graph. Shapes are static: training,
+       validation and sampling use one shape, HellaSwag a few. Dynamo's own splitting at DDP's buckets is off: blocks are
+       small enough to overlap with communication, and every world size then compiles the same graph.
+    4. Apply FSDP2, so that it gathers and frees a block with all that was done to it.
+    5. Allocate memory and set initial values, each drawn whole and cut: the same numbers however the model is spread.
+    6. Apply DDP, in `wrap`, so that it sees the final parameters. The optimizer is made after sharding, of shards.
     """
     train = config.train
     with torch.device("meta"):
@@ -46,7 +45,7 @@ def build_loss_model(config: Config, parallel_plan: ParallelPlan, group: Process
         compile_parts(model)
     if parallel_plan.is_sharded:
         shard(loss_model, parallel_plan, group)
-        group.set_timeout(config.parallel.init_timeout_seconds)  # of the groups that were made for it, too
+        group.set_timeout(config.parallel.init_timeout_seconds)  # for the groups that sharding made, too
     loss_model.to_empty(device=group.device)
     model.tie_weights()
     init_weights(model, config.seed, put=put)
@@ -56,8 +55,11 @@ def build_loss_model(config: Config, parallel_plan: ParallelPlan, group: Process
 
 
 def compile_parts(model: LanguageModel) -> None:
-    """3. Of graphs for one function torch keeps 8, and computes what comes after them without compiling: too few for
-    the shapes of training, validation and HellaSwag together, of which a value residual needs each twice."""
+    """Compile the model's parts in place (step 3).
+
+    torch keeps 8 graphs of a function and runs later ones uncompiled: too few for the shapes of training, validation and
+    HellaSwag together, of which a value residual needs each twice.
+    """
     torch._dynamo.config.optimize_ddp = False
     torch._dynamo.config.recompile_limit = 32
     for part in model.compiled_parts:
@@ -65,24 +67,24 @@ def compile_parts(model: LanguageModel) -> None:
 
 
 def recomputed(block: Block, x_BTD: Tensor, shared: Shared) -> tuple[Tensor, Tensor | None]:
-    """A block that keeps its inputs alone. Nothing random happens in it, so no generator has to be put back.
+    """Run a block that keeps only its inputs. Nothing in it is random, so no generator state has to be kept.
 
-    A function of ours around `checkpoint`, since Dynamo skips the frames of torch.utils.checkpoint that it meets first.
+    A function of ours around `checkpoint`, since Dynamo skips frames of torch.utils.checkpoint that it meets first.
     """
-    found: tuple[Tensor, Tensor | None] = checkpoint(
+    outputs: tuple[Tensor, Tensor | None] = checkpoint(
         Block.forward, block, x_BTD, shared, use_reentrant=False, preserve_rng_state=False
     )
-    return found
+    return outputs
 
 
 def shard(loss_model: LossModel, parallel_plan: ParallelPlan, group: ProcessGroup) -> None:
-    """FSDP2: every rank keeps the rows of each parameter that are its own, and gathers a block when it is its turn.
+    """Apply FSDP2 (step 4): every rank keeps its rows of each parameter and gathers a block when it is needed.
 
-    A block's weights are gathered in the dtype that it computes with, which is how the plain model uses them but for
-    the norms', whose gain and bias are rounded here; its gradients are reduced in fp32. The rest (the embedding, which
-    is also the head or has it beside it, positions and last norm) is one group of the root and is gathered in fp32: the
-    embedding's gradient is a sum over tokens, which in bf16 would lose what the plain model keeps. The last block and
-    the root stay gathered between their passes: the backward pass begins with them.
+    A block's weights are gathered in the dtype that it computes with, as the plain model uses them, except that the norms'
+    gain and bias are rounded too. Its gradients are reduced in fp32. The root group holds the rest: the embedding (with the
+    head), positions and last norm. It is gathered in fp32, since the embedding's gradient is a sum over tokens and would
+    lose in bf16 what the plain model keeps. The last block and the root stay gathered between forward and backward pass,
+    which begins with them.
     """
     device_mesh = make_device_mesh(parallel_plan, group)
     dtype = loss_model.model.compute_dtype
@@ -109,7 +111,7 @@ def shard(loss_model: LossModel, parallel_plan: ParallelPlan, group: ProcessGrou
 
 
 def make_device_mesh(parallel_plan: ParallelPlan, group: ProcessGroup) -> DeviceMesh:
-    """The ranks as a row of shards, or as a table: a row for each replica. Collective."""
+    """Return the ranks as a row of shards, or as a table with a row for each replica. Collective."""
     group.need_group()
     if parallel_plan.mode == "hsdp":
         shape, names = (parallel_plan.replicas, parallel_plan.shards), ("replicate", "shard")
@@ -129,9 +131,9 @@ def put(parameter: Tensor, value: Tensor) -> None:
 
 
 def wrap(loss_model: LossModel, parallel_plan: ParallelPlan) -> nn.Module:
-    """6. DDP last. gradient_as_bucket_view saves one copy of the gradients.
+    """Return the module to call in training: DDP around the loss model, or the loss model itself (step 6).
 
-    The module to call in training; the objective itself stays the one to validate and sample from.
+    gradient_as_bucket_view saves one copy of the gradients. Validation and sampling call the loss model itself.
     """
     if parallel_plan.mode == "ddp":
         return DistributedDataParallel(loss_model, gradient_as_bucket_view=True)
@@ -139,18 +141,20 @@ def wrap(loss_model: LossModel, parallel_plan: ParallelPlan) -> nn.Module:
 
 
 def zero_gradients(module: nn.Module) -> None:
-    """Forget the gradients; DDP's are zeroed in place, since they lie in its buckets: without them there, micro-batches
-    that are not reduced would hold a second copy of all gradients."""
+    """Clear the gradients. DDP's are zeroed in place, since they are views of its buckets.
+
+    Without them there, micro-batches that are not reduced would hold a second copy of all gradients.
+    """
     module.zero_grad(set_to_none=not isinstance(module, DistributedDataParallel))
 
 
 def set_gradient_sync(module: nn.Module, parallel_plan: ParallelPlan, is_last: bool) -> None:
-    """Whether the next micro-batch is the last of its step. Call before its *forward*.
+    """Say whether the next micro-batch is the last of its step. Call this before its *forward*.
 
-    The root's weights stay gathered until then: every pass uses them first and last of all, so freeing them would
-    lower no peak. With whole gradients nothing is reduced before the last, and weights that stay gathered from the
-    forward to the backward pass stay so until then. Else every micro-batch's gradients are scattered over a replica's
-    shards, and the last one's sums are added up over the replicas.
+    The root's weights stay gathered until the last: every pass uses them first and last, so freeing them lowers no peak.
+    With whole gradients nothing is reduced before the last micro-batch, and weights that stay gathered from forward to
+    backward stay so until then. Otherwise every micro-batch's gradients are scattered over a replica's shards, and the
+    last one's sums are added up over the replicas.
     """
     if isinstance(module, DistributedDataParallel):
         module.require_backward_grad_sync = is_last
@@ -165,7 +169,7 @@ def set_gradient_sync(module: nn.Module, parallel_plan: ParallelPlan, is_last: b
 
 
 def free_gathered(module: nn.Module) -> None:
-    """After forward passes without a backward pass: what FSDP2 kept gathered for it is freed."""
+    """Free what FSDP2 keeps gathered after forward passes that no backward pass followed."""
     if isinstance(module, FSDPModule):
         for part in module.modules():
             if isinstance(part, FSDPModule):
@@ -173,5 +177,5 @@ def free_gathered(module: nn.Module) -> None:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor that may be sharded: a view of it."""
+    """Return this rank's part of a tensor that may be sharded, as a view."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

@@ -1,7 +1,7 @@
-"""--train.micro-batch auto: the largest that fits this GPU, found by trying it before step 0.
+"""--train.micro-batch auto: find the largest micro-batch that fits this GPU by trying, before step 0.
 
-Two small micro-batches tell what a sequence costs; the largest that should fit is then tried, and the next smaller
-one where it does not. A run does this once: what was found stands in its config.json, and resuming reads it there.
+Two small micro-batches tell what a sequence costs. The largest that should fit is then tried, and the next smaller one
+if it does not. A run does this once: the result is kept in its config.json, where a resumed run reads it.
 """
 
 import dataclasses
@@ -20,13 +20,13 @@ from train.parallel.plan import ParallelPlan
 from train.processes.group import ProcessGroup
 from train.run.directory import RunDirectory
 
-# Of the GPU's memory. The rest is for NCCL's buffers, samples and what fragmentation costs over a long run.
+# Usable part of the GPU's memory. The rest is for NCCL's buffers, samples and fragmentation over a long run.
 USABLE = 0.92
 OTHER_WORDS = "out of memory|ALLOC_FAILED"
 
 
 def check_device(config: Config, device: torch.device) -> None:
-    """InputError if something is asked for that only a GPU can do."""
+    """Raise InputError if the config needs a GPU and there is none."""
     if config.train.micro_batch == "auto" and device.type != "cuda":
         raise InputError("--train.micro-batch auto measures a GPU's memory; give a number on a CPU, such as 16")
     if config.model.attention == "flex" and device.type != "cuda":
@@ -62,7 +62,7 @@ def settle_micro_batch(
 
 
 def conditions_of(config: Config, parallel_plan: ParallelPlan, group: ProcessGroup) -> dict[str, Any]:
-    """What decides how much memory a sequence takes, and how much there is."""
+    """Return what decides how much memory a sequence takes, and how much there is."""
     train = config.train
     return {
         "device": torch.cuda.get_device_name(group.device),
@@ -78,16 +78,16 @@ def conditions_of(config: Config, parallel_plan: ParallelPlan, group: ProcessGro
 
 
 def kept_micro_batch(found: dict[str, Any], conditions: dict[str, Any]) -> int | None:
-    """What config.json says was found under the same conditions; None for nothing."""
+    """Return the micro-batch that config.json keeps for the same conditions; None if it keeps none."""
     return found["micro_batch"] if found.get("conditions") == conditions else None
 
 
 def search(
     config: Config, loss_model: LossModel, parallel_plan: ParallelPlan, shares: Sequence[int], group: ProcessGroup
 ) -> int:
-    """The largest of `shares` that fits every rank's GPU, which is left as it was found: no blocks held, no counts.
+    """Return the largest of `shares` that fits every rank's GPU, and leave the GPU's allocator as it was.
 
-    Collective: all ranks try the same sizes, and what is too large for one is too large for all.
+    Collective: all ranks try the same sizes, and a size that is too large for one is too large for all.
     """
     device = group.device
     free, total = torch.cuda.mem_get_info(device)
@@ -109,10 +109,10 @@ def search(
 def largest_that_fits(
     sizes: Sequence[int], measure: Callable[[int], int | None], budget: int, *, may_fail: bool = True
 ) -> int:
-    """The largest of `sizes` (ascending) whose measured peak is within `budget` bytes.
+    """Return the largest of `sizes` (ascending) whose measured peak is within `budget` bytes.
 
-    `measure` returns None where memory ran out; without `may_fail` the second size is tried only if it must fit,
-    were all that the first took activations. InputError if even the smallest does not fit.
+    `measure` returns None where memory ran out. Without `may_fail` the second size is tried only if it must fit, even if
+    the first took nothing but activations. Raise InputError if not even the smallest fits.
     """
     smallest = measure(sizes[0])
     if smallest is None or smallest > budget:
@@ -136,7 +136,7 @@ def largest_that_fits(
 def peak_bytes(
     loss_model: LossModel, parallel_plan: ParallelPlan, sequences: int, seq_len: int, device: torch.device
 ) -> int | None:
-    """Most memory allocated during the two last micro-batches of a step, of so many sequences; None where it ran out.
+    """Return the most memory allocated during the last two micro-batches of a step; None if memory ran out.
 
     A sharded model raises then, since the other ranks wait for this one in the middle of a pass.
     """

@@ -1,4 +1,4 @@
-"""How a run is spread over its processes: what is copied, what is shared out, and why."""
+"""How a run is spread over its processes: what is copied, what is sharded, and why."""
 
 import itertools
 import math
@@ -17,19 +17,18 @@ from train.processes.group import ProcessGroup
 
 Mode = Literal["none", "ddp", "fsdp", "hsdp"]
 
-# Of a process's memory: what weights, gradients and optimizer may take before they are shared out. The rest is for
-# activations, of which more at once make a step faster. A choice, not a measurement.
+# Part of a process's memory that weights, gradients and optimizer state may take before they are sharded. The rest is
+# for activations: a larger micro-batch makes a step faster. A choice, not a measurement.
 COMFORTABLE = 0.5
 
 
 @dataclass(frozen=True)
 class ParallelPlan:
-    """`replicas` copies of weights, gradients and optimizer state, each spread over `shards` ranks in a row.
+    """`replicas` copies of weights, gradients and optimizer state, each spread over `shards` consecutive ranks.
 
-    `reshard_after_forward`: gathered weights are freed after each block's forward pass and gathered again for its
-    backward pass. `whole_gradients`: micro-batches add up whole gradients, which are reduced once a step; otherwise
-    they are reduced, and only the own shard kept, after each. `reason`: why this and not another. `memory_bytes`: what
-    each rank may fill.
+    `reshard_after_forward`: gathered weights are freed after each block's forward pass and gathered again for its backward
+    pass. `whole_gradients`: micro-batches add up whole gradients, which are reduced once a step; otherwise they are reduced
+    after each micro-batch, and only the own shard is kept. `reason`: why this plan. `memory_bytes`: what each rank may use.
     """
 
     mode: Mode
@@ -46,13 +45,13 @@ class ParallelPlan:
 
 
 def choose_parallel_plan(config: Config, *, world: int, local_world: int, memory_bytes: int) -> ParallelPlan:
-    """What --parallel.mode asks for, or with auto what suits `world` ranks, `local_world` a host, of `memory_bytes`.
+    """Return the plan that --parallel.mode names, or with auto the one that suits `world` ranks.
 
-    auto is DDP while a whole copy of the training state fits comfortably: it communicates least. Else FSDP2 on one
-    host. Over several hosts HSDP while a copy fits comfortably into a host's ranks, since weights are then gathered
-    within hosts only; else FSDP2 over all of them.
+    auto is DDP while a whole copy of the training state fits comfortably into `memory_bytes`, since DDP communicates least.
+    Otherwise it is FSDP2 on one host. Over several hosts of `local_world` ranks it is HSDP while a copy fits comfortably
+    into one host's ranks, since weights are then gathered within hosts only; else FSDP2 over all ranks.
 
-    InputError if what is asked for does not fit the number of processes.
+    Raise InputError if the mode does not fit the number of processes.
     """
     mode, reason = _mode_of(config, world, local_world, memory_bytes)
     shards = {"none": 1, "ddp": 1, "fsdp": world, "hsdp": config.parallel.shard_size or local_world}[mode]
@@ -63,7 +62,7 @@ def choose_parallel_plan(config: Config, *, world: int, local_world: int, memory
     is_sharded = mode in ("fsdp", "hsdp")
     if is_sharded and config.model.kind != "gpt":
         raise InputError(
-            f"--parallel.mode {mode} shares out blocks, --model.kind {config.model.kind} has none; use ddp"
+            f"--parallel.mode {mode} shards blocks, which --model.kind {config.model.kind} does not have; use ddp"
         )
     return ParallelPlan(
         mode=mode,
@@ -77,14 +76,14 @@ def choose_parallel_plan(config: Config, *, world: int, local_world: int, memory
 
 
 def agree_on_parallel_plan(config: Config, group: ProcessGroup) -> ParallelPlan:
-    """The same one on every rank: by the least memory that any has, and by which ranks share a host. Collective."""
+    """Return the same plan on every rank: for the least memory of any, and for which ranks share a host. Collective."""
     local_ranks = local_world_of(group.gather(socket.gethostname()))
     memory_bytes = min(group.gather(memory_of(group.device, local_ranks)))
     return choose_parallel_plan(config, world=group.world, local_world=local_ranks, memory_bytes=memory_bytes)
 
 
 def local_world_of(hosts: list[str]) -> int:
-    """Of the ranks' hosts: the most ranks in a row that always share one, from the first on in groups of that size."""
+    """Return the largest group size such that consecutive ranks of each group always share a host."""
     sizes = [len(list(ranks)) for _, ranks in itertools.groupby(hosts)]
     return math.gcd(*sizes)
 
@@ -98,7 +97,7 @@ def _mode_of(config: Config, world: int, local_world: int, memory_bytes: int) ->
     if mode != "auto":
         shard_size = config.parallel.shard_size or local_world
         is_across = mode == "hsdp" and local_world % shard_size != 0
-        return mode, "asked for" + ("; weights are gathered across hosts" if is_across else "")
+        return mode, "set by flag" + ("; weights are gathered across hosts" if is_across else "")
     if world == 1:
         return "none", "one process"
     state_bytes, limit_bytes = model_cost(config.model).state_bytes, COMFORTABLE * memory_bytes
@@ -113,7 +112,7 @@ def _mode_of(config: Config, world: int, local_world: int, memory_bytes: int) ->
 
 
 def _adds_up_whole(config: Config, shards: int, memory_bytes: int) -> bool:
-    """auto: whole while they fit comfortably beside the shards, since every reduction but the last is then saved."""
+    """Return whether whole gradients are kept; auto: while they fit comfortably beside the shards."""
     if config.parallel.reduce_gradients != "auto":
         return config.parallel.reduce_gradients == "step"
     cost = model_cost(config.model)
@@ -121,7 +120,7 @@ def _adds_up_whole(config: Config, shards: int, memory_bytes: int) -> bool:
 
 
 def memory_of(device: torch.device, local_ranks: int) -> int:
-    """Bytes that one rank may fill: its GPU's, or its share of the host's physical memory."""
+    """Return the bytes that one rank may use: its GPU's, or its share of the host's physical memory."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // local_ranks

@@ -1,4 +1,4 @@
-"""Which numbers a run computes with: dtypes, the TF32 policy, determinism, and the loss scale that fp16 needs."""
+"""The precision a run computes with: dtypes, the TF32 policy, determinism, and the loss scale that fp16 needs."""
 
 import os
 
@@ -16,15 +16,15 @@ COMPUTE_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "tf32": torch.f
 
 
 def compute_dtype(config: TrainConfig) -> torch.dtype:
-    """The dtype of the residual stream and of matrix products."""
+    """Return the dtype of the residual stream and of matrix products."""
     return COMPUTE_DTYPES[config.dtype]
 
 
 def set_numerics(config: TrainConfig, device: torch.device) -> None:
-    """Make torch's global switches those of this run, whatever they were.
+    """Set torch's global switches for this run, whatever they were.
 
-    TF32 is on with --train.dtype tf32 and off otherwise. --train.deterministic lets no kernel run that adds in
-    a varying order (an operation without another one raises), and cuBLAS keep one workspace per stream.
+    TF32 is on with --train.dtype tf32 and off otherwise. --train.deterministic admits only kernels that add in a fixed
+    order (an operation that has none raises), and makes cuBLAS keep one workspace per stream.
     """
     if device.type == "cuda":
         if config.dtype == "bf16" and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -49,7 +49,7 @@ class LossScale:
         self.good_steps = torch.zeros((), device=device)
 
     def update(self, is_finite: Tensor, frozen: Tensor) -> None:
-        """After a step: was its gradient finite? `frozen`, a bool scalar: leave everything as it is."""
+        """Adapt the scale after a step whose gradient was finite or not; `frozen` (bool scalar) changes nothing."""
         good_steps = (self.good_steps + 1) * is_finite
         doubles = good_steps >= STEPS_TO_DOUBLE
         factor = torch.where(is_finite, torch.where(doubles, 2.0, 1.0), 0.5)
@@ -57,5 +57,5 @@ class LossScale:
         self.good_steps.copy_(torch.where(frozen, self.good_steps, good_steps * ~doubles))
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps of it, by name."""
+        """Return what a checkpoint keeps of the scale, by name."""
         return {"loss_scale.scale": self.scale, "loss_scale.good_steps": self.good_steps}
