@@ -7,9 +7,9 @@
 
 As its training loop does it, with the same numbers but for the rounding of another layout or of compilation (in bf16
 FSDP2 rounds the norms' weights too): on all processes, each with the whole model. Prints a table with
-standard errors, and all of it as JSON in the last line. What is done is kept in RUN/evaluations (or --out), and not
-done again; killed while it scores HellaSwag, the same command goes on. HellaSwag is scored in the completion style,
-which train/evals/hellaswag.py describes; train/harness.py has lm-evaluation-harness's.
+standard errors, and all of it as JSON in the last line. Results are kept in RUN/evaluations (or --out), and not
+evaluated again. HellaSwag is scored in the completion style, which train/evals/hellaswag.py describes;
+train/harness.py has lm-evaluation-harness's.
 
 1,000 items of HellaSwag take a model of 4 layers x 128, with byte pairs of its own, half a minute of a CPU core.
 """
@@ -28,23 +28,21 @@ import functools
 import json
 import math
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
-import torch
 import tyro
 
 from common.errors import InputError, one_line_errors
-from data_prep.hellaswag import NUM_ENDINGS
 from data_prep.manifest import open_split, read_manifest
 from data_prep.tokenizer import gives_same_ids, load_tokenizer, name_of
 from model.checkpoint import TrainedModel, find_checkpoint, load_checkpoint, load_model, read_state
 from model.costs.gpu_peaks import DType
 from model.hf.folder import is_hugging_face
 from train.config import TrainConfig, ValidateConfig
-from train.evals.hellaswag import STYLE, HellaSwag, ending_losses, open_hellaswag, score
-from train.evals.results import FOLDER, Key, ScoreLog, fingerprint_of, read_result, record_name, write_result
+from train.evals.hellaswag import STYLE, HellaSwag, Score, ending_losses, open_hellaswag, score
+from train.evals.results import FOLDER, Key, file_name, fingerprint_of, read_result, write_result
 from train.evals.validation import Validation, ValidationSet, validate
 from train.losses import LossModel
 from train.parallel.apply import compile_parts
@@ -54,7 +52,6 @@ from train.processes.stop_requests import StopRequests
 
 TIMEOUT_SECONDS = 1800.0
 LARGEST_EXPONENT = 700  # e^709 is the largest that a float holds
-BATCHES_BETWEEN_LOGS = 4  # of each process, while HellaSwag is scored: what a kill may cost
 
 
 @dataclass(frozen=True)
@@ -107,6 +104,10 @@ class Subject:
     loss_model: LossModel
     out: Path | None
     key: dict[str, Any]
+
+    def path_of(self, kind: str, key: Key) -> Path | None:
+        """Return the file that keeps the result of such an evaluation; None: it is not kept."""
+        return None if self.out is None else self.out / file_name(kind, self.trained.step, key)
 
 
 def settings_of(checkpoint: Path) -> Settings:
@@ -240,25 +241,23 @@ def open_validation(options: Options, subject: Subject) -> tuple[ValidationSet, 
 def validated(
     subject: Subject, data: ValidationSet, about: Mapping[str, Any], group: ProcessGroup, stop_requests: StopRequests
 ) -> dict[str, Any]:
-    """Found before, or now, printed and kept."""
+    """Return the report on the validation tokens, whose result is kept, or was."""
     key = subject.key | {name: about[name] for name in ("data", "split", "tokens")}
-    path = None if subject.out is None else subject.out / f"{record_name('validation', subject.trained.step, key)}.json"
-    kept = group.on_main(lambda: None if path is None else read_result(path, key))
-    is_new = kept is None
-    if kept is None:
-        found = validate(
-            subject.loss_model, data, group=group, stop_requests=stop_requests, heartbeat=lambda where: None
+    path = subject.path_of("validation", key)
+    result = kept = group.on_main(lambda: read_result(path, key, Validation))
+    if result is None:
+        result = validate(
+            subject.loss_model, data, group=group, stop_requests=stop_requests, heartbeat=progress_of(group)
         )
-        if found is None:
-            raise StoppedError
-        kept = asdict(found)
-    say(group, f"validation  {about['directory']}, {about['split']}{'' if is_new else f'; from {path}'}")
-    result = kept | with_perplexity(Validation(**kept))
-    say(group, table_of({name: (result[name], result[error]) for name, error in VALIDATION_ROWS.items()}))
-    say(group, f"  {'tokens':<16}{result['tokens']:>12,}")
-    if is_new and path is not None:  # once it is said: the directory may be another's to write
-        group.on_main(lambda: write_result(path, key, kept))
-    return dict(about) | result
+    if result is None:
+        raise StoppedError
+    values = asdict(result) | with_perplexity(result)
+    say(group, f"validation  {about['directory']}, {about['split']}{'' if kept is None else f'; from {path}'}")
+    say(group, table_of({name: (values[name], values[error]) for name, error in VALIDATION_ROWS.items()}))
+    say(group, f"  {'tokens':<16}{result.tokens:>12,}")
+    if kept is None:  # after the table: the directory may be another's to write
+        group.on_main(lambda: write_result(path, key, asdict(result)))
+    return dict(about) | values
 
 
 VALIDATION_ROWS = {"loss": "stderr", "perplexity": "perplexity_stderr", "bits_per_byte": "bits_per_byte_stderr"}
@@ -300,48 +299,34 @@ def open_items_for(options: Options, subject: Subject) -> HellaSwag | None:
 
 
 def answered(subject: Subject, data: HellaSwag, group: ProcessGroup, stop_requests: StopRequests) -> dict[str, Any]:
-    """Scored from where an evaluation before this one was cut off; printed and kept."""
-    key = subject.key | {"questions": data.fingerprint()}
-    base = None if subject.out is None else subject.out / record_name("hellaswag", subject.trained.step, key)
-    score_log = None if base is None else group.on_main(lambda: open_log(Path(f"{base}.jsonl"), key, data))
-    losses = {} if score_log is None else dict(score_log.losses)
-    to_do = [b for b in range(data.num_batches) if not losses.keys() >= set(data.questions_of(b))]
-    num_before = len(losses)
-    stride = BATCHES_BETWEEN_LOGS * group.world
-    for start in range(0, len(to_do), stride):
-        batches = to_do[start : start + stride]
-        found_Q4 = ending_losses(
-            subject.loss_model, data, batches, group=group, stop_requests=stop_requests, heartbeat=lambda where: None
+    """Return the report on HellaSwag, whose result is kept, or was."""
+    questions = {"questions": data.fingerprint()}
+    key = subject.key | questions
+    path = subject.path_of("hellaswag", key)
+    result = kept = group.on_main(lambda: read_result(path, key, Score))
+    if result is None:
+        losses_Q4 = ending_losses(
+            subject.loss_model, data, group=group, stop_requests=stop_requests, heartbeat=progress_of(group)
         )
-        if found_Q4 is None:
+        if losses_Q4 is None:
             raise StoppedError
-        found = {n: found_Q4[n].tolist() for b in batches for n in data.questions_of(b)}
-        losses |= found
-        if score_log is not None:
-            group.on_main(functools.partial(score_log.add, found))
-        say_progress(group, len(losses), len(data.questions))
-    result = score(data.questions, torch.tensor([losses[n] for n in range(len(data.questions))], dtype=torch.float64))
-    kept = asdict(result) | {"style": STYLE, "remarks": list(data.remarks)}
-    if base is not None:
-        group.on_main(lambda: write_result(Path(f"{base}.json"), key, kept))
-    before = f"; {num_before:,} of its items from {base}.jsonl" if num_before else ""
-    say(group, f"hellaswag   {STYLE}{before}")
+        result = score(data.questions, losses_Q4)
+    values = asdict(result) | {"style": STYLE, "remarks": list(data.remarks)}
+    say(group, f"hellaswag   {STYLE}{'' if kept is None else f'; from {path}'}")
     say(group, "\n".join(f"  note: {remark}" for remark in data.remarks) or "  the whole pinned set")
     say(
         group, table_of({"acc": (result.acc, result.acc_stderr), "acc_norm": (result.acc_norm, result.acc_norm_stderr)})
     )
     say(group, f"  {'items':<16}{result.items:>12,}")
-    return {"questions": key["questions"]} | kept
+    if kept is None:
+        group.on_main(lambda: write_result(path, key, values))
+    return questions | values
 
 
-def open_log(path: Path, key: Key, data: HellaSwag) -> ScoreLog:
-    return ScoreLog(path, key, num_questions=len(data.questions), num_endings=NUM_ENDINGS)
-
-
-def say_progress(group: ProcessGroup, num_done: int, num_items: int) -> None:
-    """Where a person waits at a terminal."""
-    if group.is_main and sys.stderr.isatty():
-        print(f"hellaswag: {num_done:,} of {num_items:,} items", file=sys.stderr)
+def progress_of(group: ProcessGroup) -> Callable[[str], None]:
+    """Return what shows, where a person waits at a terminal, how far it is, on a line that the next one replaces."""
+    is_shown = group.is_main and sys.stderr.isatty()
+    return lambda where: print(f"  {where}", end="\r", file=sys.stderr, flush=True) if is_shown else None
 
 
 def null_where_not_finite(value: Any) -> Any:
@@ -369,7 +354,7 @@ def main(args: Sequence[str] | None = None) -> None:
             group.barrier()  # launchers kill the rest when the first process exits
         if reasons:
             if group.is_main:
-                print(f"validate: stopped ({reasons[0]}); the same command goes on", file=sys.stderr)
+                print(f"validate: stopped ({reasons[0]}); the same command does what is left", file=sys.stderr)
             sys.exit(1)
 
 

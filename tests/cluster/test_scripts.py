@@ -80,6 +80,22 @@ def test_a_node_that_does_not_have_the_checkout_is_named(cluster: Cluster, tiny_
     assert len(job.lines("ends: training did not begin")) == 1, job.text()
 
 
+def test_preflight_sees_whether_nodes_share_the_run_directory(cluster: Cluster, tmp_path: Path) -> None:
+    run_dir, nodes = tmp_path / "run", cluster.nodes[:2]
+    shape = ("--nodes=2", "--ntasks=2", "--gpus-per-node=1", "--cpus-per-task=1", f"--nodelist={','.join(nodes)}")
+    command = ("env", "CUDA_VISIBLE_DEVICES=", "python", "train/preflight.py", "--run-dir", str(run_dir))
+    fit = cluster.run("srun", *shape, *command)
+    assert fit.returncode == 0 and fit.stdout.endswith("preflight: fit to train\n"), fit.stderr
+    assert [line.split()[0] for line in fit.stdout.splitlines()[1:3]] == nodes
+    assert list(tmp_path.iterdir()) == []
+    run_dir.mkdir()
+    with hidden(cluster, 2, run_dir):
+        unfit = cluster.run("srun", *shape, *command)
+    assert unfit.returncode == 2, unfit.stdout
+    assert f"{run_dir} is not shared, {nodes[0]} does not see what {nodes[1]} writes, " in unfit.stderr
+    assert list(run_dir.iterdir()) == []
+
+
 def test_fineweb_by_an_array_and_the_job_that_packs_is_what_one_process_makes(cluster: Cluster, tmp_path: Path) -> None:
     for number in range(4):
         write_pages(tmp_path / "pages" / f"{number:03d}_00000.parquet", make_pages(60, number))

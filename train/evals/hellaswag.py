@@ -193,19 +193,17 @@ def open_hellaswag(
 def ending_losses(
     loss_model: LossModel,
     data: HellaSwag,
-    numbers: Sequence[int] | None = None,
     *,
     group: ProcessGroup,
     stop_requests: StopRequests,
     heartbeat: Callable[[str], None],
 ) -> Tensor | None:
-    """Summed loss of each ending in nats, fp64 [questions, 4] on the CPU; 0 of those that are in none of the batches
-    `numbers` (None: all). None if a stop was asked for meanwhile. Collective; the same at every world size."""
+    """Return the summed loss of each ending in nats, fp64 [questions, 4] on the CPU; None if a stop was asked for
+    meanwhile. Collective; the same at every world size."""
     losses_Q4 = torch.zeros(len(data.questions), NUM_ENDINGS, dtype=torch.float64, device=group.device)
-    numbers = range(data.num_batches) if numbers is None else numbers
     try:
         for number, _, losses_BT in scored_batches(
-            loss_model, data, numbers, what="HellaSwag", group=group, stop_requests=stop_requests, heartbeat=heartbeat
+            loss_model, data, what="HellaSwag", group=group, stop_requests=stop_requests, heartbeat=heartbeat
         ):
             found_Q4 = losses_BT.double().sum(dim=1).view(-1, NUM_ENDINGS)
             questions = data.questions_of(number)

@@ -1,7 +1,7 @@
 """Validation loss and bits per byte on fixed tokens, shared among all ranks, the same at every world size."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -50,24 +50,22 @@ class Batches(Protocol):
 def scored_batches(
     loss_model: LossModel,
     data: Batches,
-    numbers: Sequence[int],
     *,
     what: str,
     group: ProcessGroup,
     stop_requests: StopRequests,
     heartbeat: Callable[[str], None],
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(its number, targets_BT, losses_BT) of this rank's batches out of `numbers`, which the ranks take in turn.
+    """(its number, targets_BT, losses_BT) of this rank's batches, which the ranks take in turn.
 
     Collective: every rank must take all that comes. Who has no batch left gets one without targets, so that all call
     the model equally often. Raises StopAskedError on all ranks if any is asked to stop. `beat` hears what is next.
     """
     loss_model.eval()
     asked: Tensor | None = None  # to stop, by any rank; read a batch late, so that no batch waits for it
-    for first in range(0, len(numbers), group.world):
-        heartbeat(f"{what}, batches from {first} of {len(numbers)}")
-        place = first + group.rank
-        number = numbers[place] if place < len(numbers) else data.num_batches
+    for first in range(0, data.num_batches, group.world):
+        heartbeat(f"{what}, batches from {first} of {data.num_batches}")
+        number = first + group.rank
         inputs_BT, targets_BT = (
             pinned(tensor_BT, group.device).to(group.device, non_blocking=True) for tensor_BT in data.batch(number)
         )
@@ -140,10 +138,9 @@ def validate(
     """
     byte_lengths_V = torch.from_numpy(data.byte_lengths).to(group.device)
     totals = torch.zeros(2, 6, dtype=torch.float64, device=group.device)  # per token, per byte
-    numbers = range(data.num_batches)
     try:
         for _, targets_BT, losses_BT in scored_batches(
-            loss_model, data, numbers, what="validation", group=group, stop_requests=stop_requests, heartbeat=heartbeat
+            loss_model, data, what="validation", group=group, stop_requests=stop_requests, heartbeat=heartbeat
         ):
             is_scored_BT = targets_BT != IGNORED
             bytes_BT = byte_lengths_V[targets_BT.clamp(min=0)] * is_scored_BT

@@ -9,14 +9,15 @@ Writes below RUN/traces, for each chosen rank R:
 The traced steps run slower; trust their proportions, not the rows of metrics.jsonl that they are part of.
 """
 
-import os
+import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile, record_function, schedule
+
+from common.errors import InputError
 
 FOLDER = "traces"
 TOP_KERNELS = 15
@@ -24,146 +25,114 @@ NAME_WIDTH = 60  # a CUDA kernel's name with its template arguments can have tho
 MEMORY_EVENTS = 200_000  # the newest are kept; a step of GPT-2 small allocates some thousand times
 
 
+def parse_steps(text: str) -> range:
+    """Return range(10, 15) for `10:15`: the steps that make the metrics rows 11 to 15. Raises InputError."""
+    match = re.fullmatch(r"(\d+):(\d+)", text, re.ASCII)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise InputError(f"--trace {text}: needs FIRST:END with 0 <= FIRST < END, as in --trace 10:15")
+    return range(int(match[1]), int(match[2]))
+
+
 def open_trace(
     steps: range | None,
     *,
+    first: int,
     ranks: Iterable[int],
     rank: int,
     run_dir: Path,
     device: torch.device,
     say: Callable[[str], None],
 ) -> "Trace | None":
-    """This rank's trace; None where there is none, so that nothing is paid for it."""
+    """Return this rank's trace; None where there is none, so that nothing is paid for it.
+
+    `first`: the step that this attempt begins at; `say` is for people, and should print on rank 0 only.
+    """
     if steps is None or rank not in ranks:
         return None
-    return Trace(steps, run_dir=run_dir, rank=rank, device=device, say=say)
+    if first > steps.start:
+        say(f"warning: --trace {steps.start}:{steps.stop} has no effect: this attempt begins at step {first}")
+        return None
+    return Trace(steps, first=first, run_dir=run_dir, rank=rank, device=device, say=say)
 
 
 class Trace:
     """Give it every step; it starts, stops and writes by itself. A file it cannot write is a warning, never an error.
 
-    `say` is for people, and should print on rank 0 only.
+    What lies between two steps counts as one of the profiler's own, so that a validation before or after the traced
+    steps stays out.
     """
 
     def __init__(
-        self, steps: range, *, run_dir: Path, rank: int, device: torch.device, say: Callable[[str], None]
+        self, steps: range, *, first: int, run_dir: Path, rank: int, device: torch.device, say: Callable[[str], None]
     ) -> None:
         self._steps = steps
+        self._end = steps.start  # of what is traced so far
         self._folder = run_dir / FOLDER
         self._rank = rank
         self._is_cuda = device.type == "cuda"
         self._say = say
-        self._profiler: profile | None = None
         self._step_mark: record_function | None = None
-        self._first: int | None = None  # step seen by this attempt
-        self._done = 0  # steps traced
+        before = 2 * (steps.start - first) + 1  # the steps before the traced ones, and what lies between
+        warmup = min(before, 2)  # CUPTI takes seconds to load, and its first kernels are slow
+        # Neither shapes nor stacks: they slow every operation down, and the proportions are what is asked for.
+        self._profiler = profile(
+            activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self._is_cuda else [])],
+            schedule=schedule(wait=before - warmup, warmup=warmup, active=2 * len(steps) - 1, repeat=1),
+            on_trace_ready=self._write,
+            profile_memory=True,
+            acc_events=True,  # torch warns of what it clears between two traces, and there is one
+        )
+        self._profiler.record_steps = False  # its numbers are not ours
+        self._profiler.start()
 
     def before_step(self, step: int) -> None:
         """Call with the number of steps done so far, before a step is begun."""
-        if self._first is None:
-            self._first = step
-            if step > self._steps.start:
-                self._say(f"warning: --trace {self._text} has no effect: this attempt begins at step {step}")
-        if self._first > self._steps.start:
-            return
-        # CUPTI takes seconds to load, and its first kernels are slow: a step early, where there is one.
-        if step == self._steps.start - 1 or (step == self._steps.start and self._profiler is None):
-            self._prepare()
-        if step == self._steps.start:
-            self._start()
+        if self._is_cuda and step == self._steps.start:
+            torch.cuda.synchronize()  # kernels of the steps before stay out
+            torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS, stacks="python")
+        self._profiler.step()
         if step in self._steps:
             self._step_mark = record_function(f"step {step}")
             self._step_mark.__enter__()
 
     def after_step(self, step: int) -> None:
         """Call with the same number once the step is enqueued."""
-        if self._step_mark is None:
-            return
-        self._step_mark.__exit__(None, None, None)
-        self._step_mark = None
-        self._done += 1
-        if step + 1 == self._steps.stop:
-            self._finish()
+        if self._step_mark is not None:
+            self._step_mark.__exit__(None, None, None)
+            self._step_mark = None
+            self._end = step + 1
+        self._profiler.step()
 
     def close(self) -> None:
-        """The run is at its end or was stopped: write what there is. Not after an error, whose device may be lost."""
-        if self._done < len(self._steps) and self._first is not None and self._first <= self._steps.start:
-            self._say(f"warning: --trace {self._text}: the run ended after {self._done} of these steps")
-        if self._done:
-            self._finish()
+        """Write what there is: the run is at its end or was stopped. Not after an error, whose device may be lost."""
+        if self._end < self._steps.stop:
+            sequence, done = f"{self._steps.start}:{self._steps.stop}", self._end - self._steps.start
+            self._say(f"warning: --trace {sequence}: the run ended after {done} of these steps")
+        self._profiler.stop()
 
-    @property
-    def _text(self) -> str:
-        return f"{self._steps.start}:{self._steps.stop}"
-
-    def _prepare(self) -> None:
-        activities = [ProfilerActivity.CPU]
-        if self._is_cuda:
-            activities.append(ProfilerActivity.CUDA)
-        # Neither shapes nor stacks: they slow every operation down, and the proportions are what is asked for.
-        self._profiler = profile(activities=activities, profile_memory=True)
-        self._profiler.prepare_trace()
-
-    def _start(self) -> None:
-        assert self._profiler is not None
-        if self._is_cuda:
-            torch.cuda.synchronize()  # kernels of the steps before stay out
-            torch.cuda.memory._record_memory_history(max_entries=MEMORY_EVENTS, stacks="python")
-        self._profiler.start_trace()
-
-    def _finish(self) -> None:
-        """Stop, and write the files of as many steps as were traced. Nothing is left to do afterwards."""
-        profiler, self._profiler = self._profiler, None
-        if profiler is None:
-            return
-        if self._is_cuda:
-            torch.cuda.synchronize()
-        profiler.stop_trace()
-        end = self._steps.start + self._done
-        name = f"steps_{self._steps.start}_{end}_rank{self._rank}"
-        table = top_kernels(profiler.key_averages(), is_cuda=self._is_cuda)
+    def _write(self, profiler: profile) -> None:
+        """Write the files of as many steps as were traced."""
+        first, last = self._steps.start, self._end - 1
+        path = self._folder / f"steps_{first}_{self._end}_rank{self._rank}.json.gz"
+        table = top_kernels(profiler, is_cuda=self._is_cuda)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
-            _write_whole(self._folder / f"{name}.txt", lambda path: path.write_text(table + "\n", encoding="utf-8"))
-            _write_whole(self._folder / f"{name}.json.gz", lambda path: profiler.export_chrome_trace(str(path)))
+            path.with_name(path.name.replace(".json.gz", ".txt")).write_text(table + "\n", encoding="utf-8")
+            profiler.export_chrome_trace(str(path))
             if self._is_cuda:
-                _write_whole(
-                    self._folder / f"{name}_memory.pickle",
-                    lambda path: torch.cuda.memory._dump_snapshot(str(path)),
-                )
-            self._say(f"trace of steps {self._steps.start} to {end - 1}: {self._folder / name}.json.gz\n{table}")
+                torch.cuda.memory._dump_snapshot(str(path).replace(".json.gz", "_memory.pickle"))
+            self._say(f"trace of steps {first} to {last}: {path}\n{table}")
         except OSError as error:  # a full disk is no reason to lose the run
-            self._say(f"warning: no trace of steps {self._steps.start} to {end - 1}: {error}")
+            self._say(f"warning: no trace of steps {first} to {last}: {error}")
         if self._is_cuda:
             torch.cuda.memory._record_memory_history(enabled=None)
 
 
-def top_kernels(averages: Iterable[Any], *, is_cuda: bool) -> str:
-    """The kernels (on the CPU: operators) that took longest by themselves: name, calls, ms, share of all of them.
-
-    What a name's time includes of its children is not counted, nor are annotations, whose own time is Python's.
-    """
-    wanted = DeviceType.CUDA if is_cuda else DeviceType.CPU
-    found = []
-    for average in averages:
-        if average.device_type == wanted and not average.is_user_annotation:
-            microseconds = average.self_device_time_total if is_cuda else average.self_cpu_time_total
-            if microseconds > 0:
-                found.append((microseconds / 1e3, average.count, average.key))
-    found.sort(reverse=True)
-    total = sum(milliseconds for milliseconds, _, _ in found)
-    of = "GPU kernels" if is_cuda else "CPU operators, all threads"
-    lines = [f"{f'{of}, {total:.1f} ms in all':{NAME_WIDTH}}  {'calls':>7}  {'ms':>10}  {'share':>6}"]
-    for milliseconds, calls, name in found[:TOP_KERNELS]:
-        lines.append(f"{name[:NAME_WIDTH]:{NAME_WIDTH}}  {calls:>7}  {milliseconds:10.2f}  {milliseconds / total:6.1%}")
-    return "\n".join(lines)
-
-
-def _write_whole(path: Path, write: Callable[[Path], Any]) -> None:
-    """A file that is whole once it has its name. The suffix is kept: by it the profiler compresses."""
-    temporary = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        write(temporary)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def top_kernels(profiler: profile, *, is_cuda: bool) -> str:
+    """Return torch's table of the kernels (on the CPU: operators) that took longest by themselves, without annotations,
+    whose own time is Python's."""
+    kind, sort_by = (DeviceType.CUDA, "self_device_time_total") if is_cuda else (DeviceType.CPU, "self_cpu_time_total")
+    averages = profiler.key_averages()
+    averages[:] = [each for each in averages if each.device_type == kind and not each.is_user_annotation]
+    table: str = averages.table(sort_by=sort_by, row_limit=TOP_KERNELS, max_name_column_width=NAME_WIDTH)
+    return table.strip()

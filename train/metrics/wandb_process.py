@@ -1,9 +1,11 @@
 """The run on Weights & Biases, kept by a helper process, so that nothing W&B does can stop or delay training.
 
-The trainer never imports wandb. It hands JSON lines to the helper's pipe, without ever waiting, until `close`,
-which waits `CLOSE_SECONDS` at most. Logging in, the network, W&B's own service process, its exit hooks and signal
-handlers are all the helper's. The helper stands in a session of its own, where no Ctrl-C reaches it, and prints
-into RUN/wandb/tracking.log. If the trainer is killed, the helper sees the pipe close and ends the W&B run as failed.
+A thread would not do: wandb's exit hook waits for its service without end, a killed trainer's last rows would be lost,
+and sys.exit and sys.excepthook would be wandb's. So the trainer never imports wandb. It hands JSON lines to the
+helper's pipe, without ever waiting, until `close`, which waits `CLOSE_SECONDS` at most. Logging in, the network, W&B's
+own service process, its exit hooks and signal handlers are all the helper's. The helper stands in a session of its
+own, where no Ctrl-C reaches it, and prints into RUN/wandb/tracking.log. If the trainer is killed, the helper sees the
+pipe close and ends the W&B run as failed.
 """
 
 import html
@@ -16,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -48,27 +51,18 @@ def open_tracking(
     provenance: dict[str, Any],
     say: Callable[[str], None],
 ) -> "Tracking | None":
-    """Start the helper and return at once; None when disabled or when it cannot be started, which is said.
+    """Start the helper and return at once. Return None when disabled or when it cannot be started, which is said.
 
     `run_id` makes attempts one W&B run; keep it with the run. `say` is called by `row` and `close` only.
     """
     if mode == "disabled":
         return None
-    if (asked := os.environ.get("WANDB_MODE", mode)) != mode:
-        say(f"warning: WANDB_MODE={asked} has no effect: --track.wandb {mode} decides")
-    start = {
-        "mode": mode,
-        "run_dir": str(run_dir.resolve()),
-        "id": run_id,
-        "name": name,
-        "project": project,
-        "group": group,
-        "tags": tags,
-        "config": _fitting(config | {"provenance": provenance}),
-        "program": sys.argv[0],
-        "trainer": os.getpid(),
-        "init_seconds": INIT_SECONDS,
-    }
+    if (other := os.environ.get("WANDB_MODE", mode)) != mode:
+        say(f"warning: WANDB_MODE={other} has no effect: --track.wandb {mode} decides")
+    init = {"id": run_id, "name": name, "project": project, "group": group, "tags": tags, "dir": str(run_dir.resolve())}
+    init["config"] = _fitting(config | {"provenance": provenance})
+    process = {"program": sys.argv[0], "trainer": os.getpid(), "init_seconds": INIT_SECONDS}
+    start = {"mode": mode, "init": init, **process}
     code = f"import sys; sys.path[0] = {str(ROOT)!r}; from train.metrics.wandb_process import serve; serve()"
     env = {name: value for name, value in os.environ.items() if name not in ("WANDB_MODE", "WANDB_SERVICE")}
     try:
@@ -101,7 +95,7 @@ class Tracking:
         self._heard = b""
         self._say = say
         self._sync_line = sync_line(start)
-        self._log_file = Path(start["run_dir"]) / "wandb" / LOG_FILE
+        self._log_file = log_of(start)
         self._send(start)
 
     def row(self, row: dict[str, Any]) -> None:
@@ -137,10 +131,7 @@ class Tracking:
             return
         self._say(f"W&B: ends the run by itself; what it has uploads with `{self._sync_line}`")
         LEFT.append(self._helper)
-        for pipe in (self._helper.stdin, self._helper.stdout):
-            assert pipe is not None
-            pipe.close()
-        self._helper = None
+        self._forget()
 
     def _send(self, message: dict[str, Any]) -> None:
         if self._helper is None:
@@ -152,20 +143,14 @@ class Tracking:
 
     def _exchange(self, *, is_last: bool = False) -> None:
         """Hand over what the pipe takes and say what the helper has to say; off once it is gone."""
-        is_gone = False
-        try:
+        with suppress(BlockingIOError, BrokenPipeError):
             while self._unsent:
                 del self._unsent[: os.write(self._to, self._unsent)]
-        except BlockingIOError:
-            pass
-        except BrokenPipeError:
-            is_gone = True
-        try:
+        is_gone = False
+        with suppress(BlockingIOError):
             while part := os.read(self._from, 2**16):
                 self._heard += part
             is_gone = True
-        except BlockingIOError:
-            pass
         *lines, self._heard = self._heard.split(b"\n")
         for line in lines:
             self._say(line.decode(errors="replace"))
@@ -191,6 +176,10 @@ class Tracking:
         assert self._helper is not None
         self._helper.kill()
         self._helper.wait()
+        self._forget()
+
+    def _forget(self) -> None:
+        assert self._helper is not None
         for pipe in (self._helper.stdin, self._helper.stdout):
             assert pipe is not None
             pipe.close()
@@ -206,7 +195,12 @@ def sync_line(start: dict[str, Any]) -> str:
     """
     online = ["--include-online"] if start["mode"] == "online" else []
     program = Path(sys.executable).with_name("wandb")  # of this environment, which need not be activated
-    return shlex.join([str(program), "sync", "--id", start["id"], *online, start["run_dir"] + "/wandb"])
+    return shlex.join([str(program), "sync", "--id", start["init"]["id"], *online, start["init"]["dir"] + "/wandb"])
+
+
+def log_of(start: dict[str, Any]) -> Path:
+    """Return the file that the helper and wandb print into."""
+    return Path(start["init"]["dir"]) / "wandb" / LOG_FILE
 
 
 def _fitting(value: Any) -> Any:
@@ -273,19 +267,7 @@ def _track(start: dict[str, Any], messages: Iterator[dict[str, Any]], tell: Call
             x_stats_pid=start["trainer"],
             stop_fn=lambda: os.kill(start["trainer"], signal.SIGINT),  # the stop button of the run's page
         )
-        return wandb.init(
-            mode=mode,
-            dir=start["run_dir"],
-            id=start["id"],
-            name=start["name"],
-            project=start["project"],
-            group=start["group"],
-            tags=start["tags"],
-            config=start["config"],
-            resume="allow",
-            allow_val_change=True,
-            settings=settings,
-        )
+        return wandb.init(mode=mode, resume="allow", allow_val_change=True, settings=settings, **start["init"])
 
     mode: Literal["online", "offline"] = start["mode"]
     try:
@@ -313,7 +295,7 @@ def _track(start: dict[str, Any], messages: Iterator[dict[str, Any]], tell: Call
         run.log(message, step=message["step"])
     run.finish(exit_code=exit_code)
     wandb.teardown()  # here, not in its exit hook, so that what goes wrong is said
-    if mode == "online" and FATAL in (Path(start["run_dir"]) / "wandb" / LOG_FILE).read_bytes()[log_bytes:]:
+    if mode == "online" and FATAL in log_of(start).read_bytes()[log_bytes:]:
         raise RuntimeError("the server refused data")  # wandb itself only prints it
     if mode == "offline":
         tell(f"W&B: upload every attempt as one run with `{sync_line(start | {'mode': mode})}` (after `wandb login`)")

@@ -1,13 +1,12 @@
 """Everything that is applied to the plain model before it trains, in one ordered function."""
 
-import math
 import types
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
@@ -121,13 +120,10 @@ def make_device_mesh(parallel_plan: ParallelPlan, group: ProcessGroup) -> Device
 
 @torch.no_grad()
 def put(parameter: Tensor, value: Tensor) -> None:
-    """`value` into a parameter that may be sharded: then this rank's rows of it, without communication."""
-    part = local(parameter)
+    """Write `value` into a parameter that may be sharded: then this rank's rows of it, without communication."""
     if isinstance(parameter, DTensor):
-        device_mesh = parameter.device_mesh
-        start = device_mesh.get_local_rank(device_mesh.ndim - 1) * math.ceil(len(value) / device_mesh.size(-1))
-        value = value[start : start + len(part)]
-    part.copy_(value)
+        value = distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(value)
 
 
 def wrap(loss_model: LossModel, parallel_plan: ParallelPlan) -> nn.Module:

@@ -209,7 +209,7 @@ class CheckpointWriter:
             self._purging.result()
         folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
-        needed = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()) + SPARE_BYTES
+        needed = sum(tensor.nbytes for tensor in tensors.values()) + SPARE_BYTES
         free = shutil.disk_usage(folder).free
         if free < needed:
             raise InputError(
@@ -258,22 +258,24 @@ def checkpoint_tensors(
 
 
 def share_of(tensors: dict[str, Tensor], group: ProcessGroup) -> dict[str, Tensor]:
-    """What this rank writes, the largest first, by who has least so far: a tensor that all ranks hold alike is one
-    rank's, a sharded one that of one replica's ranks, each its own shard."""
-    sizes = {name: tensor.numel() * tensor.element_size() for name, tensor in tensors.items()}
+    """Return what this rank writes, the largest first, by who has least so far: a tensor that all ranks hold alike is
+    one rank's, a sharded one that of one replica's ranks, each its own shard.
+
+    DCP would share out as evenly by itself, but only after each rank had copied everything into host memory.
+    """
     loads = [0.0] * group.world
     own = {}
-    for name in sorted(tensors, key=lambda name: (-sizes[name], name)):
-        writers = min(holders_of(tensors[name], group), key=lambda ranks: sum(loads[rank] for rank in ranks))
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].nbytes, item[0])):
+        writers = min(holders_of(tensor, group), key=lambda ranks: sum(loads[rank] for rank in ranks))
         for rank in writers:
-            loads[rank] += sizes[name] / len(writers)
+            loads[rank] += tensor.nbytes / len(writers)
         if group.rank in writers:
-            own[name] = tensors[name]
+            own[name] = tensor
     return own
 
 
 def holders_of(tensor: Tensor, group: ProcessGroup) -> list[list[int]]:
-    """Every set of ranks that together hold a whole copy of the tensor."""
+    """Return every set of ranks that together hold a whole copy of the tensor."""
     if not isinstance(tensor, DTensor):
         return [[rank] for rank in range(group.world)]
     shards = tensor.device_mesh.size(-1)  # the last dimension is what a replica is spread over

@@ -25,20 +25,27 @@ def train(trace: Trace | None, steps: range) -> None:
         optimizer.zero_grad()
         if trace is not None:
             trace.after_step(step)
+        torch.ones(8).exp()  # what is done between steps
     if trace is not None:
         trace.close()
 
 
-def open_here(run_dir: Path, steps: range | None, *, rank: int = 0) -> tuple[Trace | None, list[str]]:
+def open_here(run_dir: Path, steps: range | None, *, first: int = 0, rank: int = 0) -> tuple[Trace | None, list[str]]:
     said: list[str] = []
     device = torch.device("cpu")
-    return open_trace(steps, ranks=(0, 2), rank=rank, run_dir=run_dir, device=device, say=said.append), said
+    return open_trace(
+        steps, first=first, ranks=(0, 2), rank=rank, run_dir=run_dir, device=device, say=said.append
+    ), said
 
 
 def events(path: Path) -> list[dict[str, Any]]:
     with gzip.open(path, "rt", encoding="utf-8") as file:
         found: list[dict[str, Any]] = json.load(file)["traceEvents"]
     return found
+
+
+def operators(path: Path, name: str) -> int:
+    return sum(event["name"] == name and event["ph"] == "X" for event in events(path))
 
 
 def marks(path: Path) -> list[str]:
@@ -56,27 +63,22 @@ def test_the_chosen_steps_are_in_the_trace_and_no_others(tmp_path: Path) -> None
     assert written(tmp_path) == ["steps_3_6_rank0.json.gz", "steps_3_6_rank0.txt"]
     path = tmp_path / "traces" / "steps_3_6_rank0.json.gz"
     assert marks(path) == ["step 3", "step 4", "step 5"]
-    assert sum(event["name"] == "aten::addmm" and event["ph"] == "X" for event in events(path)) == 3 * 2
+    assert operators(path, "aten::addmm") == 3 * 2
+    assert operators(path, "aten::exp") == 2, "between the steps, not before or after them"
     (text,) = said
     assert text == f"trace of steps 3 to 5: {path}\n{path.with_name('steps_3_6_rank0.txt').read_text().strip()}"
 
 
-def test_the_table_names_the_kernels_and_its_shares_are_of_the_whole(tmp_path: Path) -> None:
+def test_the_table_names_the_kernels_that_took_longest(tmp_path: Path) -> None:
     trace, _ = open_here(tmp_path, range(0, 5), rank=2)
     train(trace, range(5))
-    head, *lines = (tmp_path / "traces" / "steps_0_5_rank2.txt").read_text().splitlines()
-    assert "ms in all" in head and head.split()[-3:] == ["calls", "ms", "share"]
-    assert {len(line) for line in [head, *lines]} == {60 + 9 + 12 + 8}
+    table = (tmp_path / "traces" / "steps_0_5_rank2.txt").read_text()
+    lines = [line.split() for line in table.splitlines() if "%" in line][1:]
     assert 5 <= len(lines) <= 15
-    columns = {line.split()[0]: line.split()[1:] for line in lines}
-    assert columns["aten::addmm"][0] == "10"
-    assert not any(name.startswith(("step", "Optimizer")) for name in columns)
-    shares = [float(line.split()[-1].rstrip("%")) for line in lines]
-    assert shares == sorted(shares, reverse=True)
-    assert 50 < sum(shares) <= 100 + 15 * 0.05  # each is rounded to 0.1
-    times = [float(line.split()[-2]) for line in lines]
-    total = float(head.split(", ")[-1].split()[0])
-    assert sum(shares) == pytest.approx(100 * sum(times) / total, abs=4)  # both are rounded
+    assert [line[-1] for line in lines if line[0] == "aten::addmm"] == ["10"], "calls"
+    assert not any(line[0].startswith(("step", "Optimizer", "ProfilerStep")) for line in lines)
+    shares = [float(line[1].rstrip("%")) for line in lines]
+    assert shares == sorted(shares, reverse=True) and 50 < sum(shares) <= 101
 
 
 def test_a_run_that_ends_inside_the_sequence_writes_what_there_is(tmp_path: Path) -> None:
@@ -97,7 +99,7 @@ def test_a_run_that_ends_inside_the_sequence_writes_what_there_is(tmp_path: Path
     ids=["never reached", "resumed inside", "prepared only"],
 )
 def test_a_sequence_that_is_not_met_is_said_and_writes_nothing(tmp_path: Path, steps: range, warning: str) -> None:
-    trace, said = open_here(tmp_path, range(8, 12))
+    trace, said = open_here(tmp_path, range(8, 12), first=steps.start)
     train(trace, steps)
     assert said == [warning]
     assert written(tmp_path) == []
