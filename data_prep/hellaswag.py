@@ -27,6 +27,7 @@ from common.files import sha256_of_file, write_blocks_atomically, write_json_ato
 from data_prep.hub.corpora import RemoteFile
 from data_prep.hub.download import fetch
 from data_prep.pipeline.partial_dir import put_in_place, unfinished_directory
+from data_prep.pipeline.workers import Progress
 
 SOURCE = RemoteFile(
     "https://raw.githubusercontent.com/rowanz/hellaswag/master/data/hellaswag_val.jsonl",
@@ -182,7 +183,7 @@ def prepare(options: Options) -> int:
     path = options.input
     if path is None:
         path = out.parent / "downloads" / SOURCE.name
-        fetch(SOURCE.url, sha256, path, num_bytes=SOURCE.num_bytes)
+        fetch(SOURCE.url, sha256, path, Progress("download", SOURCE.num_bytes or 0))
     is_pinned = sha256 == SOURCE.sha256
     items = _parse(path, is_pinned=is_pinned)
     with unfinished_directory(out) as partial:

@@ -149,7 +149,7 @@ def download(preset: str, folder: Path) -> tuple[tuple[str, ...], tuple[str, ...
             raise InputError(f"no sha256 is pinned for {file.url}; fetch {preset}'s files and give them with --input")
         paths[file] = folder / f"{preset}-{file.name}"
     for file, path in paths.items():
-        fetch(file.url, str(file.sha256), path, num_bytes=file.num_bytes)
+        fetch(file.url, str(file.sha256), path, Progress("download", file.num_bytes or 0))
     train, val = (tuple(str(paths[file]) for file in files) for files in (corpus.train, corpus.val))
     return train, val
 

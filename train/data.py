@@ -77,8 +77,8 @@ def plan_batches(config: Config, world: int) -> BatchPlan:
 def permute(indices: Indices, count: int, key: int) -> Indices:
     """Evaluate a pseudorandom permutation of range(count) at `indices`: uint64 [n] -> uint64 [n].
 
-    A balanced Feistel network over the least even number of bits that holds `count`, walked along its cycle until it lands
-    inside (Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains"): at most 4 walks on average.
+    A balanced Feistel network over the least even number of bits that holds `count`, walked along its cycle until it
+    lands inside (Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains"): at most 4 walks on average.
     """
     assert len(indices) == 0 or int(indices.max()) < count
     half_bits = np.uint64(max(1, (max(count - 1, 1).bit_length() + 1) // 2))

@@ -1,8 +1,8 @@
 """Cross-entropy as a sum over tokens, plain and chunked: any split of a batch adds up to the same number.
 
-The chunked loss computes the logits of CHUNK_TOKENS positions at a time and, in training, their gradient at once. So the
-logits of a micro-batch (B x T x V, the largest tensor of a small GPT-2) never exist. It multiplies the same matrices the
-same number of times as the plain loss; only the order of the additions differs.
+The chunked loss computes the logits of CHUNK_TOKENS positions at a time and, in training, their gradient at once. So
+the logits of a micro-batch (B x T x V, the largest tensor of a small GPT-2) never exist. It multiplies the same
+matrices the same number of times as the plain loss; only the order of the additions differs.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,8 @@ ChunkFunction = Callable[..., tuple[Tensor, Tensor]]
 def token_losses(logits_NV: Tensor, targets_N: Tensor, vocab_size: int, cap: float | None = None) -> Tensor:
     """Return the loss of each token in nats, fp32 [N], 0 where the target is ignored.
 
-    Columns of `logits_NV` from `vocab_size` on are padding. The logits are not capped yet; `cap`: --model.logit-softcap.
+    Columns of `logits_NV` from `vocab_size` on are padding. The logits are not capped yet; `cap`:
+    --model.logit-softcap.
     """
     logits_NV = softcapped(logits_NV[:, :vocab_size].float(), cap)
     return F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORED, reduction="none")

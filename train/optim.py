@@ -13,8 +13,8 @@ from train.parallel.apply import local
 def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
     """Return fused AdamW (Loshchilov & Hutter 2019), its state in place from the start.
 
-    Matrices and embeddings decay, vectors do not. The state is made here rather than at the first step, so that saving and
-    loading see the same tensors at any step.
+    Matrices and embeddings decay, vectors do not. The state is made here rather than at the first step, so that saving
+    and loading see the same tensors at any step.
     """
     parameters = list(model.parameters())
     groups = [
@@ -72,9 +72,9 @@ def update(
 ) -> None:
     """Take one optimizer step on the device, clipped to `clip_norm`; take none where `is_finite` is False.
 
-    The gradients are `loss_scale` times too large if it is given; `norm` is that of the true ones. Fused AdamW divides by
-    `grad_scale` and skips on `found_inf` inside its kernel. So clipping, unscaling and the finiteness check neither make
-    the host wait nor read the gradients once more.
+    The gradients are `loss_scale` times too large if it is given; `norm` is that of the true ones. Fused AdamW divides
+    by `grad_scale` and skips on `found_inf` inside its kernel. So clipping, unscaling and the finiteness check neither
+    make the host wait nor read the gradients once more.
     """
     for group in optimizer.param_groups:
         group["lr"] = lr

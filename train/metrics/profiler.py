@@ -9,7 +9,6 @@ Writes below RUN/traces, for each chosen rank R:
 The traced steps run slower; trust their proportions, not the rows of metrics.jsonl that they are part of.
 """
 
-import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -17,20 +16,10 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function, schedule
 
-from common.errors import InputError
-
 FOLDER = "traces"
 TOP_KERNELS = 15
 NAME_WIDTH = 60  # a CUDA kernel's name with its template arguments can have thousands of characters
 MEMORY_EVENTS = 200_000  # the newest are kept; a step of GPT-2 small allocates some thousand times
-
-
-def parse_steps(text: str) -> range:
-    """Return range(10, 15) for `10:15`: the steps that make the metrics rows 11 to 15. Raises InputError."""
-    match = re.fullmatch(r"(\d+):(\d+)", text, re.ASCII)
-    if match is None or int(match[1]) >= int(match[2]):
-        raise InputError(f"--trace {text}: needs FIRST:END with 0 <= FIRST < END, as in --trace 10:15")
-    return range(int(match[1]), int(match[2]))
 
 
 def open_trace(

@@ -25,10 +25,10 @@ def build_loss_model(config: Config, parallel_plan: ParallelPlan, group: Process
 
     1. Build on the meta device, so that no rank ever holds more than its part and one whole parameter.
     2. Apply activation checkpointing block by block. The compiler must see it to plan what is recomputed.
-    3. Compile in place and block by block: one graph serves all blocks (two with a value residual). A block's forward is
-       compiled, not its call, so that FSDP2's hooks, which run around it, break no graph. Shapes are static: training,
-       validation and sampling use one shape, HellaSwag a few. Dynamo's own splitting at DDP's buckets is off: blocks are
-       small enough to overlap with communication, and every world size then compiles the same graph.
+    3. Compile in place and block by block: one graph serves all blocks (two with a value residual). A block's forward
+       is compiled, not its call, so that FSDP2's hooks, which run around it, break no graph. Shapes are static:
+       training, validation and sampling use one shape, HellaSwag a few. Dynamo's own splitting at DDP's buckets is off:
+       blocks are small enough to overlap with communication, and every world size then compiles the same graph.
     4. Apply FSDP2, so that it gathers and frees a block with all that was done to it.
     5. Allocate memory and set initial values, each drawn whole and cut: the same numbers however the model is spread.
     6. Apply DDP, in `wrap`, so that it sees the final parameters. The optimizer is made after sharding, of shards.
@@ -56,8 +56,8 @@ def build_loss_model(config: Config, parallel_plan: ParallelPlan, group: Process
 def compile_parts(model: LanguageModel) -> None:
     """Compile the model's parts in place (step 3).
 
-    torch keeps 8 graphs of a function and runs later ones uncompiled: too few for the shapes of training, validation and
-    HellaSwag together, of which a value residual needs each twice.
+    torch keeps 8 graphs of a function and runs later ones uncompiled: too few for the shapes of training, validation
+    and HellaSwag together, of which a value residual needs each twice.
     """
     torch._dynamo.config.optimize_ddp = False
     torch._dynamo.config.recompile_limit = 32
@@ -79,11 +79,11 @@ def recomputed(block: Block, x_BTD: Tensor, shared: Shared) -> tuple[Tensor, Ten
 def shard(loss_model: LossModel, parallel_plan: ParallelPlan, group: ProcessGroup) -> None:
     """Apply FSDP2 (step 4): every rank keeps its rows of each parameter and gathers a block when it is needed.
 
-    A block's weights are gathered in the dtype that it computes with, as the plain model uses them, except that the norms'
-    gain and bias are rounded too. Its gradients are reduced in fp32. The root group holds the rest: the embedding (with the
-    head), positions and last norm. It is gathered in fp32, since the embedding's gradient is a sum over tokens and would
-    lose in bf16 what the plain model keeps. The last block and the root stay gathered between forward and backward pass,
-    which begins with them.
+    A block's weights are gathered in the dtype that it computes with, as the plain model uses them, except that the
+    norms' gain and bias are rounded too. Its gradients are reduced in fp32. The root group holds the rest: the
+    embedding (with the head), positions and last norm. It is gathered in fp32, since the embedding's gradient is a sum
+    over tokens and would lose in bf16 what the plain model keeps. The last block and the root stay gathered between
+    forward and backward pass, which begins with them.
     """
     device_mesh = make_device_mesh(parallel_plan, group)
     dtype = loss_model.model.compute_dtype
@@ -147,10 +147,10 @@ def zero_gradients(module: nn.Module) -> None:
 def set_gradient_sync(module: nn.Module, parallel_plan: ParallelPlan, is_last: bool) -> None:
     """Say whether the next micro-batch is the last of its step. Call this before its *forward*.
 
-    The root's weights stay gathered until the last: every pass uses them first and last, so freeing them lowers no peak.
-    With whole gradients nothing is reduced before the last micro-batch, and weights that stay gathered from forward to
-    backward stay so until then. Otherwise every micro-batch's gradients are scattered over a replica's shards, and the
-    last one's sums are added up over the replicas.
+    The root's weights stay gathered until the last: every pass uses them first and last, so freeing them lowers no
+    peak. With whole gradients nothing is reduced before the last micro-batch, and weights that stay gathered from
+    forward to backward stay so until then. Otherwise every micro-batch's gradients are scattered over a replica's
+    shards, and the last one's sums are added up over the replicas.
     """
     if isinstance(module, DistributedDataParallel):
         module.require_backward_grad_sync = is_last

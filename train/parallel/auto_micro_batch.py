@@ -111,8 +111,8 @@ def largest_that_fits(
 ) -> int:
     """Return the largest of `sizes` (ascending) whose measured peak is within `budget` bytes.
 
-    `measure` returns None where memory ran out. Without `may_fail` the second size is tried only if it must fit, even if
-    the first took nothing but activations. Raise InputError if not even the smallest fits.
+    `measure` returns None where memory ran out. Without `may_fail` the second size is tried only if it must fit, even
+    if the first took nothing but activations. Raise InputError if not even the smallest fits.
     """
     smallest = measure(sizes[0])
     if smallest is None or smallest > budget:

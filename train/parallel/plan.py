@@ -26,9 +26,10 @@ COMFORTABLE = 0.5
 class ParallelPlan:
     """`replicas` copies of weights, gradients and optimizer state, each spread over `shards` consecutive ranks.
 
-    `reshard_after_forward`: gathered weights are freed after each block's forward pass and gathered again for its backward
-    pass. `whole_gradients`: micro-batches add up whole gradients, which are reduced once a step; otherwise they are reduced
-    after each micro-batch, and only the own shard is kept. `reason`: why this plan. `memory_bytes`: what each rank may use.
+    `reshard_after_forward`: gathered weights are freed after each block's forward pass and gathered again for its
+    backward pass. `whole_gradients`: micro-batches add up whole gradients, which are reduced once a step; otherwise
+    they are reduced after each micro-batch, and only the own shard is kept. `reason`: why this plan. `memory_bytes`:
+    what each rank may use.
     """
 
     mode: Mode
@@ -47,9 +48,9 @@ class ParallelPlan:
 def choose_parallel_plan(config: Config, *, world: int, local_world: int, memory_bytes: int) -> ParallelPlan:
     """Return the plan that --parallel.mode names, or with auto the one that suits `world` ranks.
 
-    auto is DDP while a whole copy of the training state fits comfortably into `memory_bytes`, since DDP communicates least.
-    Otherwise it is FSDP2 on one host. Over several hosts of `local_world` ranks it is HSDP while a copy fits comfortably
-    into one host's ranks, since weights are then gathered within hosts only; else FSDP2 over all ranks.
+    auto is DDP while a whole copy of the training state fits comfortably into `memory_bytes`, since DDP communicates
+    least. Otherwise it is FSDP2 on one host. Over several hosts of `local_world` ranks it is HSDP while a copy fits
+    comfortably into one host's ranks, since weights are then gathered within hosts only; else FSDP2 over all ranks.
 
     Raise InputError if the mode does not fit the number of processes.
     """

@@ -1,22 +1,24 @@
 """Downloads against a server that drops, refuses and lies; the presets on top of it."""
 
-import datetime
-import email.utils
 import hashlib
 import random
+import resource
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 
 from common.errors import InputError
 from data_prep import textfiles
-from data_prep.hub import corpora, download
+from data_prep.hub import corpora
 from data_prep.hub.corpora import CORPORA, Corpus, RemoteFile
-from data_prep.hub.download import asked_seconds, fetch
+from data_prep.hub.download import fetch
+from data_prep.pipeline.workers import Progress
 from data_prep.textfiles import main, parse
 from tests.unit.data_prep.test_textfiles import decoded, names
 
@@ -38,6 +40,7 @@ class Server:
 def answer(request: BaseHTTPRequestHandler, server: Server) -> None:
     asked = request.headers.get("Range")
     server.asked.append(asked)
+    assert request.headers["Accept-Encoding"] == "identity"  # the hash and ranges are of the bytes themselves
     fault = server.faults.pop(0) if server.faults else ""
     if fault.isdigit():
         request.send_response(int(fault))
@@ -72,110 +75,84 @@ def server() -> Iterator[Server]:
         state.url = f"http://127.0.0.1:{running.server_port}/folder/file.bin"
         yield state
         running.shutdown()
+    huggingface_hub.close_session()
 
 
 @pytest.fixture(autouse=True)
 def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """How long it would have waited."""
     slept: list[float] = []
-    monkeypatch.setattr(download.time, "sleep", slept.append)
+    monkeypatch.setattr(time, "sleep", slept.append)
     return slept
+
+
+def bring(server: Server, path: Path) -> bytes:
+    fetch(server.url, SHA256, path, Progress("download", len(CONTENT)))
+    return path.read_bytes()
 
 
 def test_a_sound_file_is_fetched_once(server: Server, tmp_path: Path) -> None:
     for _ in range(2):
-        fetch(server.url, SHA256, tmp_path / "downloads" / "file", num_bytes=len(CONTENT))
-        assert (tmp_path / "downloads" / "file").read_bytes() == CONTENT
+        assert bring(server, tmp_path / "downloads" / "file") == CONTENT
     assert server.asked == [None]
     assert names(tmp_path / "downloads") == ["file"]
 
 
-@pytest.mark.parametrize("num_bytes", [None, len(CONTENT)])
-def test_a_dropped_connection_goes_on_where_it_broke(
-    server: Server, tmp_path: Path, pauses: list[float], num_bytes: int | None
-) -> None:
+def test_a_dropped_connection_goes_on_where_it_broke(server: Server, tmp_path: Path, pauses: list[float]) -> None:
     server.faults = ["drop", "503", "drop", "429"]
-    fetch(server.url, SHA256, tmp_path / "file", num_bytes=num_bytes)
-    assert (tmp_path / "file").read_bytes() == CONTENT
+    assert bring(server, tmp_path / "file") == CONTENT
     assert server.asked == [None, "bytes=100000-", "bytes=100000-", "bytes=166666-", "bytes=166666-"]
-    assert pauses == [1, 7, 1, 7]
+    assert pauses == [2, 8, 2, 8]
 
 
 def test_an_earlier_process_s_beginning_is_used(server: Server, tmp_path: Path) -> None:
-    (tmp_path / "file.part").write_bytes(CONTENT[:1234])
-    fetch(server.url, SHA256, tmp_path / "file", num_bytes=len(CONTENT))
-    assert (tmp_path / "file").read_bytes() == CONTENT
-    assert server.asked == ["bytes=1234-"]
+    for part, ranges in [(CONTENT[:1234], True), (CONTENT, True), (CONTENT[:1234], False)]:
+        (tmp_path / "file.part").write_bytes(part)
+        server.asked, server.ranges = [], ranges
+        assert bring(server, tmp_path / "file") == CONTENT
+        assert server.asked == [f"bytes={len(part)}-"]
+        (tmp_path / "file").unlink()
 
 
-def test_a_server_without_ranges_sends_it_all_again(server: Server, tmp_path: Path) -> None:
-    server.ranges = False
-    (tmp_path / "file.part").write_bytes(CONTENT[:1234])
-    fetch(server.url, SHA256, tmp_path / "file")
-    assert (tmp_path / "file").read_bytes() == CONTENT
-
-
-def test_a_beginning_longer_than_the_file_is_thrown_away(server: Server, tmp_path: Path) -> None:
-    (tmp_path / "file.part").write_bytes(CONTENT + b"more")
-    fetch(server.url, SHA256, tmp_path / "file", num_bytes=len(CONTENT))
-    assert (tmp_path / "file").read_bytes() == CONTENT
-
-
-@pytest.mark.parametrize("beginning", [b"", b"of another file"])
-def test_a_wrong_hash_is_told_and_nothing_stays(server: Server, tmp_path: Path, beginning: bytes) -> None:
-    if beginning:
-        (tmp_path / "file.part").write_bytes(beginning)
-    else:
-        server.content = CONTENT[:-1] + b"?"
-    with pytest.raises(InputError, match=f"not the pinned {SHA256[:16]}"):
-        fetch(server.url, SHA256, tmp_path / "file", num_bytes=len(CONTENT))
-    assert names(tmp_path) == []
+def test_a_wrong_hash_is_told_and_nothing_stays(server: Server, tmp_path: Path) -> None:
+    for part, content in [(b"", CONTENT[:-1] + b"?"), (b"of another file", CONTENT), (CONTENT + b"more", CONTENT)]:
+        if part:
+            (tmp_path / "file.part").write_bytes(part)
+        server.content = content
+        with pytest.raises(InputError, match=f"not the pinned {SHA256[:16]}.*the same command fetches it again"):
+            bring(server, tmp_path / "file")
+        assert names(tmp_path) == []
+    assert bring(server, tmp_path / "file") == CONTENT
 
 
 def test_a_file_of_that_name_with_other_content_is_not_replaced(server: Server, tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"mine")
     with pytest.raises(InputError, match="remove it to download it again"):
-        fetch(server.url, SHA256, tmp_path / "file")
+        bring(server, tmp_path / "file")
     assert (tmp_path / "file").read_bytes() == b"mine"
 
 
-@pytest.mark.parametrize(("faults", "num_asked"), [(["404"], 1), (["503"] * 20, 6)])
-def test_it_gives_up_with_the_address(server: Server, tmp_path: Path, faults: list[str], num_asked: int) -> None:
-    server.faults = faults
-    with pytest.raises(InputError, match=server.url):
-        fetch(server.url, SHA256, tmp_path / "file")
-    assert len(server.asked) == num_asked
+def test_it_gives_up_in_one_line_with_the_address(server: Server, tmp_path: Path, pauses: list[float]) -> None:
+    dead = Server("http://127.0.0.1:9/file")
+    for source, faults, requests in [(server, ["404"], 1), (server, ["503"] * 20, 6), (dead, [], 0)]:
+        server.faults, server.asked = faults, []
+        with pytest.raises(InputError, match=rf"{source.url}: .*; --input or .* work without a network") as raised:
+            bring(source, tmp_path / "file")
+        assert "\n" not in str(raised.value)
+        assert len(server.asked) == requests
+    assert pauses[-4:] == [2, 4, 8, 16]
 
 
-@pytest.mark.parametrize(
-    ("retry_after", "rate_limit", "seconds"),
-    [
-        (None, None, None),
-        ("", None, None),
-        ("7", None, 7),
-        (" 120 ", None, 120),
-        ("soon", None, None),
-        ("Wed, 21 Oct 2015 07:28:00 GMT", None, 0),  # RFC 9110's example, long past
-        (None, '"api";r=0;t=55', 56),
-        ("7", '"resolvers"; r=0; t=280', 281),
-        ("7", '"api";r=12;t=55', 7),  # every answer has it; here it is not the reason
-        (None, "50", None),
-    ],
-)
-def test_what_headers_ask(retry_after: str | None, rate_limit: str | None, seconds: float | None) -> None:
-    assert asked_seconds(retry_after, rate_limit) == seconds
-
-
-def test_a_date_to_come_is_waited_for() -> None:
-    then = datetime.datetime.now(datetime.UTC) + datetime.timedelta(seconds=90)
-    asked = asked_seconds(email.utils.format_datetime(then, usegmt=True))
-    assert asked is not None and 80 < asked <= 90
-
-
-def test_no_network_is_told_soon(tmp_path: Path, pauses: list[float]) -> None:
-    with pytest.raises(InputError, match="give it with --input"):
-        fetch("http://127.0.0.1:9/file", SHA256, tmp_path / "file")
-    assert sum(pauses) <= 2
+def test_a_full_disk_is_told_and_with_room_again_the_beginning_counts(server: Server, tmp_path: Path) -> None:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, before[1]))
+    try:
+        with pytest.raises(InputError, match=r"cannot be written .*; make room there, then give the same command"):
+            bring(server, tmp_path / "file")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert bring(server, tmp_path / "file") == CONTENT
+    assert server.asked == [None, "bytes=200000-"]
 
 
 @pytest.fixture

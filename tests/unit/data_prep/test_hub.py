@@ -1,12 +1,12 @@
 """Files of the Hub from a server that plays it, and that refuses, breaks off and lies."""
 
-import contextlib
 import fcntl
 import hashlib
 import json
 import os
 import random
 import re
+import shutil
 import struct
 import subprocess
 import sys
@@ -33,7 +33,6 @@ from tests.helpers.runs import ROOT
 DATASET = "HuggingFaceFW/fineweb-edu"
 COMMIT = PINNED[DATASET]
 MAIN = "1" * 40
-# The library writes 10 MiB at a time, so that less than that of a broken transfer is lost.
 LARGE = random.Random(0).randbytes(24 * 2**20)
 FILES = {
     "sample/10BT/001_00000.parquet": b"second" * 1000,
@@ -48,7 +47,7 @@ FIRST, SECOND = (f"sample/10BT/00{number}_00000.parquet" for number in (0, 1))
 
 @dataclass(frozen=True)
 class Fault:
-    """status: what is answered. Else `broken`: closed, reset or stalled after two thirds of the body."""
+    """status: of the answer. Else `broken`: closed, reset or stalled after two thirds of the body."""
 
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
@@ -66,6 +65,8 @@ class FakeHub:
     asked: list[tuple[str, str]] = field(default_factory=list)
     tokens: list[tuple[str, str]] = field(default_factory=list)
     page: int = 1000
+    main: str = MAIN
+    sha: str = ""  # that it names in place of the commit asked for
     released: threading.Event = field(default_factory=threading.Event)
 
     def of(self, kind: str) -> list[str]:
@@ -77,42 +78,28 @@ def sha256(content: bytes) -> str:
 
 
 class Handler(BaseHTTPRequestHandler):
-    """The requests that the library makes: info, tree, head, place (a GET of that) and get, from another host."""
+    """Answer the requests for the commit (info), the files (tree), a file's place and, from another host, it (get)."""
 
     hub: FakeHub
 
     def log_message(self, format: str, *args: object) -> None:
         pass
 
-    def do_HEAD(self) -> None:
-        self.send_place("head")
-
-    def send_place(self, kind: str) -> None:
-        """What a file is, and where its bytes are: a HEAD is asked for the first, a GET goes on to the second."""
-        revision, _, path = self.path.split("/resolve/")[1].partition("/")
-        if not self.goes_well(kind, path):
-            return
-        content = self.hub.files[path]
-        about = {
-            "X-Repo-Commit": revision,
-            "X-Linked-Etag": f'"{sha256(content)}"',
-            "X-Linked-Size": str(len(content)),
-            "X-Xet-Hash": sha256(content),  # as the Hub has it, of files that Xet could fetch too
-            "X-Xet-Refresh-Route": f"{self.hub.url}/xet-read-token",
-            "Location": f"{self.hub.url.replace('127.0.0.1', 'localhost')}/cdn/{path}?signature=x",
-            "Content-Length": "0",
-        }
-        self.send_response(302)
-        for name, value in about.items():
-            self.send_header(name, value)
-        self.end_headers()
+    def send_place(self) -> None:
+        """Send where a file's bytes are, on another host."""
+        path = self.path.split("/resolve/")[1].partition("/")[2]
+        if self.goes_well("place", path):
+            self.send_response(302)
+            self.send_header("Location", f"{self.hub.url.replace('127.0.0.1', 'localhost')}/cdn/{path}?signature=x")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
 
     def do_GET(self) -> None:
         path, _, query = self.path.partition("?")
         if path.startswith("/cdn/"):
             self.send_file(path.removeprefix("/cdn/"))
         elif "/resolve/" in path:
-            self.send_place("place")
+            self.send_place()
         elif "/tree/" in path:
             self.send_tree(urllib.parse.unquote(path.split("/tree/")[1]), query)
         elif "/revision/" not in path:
@@ -121,7 +108,9 @@ class Handler(BaseHTTPRequestHandler):
         else:
             revision = path.split("/revision/")[1]
             if self.goes_well("info", revision):
-                self.send_json({"id": DATASET, "sha": MAIN if revision == "main" else revision})
+                self.send_json(
+                    {"id": DATASET, "sha": self.hub.main if revision == "main" else self.hub.sha or revision}
+                )
 
     def goes_well(self, kind: str, what: str) -> bool:
         self.hub.asked.append((kind, what))
@@ -154,7 +143,7 @@ class Handler(BaseHTTPRequestHandler):
             content = self.hub.files[path]
             lfs = {"oid": sha256(content), "size": len(content), "pointerSize": 130}
             entry = {"type": "file", "path": path, "oid": "0" * 40, "size": len(content)}
-            entries.append(entry | ({"lfs": lfs, "xetHash": lfs["oid"]} if path.endswith(".parquet") else {}))
+            entries.append(entry | ({"lfs": lfs, "xetHash": lfs["oid"]} if path.endswith("0.parquet") else {}))
         more = begin + self.hub.page < len(below)
         link = f'<{self.hub.url}{self.path.partition("?")[0]}?cursor={begin + self.hub.page}>; rel="next"'
         self.send_json(entries, **({"Link": link} if more else {}))
@@ -188,10 +177,9 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
         threading.Thread(target=running.serve_forever, args=(0.01,), daemon=True).start()
         state.url = f"http://127.0.0.1:{running.server_port}"
         monkeypatch.setenv("HF_ENDPOINT", state.url)
-        monkeypatch.setenv("HF_TOKEN", "hf_test")
-        # As the environment would have them, were the library not imported yet.
-        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setattr(constants, "ENDPOINT", state.url)  # as the library would read it in a new process
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_TELEMETRY", True)
+        monkeypatch.setenv("HF_TOKEN", "hf_test")
         yield state
         running.shutdown()
     huggingface_hub.close_session()
@@ -202,7 +190,6 @@ def pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """How long we and the library would have waited."""
     slept: list[float] = []
     really = time.sleep
-    # Below a second it is one thread that waits for another's lock on a file.
     monkeypatch.setattr(time, "sleep", lambda seconds: slept.append(seconds) if seconds >= 1 else really(seconds))
     return slept
 
@@ -211,307 +198,223 @@ def sample() -> HubListing:
     return list_files(DATASET, "sample-10BT", None)
 
 
-def assert_whole(paths: list[Path], folder: Path, names: tuple[str, ...] = (FIRST, SECOND)) -> None:
-    assert paths == [folder / name for name in names]
-    assert [path.read_bytes() for path in paths] == [FILES[name] for name in names]
-
-
-def test_the_listing_is_of_the_pinned_commit(server: FakeHub) -> None:
-    server.page = 1
+def assert_whole(folder: Path, *names: str) -> None:
+    """Hold what `download` returns, of the sample or the files of it with these names, against the Hub's bytes."""
     listing = sample()
-    assert listing == HubListing(
-        DATASET, COMMIT, tuple(HubFile(path, len(FILES[path]), sha256(FILES[path])) for path in (FIRST, SECOND))
-    )
+    files = [file for file in listing.files if file.path in (names or FILES)]
+    paths = download(listing, files, folder)
+    assert [(path, path.read_bytes()) for path in paths] == [(folder / f.path, FILES[f.path]) for f in files]
+
+
+def test_a_listing_is_of_a_commit_and_of_the_folder_that_a_name_stands_for(server: FakeHub) -> None:
+    server.page = 1
+    files = tuple(HubFile(path, len(FILES[path]), sha256(FILES[path])) for path in (FIRST, SECOND))
+    assert sample() == HubListing(DATASET, COMMIT, files)
     assert server.asked == [("info", COMMIT), *[("tree", f"{COMMIT}/sample/10BT")] * 3]
     assert set(server.tokens) == {("info", "Bearer hf_test"), ("tree", "Bearer hf_test")}
-
-
-@pytest.mark.parametrize(
-    ("dataset", "revision", "asked", "commit"),
-    [
+    server.sha = "2" * 40  # a mirror cannot move a pinned commit, only say what another name stands for
+    for dataset, revision, wanted, commit in [
         ("HuggingFaceFW/fineweb", None, "main", MAIN),
         (DATASET, "main", "main", MAIN),
+        (DATASET, "v1", "v1", "2" * 40),
         (DATASET, "a" * 40, "a" * 40, "a" * 40),
-    ],
-)
-def test_a_revision_becomes_a_commit(
-    server: FakeHub, dataset: str, revision: str | None, asked: str, commit: str
-) -> None:
-    assert list_files(dataset, "sample-10BT", revision).revision == commit
-    assert server.asked == [("info", asked), ("tree", f"{commit}/sample/10BT")]
+    ]:
+        server.asked.clear()
+        assert list_files(dataset, "sample-100BT", revision).revision == commit
+        assert server.asked[:2] == [("info", wanted), ("tree", f"{commit}/sample/100BT")]
+    for name, folder, num_files in [("default", "data/", 2), ("CC-MAIN-2024-10", "data/CC-MAIN-2024-10/", 1)]:
+        listed = list_files(DATASET, name, None).files
+        assert len([file for file in listed if file.path.startswith(folder)]) == len(listed) == num_files
 
 
-@pytest.mark.parametrize(
-    ("name", "folder", "num_files"),
-    [
-        ("sample-10BT", "sample/10BT", 2),
-        ("sample-100BT", "sample/100BT", 1),
-        ("default", "data", 2),
-        ("CC-MAIN-2024-10", "data/CC-MAIN-2024-10", 1),
-    ],
-)
-def test_a_name_is_a_folder(server: FakeHub, name: str, folder: str, num_files: int) -> None:
-    listing = list_files(DATASET, name, None)
-    assert len(listing.files) == num_files
-    assert {file.path.startswith(f"{folder}/") for file in listing.files} == {True}
-
-
-@pytest.mark.parametrize("name", ["sample-10bt", "CC-MAIN-2024", "", "../data"])
-def test_another_name_is_refused_with_those_there_are(server: FakeHub, name: str) -> None:
-    with pytest.raises(InputError, match=re.escape(f"--name {name}: must be sample-10BT, ")):
-        list_files(DATASET, name, None)
+def test_names_and_answers_that_cannot_be_are_refused(server: FakeHub) -> None:
+    for name in ("sample-10bt", "CC-MAIN-2024", "", "../data"):
+        with pytest.raises(InputError, match=re.escape(f"--name {name}: must be sample-10BT, ")):
+            list_files(DATASET, name, None)
     assert server.asked == []
-
-
-def test_a_name_without_files_and_a_path_that_leads_outside_are_refused(server: FakeHub) -> None:
     with pytest.raises(InputError, match=r"no .parquet file in sample/350BT \(--name sample-350BT\)"):
         list_files(DATASET, "sample-350BT", None)
-    server.files["sample/10BT/../../../x.parquet"] = b"!"
-    with pytest.raises(InputError, match="which is not in sample/10BT"):
-        sample()
+    for path in ("sample/10BT/../../../0.parquet", "sample/10BT/without_sha256.parquet"):
+        server.files = FILES | {path: b"!"}
+        with pytest.raises(InputError, match=f"lists '{re.escape(path)}', outside of sample/10BT or without a sha256"):
+            sample()
+    for kind in ("info", "tree"):
+        server.faults[kind] = [Fault(200)]  # an empty body
+        with pytest.raises(InputError, match=r"what answers is not the Hub \(HF_ENDPOINT"):
+            sample()
+    server.main = "../" * 13 + "x"
+    with pytest.raises(InputError, match=r"what answers is not the Hub \(HF_ENDPOINT"):
+        list_files(DATASET, "sample-10BT", "main")
 
 
-def test_files_are_fetched_once(server: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    listing = sample()
-    asked = tuple(reversed(listing.files))
-    for _ in range(2):
-        assert_whole(download(listing, asked, tmp_path / "downloads"), tmp_path / "downloads", (SECOND, FIRST))
-    assert sorted(server.of("get")) == [FIRST, SECOND]
-    assert {token for kind, token in server.tokens if kind == "get"} == {""}  # another host must never see it
-    shown = capsys.readouterr()
-    assert shown.out == ""
-    assert shown.err == f"downloading 2 files, 0.0 MB, to {tmp_path / 'downloads'}\n"
-
-
-def test_without_a_network_what_is_there_is_enough(
-    server: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_files_are_fetched_and_hashed_once_and_need_no_network_then(
+    server: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    listing = sample()
-    download(listing, listing.files, tmp_path)
-    num_asked = len(server.asked)
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    assert_whole(download(listing, listing.files, tmp_path), tmp_path)
-    (tmp_path / hub.RECORD).write_text("[]")  # hashed again
-    assert_whole(download(listing, listing.files, tmp_path), tmp_path)
-    assert len(server.asked) == num_asked
+    listing, folder = sample(), tmp_path / "downloads"
+    backwards = [folder / SECOND, folder / FIRST]
+    assert download(listing, listing.files[::-1], folder) == backwards
+    assert [path.read_bytes() for path in backwards] == [FILES[SECOND], FILES[FIRST]]
+    assert sorted(server.of("get")) == [FIRST, SECOND]
+    assert {token for kind, token in server.tokens if kind == "place"} == {"Bearer hf_test"}
+    assert {token for kind, token in server.tokens if kind == "get"} == {""}  # another host must never see it
+    assert "signature" not in capsys.readouterr().err
+    server.asked.clear()
+    hashed: list[Path] = []
+
+    def hash_of(path: Path) -> str:
+        hashed.append(path)
+        return sha256(path.read_bytes())
+
+    monkeypatch.setattr("data_prep.hub.download.sha256_of_file", hash_of)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "huggingface_hub", None)
+        assert download(listing, listing.files[::-1], folder) == backwards
+    assert hashed == []
+    whole = (folder / hub.RECORD).read_bytes()
+    for damaged in (b"", whole[3:-3], whole.replace(b" ", b"\xff")):
+        (folder / hub.RECORD).write_bytes(damaged)
+        assert download(listing, listing.files[::-1], folder) == backwards
+        assert sorted(hashed) == backwards[::-1]
+        hashed.clear()
+    assert server.asked == []
+    (folder / FIRST).unlink()
+    assert download(listing, listing.files[::-1], folder) == backwards
+    assert hashed == [folder / f"{FIRST}.part"]  # what did not change is not hashed again beside it
 
 
-def test_files_brought_by_hand_are_hashed_and_not_fetched(server: FakeHub, tmp_path: Path) -> None:
-    listing = sample()
+def test_what_is_damaged_cut_or_brought_by_hand_is_found(
+    server: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (tmp_path / FIRST).parent.mkdir(parents=True)
     (tmp_path / FIRST).write_bytes(FILES[FIRST])
     (tmp_path / SECOND).write_bytes(FILES[SECOND][:-1])
-    assert_whole(download(listing, listing.files, tmp_path), tmp_path)
+    assert_whole(tmp_path)
     assert server.of("get") == [SECOND]
-
-
-TOO_MANY = Fault(429, {"Retry-After": "7"})
-LIMITED = Fault(429, {"RateLimit": '"resolvers";r=0;t=55', "RateLimit-Policy": '"fixed window";"resolvers";q=3;w=300'})
-DOWN = Fault(503, {"Retry-After": "3"})
-SILENT = Fault(502)
-
-
-@pytest.mark.parametrize(
-    ("kind", "faults", "waited"),
-    [
-        # The library asks for this once: all waiting is ours.
-        ("info", [TOO_MANY, LIMITED, DOWN, SILENT], [7, 56, 3, 2.0**4]),
-        # Here it waits itself, a second more than it was asked to; 1 s, 2 s, ... where nobody asked.
-        ("tree", [TOO_MANY, LIMITED, DOWN, SILENT], [8, 56, 4, 8]),
-        # The first refusal of a HEAD it does not heed: it asks again at once.
-        ("head", [TOO_MANY, LIMITED, DOWN, SILENT], [56, 4, 4]),
-        # It gives up on a GET's 5xx: then that waiting is ours.
-        ("place", [TOO_MANY, LIMITED, DOWN, SILENT], [8, 56, 3, 4]),
-        ("get", [TOO_MANY, LIMITED, DOWN, SILENT], [8, 56, 3, 4]),
-    ],
-)
-def test_refusals_are_waited_out_as_the_headers_say(
-    server: FakeHub,
-    tmp_path: Path,
-    pauses: list[float],
-    capsys: pytest.CaptureFixture[str],
-    kind: str,
-    faults: list[Fault],
-    waited: list[float],
-) -> None:
-    server.faults[kind] = list(faults)
-    listing = sample()
-    assert_whole(download(listing, listing.files[:1], tmp_path), tmp_path, (FIRST,))
-    assert pauses == waited
-    lines = capsys.readouterr().err.splitlines()
-    assert all(re.match("download(ing)?  ?", line) for line in lines)
-    assert len([line for line in lines if " in " in line or "aiting" in line]) == len(waited)
-    assert "signature" not in "".join(lines)
-
-
-def test_a_file_s_own_refusals_have_their_own_patience(server: FakeHub, tmp_path: Path) -> None:
-    server.faults["get"] = [SILENT] * 5
-    listing = sample()
-    assert_whole(download(listing, listing.files[:1], tmp_path), tmp_path, (FIRST,))
-    server.faults["get"] = [SILENT] * 100
-    with pytest.raises(InputError, match=r"502 Bad Gateway, 6 times; the same command goes on from the files"):
-        download(listing, listing.files, tmp_path)
-    assert len(server.of("get")) == 6 + 6
-    server.faults["get"] = []
-    assert_whole(download(listing, listing.files, tmp_path), tmp_path)
-    assert server.of("get").count(FIRST) == 6
-
-
-@pytest.mark.parametrize(
-    ("broken", "asked_again"),
-    [("closed", " bytes=10485760-"), ("reset", "")],  # of a reset connection the library keeps nothing
-)
-def test_a_broken_transfer_goes_on(
-    server: FakeHub, tmp_path: Path, broken: str, asked_again: str, pauses: list[float]
-) -> None:
-    server.files[FIRST] = LARGE
-    server.faults["get"] = [Fault(broken=broken)]
-    listing = sample()
-    (path,) = download(listing, listing.files[:1], tmp_path)
-    assert path.read_bytes() == LARGE
-    assert server.of("get") == [FIRST, FIRST + asked_again]
-    assert pauses == [1 if broken == "closed" else 2]
-
-
-def test_a_long_transfer_is_reported_line_by_line(
-    server: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(hub, "WATCH_SECONDS", 0.02)
-    monkeypatch.setattr(workers, "REPORT_SECONDS", 0.0)
-    server.files[FIRST] = LARGE
-    server.faults["get"] = [Fault(broken="stalled")]
-    listing = sample()
-    threading.Timer(0.5, server.released.set).start()
-    download(listing, listing.files[:1], tmp_path)
-    lines = capsys.readouterr().err.splitlines()
-    assert any(line.startswith("download  10.5 of 25.2 MB  ") for line in lines)
-    assert any(line.startswith("check  25.2 of 25.2 MB  ") for line in lines)
+    server.asked.clear()
+    (tmp_path / FIRST).write_bytes(FILES[FIRST][::-1])
+    (tmp_path / SECOND).unlink()
+    assert_whole(tmp_path)
+    assert sorted(server.of("get")) == [FIRST, SECOND]
+    assert f"download  {tmp_path / FIRST}: its sha256 is not " in capsys.readouterr().err
 
 
 def test_wrong_content_is_removed_and_named_and_fetched_again(server: FakeHub, tmp_path: Path) -> None:
-    listing = sample()
     server.sent[FIRST] = FILES[FIRST][::-1]
-    server.sent[SECOND] = FILES[SECOND][::-1]
-    with pytest.raises(InputError, match=f"{FIRST} has sha256 .*{SECOND} has sha256 .* the same command fetches"):
-        download(listing, listing.files, tmp_path)
-    assert list(tmp_path.rglob("*.parquet")) == []
+    with pytest.raises(InputError, match=f"{FIRST}: its sha256 is .* the same command fetches it again"):
+        assert_whole(tmp_path)
+    assert [path.name for path in tmp_path.rglob("0*")] == [Path(SECOND).name]
     server.sent.clear()
-    assert_whole(download(listing, listing.files, tmp_path), tmp_path)
+    assert_whole(tmp_path)
+    assert sorted(server.of("get")) == [FIRST, FIRST, SECOND]
 
 
-def test_a_file_damaged_later_is_fetched_again(
-    server: FakeHub, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("kind", ["info", "tree", "place", "get"])
+def test_refusals_are_waited_out_as_the_headers_say(
+    server: FakeHub, tmp_path: Path, pauses: list[float], kind: str
 ) -> None:
-    listing = sample()
-    paths = download(listing, listing.files, tmp_path)
-    paths[0].write_bytes(FILES[FIRST][::-1])
-    paths[1].unlink()
+    limited = {"RateLimit": '"resolvers";r=0;t=55', "RateLimit-Policy": '"fixed window";"resolvers";q=3;w=300'}
+    refusals = [Fault(429, {"Retry-After": "7"}), Fault(429, limited), Fault(503, {"Retry-After": "3"}), Fault(502)]
+    server.faults[kind] = list(refusals)
+    assert_whole(tmp_path, FIRST)
+    assert pauses == [8, 56, 4, 8]  # a second more, since servers count in whole ones; 2 ** 3 where nothing says
+    server.faults[kind] = [Fault(502)] * 100
+    (tmp_path / FIRST).unlink()
     server.asked.clear()
-    assert_whole(download(listing, listing.files, tmp_path), tmp_path)
-    assert sorted(server.of("get")) == [FIRST, SECOND]
-    assert f"download  removed {paths[0]} has sha256 " in capsys.readouterr().err
+    with pytest.raises(InputError, match="502, Bad Gateway; the same command goes on"):
+        assert_whole(tmp_path)
+    assert server.of(kind).count(server.of(kind)[0]) == 6
 
 
-def test_a_sound_file_of_another_revision_is_not_removed(server: FakeHub, tmp_path: Path) -> None:
+def test_a_broken_transfer_goes_on(server: FakeHub, tmp_path: Path, pauses: list[float]) -> None:
+    server.files[FIRST] = LARGE
+    server.faults["get"] = [Fault(broken="closed"), Fault(broken="reset")] * 3  # as often as each brings something new
     listing = sample()
-    download(listing, listing.files, tmp_path)
-    server.files[FIRST] = b"later"
-    later = list_files(DATASET, "sample-10BT", "main")
-    with pytest.raises(InputError, match="is whole, but of another revision"):
-        download(later, later.files, tmp_path)
-    assert_whole(download(listing, listing.files, tmp_path), tmp_path)
-    later = list_files(DATASET, "sample-10BT", "main")
-    assert download(later, later.files[1:], tmp_path) == [tmp_path / SECOND]  # which is the same in both
+    (path,) = download(listing, listing.files[:1], tmp_path)
+    assert path.read_bytes() == LARGE
+    begins = [int(what.partition("bytes=")[2].rstrip("-") or 0) for what in server.of("get")]
+    assert len(begins) == 7 and begins == sorted(set(begins)) and begins[1] > len(LARGE) // 3
+    assert pauses == [2] * 6
 
 
-@pytest.mark.parametrize(
-    ("kind", "fault", "said"),
-    [
-        ("info", Fault(401, {"X-Error-Code": "RepoNotFound"}), "401, no such data set for you (--dataset)"),
-        ("info", Fault(401, {"X-Error-Message": "Invalid credentials"}), "401, no such data set for you (--dataset)"),
-        ("info", Fault(404, {"X-Error-Code": "RepoNotFound"}), "404, no such data set for you (--dataset)"),
-        ("info", Fault(404, {"X-Error-Code": "RevisionNotFound"}), "404, no such revision of it (--revision)"),
-        ("tree", Fault(404, {"X-Error-Code": "EntryNotFound"}), "no sample/10BT in it (--name sample-10BT)"),
-        ("info", Fault(403, {"X-Error-Code": "GatedRepo"}), "403, gated: accept its terms"),
-        ("tree", Fault(403, {"X-Error-Message": "No, not you"}), "403, No, not you (--dataset, HF_TOKEN)"),
-        ("get", Fault(403, {"X-Error-Message": "No, not you"}), "403, No, not you (--dataset, HF_TOKEN)"),
-        ("head", Fault(404, {"X-Error-Code": "EntryNotFound"}), f"404, no longer has {FIRST}"),
-    ],
-)
-def test_what_stays_refused_is_told_at_once(
-    server: FakeHub, tmp_path: Path, pauses: list[float], kind: str, fault: Fault, said: str
-) -> None:
-    server.faults[kind] = [fault]
-    with pytest.raises(InputError) as raised:
-        listing = sample()
-        download(listing, listing.files[:1], tmp_path)
-    assert said in str(raised.value)
-    assert "\n" not in str(raised.value)
-    assert len(server.of(kind)) == 1
-    assert pauses == []
-
-
-def test_a_refused_listing_is_told_though_the_folder_holds_files(
-    server: FakeHub, tmp_path: Path, pauses: list[float]
-) -> None:
-    """The library would return the folder as it is."""
-    (tmp_path / "other").write_text("")
-    listing = sample()
-    server.faults["tree"] = [Fault(403)]
-    assert_whole(download(listing, listing.files, tmp_path), tmp_path)
-    assert pauses == [2]
-
-
-def test_no_server_is_told_soon(server: FakeHub, monkeypatch: pytest.MonkeyPatch, pauses: list[float]) -> None:
-    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9/")
-    with pytest.raises(InputError, match=r"refused, 2 times; .* --source local --data-files GLOB works without") as r:
-        sample()
-    assert "\n" not in str(r.value)
-    assert pauses == [2]
-
-
-def test_offline_mode_and_a_login_page_are_told(
-    server: FakeHub, monkeypatch: pytest.MonkeyPatch, pauses: list[float]
-) -> None:
-    server.faults["info"] = [Fault(200)]
-    with pytest.raises(InputError, match=r"what answers is not the Hub \(HF_ENDPOINT"):
-        sample()
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    with pytest.raises(InputError, match="HF_HUB_OFFLINE is set; --source local"):
-        sample()
-    assert pauses == []
-
-
-def test_what_is_no_name_and_a_missing_library_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(InputError, match="--dataset, like OWNER/NAME"):
-        list_files("a/b/c", "default", None)
-    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(InputError, match=r"pip install -e '.\[data\]' \(--source local"):
-        sample()
-
-
-def test_a_killed_process_leaves_nothing_behind_and_its_whole_files_count(server: FakeHub, tmp_path: Path) -> None:
+def test_a_killed_process_leaves_what_the_next_one_goes_on_from(server: FakeHub, tmp_path: Path) -> None:
     server.files[SECOND] = LARGE
     listing = sample()
     download(listing, listing.files[:1], tmp_path)
     server.faults["get"] = [Fault(broken="stalled")]
     server.asked.clear()
     code = (
-        "import pathlib, sys; from data_prep.hub.files import *; "
+        "import pathlib; from data_prep.hub.files import *; "
         f"listing = list_files({DATASET!r}, 'sample-10BT', None); download(listing, listing.files, pathlib.Path('.'))"
     )
     env = os.environ | {"PYTHONPATH": str(ROOT)}
     with subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=env, stderr=subprocess.PIPE) as process:
-        while not [path for path in tmp_path.rglob("*.incomplete") if path.stat().st_size]:
+        while sum(path.stat().st_size for path in tmp_path.rglob("*.part")) < len(LARGE) // 2:
             assert not threading.Event().wait(0.02) and process.poll() is None
         process.kill()
     server.released.set()
-    assert len(list(tmp_path.rglob("*.incomplete"))) == 1
+    assert {kind for kind, _ in server.asked} == {"info", "tree", "place", "get"}  # and no telemetry
     assert download(listing, listing.files, tmp_path)[1].read_bytes() == LARGE
-    assert list(tmp_path.rglob("*.incomplete")) == []
-    assert server.of("get") == [SECOND, SECOND]
-    assert {kind for kind, _ in server.asked} == {"info", "tree", "head", "place", "get"}
+    (first, again) = server.of("get")
+    assert first == SECOND and int(again.removeprefix(f"{SECOND} bytes=").rstrip("-")) >= len(LARGE) // 2
+    assert list(tmp_path.rglob("*.part")) == []
+
+
+def test_a_long_transfer_is_reported_line_by_line(
+    server: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(workers, "REPORT_SECONDS", 0.0)
+    server.files[FIRST] = LARGE
+    listing = sample()
+    download(listing, listing.files[:1], tmp_path)
+    assert re.search(r"^download  \d+\.\d of 25.2 MB  .* left$", capsys.readouterr().err, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "fault", "reason"),
+    [
+        ("info", Fault(401, {"X-Error-Code": "RepoNotFound"}), "401, no such data set for you (--dataset)"),
+        ("info", Fault(401, {"X-Error-Message": "Invalid credentials"}), "401, Invalid credentials (HF_TOKEN)"),
+        ("info", Fault(404, {"X-Error-Code": "RepoNotFound"}), "404, no such data set for you (--dataset)"),
+        (
+            "info",
+            Fault(404, {"X-Error-Code": "RevisionNotFound"}),
+            "404, no such revision of the data set (--revision)",
+        ),
+        ("tree", Fault(404, {"X-Error-Code": "EntryNotFound"}), "404, no such folder or file in the data set (--name)"),
+        ("info", Fault(403, {"X-Error-Code": "GatedRepo"}), "403, gated: accept the terms"),
+        ("place", Fault(403, {"X-Error-Code": "GatedRepo"}), "403, gated: accept the terms"),
+        ("tree", Fault(403, {"X-Error-Message": "No, not you"}), "403, No, not you (HF_TOKEN)"),
+        ("get", Fault(403, {"X-Error-Message": "No, not you"}), "403, No, not you (HF_TOKEN)"),
+    ],
+)
+def test_what_stays_refused_is_told_at_once_in_one_line(
+    server: FakeHub, tmp_path: Path, pauses: list[float], kind: str, fault: Fault, reason: str
+) -> None:
+    (tmp_path / "other").touch()  # snapshot_download would take this folder for the answer
+    server.faults[kind] = [fault]
+    with pytest.raises(InputError) as raised:
+        assert_whole(tmp_path, FIRST)
+    assert reason in str(raised.value) and "\n" not in str(raised.value)
+    assert (len(server.of(kind)), pauses) == (1, [])
+
+
+def test_no_network_and_offline_mode_are_told_in_one_line(
+    server: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pauses: list[float]
+) -> None:
+    listing = sample()
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    for ask in (sample, lambda: download(listing, listing.files[:1], tmp_path)):
+        pauses.clear()
+        with pytest.raises(InputError, match=r"refused; .* --data-files work without a network") as raised:
+            ask()
+        assert "\n" not in str(raised.value)
+        assert sum(pauses) <= 31
+    pauses.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    for ask in (sample, lambda: download(listing, listing.files[:1], tmp_path)):
+        with pytest.raises(InputError, match="offline mode is enabled"):
+            ask()
+    assert pauses == []
 
 
 def test_one_process_at_a_time_downloads_to_a_folder(
@@ -527,26 +430,13 @@ def test_one_process_at_a_time_downloads_to_a_folder(
             time.sleep(0.01)
         fcntl.flock(lock, fcntl.LOCK_UN)
     other.join()
-    assert_whole(download(listing, listing.files, tmp_path), tmp_path)
+    assert_whole(tmp_path)
+    assert sorted(server.of("get")) == [FIRST, SECOND]
 
 
-def test_a_full_disk_is_told_before_anything_is_fetched(
-    server: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_disk_too_small_is_told_before_anything_is_fetched(server: FakeHub, tmp_path: Path) -> None:
     listing = sample()
-    free = os.statvfs(tmp_path).f_bavail * os.statvfs(tmp_path).f_frsize
-    vast = HubFile(FIRST, free + 2**40, listing.files[0].sha256)
+    vast = HubFile(FIRST, shutil.disk_usage(tmp_path).free + 2**40, listing.files[0].sha256)
     with pytest.raises(InputError, match="GB to download, only"):
         download(listing, [vast], tmp_path)
     assert server.of("get") == []
-
-
-def test_many_files_are_asked_for_in_parts(server: FakeHub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "FILES_PER_CALL", 1)
-    server.sent[SECOND] = b"?" * len(FILES[SECOND])
-    listing = sample()
-    with contextlib.suppress(InputError):
-        download(listing, listing.files, tmp_path)
-    server.sent.clear()
-    assert_whole(download(listing, listing.files, tmp_path), tmp_path)
-    assert server.of("get") == [FIRST, SECOND, SECOND]
