@@ -90,6 +90,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 weight_gradient.addmm_(gradient_nV.T, x_nD)
             else:
                 weight_gradient += gradient_nV.T @ x_nD
+            del gradient_nV  # else it is still there while the next chunk's logits are
         ctx.save_for_backward(x_gradient, weight_gradient)
         return torch.stack([loss * scale, loss])
 

@@ -45,6 +45,16 @@ class StepShape:
         return self.is_sharded and self.whole_gradients and self.accumulation > 1
 
     @property
+    def reduces_each(self) -> bool:
+        """Are the gradients of every micro-batch reduced by themselves, and added up as shards?"""
+        return self.is_sharded and not self.whole_gradients and self.accumulation > 1
+
+    @property
+    def adds_at_once(self) -> bool:
+        """Is each gradient added, as it is made, to one that is there already?"""
+        return not self.is_sharded and (self.mode == "ddp" or self.accumulation > 1)
+
+    @property
     def is_all_gathered(self) -> bool:
         """Are all weights there already, from the micro-batch before the last?"""
         return self.adds_up_whole and not self.reshard_after_forward
@@ -54,15 +64,11 @@ class StepShape:
         return self.micro_batch * self.seq_len
 
 
-def count_norm(config: ModelConfig) -> int:
-    """Parameters of one norm of the residual stream."""
-    if config.norm == "none":
-        return 0
-    return 2 * config.width if config.norm == "layernorm" and config.bias else config.width
-
-
 def norm_shapes(config: ModelConfig) -> list[tuple[int, ...]]:
-    return [(config.width,)] * (count_norm(config) // config.width)
+    """Of one norm of the residual stream."""
+    if config.norm == "none":
+        return []
+    return [(config.width,)] * (2 if config.norm == "layernorm" and config.bias else 1)
 
 
 def block_shapes(config: ModelConfig) -> list[tuple[int, ...]]:

@@ -20,7 +20,7 @@ from model.costs.activations import (
     block_shapes,
     count_block_activations,
     count_kept_by_norm,
-    count_norm,
+    norm_shapes,
     root_shapes,
 )
 
@@ -91,32 +91,33 @@ def _state(config: ModelConfig, shape: StepShape) -> Bytes:
     return {"weights": FP32_BYTES * held, "optimizer": 2 * FP32_BYTES * held}
 
 
-def _gradients(config: ModelConfig, shape: StepShape, *, done_blocks: int, is_root_done: bool) -> Bytes:
-    """In the last micro-batch's backward pass, those of `done_blocks` blocks made and reduced.
+def _gradients(config: ModelConfig, shape: StepShape, done: int, *, is_root_done: bool) -> Bytes:
+    """In the last micro-batch's backward pass, those of `done` blocks made and reduced.
 
     DDP's lie in its buckets all the time. Others are there from the first micro-batch to the update; whole ones that
     FSDP2 adds up become shards one block after the other.
     """
     blocks, num_done = config.num_layers, 1 if is_root_done else 0
-    block, root = (FP32_BYTES * count_shard(f(config), 1) for f in (block_shapes, root_shapes))
+    if shape.mode == "ddp" or (shape.accumulation > 1 and not shape.adds_up_whole):
+        done, num_done = blocks, 1
     own_block, own_root = (FP32_BYTES * count_shard(f(config), shape.shards) for f in (block_shapes, root_shapes))
+    found = {"gradients": done * own_block + num_done * own_root}
     if shape.adds_up_whole:
-        whole = (blocks - done_blocks) * block + (1 - num_done) * root
-        return {"gradients": done_blocks * own_block + num_done * own_root, "whole gradients": whole}
-    if shape.mode == "ddp" or shape.accumulation > 1:
-        done_blocks, num_done = blocks, 1
-    return {"gradients": done_blocks * own_block + num_done * own_root}
+        block, root = (FP32_BYTES * count_shard(f(config), 1) for f in (block_shapes, root_shapes))
+        found["whole gradients"] = (blocks - done) * block + (1 - num_done) * root
+    return found
 
 
-def _kept(config: ModelConfig, shape: StepShape, *, blocks: int) -> Bytes:
-    """What autograd keeps of the first `blocks` blocks."""
+def _held(config: ModelConfig, shape: StepShape, *, done: int = 0, is_root_done: bool = False, kept: int = 0) -> Bytes:
+    """The state, the gradients when those of `done` blocks are made, and what autograd keeps of the first `kept`."""
     N, D = shape.num_tokens, config.width
+    found = {**_state(config, shape), **_gradients(config, shape, done, is_root_done=is_root_done)}
     if shape.activation_checkpointing:  # and the first block's values, as part of its queries, keys and values
-        first_values = 3 * N * D if config.value_residual else 0
-        return {"activations": (blocks * N * D + first_values) * shape.compute_bytes}
-    return {
-        "activations": blocks * sum(count_block_activations(config, shape).values()),
-        "low-precision weights": blocks * _block_copies(config, shape),
+        first_values = 3 * N * D if config.value_residual and kept else 0
+        return found | {"activations": (kept * N * D + first_values) * shape.compute_bytes}
+    return found | {
+        "activations": kept * sum(count_block_activations(config, shape).values()),
+        "low-precision weights": kept * _block_copies(config, shape),
     }
 
 
@@ -125,32 +126,35 @@ def _block_copies(config: ModelConfig, shape: StepShape) -> int:
     if shape.compute_bytes == FP32_BYTES:
         return 0
     if shape.is_sharded:  # of its norms' weights in fp32
-        return FP32_BYTES * (2 * count_norm(config) + 2 * config.head_size * config.qk_norm)
+        return FP32_BYTES * (2 * config.width * len(norm_shapes(config)) + 2 * config.head_size * config.qk_norm)
     return shape.compute_bytes * sum(math.prod(s) for s in block_shapes(config) if len(s) == 2)
 
 
-def _gathered(config: ModelConfig, shape: StepShape, *, blocks: int) -> Bytes:
-    """FSDP2's whole parameters: the root's, in fp32, and those of `blocks` blocks, in the dtype of the activations."""
-    if not shape.is_sharded:
-        return {}
-    root = FP32_BYTES * shape.shards * count_shard(root_shapes(config), shape.shards)
-    return {"gathered weights": root + blocks * _gathered_block(config, shape)}
+def _gathered(config: ModelConfig, shape: StepShape, blocks: int, *, in_use: int = 0) -> Bytes:
+    """FSDP2's whole parameters: the root's, in fp32, and those of `blocks` blocks, in the dtype of the activations; of
+    the blocks `in_use` alone where others are freed after their forward pass."""
+    blocks = in_use if shape.reshard_after_forward else blocks
+    return {"gathered weights": _reduced(root_shapes(config), shape) + blocks * _gathered_block(config, shape)}
 
 
 def _gathered_block(config: ModelConfig, shape: StepShape) -> int:
     """As it comes, as it is laid out, and as gloo has it before."""
-    return shape.compute_bytes * shape.shards * count_shard(block_shapes(config), shape.shards)
+    return shape.is_sharded * shape.compute_bytes * shape.shards * count_shard(block_shapes(config), shape.shards)
+
+
+def _coming(config: ModelConfig, shape: StepShape, index: int) -> int:
+    """In the backward pass of block `index`: FSDP2's weights of the block before it, on their way."""
+    return _gathered_block(config, shape) if index > 0 and shape.shards > 1 and shape.reshard_after_forward else 0
 
 
 def _reduced(shapes: list[tuple[int, ...]], shape: StepShape) -> int:
     """FSDP2's gradients of a block or the root, as they are reduced."""
-    return FP32_BYTES * shape.shards * count_shard(shapes, shape.shards)
+    return shape.is_sharded * FP32_BYTES * shape.shards * count_shard(shapes, shape.shards)
 
 
 def _left_over(config: ModelConfig, shape: StepShape) -> int:
     """FSDP2 lets go of what it reduced at the next reduction, or where the step's last backward pass ends."""
-    is_reduced_before = shape.is_sharded and shape.accumulation > 1 and not shape.whole_gradients
-    return _reduced(root_shapes(config), shape) if is_reduced_before else 0
+    return _reduced(root_shapes(config), shape) if shape.reduces_each else 0
 
 
 # --- The phases -------------------------------------------------------------------------------------------------------
@@ -158,17 +162,14 @@ def _left_over(config: ModelConfig, shape: StepShape) -> int:
 
 def _at_the_loss(config: ModelConfig, shape: StepShape) -> Bytes:
     """What is there between the last block's forward and its backward pass."""
-    N, D, c = shape.num_tokens, config.width, shape.compute_bytes
-    kept = _kept(config, shape, blocks=config.num_layers)
-    kept["activations"] += N * D * c  # the head's input, and what its norm keeps
-    kept["activations"] += count_kept_by_norm(config, shape) if config.has_last_norm else 0
-    return {
-        **_state(config, shape),
-        **_gradients(config, shape, done_blocks=0, is_root_done=False),
-        **kept,
-        **_gathered(config, shape, blocks=1 if shape.reshard_after_forward else config.num_layers),
+    found = {
+        **_held(config, shape, kept=config.num_layers),
+        **_gathered(config, shape, config.num_layers, in_use=1),
         "in flight": _left_over(config, shape),
     }
+    found["activations"] += shape.num_tokens * config.width * shape.compute_bytes  # the head's input; its norm's:
+    found["activations"] += count_kept_by_norm(config, shape) if config.has_last_norm else 0
+    return found
 
 
 def _head_copy(config: ModelConfig, shape: StepShape) -> int:
@@ -182,11 +183,9 @@ def _forward_gathering(config: ModelConfig, shape: StepShape) -> Bytes:
         return {}
     blocks, came = config.num_layers, _gathered_block(config, shape)
     return {
-        **_state(config, shape),
-        **_gradients(config, shape, done_blocks=0, is_root_done=False),
-        **_kept(config, shape, blocks=blocks - 1),
-        **_gathered(config, shape, blocks=0 if shape.reshard_after_forward else blocks - 1),
-        "in flight": _left_over(config, shape) + (2 if blocks > 1 else 1) * came,
+        **_held(config, shape, kept=blocks - 1),
+        **_gathered(config, shape, blocks - 1),
+        "in flight": _left_over(config, shape) + min(blocks, 2) * came,
         "gloo's copy": came if shape.on_cpu else 0,
     }
 
@@ -195,7 +194,7 @@ def _loss_forward(config: ModelConfig, shape: StepShape) -> Bytes:
     """FSDP2 still holds the last block's weights as they came."""
     N, D, V, c = shape.num_tokens, config.width, config.padded_vocab_size, shape.compute_bytes
     found = _at_the_loss(config, shape)
-    if shape.is_sharded and shape.shards > 1 and not shape.is_all_gathered:
+    if shape.shards > 1 and not shape.is_all_gathered:
         found["in flight"] += _gathered_block(config, shape)
     if shape.chunk_tokens is None:
         # Logits, log-probabilities; between them logits without the padding's columns, in fp32.
@@ -227,26 +226,28 @@ def _loss_backward(config: ModelConfig, shape: StepShape) -> Bytes:
     return found | {"loss": max(losses, products), "head's weights": _head_copy(config, shape)}
 
 
+def _in_block(config: ModelConfig, shape: StepShape, index: int) -> Bytes:
+    """What is there in the backward pass of block `index`, beside what it makes itself."""
+    is_last = index == config.num_layers - 1
+    left = _left_over(config, shape) if is_last else _reduced(block_shapes(config), shape)
+    return {
+        **_held(config, shape, done=config.num_layers - 1 - index, kept=index + 1),
+        **_gathered(config, shape, index + 1, in_use=1),
+        "head's gradient": _head_gradient(config, shape),
+        "in flight": left + _coming(config, shape, index),
+    }
+
+
 def _block_backward(config: ModelConfig, shape: StepShape, index: int) -> Bytes:
     """In block `index`, where its MLP's last matrix has made its gradients: all that the block kept is there. Or right
     after that, where SwiGLU's two factors or a square's base get theirs: but for what that matrix kept."""
     N, D, F, c = shape.num_tokens, config.width, config.resolved_mlp_width, shape.compute_bytes
-    kept = _kept(config, shape, blocks=index + 1)
+    found = _in_block(config, shape, index)
     if shape.activation_checkpointing:
-        kept["recomputed block"] = sum(count_block_activations(config, shape).values()) + _block_copies(config, shape)
-        kept["recomputed block"] -= _is_input_kept(config, shape) * N * D * c
-    found = {
-        **_state(config, shape),
-        **_gradients(config, shape, done_blocks=config.num_layers - 1 - index, is_root_done=False),
-        **kept,
-        **_gathered(config, shape, blocks=1 if shape.reshard_after_forward else index + 1),
-        "head's gradient": _head_gradient(config, shape),
-        "block's gradients": N * D * c
-        + max(N * F * c + F * D * c, F * D * FP32_BYTES, 2 * N * F * c if config.mlp in ("swiglu", "relu2") else 0),
-    }
-    if shape.is_sharded:
-        found["in flight"] = _in_flight(config, shape, index)
-    return found
+        found["recomputed block"] = sum(count_block_activations(config, shape).values()) + _block_copies(config, shape)
+        found["recomputed block"] -= _is_input_kept(config, shape) * N * D * c
+    factors = {"swiglu": 2, "relu2": 3}.get(config.mlp, 0) * N * F * c
+    return found | {"block's gradients": N * D * c + max(N * F * c + F * D * c, F * D * FP32_BYTES, factors)}
 
 
 def _is_input_kept(config: ModelConfig, shape: StepShape) -> bool:
@@ -265,64 +266,44 @@ def _attention_backward(config: ModelConfig, shape: StepShape, index: int) -> By
     holder = "recomputed block" if shape.activation_checkpointing else "activations"
     found[holder] -= block["mlp, between its matrices"] + block["matrices' inputs"] // 2
     found["block's gradients"] = 2 * N * D * c + 2 * N * config.num_heads * shape.seq_len * FP32_BYTES
-    is_mlp_added_at_once = not shape.is_sharded and (shape.mode == "ddp" or shape.accumulation > 1)
     mlp = config.num_mlp_matrices * D * config.resolved_mlp_width
-    return found | ({} if is_mlp_added_at_once else {"mlp's gradients": FP32_BYTES * mlp})
+    return found | {"mlp's gradients": 0 if shape.adds_at_once else FP32_BYTES * mlp}
 
 
 def _head_gradient(config: ModelConfig, shape: StepShape) -> int:
     """While the blocks' are made: a tied head's waits for the embedding's; another goes where its earlier ones are."""
-    is_added_at_once = not shape.is_sharded and (shape.mode == "ddp" or shape.accumulation > 1)
-    return 0 if not config.tie and is_added_at_once else FP32_BYTES * config.padded_vocab_size * config.width
+    return 0 if not config.tie and shape.adds_at_once else FP32_BYTES * config.padded_vocab_size * config.width
 
 
 def _gathering(config: ModelConfig, shape: StepShape, index: int) -> Bytes:
     """FSDP2 as block `index` begins its backward pass: the weights of the block before it are on their way."""
-    if shape.shards == 1 or not shape.reshard_after_forward:
+    if not (coming := _coming(config, shape, index)):
         return {}
-    return {
-        **_state(config, shape),
-        **_gradients(config, shape, done_blocks=config.num_layers - 1 - index, is_root_done=False),
-        **_kept(config, shape, blocks=index + 1),
-        **_gathered(config, shape, blocks=1),
-        "head's gradient": _head_gradient(config, shape),
+    return _in_block(config, shape, index) | {
         "block's gradients": shape.num_tokens * config.width * shape.compute_bytes,
-        "in flight": _in_flight(config, shape, index),
-        "gloo's copy": _gathered_block(config, shape) if shape.on_cpu else 0,
+        "gloo's copy": coming if shape.on_cpu else 0,
     }
-
-
-def _in_flight(config: ModelConfig, shape: StepShape, index: int) -> int:
-    """In the backward pass of block `index`: the weights of the block before it, the gradients of the one after it."""
-    is_last = index == config.num_layers - 1
-    gathered = _gathered_block(config, shape) if index > 0 and shape.shards > 1 and shape.reshard_after_forward else 0
-    return gathered + (_left_over(config, shape) if is_last else _reduced(block_shapes(config), shape))
 
 
 def _block_reduction(config: ModelConfig, shape: StepShape, index: int, *, is_sent: bool) -> Bytes:
     """FSDP2 after block `index`, its weights freed: its gradients are copied into what is sent in fp32, then let go."""
-    N, D, c, last = shape.num_tokens, config.width, shape.compute_bytes, config.num_layers - 1
-    is_prefetched = index > 0 and shape.shards > 1 and shape.reshard_after_forward
-    found = {
-        **_state(config, shape),
-        **_gradients(config, shape, done_blocks=last - index + is_sent, is_root_done=False),
-        **_kept(config, shape, blocks=index),
-        **_gathered(config, shape, blocks=0 if shape.reshard_after_forward else index),
+    c, shapes = shape.compute_bytes, block_shapes(config)
+    is_copied = not is_sent and not shape.adds_up_whole
+    return {
+        **_held(config, shape, done=config.num_layers - 1 - index + is_sent, kept=index),
+        **_gathered(config, shape, index),
         "head's gradient": _head_gradient(config, shape),
-        "block's gradients": N * D * c,
-        "in flight": _reduced(block_shapes(config), shape) + (_gathered_block(config, shape) if is_prefetched else 0),
+        "block's gradients": shape.num_tokens * config.width * c + is_copied * c * count_shard(shapes, 1),
+        "in flight": _reduced(shapes, shape) + _coming(config, shape, index),
+        **(_arrived(shapes, shape) if is_sent else {}),
     }
-    if is_sent:
-        return found | _arrived(block_shapes(config), shape)
-    found["block's gradients"] += 0 if shape.adds_up_whole else c * count_shard(block_shapes(config), 1)
-    return found
 
 
 def _arrived(shapes: list[tuple[int, ...]], shape: StepShape) -> Bytes:
     """What a reduction makes beside the gradients that it leaves."""
     own = FP32_BYTES * count_shard(shapes, shape.shards)
     return {
-        "reduced, to add": own if shape.accumulation > 1 and not shape.whole_gradients else 0,
+        "reduced, to add": own if shape.reduces_each else 0,
         "gloo's copy": _reduced(shapes, shape) if shape.on_cpu and shape.shards > 1 else 0,
     }
 
@@ -330,48 +311,38 @@ def _arrived(shapes: list[tuple[int, ...]], shape: StepShape) -> Bytes:
 def _embedding_backward(config: ModelConfig, shape: StepShape, *, is_last: bool) -> Bytes:
     """The end of a backward pass: the embedding's gradient as head and as embedding, and their sum; of a head that is
     another matrix, the two by themselves."""
-    N, D, V, c = shape.num_tokens, config.width, config.padded_vocab_size, shape.compute_bytes
     blocks = config.num_layers
-    table = V * D * FP32_BYTES
+    table = config.padded_vocab_size * config.width * FP32_BYTES
     # autograd adds up in place what it owns: not what the plain loss makes in fp32, which is the transpose of another.
-    tables = 3 if c == FP32_BYTES and shape.chunk_tokens is None else 2
+    tables = 3 if shape.compute_bytes == FP32_BYTES and shape.chunk_tokens is None else 2
     found = {
-        **_state(config, shape),
-        **_gradients(config, shape, done_blocks=blocks, is_root_done=False),
-        **_gathered(config, shape, blocks=0),
-        "embedding's gradients": (tables if config.tie else 1) * table + N * D * FP32_BYTES,
+        **_held(config, shape, done=blocks),
+        **_gathered(config, shape, 0 if is_last else blocks),
+        "embedding's gradients": (tables if config.tie else 1) * table + shape.num_tokens * config.width * FP32_BYTES,
         "head's gradient": 0 if config.tie else _head_gradient(config, shape),
+        "in flight": _reduced(block_shapes(config), shape) if is_last else 0,
     }
-    if not is_last:
-        whole_blocks = blocks * count_shard(block_shapes(config), 1)
-        whole_root = count_shard(root_shapes(config), 1) if shape.accumulation > 2 else 0
-        found |= {"gradients": 0, "whole gradients": FP32_BYTES * (whole_blocks + whole_root)}
-        found |= _gathered(config, shape, blocks=0 if shape.reshard_after_forward else blocks)
-    elif shape.is_sharded:
-        found["in flight"] = _reduced(block_shapes(config), shape)
-    return found
+    if is_last:
+        return found
+    whole_blocks = blocks * count_shard(block_shapes(config), 1)
+    whole_root = count_shard(root_shapes(config), 1) if shape.accumulation > 2 else 0
+    return found | {"gradients": 0, "whole gradients": FP32_BYTES * (whole_blocks + whole_root)}
 
 
 def _root_reduction(config: ModelConfig, shape: StepShape, *, is_sent: bool) -> Bytes:
     """FSDP2 at the end: the same with the root's gradients. Its weights are freed by the last micro-batch alone."""
-    is_repeated = shape.accumulation > 1 and not shape.whole_gradients
-    found = {
-        **_state(config, shape),
-        **_gradients(config, shape, done_blocks=config.num_layers, is_root_done=is_sent),
-        **(_gathered(config, shape, blocks=0) if is_repeated else {}),
-        "in flight": _reduced(root_shapes(config), shape),
-    }
-    if is_sent:
-        return found | _arrived(root_shapes(config), shape)
-    return found | {
-        "embedding's gradients": FP32_BYTES * (0 if shape.adds_up_whole else count_shard(root_shapes(config), 1))
+    shapes = root_shapes(config)
+    gradients = 0 if is_sent or shape.adds_up_whole else FP32_BYTES * count_shard(shapes, 1)
+    return {
+        **_held(config, shape, done=config.num_layers, is_root_done=is_sent),
+        **(_gathered(config, shape, 0) if shape.reduces_each else {}),
+        "embedding's gradients": gradients,
+        "in flight": _reduced(shapes, shape),
+        **(_arrived(shapes, shape) if is_sent else {}),
     }
 
 
 def _update(config: ModelConfig, shape: StepShape) -> Bytes:
     largest = max(count_shard([each], shape.shards) for each in block_shapes(config) + root_shapes(config))
-    return {
-        **_state(config, shape),
-        **_gradients(config, shape, done_blocks=config.num_layers, is_root_done=True),
-        "norm": FP64_BYTES * largest if shape.on_cpu else 0,
-    }
+    norm = FP64_BYTES * largest if shape.on_cpu else 0
+    return _held(config, shape, done=config.num_layers, is_root_done=True) | {"norm": norm}

@@ -147,6 +147,8 @@ def counted_peak(config: Config, world: int, accumulation: int) -> int:
         LONG | {"loss": "chunked"},
         LONG | {"loss": "chunked", "dtype": "bf16"},
         LONG | {"sequences": 1, "loss": "chunked", "dtype": "bf16"},
+        LONG | {"sequences": 40, "loss": "chunked"},  # in three chunks
+        LONG | {"sequences": 40, "loss": "chunked", "dtype": "bf16"},
     ],
     ids=lambda options: " ".join(f"{name} {value}" for name, value in options.items()),
 )
@@ -221,7 +223,7 @@ def test_the_peak_of_two_processes(spread: list[tuple[dict[str, Any], int]]) -> 
         counted = counted_peak(config, 2, accumulation)
         late = 0
         if options["mode"] == "fsdp":  # gloo's thread lets go of its copies some time after it has sent them
-            late = 2 * _reduced(block_shapes(config.model), StepShape(micro_batch=1, seq_len=1, shards=2))
+            late = 2 * _reduced(block_shapes(config.model), StepShape(micro_batch=1, seq_len=1, mode="fsdp", shards=2))
         for peak in peaks:
             assert 0.98 * counted <= peak <= 1.02 * counted + late, (options, accumulation, counted, peaks)
 
