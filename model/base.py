@@ -22,7 +22,7 @@ class LanguageModel(nn.Module):
     """tokens_BT int64 -> logits_BTV in `compute_dtype`; V is the padded vocabulary.
 
     A model of this kind is its `hidden_states` and the head `lm_head`. Parameters are fp32. `compute_dtype` is the
-    dtype of the residual stream and of every matrix product. Losses and samplers turn the logits to fp32.
+    dtype of the residual stream and of every matrix product. Losses and samplers convert the logits to fp32.
     """
 
     lm_head: nn.Linear

@@ -1,13 +1,15 @@
-"""Run directory, checkpoint or Hugging Face folder -> model and codec; the read side of the checkpoint format.
+"""Load a model and its tokenizer from a run directory, a checkpoint or a Hugging Face folder.
+
+This is the read side of the checkpoint format; train/run/checkpoints.py writes it.
 
     RUN/checkpoints/step_00000500/
         *.distcp, .metadata   torch.distributed.checkpoint of model.* and optimizer.*
         state.json            progress, configuration, data fingerprint, random state, versions
-        SHA256SUMS            of all of these, as `sha256sum -c SHA256SUMS` reads it
+        SHA256SUMS            hashes of all these files, for `sha256sum -c SHA256SUMS`
 
-A directory with such a name is complete: it was written elsewhere and renamed. Nothing in it can run code:
-hashes are checked first, and DCP's pickled .metadata is read through an allow-list. Hugging Face's folders are
-model/hf/folder.py's to read.
+A directory with such a name is complete, since it is written elsewhere and renamed. Loading never executes code from
+it: hashes are checked first, and DCP's pickled .metadata is read through an allow-list. model/hf/folder.py reads
+Hugging Face folders.
 """
 
 import io
@@ -42,7 +44,7 @@ STEP_NAME = re.compile(r"step_(\d{8,})")
 
 
 def step_of(checkpoint: Path) -> int:
-    """500 for .../step_00000500; InputError for any other name."""
+    """Return 500 for .../step_00000500. Raise InputError for any other name."""
     match = STEP_NAME.fullmatch(checkpoint.name)
     if not match:
         raise InputError(f"{checkpoint}: not a checkpoint; their folders are named step_00000500")
@@ -50,14 +52,14 @@ def step_of(checkpoint: Path) -> int:
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first, sound or not."""
+    """Return the complete checkpoints of a run, oldest first, whether their hashes hold or not."""
     folder = run_dir / CHECKPOINTS
-    found = [path for path in folder.iterdir() if STEP_NAME.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(found, key=step_of)
+    checkpoints = [path for path in folder.iterdir() if STEP_NAME.fullmatch(path.name)] if folder.is_dir() else []
+    return sorted(checkpoints, key=step_of)
 
 
 def fault_of(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint's files, in one line; None when every hash is as it was written."""
+    """Return what is wrong with a checkpoint's files, in one line; None if every hash holds."""
     try:
         lines = (checkpoint / SUMS_FILE).read_text(encoding="ascii").splitlines()
         sums = {name: sha256 for sha256, name in (line.split("  ", 1) for line in lines)}
@@ -70,8 +72,8 @@ def fault_of(checkpoint: Path) -> str | None:
     try:
         present = {path.name for path in checkpoint.iterdir()} - {SUMS_FILE}
         if STATE_FILE not in sums or present != set(sums):
-            odd = ", ".join(sorted(present ^ set(sums))) or STATE_FILE
-            return f"{checkpoint}: its files are not those of {SUMS_FILE}: {odd}"
+            mismatches = ", ".join(sorted(present ^ set(sums))) or STATE_FILE
+            return f"{checkpoint}: its files are not those of {SUMS_FILE}: {mismatches}"
         for name, sha256 in sums.items():
             if sha256_of_file(checkpoint / name) != sha256:
                 return f"{checkpoint}: {name} is damaged (its sha256 is not the one in {SUMS_FILE})"
@@ -81,7 +83,7 @@ def fault_of(checkpoint: Path) -> str | None:
 
 
 def newest_sound(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint whose hashes hold, and the faults of the newer ones that were passed over."""
+    """Return the newest checkpoint whose hashes hold, and the faults of the newer ones."""
     faults: list[str] = []
     for checkpoint in reversed(list_checkpoints(run_dir)):
         fault = fault_of(checkpoint)
@@ -92,7 +94,7 @@ def newest_sound(run_dir: Path) -> tuple[Path | None, list[str]]:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """state.json of a checkpoint."""
+    """Return the content of a checkpoint's state.json. Raise InputError if it is damaged."""
     path = checkpoint / STATE_FILE
     try:
         state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -102,16 +104,16 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
 
 
 def model_tensors(model: LanguageModel) -> dict[str, Tensor]:
-    """The model's tensors by their names in a checkpoint."""
+    """Return the model's tensors by their names in a checkpoint; a tied weight appears once."""
     state_dict, is_tied = model.state_dict(), model.is_tied
     return {f"model.{name}": tensor for name, tensor in state_dict.items() if not (is_tied and name == HEAD)}
 
 
 @dataclass(frozen=True)
 class TrainedModel:
-    """A model in eval mode with its tokenizer, the step it stands at, and where it came from.
+    """A model in eval mode, its tokenizer, its step and the checkpoint that it came from.
 
-    `step`: None of a Hugging Face folder, which does not say; `checkpoint` is then the folder.
+    For a Hugging Face folder, which records no step, `step` is None and `checkpoint` is the folder.
     """
 
     model: LanguageModel
@@ -121,14 +123,17 @@ class TrainedModel:
 
 
 def find_checkpoint(name: str | Path) -> Path:
-    """RUN's newest sound checkpoint, RUN@STEP's, or the checkpoint at a path. InputError: not there, or not sound."""
+    """Return RUN's newest sound checkpoint, that of RUN@STEP, or the checkpoint at a path.
+
+    Raise InputError if there is none or its hashes do not hold.
+    """
     path = Path(name)
-    run, at, step = str(name).rpartition("@")
-    if at and step.isdigit() and not path.exists():
+    run, separator, step = str(name).rpartition("@")
+    if separator and step.isdigit() and not path.exists():
         path = Path(run) / CHECKPOINTS / f"step_{int(step):08d}"
         if Path(run).is_dir() and not path.is_dir():
-            there = ", ".join(str(step_of(checkpoint)) for checkpoint in list_checkpoints(Path(run)))
-            raise InputError(f"{run}: no checkpoint of step {step}; there are {there or 'none'}")
+            steps = ", ".join(str(step_of(checkpoint)) for checkpoint in list_checkpoints(Path(run)))
+            raise InputError(f"{run}: no checkpoint of step {step}; there are {steps or 'none'}")
     if not path.is_dir():
         raise InputError(f"{path}: no such run directory or checkpoint")
     if STEP_NAME.fullmatch(path.name):
@@ -145,7 +150,7 @@ def find_checkpoint(name: str | Path) -> Path:
 
 
 def check_device(device: str) -> None:
-    """InputError where torch does not see such a one."""
+    """Raise InputError if --device names a GPU and torch sees none."""
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise InputError(f"--device {device}: torch {torch.__version__} sees no GPU here; use --device cpu")
 
@@ -153,9 +158,9 @@ def check_device(device: str) -> None:
 def load_model(
     name: str | Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> TrainedModel:
-    """What RUN, RUN@STEP or a checkpoint's own path names (see `find_checkpoint`), or a Hugging Face folder.
+    """Return the model of a RUN, RUN@STEP, checkpoint path or Hugging Face folder.
 
-    The model computes in `dtype`; its weights are fp32. Raises InputError in one line for anything unusable.
+    The model computes in `dtype`; its weights are fp32. Raise InputError in one line for anything unusable.
     """
     if is_hugging_face(Path(name)):
         return _load_folder(Path(name), device=device, dtype=dtype)
@@ -165,7 +170,7 @@ def load_model(
 def load_checkpoint(
     checkpoint: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> TrainedModel:
-    """The same of a checkpoint that `find_checkpoint` found sound. Not a collective, whatever group there is."""
+    """Return the model of a sound checkpoint (see `find_checkpoint`). This is never a collective operation."""
     model = make_model(model_config(read_state(checkpoint), checkpoint), compute_dtype=dtype)
     read_tensors(checkpoint, model_tensors(model), alone=True)
     tokenizer = load_tokenizer(checkpoint.resolve().parents[1])
@@ -190,18 +195,18 @@ def _load_folder(path: Path, *, device: torch.device | str, dtype: torch.dtype) 
 
 
 def model_config(state: Mapping[str, Any], checkpoint: Path) -> ModelConfig:
-    """The shape that a checkpoint's state.json records."""
+    """Return the model's configuration as a checkpoint's state.json records it."""
     try:
         return ModelConfig(**with_current_names(state["config"]["model"]))
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{checkpoint / STATE_FILE}: no model of this code: {error}") from error
 
 
-# --- Tensors out of torch.distributed.checkpoint's files --------------------------------------------------------------
+# --- Tensors from torch.distributed.checkpoint's files ----------------------------------------------------------------
 
 
 class AllowListUnpickler(pickle.Unpickler):
-    """Builds DCP's description of tensors, and refuses every other name before it is imported."""
+    """An unpickler for DCP's description of tensors that refuses every other name before it is imported."""
 
     ALLOWED = frozenset(
         {
@@ -234,7 +239,7 @@ class AllowListUnpickler(pickle.Unpickler):
 
 
 class SafeReader(dcp.FileSystemReader):
-    """DCP's reader with its pickle replaced by the allow-list, and for tensors only."""
+    """DCP's reader, but it unpickles through the allow-list and accepts tensors only."""
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = Path(self.path) / ".metadata"
@@ -259,9 +264,10 @@ class SafeReader(dcp.FileSystemReader):
 
 
 def read_tensors(checkpoint: Path, into: dict[str, Tensor], *, alone: bool = False) -> None:
-    """Fill the tensors of `into` from a checkpoint of any layout.
+    """Fill the tensors of `into`, plain or sharded, from a checkpoint of any layout.
 
-    Plain or sharded ones, and collective if there is a group; `alone`: plain ones, and this process by itself.
+    This is a collective operation if there is a process group. With `alone` this process reads by itself, into plain
+    tensors.
     """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
@@ -274,10 +280,10 @@ def read_tensors(checkpoint: Path, into: dict[str, Tensor], *, alone: bool = Fal
 
 
 def last_line_of(error: BaseException) -> str:
-    """The line of a long message that says what happened."""
+    """Return the last line of an error's message, which says what happened, or the error's type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
 def data_files_of(checkpoint: Path) -> set[str]:
-    """Names of the files that hold a checkpoint's tensors, as its metadata has them."""
+    """Return the names of the files that hold a checkpoint's tensors, according to its metadata."""
     return {entry.relative_path for entry in SafeReader(checkpoint).read_metadata().storage_data.values()}

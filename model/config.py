@@ -1,4 +1,4 @@
-"""The shape of a model and its switches, and the named shapes of GPT-2."""
+"""ModelConfig, the shape and switches of a model, and the named shapes: GPT-2's and three others."""
 
 import math
 from collections.abc import Mapping
@@ -8,62 +8,63 @@ from typing import Annotated, Any, Literal
 import tyro
 
 Kind = Literal["bigram", "head", "heads", "block", "gpt"]
-MLP_TOLERANCE = 0.02  # by how much SwiGLU's parameters may miss those of two matrices of 4 x width
+MLP_TOLERANCE = 0.02  # relative difference allowed between SwiGLU's parameters and those of two 4 x width matrices
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """A GPT-2, but for what the switches change. Its vocabulary is the data's, its context is --train.seq-len."""
+    """GPT-2 with whatever the switches change. The data sets its vocabulary, --train.seq-len its context."""
 
     num_layers: int = 12
-    """Blocks."""
+    """Number of blocks."""
     num_heads: int = 12
-    """Attention heads per block; must divide the width."""
+    """Attention heads per block. The number must divide the width."""
     width: int = 768
-    """Size of the residual stream."""
+    """Width of the residual stream."""
     kind: Kind = "gpt"
-    """Which model: gpt, or one of the steps to it that model/ladder.py has. Of the other fields head reads the width
-    alone, heads and block also the number of heads, bigram none."""
+    """The model to build: gpt, or a simpler one of model/ladder.py. bigram reads no other field, head reads the width
+    only, heads and block read the width and the number of heads."""
     mlp_width: int | None = None
-    """Width of the MLP between its matrices. None: 4 x width; with swiglu, so that its three matrices are as large as
-    the others' two (Shazeer 2020, section 2), 8/3 x width to the nearest multiple of 64, or of 32, 16, ... where that
-    is more than 2 % off."""
+    """Width of the MLP between its matrices. None: 4 x width, or 8/3 x width with swiglu, whose three matrices are then
+    as large as two (Shazeer 2020, section 2). 8/3 x width is rounded to a multiple of 64, or of 32, 16, ... where a
+    larger multiple is more than 2 % off."""
     position_embedding: Literal["learned", "rope", "none"] = "learned"
-    """learned: a vector for each (GPT-2). rope: queries and keys are turned by angles that grow with the position (Su
-    et al. 2021, equation 34; base 10,000; the two halves of a head are the pairs). none: only the causal mask tells."""
+    """learned: a trained vector per position (GPT-2). rope: queries and keys are turned by angles that grow with the
+    position (Su et al. 2021, equation 34; base 10,000; element i is paired with i + half a head). none: the causal mask
+    alone tells positions apart."""
     norm: Literal["layernorm", "rmsnorm", "none"] = "layernorm"
-    """layernorm: Ba et al. 2016. rmsnorm: without a mean and a bias (Zhang & Sennrich 2019, equation 4)."""
+    """layernorm: Ba et al. 2016. rmsnorm: no mean and no bias (Zhang & Sennrich 2019, equation 4). none: no norms."""
     norm_place: Literal["pre", "post"] = "pre"
-    """pre: of what each half of a block reads, and once at the end (GPT-2). post: of the sum of a half's input and
-    output, so none is needed at the end (Vaswani et al. 2017, section 3.1)."""
+    """pre: the input of attention and of the MLP is normalised, and the stream once at the end (GPT-2). post: the sum
+    of input and output is normalised, so no last norm is needed (Vaswani et al. 2017, section 3.1)."""
     mlp: Literal["gelu", "relu2", "silu", "swiglu"] = "gelu"
-    """gelu: its tanh form (Hendrycks & Gimpel 2016, section 2). relu2: ReLU squared (So et al. 2021, "Primer").
-    silu: x sigmoid(x) (Elfwing et al. 2017). swiglu: SiLU of one matrix's outputs times another's, then the last matrix
-    (Shazeer 2020, equation 6)."""
+    """The MLP's non-linearity. gelu: the tanh form (Hendrycks & Gimpel 2016, section 2). relu2: ReLU squared (So et al.
+    2021, "Primer"). silu: x sigmoid(x) (Elfwing et al. 2017). swiglu: SiLU of one matrix's outputs times another
+    matrix's outputs (Shazeer 2020, equation 6)."""
     tie: bool = True
-    """The head is the token embedding (Press & Wolf 2017); --model.no-tie gives it a matrix of its own."""
+    """Use the token embedding as the head (Press & Wolf 2017); --model.no-tie gives the head its own matrix."""
     bias: bool = True
-    """Biases in the blocks' matrices and in LayerNorm; without as in PaLM (Chowdhery et al. 2022, section 2)."""
+    """Biases in the blocks' matrices and in LayerNorm. PaLM has none (Chowdhery et al. 2022, section 2)."""
     qk_norm: bool = False
-    """RMSNorm of each head's queries and keys, with gains that the heads share, before rope (Dehghani et al. 2023,
+    """Apply RMSNorm to each head's queries and keys before rope; the heads share the gains (Dehghani et al. 2023,
     "ViT-22B", with LayerNorm; Qwen3 has RMSNorm)."""
     logit_softcap: float | None = None
-    """Logits are cap x tanh(logits / cap) (Gemma Team 2024, section 2: 30); None: as they are."""
+    """Bound the logits: cap x tanh(logits / cap) (Gemma Team 2024, section 2, with a cap of 30). None: no bound."""
     zero_init_projections: bool = False
-    """The last matrix of each half of a block begins at 0, so that each block begins as the identity (Zhang, Dauphin &
-    Ma 2019, section 3)."""
+    """Start the last matrix of attention and of the MLP at 0, so that each block starts as the identity (Zhang, Dauphin
+    & Ma 2019, section 3)."""
     value_residual: bool = False
-    """From the second block on, values are mixed with the first block's: a v_1 + (1 - a) v, with one learned a per
-    block, at first 0.5 (Zhou et al. 2024, arXiv 2410.17897, "ResFormer")."""
+    """Mix the values of every later block with the first block's: a v_1 + (1 - a) v. Each block learns one a, which
+    starts at 0.5 (Zhou et al. 2024, arXiv 2410.17897, "ResFormer")."""
     attention: Literal["sdpa", "naive", "flex"] = "sdpa"
-    """sdpa: torch's fused kernels. naive: written out, with all scores in memory. flex: torch's FlexAttention, in which
-    a token sees only its own document, from the last end-of-text token on; it cannot train on a CPU."""
+    """sdpa: torch's fused kernels. naive: written out, with all scores in memory. flex: torch's FlexAttention, where a
+    token sees only its own document, from the last end-of-text token on; flex cannot train on a CPU."""
     vocab_multiple: int = 64
-    """The embedding's rows are the vocabulary rounded up to a multiple of this, a matrix side that tensor cores like:
-    50,257 -> 50,304 (nanoGPT, build-nanogpt). 1: as many as the vocabulary has."""
+    """Round the embedding's rows up to a multiple of this number, since tensor cores are fast on such sizes: 50,257 ->
+    50,304 (nanoGPT, build-nanogpt). 1: no rounding."""
     vocab_size: Annotated[int, tyro.conf.Suppress] = 50257
     context_len: Annotated[int, tyro.conf.Suppress] = 1024
-    eot_id: Annotated[int | None, tyro.conf.Suppress] = 50256  # begins a document; None: nothing does
+    eot_id: Annotated[int | None, tyro.conf.Suppress] = 50256  # begins each document; None: documents are not marked
 
     @property
     def head_size(self) -> int:
@@ -75,7 +76,7 @@ class ModelConfig:
 
     @property
     def resolved_mlp_width(self) -> int:
-        """Return the MLP's width: --model.mlp-width, or what None stands for."""
+        """Return the MLP's width: --model.mlp-width, or its default if that is None."""
         if self.mlp_width is not None:
             return self.mlp_width
         if self.mlp != "swiglu":
@@ -91,11 +92,11 @@ class ModelConfig:
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the embedding: the vocabulary rounded up. The padding is never trained, scored or sampled."""
+        """Return the rows of the embedding. The padding rows are never trained, scored or sampled."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
 
     def switched(self) -> dict[str, object]:
-        """What makes this another architecture than GPT-2's, by field."""
+        """Return the fields, with their values, in which this architecture differs from GPT-2's."""
         names = (
             "kind mlp_width position_embedding norm norm_place mlp tie bias qk_norm logit_softcap "
             "zero_init_projections value_residual attention"
@@ -103,47 +104,46 @@ class ModelConfig:
         return {name: getattr(self, name) for name in names.split() if getattr(self, name) != getattr(GPT2, name)}
 
     def faults(self) -> list[str]:
-        """Everything that makes this shape impossible: value, rule and flag, one line each."""
-        found = [
+        """Return every reason why this shape is impossible, one line each: value, rule and flag."""
+        faults = [
             f"{flag_of(name)} {value} must be at least 1"
             for name in ("num_layers", "num_heads", "width", "mlp_width", "vocab_multiple")
             if (value := getattr(self, name)) is not None and value < 1
         ]
-        if not found and self.width % self.num_heads:
-            found.append(
+        if not faults and self.width % self.num_heads:
+            faults.append(
                 f"--model.width {self.width} is not divisible by --model.num-heads {self.num_heads}; "
                 f"try --model.width {-(-self.width // self.num_heads) * self.num_heads}"
             )
-        elif not found and self.position_embedding == "rope" and self.head_size % 2:
-            found.append(
-                f"--model.position-embedding rope turns pairs, but a head has {self.head_size} = "
-                f"--model.width {self.width} / --model.num-heads {self.num_heads} elements; "
+        elif not faults and self.position_embedding == "rope" and self.head_size % 2:
+            faults.append(
+                f"--model.position-embedding rope needs an even head size, not {self.head_size} = "
+                f"--model.width {self.width} / --model.num-heads {self.num_heads}; "
                 f"try --model.width {self.width + self.num_heads}"
             )
         if self.norm == "none" and self.norm_place == "post":
-            found.append("--model.norm-place post says where norms stand, but --model.norm none has none; give one")
-        odd = [name for name in self.switched() if name != "kind"]
-        if self.kind != "gpt" and odd:
-            found.append(f"{', '.join(map(flag_of, odd))}: of --model.kind gpt only; {self.kind} is what it is")
+            faults.append("--model.norm-place post says where norms stand, but --model.norm none has none; choose one")
+        switches = [name for name in self.switched() if name != "kind"]
+        if self.kind != "gpt" and switches:
+            faults.append(f"{', '.join(map(flag_of, switches))}: only for --model.kind gpt, not for {self.kind}")
         cap = self.logit_softcap
         if cap is not None and not 0 < cap < math.inf:
-            found.append(f"--model.logit-softcap {cap} must be a finite number above 0, or None")
-        return found
+            faults.append(f"--model.logit-softcap {cap} must be a finite number above 0, or None")
+        return faults
 
 
 GPT2 = ModelConfig()
-
-
-# Fields as runs of earlier versions recorded them -> as they are called now.
+# Names of fields in the records of earlier versions -> their current names.
 FORMER_NAMES = {"rung": "kind", "hidden_size": "mlp_width", "positions": "position_embedding"}
 
 
 def with_current_names(recorded: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a recorded ModelConfig's fields under their current names."""
+    """Return the fields of a recorded ModelConfig under their current names."""
     return {FORMER_NAMES.get(name, name): value for name, value in recorded.items()}
 
 
 def flag_of(name: str) -> str:
+    """Return the command-line flag of a ModelConfig's field."""
     return f"--model.{name.replace('_', '-')}"
 
 
@@ -161,8 +161,8 @@ STORIES = ModelConfig(
     context_len=256,
 )
 
-# GPT-2's: Radford et al. 2019, table 2, as released (the paper's parameter counts for the two smallest are wrong).
-# The others: published exercises in building a language model from scratch.
+# The four GPT-2 sizes are those of Radford et al. 2019, table 2, as released (the paper's parameter counts for the two
+# smallest are wrong). The other shapes come from published exercises in building a language model from scratch.
 NAMED_SHAPES = {
     "gpt2-small": ModelConfig(num_layers=12, num_heads=12, width=768),
     "gpt2-medium": ModelConfig(num_layers=24, num_heads=16, width=1024),

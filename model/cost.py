@@ -1,10 +1,11 @@
-"""What a model costs: parameters, FLOPs and bytes, counted structurally, matrix by matrix.
+"""Count what a model costs: parameters, FLOPs, bytes and days, structurally, matrix by matrix.
 
     python model/cost.py gpt2-xl --model.mlp swiglu --model.position-embedding rope --batch 1 --seq-len 1024
     python model/cost.py gpt2-small --card a100 --num-cards 8 --mfu 0.4 --tokens 10000000000
 
-Half a second. One source for the run card, the meters, this command and every plan. Matmul FLOPs equal
-torch.utils.flop_counter's; what else a model computes is not counted.
+This takes half a second. The run card, the meters, this command and every plan use these counts. The FLOPs are those
+of the matrix products and equal torch.utils.flop_counter's; other operations are not counted. The first command prints
+1,560,992,448 parameters.
 """
 
 import itertools
@@ -24,16 +25,20 @@ from common.errors import InputError, one_line_errors
 from common.former_flags import refuse_former_flags
 from model.config import NAMED_SHAPES, ModelConfig
 from model.costs.activations import FP32_BYTES, StepShape
-from model.costs.gpu_peaks import PEAKS, peak_flops
+from model.costs.gpu_peaks import peak_flops
 from model.costs.memory import count_activations, memory
 
-TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022, table 3: the most from a given number of FLOPs
+TOKENS_PER_PARAMETER = 20  # Hoffmann et al. 2022, table 3: the lowest loss for a number of FLOPs
 COMPUTE_BYTES = {"bf16": 2, "fp16": 2, "tf32": 4, "fp32": 4}
 
 
 @dataclass(frozen=True)
 class Cost:
-    """num_parameters: without vocabulary padding. flops_per_token: forward and backward, at full context."""
+    """A model's totals. num_parameters leaves out vocabulary padding; flops_per_token is of both passes, full context.
+
+    gradient_bytes and state_bytes (weights, gradients and AdamW's two moments) are what one process holds in fp32;
+    checkpoint_bytes (weights and moments) is what it saves.
+    """
 
     num_parameters: int
     num_padding_parameters: int
@@ -44,7 +49,7 @@ class Cost:
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:
-    """Trained parameters by component, vocabulary padding left out, a tied head counted once."""
+    """Return the parameters by component, without vocabulary padding. A tied head counts as embedding only."""
     D, F, L, V = config.width, config.resolved_mlp_width, config.num_layers, config.vocab_size
     if config.kind == "bigram":
         return {"head": V * V}
@@ -73,16 +78,16 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
 
 
 def count_forward_flops(config: ModelConfig, *, batch: int, seq_len: int) -> dict[str, int]:
-    """Floating-point operations of the matrix products of one forward pass, 2 per multiply-add: 2 m n k of a product of
-    m x k and k x n.
+    """Return the FLOPs of the matrix products of one forward pass by component.
 
-    Attention scores are counted in full, not halved for the causal mask, as in Chowdhery et al. 2022 (PaLM),
-    appendix B, and as flop_counter counts them. The head is counted with its padding, which is computed.
+    A product of m x k and k x n takes 2 m n k FLOPs. Attention scores count in full, not halved for the causal mask, as
+    in Chowdhery et al. 2022 (PaLM), appendix B, and in flop_counter. The head counts with its padding, since the model
+    computes that too.
     """
     D, F, L, T = config.width, config.resolved_mlp_width, config.num_layers, seq_len
     tokens = batch * seq_len
     if config.kind == "bigram":
-        return {"head": 2 * tokens * config.vocab_size**2}  # with one-hot rows
+        return {"head": 2 * tokens * config.vocab_size**2}  # the input rows are one-hot
     if config.kind != "gpt":
         is_block = config.kind == "block"
         return {
@@ -102,32 +107,36 @@ def count_forward_flops(config: ModelConfig, *, batch: int, seq_len: int) -> dic
 
 
 def count_backward_flops(config: ModelConfig, *, batch: int, seq_len: int) -> dict[str, int]:
-    """The same of the backward pass: for each product two, one per operand, but for a bigram's rows, which are data."""
+    """Return the FLOPs of the backward pass: two products for each forward one, a gradient per operand.
+
+    A bigram takes one, since its one-hot rows are data and need no gradient.
+    """
     operands = 1 if config.kind == "bigram" else 2
     forward = count_forward_flops(config, batch=batch, seq_len=seq_len)
     return {part: operands * flops for part, flops in forward.items()}
 
 
 def count_cache_bytes(config: ModelConfig, compute_bytes: int) -> int:
-    """Of the keys and values of one token in all blocks, which generation keeps."""
+    """Return the bytes of one token's keys and values in all blocks, which generation caches."""
     return 2 * config.num_layers * config.width * compute_bytes
 
 
 def model_cost(config: ModelConfig) -> Cost:
-    """The totals, FLOPs at full context."""
+    """Return the totals of a model."""
     parameters = sum(count_parameters(config).values())
-    padding = (config.padded_vocab_size - config.vocab_size) * config.width * (1 if config.tie else 2)
-    padding = padding if config.kind == "gpt" else 0
+    padding = 0
+    if config.kind == "gpt":
+        padding = (config.padded_vocab_size - config.vocab_size) * config.width * (1 if config.tie else 2)
     passes = (count_forward_flops, count_backward_flops)
     flops = sum(sum(count(config, batch=1, seq_len=config.context_len).values()) for count in passes)
-    held = parameters + padding
+    num_stored = parameters + padding
     return Cost(
         num_parameters=parameters,
         num_padding_parameters=padding,
         flops_per_token=flops // config.context_len,
-        gradient_bytes=FP32_BYTES * held,
-        state_bytes=4 * FP32_BYTES * held,  # weights, gradients, AdamW's two moments
-        checkpoint_bytes=3 * FP32_BYTES * held,  # all of these but the gradients
+        gradient_bytes=FP32_BYTES * num_stored,
+        state_bytes=4 * FP32_BYTES * num_stored,
+        checkpoint_bytes=3 * FP32_BYTES * num_stored,
     )
 
 
@@ -136,7 +145,7 @@ def model_cost(config: ModelConfig) -> Cost:
 
 @dataclass(frozen=True)
 class Card:
-    """Its memory by its datasheet, and what torch calls it, as in model/costs/gpu_peaks.py."""
+    """A card's memory from its datasheet, and its name in torch and in model/costs/gpu_peaks.py."""
 
     gigabytes: float
     name: str
@@ -158,31 +167,31 @@ CARDS = {
 
 @dataclass(frozen=True)
 class Options:
-    """What a model costs: parameters, FLOPs, bytes, days."""
+    """Count what a model costs: parameters, FLOPs, bytes, days."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     vocab_size: int = 50257
-    """The tokenizer's."""
+    """Number of the tokenizer's ids."""
     batch: int = 1
     """Sequences in a micro-batch."""
     seq_len: int = 1024
-    """Tokens in a sequence; also the model's context."""
+    """Tokens in a sequence, and the model's context."""
     dtype: Literal["bf16", "fp16", "tf32", "fp32"] = "bf16"
-    """Of activations and products; weights, gradients and optimizer are fp32."""
+    """Number format of activations and products; weights, gradients and optimizer state are fp32."""
     card: str = "h100"
-    """A card's name, or its memory in GB (10^9 bytes)."""
+    """Name of a card, or its memory in GB (10^9 bytes)."""
     peak_tflops: float | None = None
-    """Of a card given by its memory: its dense peak at --dtype in TFLOP/s."""
+    """The card's dense peak at --dtype in TFLOP/s. None: the listed peak of a named card, unknown for any other."""
     num_cards: int = 8
     """Cards that train together, each with the whole model (DDP)."""
     mfu: float = 0.4
-    """The part of the cards' peak that the model's own FLOPs reach (Chowdhery et al. 2022, appendix B)."""
+    """Fraction of the cards' peak that the model's own FLOPs reach (Chowdhery et al. 2022, appendix B)."""
     tokens: int | None = None
-    """To train on; None: 20 for each parameter (Hoffmann et al. 2022)."""
+    """Tokens to train on. None: 20 per parameter (Hoffmann et al. 2022)."""
 
 
 def parse(args: Sequence[str]) -> Options:
-    """`[SHAPE] [--flags]`; every fault in one InputError."""
+    """Return the options of `[SHAPE] [--flags]`. Raise one InputError with every fault."""
     name, flags = ("gpt2-small", list(args)) if not args or args[0].startswith("-") else (args[0], list(args[1:]))
     if name not in NAMED_SHAPES:
         raise InputError(f"no shape {name!r}; there are {', '.join(NAMED_SHAPES)}")
@@ -191,23 +200,21 @@ def parse(args: Sequence[str]) -> Options:
     options = tyro.cli(
         Options,
         prog=f"model/cost.py {name}",
-        description=f"{__doc__} Shapes, first on the line: {', '.join(NAMED_SHAPES)}.",
+        description=f"{__doc__} The first argument may be a shape: {', '.join(NAMED_SHAPES)}.",
         args=flags,
         default=Options(model=shape, vocab_size=shape.vocab_size, seq_len=shape.context_len),
     )
     faults = options.model.faults()
     if options.model.kind != "gpt":
-        faults.append(
-            f"--model.kind {options.model.kind}: train/main.py --dry-run tells what it costs; this is for gpt"
-        )
+        faults.append(f"--model.kind {options.model.kind}: this command counts gpt only; use train/main.py --dry-run")
     faults += [
         f"--{flag.replace('_', '-')} {value} must be more than 0"
         for flag in ("vocab_size", "batch", "seq_len", "num_cards", "mfu", "tokens", "peak_tflops")
         if (value := getattr(options, flag)) is not None and not value > 0
     ]
     if options.mfu > 1:
-        faults.append(f"--mfu {options.mfu} is a part of the peak, like 0.4")
-    memory_bytes, _ = find_card(options)
+        faults.append(f"--mfu {options.mfu} must be at most 1; it is a fraction of the peak, like 0.4")
+    memory_bytes, _ = memory_and_peak(options)
     if not 0 < memory_bytes < math.inf:
         faults.append(f"--card {options.card}: its memory in GB must be a finite number above 0")
     if faults:
@@ -215,21 +222,20 @@ def parse(args: Sequence[str]) -> Options:
     return replace(options, model=replace(options.model, vocab_size=options.vocab_size, context_len=options.seq_len))
 
 
-def find_card(options: Options) -> tuple[float, float | None]:
-    """Bytes of memory, and dense FLOP/s at --dtype, None where nobody said."""
-    asked = None if options.peak_tflops is None else options.peak_tflops * 1e12
+def memory_and_peak(options: Options) -> tuple[float, float | None]:
+    """Return the card's bytes of memory and its dense FLOP/s at --dtype, None if unknown."""
+    peak = None if options.peak_tflops is None else options.peak_tflops * 1e12
     if options.card in CARDS:
         card = CARDS[options.card]
-        assert card.name in PEAKS
-        return card.gigabytes * 1e9, asked or peak_flops(card.name, options.dtype)
+        return card.gigabytes * 1e9, peak or peak_flops(card.name, options.dtype)
     try:
-        return float(options.card) * 1e9, asked
+        return float(options.card) * 1e9, peak
     except ValueError:
         raise InputError(f"--card {options.card}: give its memory in GB, or one of {', '.join(CARDS)}") from None
 
 
 def largest_batch(config: ModelConfig, shape: StepShape, memory_bytes: float) -> int:
-    """The most sequences in a micro-batch whose step's peak fits; 0 if not even one does."""
+    """Return the most sequences of a micro-batch whose step fits into memory, 0 if one is too many."""
 
     def fits(sequences: int) -> bool:
         return memory(config, replace(shape, micro_batch=sequences)).peak_bytes <= memory_bytes
@@ -246,7 +252,7 @@ def largest_batch(config: ModelConfig, shape: StepShape, memory_bytes: float) ->
 
 
 def report(options: Options) -> str:
-    """All that the command prints."""
+    """Return everything that the command prints."""
     config, batch, seq_len = options.model, options.batch, options.seq_len
     cost = model_cost(config)
     switches = " ".join(f"{name}={value}" for name, value in config.switched().items())
@@ -271,33 +277,35 @@ def report(options: Options) -> str:
     return "\n".join(lines)
 
 
-def table(parts: dict[str, int], show: Callable[[int], str]) -> list[str]:
-    """A row for each part that is not 0, with its share, and the total."""
+def table(parts: dict[str, int], form: Callable[[int], str]) -> list[str]:
+    """Return a row with its share for each part that is not 0, and a row for the total."""
     total = sum(parts.values())
-    rows = [f"{f'  {part}':<24}{show(n):>16}{100 * n / total:>6.1f} %" for part, n in parts.items() if n]
-    return [*rows, f"{'  total':<24}{show(total):>16}"]
+    rows = [f"{f'  {part}':<24}{form(n):>16}{100 * n / total:>6.1f} %" for part, n in parts.items() if n]
+    return [*rows, f"{'  total':<24}{form(total):>16}"]
 
 
 def flops_table(config: ModelConfig, batch: int, seq_len: int) -> list[str]:
+    """Return the rows of `table` for the forward pass, each with the FLOPs of the backward pass."""
     backward = count_backward_flops(config, batch=batch, seq_len=seq_len)
-    ends = [*backward.values(), sum(backward.values())]
+    last_column = [*backward.values(), sum(backward.values())]
     rows = table(count_forward_flops(config, batch=batch, seq_len=seq_len), in_flops)
-    return [f"{row:<48}{in_flops(flops):>16}" for row, flops in zip(rows, ends, strict=True)]
+    return [f"{row:<48}{in_flops(flops):>16}" for row, flops in zip(rows, last_column, strict=True)]
 
 
 def in_flops(flops: int) -> str:
-    """In GFLOP up to 10,000, then in TFLOP."""
+    """Return FLOPs as text, in GFLOP up to 10,000 GFLOP and then in TFLOP."""
     return f"{flops / 1e9:,.0f} GFLOP" if flops < 1e13 else f"{flops / 1e12:,.1f} TFLOP"
 
 
 def in_bytes(num_bytes: float) -> str:
+    """Return bytes as text in kB, MB or GB (powers of 1,000)."""
     size, unit = next((n, u) for n, u in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")) if num_bytes >= n / 10 or u == "kB")
     return f"{num_bytes / size:,.{1 if unit == 'kB' else 2}f} {unit}"
 
 
 def bytes_table(options: Options, cost: Cost) -> list[str]:
-    """What lasts: weights as published, and what a process of a run holds and saves."""
-    held = {
+    """Return the rows of a run's lasting bytes: published weights, what a process holds, what it saves."""
+    parts = {
         "weights, fp32": FP32_BYTES * cost.num_parameters,
         "weights with padding": cost.gradient_bytes,
         "gradients, fp32": cost.gradient_bytes,
@@ -305,12 +313,12 @@ def bytes_table(options: Options, cost: Cost) -> list[str]:
         "checkpoint": cost.checkpoint_bytes,
         "KV cache per token": count_cache_bytes(options.model, COMPUTE_BYTES[options.dtype]),
     }
-    return [f"{f'  {part}':<24}{in_bytes(n):>16}" for part, n in held.items()]
+    return [f"{f'  {part}':<24}{in_bytes(n):>16}" for part, n in parts.items()]
 
 
 def memory_table(options: Options) -> list[str]:
-    """Activations, a step's peak and the largest batch: with fused and written-out attention, with checkpointing."""
-    memory_bytes, _ = find_card(options)
+    """Return rows with activations, peak of a step and largest batch, by attention and checkpointing."""
+    memory_bytes, _ = memory_and_peak(options)
     head = f"one process, {options.dtype}, eager, plain loss"
     rows = [f"{head:<48}{'activations':>16}{'peak of a step':>16}{'largest batch':>16}"]
     kinds: dict[str, Literal["sdpa", "naive"]] = {"fused attention": "sdpa", "written-out attention": "naive"}
@@ -322,10 +330,10 @@ def memory_table(options: Options) -> list[str]:
             compute_bytes=COMPUTE_BYTES[options.dtype],
             activation_checkpointing=checkpointing,
         )
-        fits = largest_batch(config, shape, memory_bytes)
-        kept, peak = count_activations(config, shape), memory(config, shape).peak_bytes
+        batch = largest_batch(config, shape, memory_bytes)
+        activations, peak = count_activations(config, shape), memory(config, shape).peak_bytes
         label = f"  {name}{', checkpointing' if checkpointing else ''}"
-        rows.append(f"{label:<48}{in_bytes(kept):>16}{in_bytes(peak):>16}{fits:>16,}")
+        rows.append(f"{label:<48}{in_bytes(activations):>16}{in_bytes(peak):>16}{batch:>16,}")
     return [
         *rows,
         f"(largest batch: sequences of {options.seq_len} in {memory_bytes / 1e9:g} GB, --card {options.card})",
@@ -333,22 +341,23 @@ def memory_table(options: Options) -> list[str]:
 
 
 def time_line(options: Options, cost: Cost) -> str:
-    """From tokens to FLOPs to days."""
+    """Return the line that goes from tokens to FLOPs to days."""
     tokens = options.tokens or TOKENS_PER_PARAMETER * cost.num_parameters
     flops = tokens * cost.flops_per_token
-    said = f"{tokens:,} tokens x {cost.flops_per_token:.3g} FLOPs = {flops:.3g} FLOPs"
-    _, peak = find_card(options)
+    text = f"{tokens:,} tokens x {cost.flops_per_token:.3g} FLOPs = {flops:.3g} FLOPs"
+    _, peak = memory_and_peak(options)
     if peak is None:
-        return f"{said}; --peak-tflops tells how long that takes"
+        return f"{text}; give --peak-tflops to see how long that takes"
     seconds = flops / (options.num_cards * peak * options.mfu)
     return (
-        f"{said}: {seconds / 86400:,.2f} days on {options.num_cards} x {options.card} at {100 * options.mfu:g} % of "
+        f"{text}: {seconds / 86400:,.2f} days on {options.num_cards} x {options.card} at {100 * options.mfu:g} % of "
         f"{peak / 1e12:,.1f} TFLOP/s each"
     )
 
 
 def main(args: Sequence[str] | None = None) -> None:
-    with one_line_errors("budget"):
+    """Print what the model of the command line costs."""
+    with one_line_errors("cost"):
         print(report(parse(sys.argv[1:] if args is None else args)))
 
 

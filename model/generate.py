@@ -1,15 +1,15 @@
-"""Let a trained model speak.
+"""Generate text with a trained model.
 
     python model/generate.py runs/NAME --prompt "The " --temperature 0.8 --top-k 50 --num-samples 3 --seed 1
-    python model/generate.py runs/NAME --prompts-file prompts.jsonl --top-p 0.9 --stop "." > said.jsonl
+    python model/generate.py runs/NAME --prompts-file prompts.jsonl --top-p 0.9 --stop "." > texts.jsonl
     echo '"The "' | python model/generate.py runs/NAME --prompts-file -
 
-A prompt streams as it is continued. A file of prompts, a JSON string or {"prompt": "..."} on each line, comes back as
-JSON lines, in its order: prompt, sample (from 1), text, tokens, stopped_by (eot, stop or max_tokens).
+The text of one prompt streams. A file of prompts has a JSON string or {"prompt": "..."} on each line; the output is
+JSON lines in the same order: prompt, sample (from 1), text, tokens, stopped_by (eot, stop or max_tokens).
 
-Past the context a token costs a whole pass, see --keep: 1,000 characters of a model of the quickstart's shape take
-5.4 s on 2 CPU cores, with --keep 64 2.6 s, and start-up some seconds. What a token costs against transformers and
-against the memory's bandwidth: benchmarks/bench_generate.py.
+Past the context a token costs a whole pass (see --keep). 1,000 characters of a model of the quickstart's shape take
+5.4 s on 2 CPU cores, or 2.6 s with --keep 64, after some seconds of start-up. benchmarks/bench_generate.py compares the
+cost of a token with transformers and with the memory's bandwidth.
 """
 
 import itertools
@@ -41,151 +41,158 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True)
 class Options:
-    """Let a trained model speak."""
+    """Generate text with a trained model."""
 
     path: Annotated[str, tyro.conf.Positional]
-    """RUN directory, RUN@STEP, the path of one checkpoint, or a Hugging Face folder of GPT-2's."""
+    """RUN directory, RUN@STEP, path of a checkpoint, or Hugging Face folder of a GPT-2."""
     prompt: str = ""
-    """What to continue; empty: a new document."""
+    """Text to continue. Empty: begin a new document."""
     prompts_file: str | None = None
-    """JSON lines of prompts; -: standard input. JSON lines come out."""
+    """File with a prompt on each line, as JSON; - is standard input. The output is JSON lines, too."""
     num_samples: int = 1
-    """Continuations of each prompt."""
+    """Number of continuations of each prompt."""
     max_tokens: int = 200
-    """Longest continuation."""
+    """Most tokens of a continuation."""
     temperature: float = 0.8
-    """Divides the logits; 0 always takes the likeliest token."""
+    """Number that divides the logits. 0: always take the likeliest token."""
     top_k: int | None = 50
-    """Choose among the k likeliest tokens; None: among all."""
+    """Draw among the k likeliest tokens only. None: among all tokens."""
     top_p: float | None = None
-    """Of those, among the fewest whose probability reaches p (the nucleus)."""
+    """Draw among the fewest of these tokens whose probability reaches p (the nucleus). None: no such limit."""
     min_p: float | None = None
-    """Among those at least p times as likely as the likeliest."""
+    """Draw among tokens at least p times as likely as the likeliest one. None: no such limit."""
     stop: tuple[str, ...] = ()
-    """Texts that end a continuation, which then ends before them."""
+    """Stop strings. The text ends before the first one that appears."""
     seed: int = 1
-    """Sample i of prompt n is the same however many are asked for, and whatever is computed beside it (but for
+    """Seed of the random numbers. Sample i of prompt n depends on neither --num-samples nor --batch-size (but for
     rounding)."""
     batch_size: int = 8
-    """Continuations computed together."""
+    """Number of continuations computed together."""
     keep: int | None = None
-    """How many tokens of a full context go on when one more comes. None: all but the oldest; each token is then a whole
-    pass. Half a context is far faster, and the model sees between half and all of it."""
+    """Tokens to keep when the context is full. None: all but the oldest, so that each further token costs a whole pass.
+    Half a context is far faster; the model then sees between half of the context and all of it."""
     cache: bool = True
-    """Keep keys and values; without, each token is a whole pass."""
+    """Cache keys and values. Without the cache each token costs a whole pass."""
     compile: bool = False
-    """Compile the one-token step: half a minute's start or more, for faster tokens."""
+    """Compile the one-token step: faster tokens after half a minute or more of start-up."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """Of the products, and of the keys and values that are kept."""
+    """Number format of the matrix products and of the cached keys and values."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to run."""
+    """Device to run on: cpu, cuda, cuda:1, ..."""
 
 
 def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
-    """A document so far: EOT (where there is one), then the prompt; a line break where that would be nothing."""
+    """Return the tokens of a document that begins with the prompt: EOT if there is one, then the prompt.
+
+    If that is nothing, return a line break, since a model needs at least one token.
+    """
     begin = [] if tokenizer.eot_id is None else [tokenizer.eot_id]
     tokens = begin + [int(index) for index in tokenizer.encode(prompt)]
     return tokens or [int(index) for index in tokenizer.encode("\n")]
 
 
 def sample_generator(seed: int, index: int, prompt_index: int = 0) -> torch.Generator:
-    """The random numbers of sample `index` of a prompt, whatever other samples are drawn."""
-    # mt19937 takes 32 bits of a seed: prompts are spread over them by the golden ratio (Knuth, TAOCP 3, section 6.4).
+    """Return the generator of sample `index` of a prompt, which depends on no other sample."""
+    # mt19937 uses 32 bits of a seed. The golden ratio spreads prompts over them (Knuth, TAOCP 3, section 6.4).
     return torch.Generator().manual_seed(seed * 1_000_003 + index + prompt_index * 2_654_435_761 % 2**32)
 
 
 @dataclass(frozen=True)
 class Job:
-    """One continuation to come."""
+    """One continuation of a prompt; `sample` counts from 0."""
 
     prompt: str
-    sample: int  # from 0
+    sample: int
     row: Row
-    said: Continuation
+    continuation: Continuation
 
 
-def jobs_of(prompts: Iterable[tuple[str, str]], tokenizer: Tokenizer, options: Options) -> Iterator[Job]:
-    """`num_samples` of each (where it stands, prompt)."""
-    for prompt_index, (place, prompt) in enumerate(prompts):
+def make_jobs(prompts: Iterable[tuple[str, str]], tokenizer: Tokenizer, options: Options) -> Iterator[Job]:
+    """Yield `num_samples` jobs for each (name of the prompt's origin, prompt)."""
+    for prompt_index, (origin, prompt) in enumerate(prompts):
         try:
             tokens = encode_prompt(tokenizer, prompt)
         except InputError as error:
-            raise InputError(f"{place} {prompt!r}: {error}") from error
+            raise InputError(f"{origin} {prompt!r}: {error}") from error
         for sample in range(options.num_samples):
             row = Row(list(tokens), sample_generator(options.seed, sample, prompt_index))
-            yield Job(
-                prompt, sample, row, Continuation(tokenizer, max_tokens=options.max_tokens, stop_requests=options.stop)
-            )
+            continuation = Continuation(tokenizer, max_tokens=options.max_tokens, stop_requests=options.stop)
+            yield Job(prompt, sample, row, continuation)
 
 
 def read_prompts(name: str) -> Iterator[tuple[str, str]]:
-    """(where it stands, prompt) of each line that is not blank, as they come."""
+    """Yield (file and line number, prompt) of each line that is not blank, as soon as the line is there."""
     with nullcontext(sys.stdin.buffer) if name == "-" else Path(name).open("rb") as file:
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue
             try:
-                found = json.loads(line)
+                content = json.loads(line)
             except (ValueError, RecursionError) as error:
                 raise InputError(f"--prompts-file {name}:{number}: no JSON: {first_line(error)}") from error
-            prompt = found["prompt"] if isinstance(found, dict) and list(found) == ["prompt"] else found
+            prompt = content["prompt"] if isinstance(content, dict) and list(content) == ["prompt"] else content
             if not isinstance(prompt, str):
                 raise InputError(f'--prompts-file {name}:{number}: give a JSON string, or {{"prompt": "..."}} alone')
             yield f"--prompts-file {name}:{number}:", prompt
 
 
-def speak(passes: Passes, jobs: Iterator[Job], options: Options, sampling: Sampling) -> Iterator[list[Job]]:
-    """The jobs in batches; each batch again after each of its tokens, until all of it has been said."""
+def generate_batches(passes: Passes, jobs: Iterator[Job], options: Options, sampling: Sampling) -> Iterator[list[Job]]:
+    """Run the jobs in batches. Yield a batch after each round of tokens, until all its jobs are done."""
     while batch := list(itertools.islice(jobs, options.batch_size)):
         for tokens in generate_rows(passes, [job.row for job in batch], sampling=sampling):
             for job, token in zip(batch, tokens, strict=True):
                 if token is not None:
-                    job.said.add(token)
-                    job.row.is_done = job.said.stopped_by is not None
+                    job.continuation.add(token)
+                    job.row.is_done = job.continuation.stopped_by is not None
             yield batch
 
 
-def print_text(spoken: Iterable[list[Job]], num_samples: int) -> None:
-    """As it comes, one sample after the other: those beside the one that streams wait for its end."""
-    sample, length = 0, None  # which streams, and how much of it is out
-    for batch in spoken:
+def print_text(batches: Iterable[list[Job]], num_samples: int) -> None:
+    """Print the samples one after the other, each as it grows. Later samples of a batch wait for earlier ones."""
+    sample, num_printed = 0, None  # the sample that streams; how many of its characters are out
+    for batch in batches:
         for job in batch[sample - batch[0].sample :]:
-            if length is None:
+            if num_printed is None:
                 heading = f"--- sample {sample + 1}\n" if num_samples > 1 else ""
                 print(heading + job.prompt, end="")
-            print(job.said.text[length or 0 :], end="", flush=True)
-            length = len(job.said.text)
+            print(job.continuation.text[num_printed or 0 :], end="", flush=True)
+            num_printed = len(job.continuation.text)
             if not job.row.is_done:
                 break
             print()
-            sample, length = sample + 1, None
+            sample, num_printed = sample + 1, None
 
 
-def print_json(spoken: Iterable[list[Job]]) -> None:
-    """A line for each, when its batch is done."""
-    for batch in spoken:
+def print_json(batches: Iterable[list[Job]]) -> None:
+    """Print a JSON line for each job when its batch is done."""
+    for batch in batches:
         if all(job.row.is_done for job in batch):
             for job in batch:
-                said = job.said
-                line = {"prompt": job.prompt, "sample": job.sample + 1, "text": said.text, "tokens": said.tokens}
-                print(json.dumps(line | {"stopped_by": said.stopped_by}), flush=True)
+                line = {
+                    "prompt": job.prompt,
+                    "sample": job.sample + 1,
+                    "text": job.continuation.text,
+                    "tokens": job.continuation.tokens,
+                    "stopped_by": job.continuation.stopped_by,
+                }
+                print(json.dumps(line), flush=True)
 
 
-def checked(options: Options) -> Sampling:
-    """How to choose; InputError for flags that cannot be."""
+def check_options(options: Options) -> Sampling:
+    """Return the settings of sampling. Raise InputError for flags that are out of range or contradict others."""
     for flag in ("num_samples", "max_tokens", "batch_size"):
         if getattr(options, flag) < 1:
             raise InputError(f"--{flag.replace('_', '-')} {getattr(options, flag)} must be at least 1")
     if "" in options.stop:
-        raise InputError("--stop '' is at the end of every text; give one that is not empty")
+        raise InputError("--stop '' must not be empty, since every text contains the empty string")
     if options.prompt and options.prompts_file is not None:
         raise InputError("--prompt and --prompts-file: give one of them")
     check_device(options.device)
     return Sampling(options.temperature, options.top_k, options.top_p, options.min_p)
 
 
-def passes_of(model: LanguageModel, options: Options) -> Passes:
-    """With a KV cache, where the model and --no-cache allow it."""
+def make_passes(model: LanguageModel, options: Options) -> Passes:
+    """Return passes with a KV cache if the model and --no-cache allow it, else whole passes."""
     context_len, kind = model.config.context_len, model.config.kind
     if options.keep is not None and not 1 <= options.keep <= context_len:
         raise InputError(f"--keep {options.keep} must be at least 1 and at most the model's context, {context_len}")
@@ -194,24 +201,26 @@ def passes_of(model: LanguageModel, options: Options) -> Passes:
         backend = "inductor" if options.compile else None
         return CachedPasses(model, num_rows=num_rows, keep=options.keep, compile_backend=backend)
     if options.compile:
-        odd = f"--model.kind {kind} has no cache" if options.cache else "not with --no-cache"
-        raise InputError(f"--compile compiles the step of one token after a cache: {odd}")
+        reason = f"--model.kind {kind} has no cache" if options.cache else "not with --no-cache"
+        raise InputError(f"--compile compiles the step of one token after a cache: {reason}")
     return WholePasses(model, keep=options.keep)
 
 
 def main(args: list[str] | None = None) -> None:
+    """Print continuations of the command line's prompts."""
     with one_line_errors("generate"):
         options = tyro.cli(Options, args=args, description=__doc__)
-        sampling = checked(options)
+        sampling = check_options(options)
         trained = load_model(options.path, device=options.device, dtype=DTYPES[options.dtype])
-        passes = passes_of(trained.model, options)
+        passes = make_passes(trained.model, options)
         make_ready(trained.model)
-        given = [("--prompt", options.prompt)] if options.prompts_file is None else read_prompts(options.prompts_file)
-        spoken = speak(passes, jobs_of(given, trained.tokenizer, options), options, sampling)
+        prompts = [("--prompt", options.prompt)] if options.prompts_file is None else read_prompts(options.prompts_file)
+        jobs = make_jobs(prompts, trained.tokenizer, options)
+        batches = generate_batches(passes, jobs, options, sampling)
         if options.prompts_file is None:
-            print_text(spoken, options.num_samples)
+            print_text(batches, options.num_samples)
         else:
-            print_json(spoken)
+            print_json(batches)
 
 
 if __name__ == "__main__":

@@ -188,7 +188,7 @@ class Attention(nn.Module):
 
 
 def naive_attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor) -> Tensor:
-    """Return Vaswani et al. 2017, equation 1, with a causal mask and all scores in memory."""
+    """Return attention by Vaswani et al. 2017, equation 1, with a causal mask and all scores in memory."""
     T = q_BHTK.shape[2]
     is_future_TT = torch.ones(T, T, dtype=torch.bool, device=q_BHTK.device).triu(1)
     return attention_weights(q_BHTK, k_BHTK, is_future_TT).to(v_BHTK.dtype) @ v_BHTK

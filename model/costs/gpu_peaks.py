@@ -1,13 +1,14 @@
-"""What a GPU can do at most: dense FLOP/s by device name and number format, each from its maker's datasheet.
+"""Peak dense FLOP/s of GPUs by device name and number format, each from its maker's datasheet.
 
-The figures are products with fp32 accumulation and without sparsity, which is what training does. Three traps:
+The figures are for matrix products with fp32 accumulation and without sparsity, since that is how training computes.
+Three traps:
 
-- From Hopper on, NVIDIA's datasheets quote twice the dense rate ("with sparsity"): halved here.
-- GeForce cards multiply 16-bit numbers at half speed when they accumulate in fp32: the lower of their two figures.
-- An MI250X is two devices to PyTorch: half of the card's figure.
+- From Hopper on, NVIDIA's datasheets quote twice the dense rate ("with sparsity"). It is halved here.
+- GeForce cards multiply 16-bit numbers at half speed when they accumulate in fp32. The lower figure is listed.
+- An MI250X appears as two devices in PyTorch. Half of the card's figure is listed.
 
-Names are matched whole, as torch.cuda.get_device_name() gives them. A prefix would take an RTX 3090 Ti for a 3090,
-or a MIG slice of an A100 for all of it; a GPU that is not listed has no MFU, which is better than a wrong one.
+Names must equal those of torch.cuda.get_device_name(). A prefix would match an RTX 3090 Ti to a 3090, or a MIG slice to
+a whole A100. A GPU that is not listed has no MFU, which is better than a wrong one.
 """
 
 from dataclasses import dataclass
@@ -18,9 +19,10 @@ DType = Literal["bf16", "fp16", "tf32", "fp32"]
 
 @dataclass(frozen=True)
 class Peak:
-    """Dense FLOP/s of one device; None where it has no such units or its maker gives no figure.
+    """Dense FLOP/s of one device; None if it has no such units or its maker gives no figure.
 
-    bf16, fp16, tf32: matrix units ("tensor cores"). fp32: the ordinary units. source: title and year.
+    bf16, fp16 and tf32 are figures of the matrix units ("tensor cores"), fp32 of the ordinary units. `source` is the
+    datasheet's title and year.
     """
 
     bf16: float | None
@@ -51,7 +53,8 @@ L4 = Peak(121e12, 121e12, 60e12, 30.3e12, "NVIDIA L4 Tensor Core GPU datasheet, 
 L40 = Peak(181.05e12, 181.05e12, 90.5e12, 90.5e12, "NVIDIA L40 datasheet, 2022")
 L40S = Peak(362.05e12, 362.05e12, 183e12, 91.6e12, "NVIDIA L40S datasheet, 2023")
 
-# GH100 with 132 units is one figure in three products. The H200's datasheet says 1,979 with sparsity, GH200's 990.
+# Three products use a GH100 with 132 units, so they share one figure. The datasheets round it: 1,979 TFLOP/s with
+# sparsity for the H200, 990 without for the GH200.
 H100_SXM = Peak(989.4e12, 989.4e12, 494.7e12, 66.9e12, "NVIDIA H100 Tensor Core GPU Architecture V1.04, 2023")
 H100_PCIE = Peak(756e12, 756e12, 378e12, 51.2e12, "NVIDIA H100 Tensor Core GPU Architecture V1.04, 2023")
 H100_NVL = Peak(835.5e12, 835.5e12, 417.5e12, 60e12, "NVIDIA H100 Tensor Core GPU datasheet, 2024 (sparse 1,671, 835)")
@@ -80,8 +83,8 @@ MI325X = Peak(1307.4e12, 1307.4e12, 653.7e12, 163.4e12, "AMD Instinct MI325X dat
 MI350X = Peak(2306.9e12, 2306.9e12, None, 144.2e12, "AMD Instinct MI350X data sheet, 2025")
 MI355X = Peak(2516.6e12, 2516.6e12, None, 157.3e12, "AMD Instinct MI355X data sheet, 2025")
 
-# Left out because one name stands for cards of different speed, or no figure was found: GeForce RTX 3080 (10 and
-# 12 GB), AMD Instinct MI250X/MI250, RTX PRO 6000 Blackwell Server Edition, MIG slices, laptop GPUs.
+# These are left out because one name stands for cards of different speed, or because no figure was found: GeForce RTX
+# 3080 (10 and 12 GB), AMD Instinct MI250X/MI250, RTX PRO 6000 Blackwell Server Edition, MIG slices, laptop GPUs.
 PEAKS = {
     "Tesla V100-SXM2-16GB": V100_SXM,
     "Tesla V100-SXM2-32GB": V100_SXM,
@@ -133,7 +136,7 @@ PEAKS = {
 
 
 def peak_flops(device_name: str, dtype: DType) -> float | None:
-    """Dense FLOP/s of the GPU that torch calls `device_name`; None when it is unknown or has no units for `dtype`."""
+    """Return a device's dense FLOP/s by its name in torch; None if it is unknown or has no units for `dtype`."""
     peak = PEAKS.get(device_name)
     if peak is None:
         return None

@@ -1,10 +1,10 @@
-"""Rows of tokens that grow together: what the model sees of each, by way of a KV cache or without one.
+"""Generate rows of tokens side by side, with a KV cache or without one.
 
-The model sees a row's window: all of it, until it is longer than the context; then its last `keep` tokens, and those
-that follow, until it is longer again. keep = context_len, the default, is what the model was trained for at its most,
-its last context_len tokens; but a window that moves with each token leaves nothing in the cache true, and each token
-is a whole pass from there on. A smaller `keep` costs one pass of `keep` tokens every context_len - keep + 1 tokens,
-and forgets more. With and without a cache the same rule holds and the same tokens come.
+The model sees a row's window. At first the window is the whole row. When it grows longer than the context, it is cut to
+its last `keep` tokens and grows again from there. By default `keep` is context_len, so the model always sees its last
+context_len tokens. But then the window moves with each token, no cached value stays right, and each token costs a
+whole pass. A smaller `keep` costs one pass of `keep` tokens every context_len - keep + 1 tokens, and forgets more. The
+tokens are the same with and without a cache.
 """
 
 import math
@@ -25,37 +25,40 @@ from model.gpt import GPT, Linear
 
 @dataclass
 class Row:
-    """A prompt and what was drawn after it. Who reads it sets `is_done`, and nothing more is drawn."""
+    """A prompt and the tokens drawn after it. The caller sets `is_done` to end it."""
 
     tokens: list[int]
     generator: torch.Generator
     is_done: bool = False
-    start: int = 0  # of its window
-    num_cached: int = 0  # tokens of its window whose keys and values are kept
+    start: int = 0  # where its window begins
+    num_cached: int = 0  # tokens of its window whose keys and values are cached
 
     def window(self, context_len: int, keep: int | None) -> list[int]:
-        """What the model sees of it now."""
+        """Return the tokens that the model sees now; cut the window first if it exceeds the context."""
         if len(self.tokens) - self.start > context_len:
             self.start, self.num_cached = len(self.tokens) - (keep or context_len), 0
         return self.tokens[self.start :]
 
 
 class Passes(Protocol):
-    """How logits are found: in passes of the model over rows."""
+    """A way to compute the next logits of rows by passes of a model."""
 
     @property
     def config(self) -> ModelConfig: ...
 
     def next_logits(self, rows: Sequence[Row]) -> Tensor:
-        """Of what follows each row, [B, V]; of one that is done, anything finite."""
+        """Return the logits of the token after each row, [B, V]; anything finite for a row that is done."""
         ...
 
 
 def generate_rows(passes: Passes, rows: Sequence[Row], *, sampling: Sampling) -> Iterator[list[int | None]]:
-    """The next token of every row, again and again, None for one that is done. Ends when all are."""
+    """Append a token to every row again and again until all are done, and yield the tokens of each round.
+
+    A row that is done gets no token; its entry is None.
+    """
     while not all(row.is_done for row in rows):
-        found = choices(passes.next_logits(rows), sampling, passes.config.vocab_size)
-        tokens = draw(found, [None if row.is_done else row.generator for row in rows])
+        distributions = choices(passes.next_logits(rows), sampling, passes.config.vocab_size)
+        tokens = draw(distributions, [None if row.is_done else row.generator for row in rows])
         for row, token in zip(rows, tokens, strict=True):
             if token is not None:
                 row.tokens.append(token)
@@ -66,7 +69,7 @@ def generate_rows(passes: Passes, rows: Sequence[Row], *, sampling: Sampling) ->
 
 
 class Predictor(Protocol):
-    """What this needs of a model: a LanguageModel, or what stands around one that is spread over processes."""
+    """The part of a model that whole passes use: a LanguageModel, or a wrapper around a distributed one."""
 
     @property
     def config(self) -> ModelConfig: ...
@@ -77,10 +80,10 @@ class Predictor(Protocol):
 
 
 class WholePasses:
-    """Every token is a pass over all windows, padded on the right, where causality hides the padding.
+    """Passes over whole windows for every token, padded on the right, where the causal mask hides the padding.
 
-    `num_rows`: the shape of every pass is [num_rows, context_len], so that a compiled model is not compiled again for
-    each length, nor for sampling at all if it knows that batch size. None: as few rows and tokens as there are.
+    With `num_rows` every pass has the shape [num_rows, context_len]. A compiled model is then not compiled again for
+    each length, nor at all if it already knows that shape. None: only as many rows and tokens as there are.
     """
 
     def __init__(self, model: Predictor, *, num_rows: int | None = None, keep: int | None = None) -> None:
@@ -103,7 +106,7 @@ class WholePasses:
 
 
 def padded(windows: Sequence[Sequence[int]], shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """tokens_BT, with zeros behind each window and below them all, and the place of each window's last token."""
+    """Return the windows in a tensor of this shape, filled up with zeros, and the position of each last token."""
     tokens_BT, last_B = torch.zeros(shape, dtype=torch.int64), torch.zeros(shape[0], dtype=torch.int64)
     for index, window in enumerate(windows):
         tokens_BT[index, : len(window)] = torch.tensor(window)
@@ -111,15 +114,14 @@ def padded(windows: Sequence[Sequence[int]], shape: tuple[int, int]) -> tuple[Te
     return tokens_BT, last_B
 
 
-# --- With one ---------------------------------------------------------------------------------------------------------
+# --- With a cache -----------------------------------------------------------------------------------------------------
 
 
 class CachedPasses:
-    """Prefill: a row's window in one pass, when it begins. Decode: then one token of every row at a time.
+    """Passes with a KV cache: a prefill of a row's window when it begins, then one token of every row at a time.
 
-    `compile_backend`: torch.compile's for the decoding step, which is compiled once, since its shapes are then always
-    the same: it computes all `num_rows` rows and reads all of the cache, whatever is in them. None: it is not compiled.
-    Rows that are done are computed like the others, and nothing is made of it.
+    `compile_backend` names torch.compile's backend for the one-token step; None: no compilation. A compiled step is
+    compiled once, because it always computes all `num_rows` rows and reads the whole cache.
     """
 
     def __init__(
@@ -143,21 +145,21 @@ class CachedPasses:
     def next_logits(self, rows: Sequence[Row]) -> Tensor:
         context_len = self.config.context_len
         windows = {i: row.window(context_len, self._keep) for i, row in enumerate(rows) if not row.is_done}
-        begun = {i: window for i, window in windows.items() if rows[i].num_cached}
+        cached = {i: window for i, window in windows.items() if rows[i].num_cached}
         new = {i: window for i, window in windows.items() if not rows[i].num_cached}
         shape = (len(rows), self.config.padded_vocab_size)
         logits_BV = torch.zeros(shape, dtype=self._model.compute_dtype, device=self._device)
-        if begun:
-            assert all(rows[i].num_cached == len(window) - 1 for i, window in begun.items())
-            logits_BV[list(begun)] = self.decode(begun)
-        if new:  # second, since decoding writes to slot 0 of rows that it is not asked for
+        if cached:
+            assert all(rows[i].num_cached == len(window) - 1 for i, window in cached.items())
+            logits_BV[list(cached)] = self.decode(cached)
+        if new:  # after decoding, which writes to slot 0 of all the other rows
             logits_BV[list(new)] = self.prefill(new)
         for i, window in windows.items():
             rows[i].num_cached = len(window)
         return logits_BV
 
     def prefill(self, windows: Mapping[int, Sequence[int]]) -> Tensor:
-        """The logits after each row's window, of which nothing is cached, [len(windows), V]."""
+        """Return the logits after each window, [len(windows), V], when none of its tokens is cached."""
         tokens_BT, last_B = padded(list(windows.values()), (len(windows), max(map(len, windows.values()))))
         positions_BT = torch.arange(tokens_BT.shape[1], device=self._device).expand(tokens_BT.shape)
         past = Past(self.cache, self._rows[list(windows)], positions_BT)
@@ -165,7 +167,7 @@ class CachedPasses:
         return self._model.logits(x_BTD[torch.arange(len(windows), device=self._device), last_B.to(self._device)])
 
     def decode(self, windows: Mapping[int, Sequence[int]]) -> Tensor:
-        """The logits after each row's window, of which all but the last token is cached, [len(windows), V]."""
+        """Return the logits after each window, [len(windows), V], when all but its last token are cached."""
         num_rows, num_slots = max(windows) + 1, max(map(len, windows.values()))
         if self._is_compiled:
             num_rows, num_slots = len(self._rows), self.config.context_len
@@ -180,14 +182,17 @@ class CachedPasses:
         return self._model.logits(self._model.hidden_states(tokens_B[:, None], past)[:, 0])
 
 
-# --- A model made ready -----------------------------------------------------------------------------------------------
+# --- A faster model ---------------------------------------------------------------------------------------------------
 
 HEAD_PARTS = 8
 
 
 class HeadInParts(Linear):
-    """The same product, on a CPU as a batch of products with parts of the matrix: for one row MKL leaves all cores but
-    one idle, for two to sixteen it takes twice to four times as long as this (50,304 x 384, fp32, 2 cores)."""
+    """A Linear that on a CPU computes its product as a batch of products with parts of the matrix.
+
+    MKL's own product uses one core only for one row, and takes twice to four times as long as this for two to sixteen
+    rows (50,304 x 384, fp32, 2 cores).
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() != 2 or x.device.type != "cpu" or x.dtype != torch.float32:
@@ -199,9 +204,11 @@ class HeadInParts(Linear):
 
 
 def make_ready(model: LanguageModel) -> None:
-    """For generation alone, with the same numbers: each matrix is held in the dtype that it multiplies in, rather than
-    cast for every token (a tied head becomes a tensor of its own, since the embedding is added up in fp32), and the
-    head's product is computed in parts."""
+    """Change a model so that it generates faster, with the same numbers; it cannot be trained afterwards.
+
+    Each matrix is stored in the dtype of its products, instead of being cast for every token. A tied head becomes a
+    tensor of its own, since the embedding stays in fp32. The head's product is computed in parts.
+    """
     for module in model.modules():
         if isinstance(module, Linear):
             module.weight = nn.Parameter(module.weight.to(model.compute_dtype), requires_grad=False)

@@ -1,11 +1,11 @@
-"""Keys and values that generation keeps, so that a new token costs one token's work. Letters as in model/gpt.py.
+"""The KV cache of generation, with which a new token costs one token's work. Shape letters as in model/gpt.py.
 
-What a row of the batch has been given is its window. The window's token s stands at position s and in slot s of the
-row's S slots, so that rows of different lengths lie side by side, padded on the right: learned positions are what they
-are alone, and a slot beyond a row's length is seen by nobody before it has been written.
+A row's window is the tokens that the model sees of it. Token s of the window has position s and slot s of the row's S
+slots. So rows of different lengths lie side by side, padded on the right: each has the positions that it would have
+alone, and no token sees a slot that has not been written.
 
-A window cannot slide here. The oldest token gone, every other one stands elsewhere, and has seen less: nothing that is
-kept would be true any more. model/generation/decoding.py fills the row anew then.
+A window cannot slide here. Without its oldest token every other token has another position and has seen less, so no
+cached key or value would be right. model/generation/decoding.py then fills the row anew.
 """
 
 from typing import NamedTuple
@@ -17,7 +17,7 @@ from model.config import ModelConfig
 
 
 class BlockCache(NamedTuple):
-    """One block's keys and values, [rows, H, S, K] each, as one pass of B rows by T tokens reads and writes them."""
+    """One block's part of the cache, keys and values [rows, H, S, K], for one pass of B rows by T tokens."""
 
     keys: Tensor
     values: Tensor
@@ -26,7 +26,7 @@ class BlockCache(NamedTuple):
     num_slots: int | None
 
     def update(self, k_BHTK: Tensor, v_BHTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Keeps the pass's own; gives back all that its tokens may look at."""
+        """Store this pass's keys and values; return all that its tokens may look at, [B, H, S, K] each."""
         self.keys[self.rows_B1, :, self.positions_BT] = k_BHTK.transpose(1, 2)
         self.values[self.rows_B1, :, self.positions_BT] = v_BHTK.transpose(1, 2)
         if self.num_slots is None:
@@ -36,7 +36,7 @@ class BlockCache(NamedTuple):
 
 
 class KVCache:
-    """Of `num_rows` windows of up to context_len tokens, for every block."""
+    """Keys and values of every block for `num_rows` windows of up to context_len tokens."""
 
     def __init__(
         self, config: ModelConfig, *, num_rows: int, dtype: torch.dtype, device: torch.device | str = "cpu"
@@ -46,7 +46,7 @@ class KVCache:
             [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)] for _ in range(2)
         )
         self.eot_id = config.eot_id if config.attention == "flex" else None
-        # Attention within documents asks where the last one began.
+        # Attention within documents needs to know where the last document began.
         self.tokens = (
             None if self.eot_id is None else torch.zeros(num_rows, config.context_len, dtype=torch.int64, device=device)
         )
@@ -57,11 +57,11 @@ class KVCache:
 
 
 class Past(NamedTuple):
-    """A pass over B rows by T tokens that follow what the cache has of them.
+    """The cached tokens before a pass over B rows by T tokens.
 
-    places_BT: the tokens' positions. rows_B: their rows of the cache. num_slots: how many slots are read, those of the
-    rows 0 to B - 1, the only ones that can be asked for then. None: the windows begin with this pass, which looks at
-    nothing but itself.
+    `positions_BT` are the positions of the pass's tokens and `rows_B` their rows of the cache. The pass reads the first
+    `num_slots` slots of rows 0 to B - 1, which must then be its rows. None: the windows begin with this pass, so it
+    looks at itself only.
     """
 
     cache: KVCache
@@ -74,7 +74,10 @@ class Past(NamedTuple):
         return BlockCache(keys, values, self.rows_B[:, None], self.positions_BT, self.num_slots)
 
     def visible(self, tokens_BT: Tensor) -> Tensor | None:
-        """Which slots each token may look at, bool [B, 1, T, S]; None: each what came before it, and itself."""
+        """Return which slots each token may look at, bool [B, 1, T, S]; None for the plain causal mask.
+
+        Store the pass's tokens too, if attention stays within documents.
+        """
         T = tokens_BT.shape[1]
         tokens = self.cache.tokens
         if tokens is not None:

@@ -1,7 +1,8 @@
-"""From logits to the next token: temperature, top-k, top-p and min-p, padding excluded, one generator per row.
+"""Draw the next token from logits: temperature, top-k, top-p and min-p, in this order.
 
-In this order: what top-k leaves is what top-p takes its part of. min-p compares with the likeliest token, which all of
-them keep, so its place does not matter. Ties are broken by the lower id throughout.
+Padding of the vocabulary is never drawn, and each row has its own generator. top-p applies to the probabilities that
+top-k leaves. min-p compares with the likeliest token, which every filter keeps, so its rank in the order does not
+matter. Ties go to the lower id throughout.
 """
 
 import math
@@ -15,12 +16,12 @@ from torch import Tensor
 
 from common.errors import InputError
 
-NUCLEUS_GUESS = 1024
+NUCLEUS_GUESS = 1024  # likeliest tokens to sort before the whole vocabulary is sorted
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose. temperature 0 is greedy, whatever the others say; None keeps every token."""
+    """The settings of sampling. A temperature of 0 is greedy and ignores the others; None switches a filter off."""
 
     temperature: float = 0.8
     top_k: int | None = 50
@@ -38,9 +39,9 @@ class Sampling:
 
 
 class Choices(NamedTuple):
-    """For each row what can come next, N tokens at most: their probabilities, fp64, 0 where there are fewer.
+    """The tokens that each row may draw, N at most, and their probabilities in fp64; unused columns have 0.
 
-    ids_BN None: column n is token n.
+    If `ids_BN` is None, column n is token n.
     """
 
     probabilities_BN: Tensor
@@ -48,23 +49,23 @@ class Choices(NamedTuple):
 
 
 def choices(logits_BV: Tensor, sampling: Sampling, vocab_size: int) -> Choices:
-    """What `sampling` leaves of the logits; columns from `vocab_size` on are padding.
+    """Return the tokens that `sampling` leaves of each row; columns from `vocab_size` on are padding.
 
-    top_k keeps the k largest. top_p keeps the smallest set whose probability reaches p (Holtzman et al. 2020, section
-    3.1: the nucleus), min_p what is at least p times as likely as the likeliest (Nguyen et al. 2024, section 3). The
-    probabilities are those after temperature.
+    top_k keeps the k largest logits. top_p keeps the nucleus, the smallest set whose probability reaches p (Holtzman et
+    al. 2020, section 3.1). min_p keeps tokens at least p times as likely as the likeliest (Nguyen et al. 2024, section
+    3). All use the probabilities after temperature. Raise InputError for logits that are not finite.
     """
     logits_BV = logits_BV[:, :vocab_size].float()
     if not logits_BV.amax(dim=1).isfinite().all():  # the largest is NaN where any is
-        raise InputError("the model's logits are not finite, nothing can be drawn from them; take another checkpoint")
+        raise InputError("the model's logits are not finite, so no token can be drawn; use another checkpoint")
     if sampling.temperature == 0:
         ids_B1 = logits_BV.argmax(dim=1, keepdim=True)
         return Choices(torch.ones(ids_B1.shape, dtype=torch.float64, device=ids_B1.device), ids_B1)
     ids_BN = None if sampling.top_k is None or sampling.top_k >= vocab_size else _largest(logits_BV, sampling.top_k)
     x_BN = (logits_BV if ids_BN is None else logits_BV.gather(1, ids_BN)).double()
-    # In fp64, so that the nucleus of 50,000 tokens is exact; less their maximum first, for temperatures near 0.
+    # fp64 makes the nucleus of 50,000 tokens exact. Subtracting the maximum first allows temperatures near 0.
     probabilities_BN = ((x_BN - x_BN.amax(dim=1, keepdim=True)) / sampling.temperature).softmax(dim=1)
-    if sampling.top_p is not None and sampling.top_p < 1:  # of 1 rounding could leave a tail out
+    if sampling.top_p is not None and sampling.top_p < 1:  # with 1, rounding could drop a tail
         columns_BN, probabilities_BN = _nucleus(x_BN, probabilities_BN, sampling.top_p)
         ids_BN = columns_BN if ids_BN is None else ids_BN.gather(1, columns_BN)
     if sampling.min_p is not None:
@@ -74,7 +75,10 @@ def choices(logits_BV: Tensor, sampling: Sampling, vocab_size: int) -> Choices:
 
 
 def _largest(logits_BV: Tensor, k: int) -> Tensor:
-    """Ids of each row's k largest logits, ascending [B, k]. topk alone would break ties as it likes."""
+    """Return the ids of each row's k largest logits, ascending [B, k].
+
+    topk alone breaks ties in no promised order; here they go to the lower id.
+    """
     kth_B1 = logits_BV.topk(k, dim=1).values[:, -1:]
     above_BV, ties_BV = logits_BV > kth_B1, logits_BV == kth_B1
     room_B1 = k - above_BV.sum(dim=1, keepdim=True)
@@ -83,9 +87,10 @@ def _largest(logits_BV: Tensor, k: int) -> Tensor:
 
 
 def _nucleus(x_BN: Tensor, probabilities_BN: Tensor, top_p: float) -> tuple[Tensor, Tensor]:
-    """Columns that hold each row's nucleus, likeliest first, and their probabilities, 0 outside of it.
+    """Return columns that hold each row's nucleus, likeliest first, and probabilities, 0 outside of it.
 
-    Sought among NUCLEUS_GUESS tokens first: to sort a whole vocabulary takes as long as a small model's pass.
+    The NUCLEUS_GUESS likeliest tokens are tried first, since sorting a whole vocabulary takes as long as a small
+    model's pass.
     """
     for size in (NUCLEUS_GUESS, x_BN.shape[1]):
         if size < x_BN.shape[1]:
@@ -100,10 +105,10 @@ def _nucleus(x_BN: Tensor, probabilities_BN: Tensor, top_p: float) -> tuple[Tens
     return columns_BN.gather(1, order_BN), sorted_BN.masked_fill(before_BN >= top_p, 0)
 
 
-def draw(found: Choices, generators: Sequence[torch.Generator | None]) -> list[int | None]:
-    """A token for each row by its own generator, on the CPU wherever the model is; none where there is none."""
-    probabilities_BN = found.probabilities_BN.cpu()
-    ids_BN = None if found.ids_BN is None else found.ids_BN.cpu()
+def draw(rows: Choices, generators: Sequence[torch.Generator | None]) -> list[int | None]:
+    """Return a token per row, drawn on the CPU by the row's generator; None for a row without one."""
+    probabilities_BN = rows.probabilities_BN.cpu()
+    ids_BN = None if rows.ids_BN is None else rows.ids_BN.cpu()
     tokens = list[int | None]()
     for row, generator in enumerate(generators):
         if generator is None:
