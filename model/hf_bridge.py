@@ -1,13 +1,14 @@
-"""Our models as folders that Hugging Face's transformers load, and theirs as ours.
+"""Export a run as a folder that Hugging Face's transformers load, and check a folder of theirs.
 
     python model/hf_bridge.py export runs/NAME --out FOLDER    # or RUN@STEP; AutoModelForCausalLM loads FOLDER
-    python model/hf_bridge.py import FOLDER                    # looks through it, and says what it is
+    python model/hf_bridge.py import FOLDER                    # checks all of it and prints what it is
     python model/generate.py FOLDER --prompt "The "
     python train/main.py finetune --from-checkpoint FOLDER --data.dir data/mine
 
-Needs safetensors (pip install -e '.[hf]'). Exporting GPT-2 small takes 11 CPU seconds, start-up included, and 1.2 GB,
-from a checkpoint of any layout; neither a GPU nor torchrun is needed. Nothing has to be converted to be used here:
-whatever reads a trained model (model/checkpoint.py) reads a Hugging Face folder of GPT-2's too, 124M to 1.5B.
+The command needs safetensors (pip install -e '.[hf]'), but neither a GPU nor torchrun. Exporting GPT-2 small from a
+checkpoint of any layout takes 11 CPU seconds, start-up included, and 1.2 GB of memory. A folder needs no conversion to
+be used here: every command that reads a trained model (model/checkpoint.py) also reads a Hugging Face folder of GPT-2,
+124M to 1.5B.
 """
 
 import os
@@ -44,39 +45,43 @@ class Export:
     """Write a trained model as a folder that Hugging Face's transformers load."""
 
     path: Annotated[str, tyro.conf.Positional]
-    """RUN directory, RUN@STEP, or the path of one checkpoint."""
+    """A run directory, RUN@STEP, or the path of one checkpoint."""
     out: Path
-    """The folder to make. It appears whole or not at all, and replaces nothing."""
+    """The folder to make. It appears complete or not at all, and an existing folder is never replaced."""
     tokenizer: bool = True
-    """Write its tokenizer, too; without it the folder is for transformers alone."""
+    """Write the tokenizer too. Without it only transformers can load the folder."""
 
 
 @dataclass(frozen=True)
 class Import:
-    """Look through a folder of Hugging Face's GPT-2 as loading it would, and say what it is. Nothing is written."""
+    """Check a Hugging Face folder of GPT-2 as loading would, and print what it is. Nothing is written."""
 
     folder: Annotated[Path, tyro.conf.Positional]
-    """config.json, weights (safetensors or .bin, whole or in parts) and tokenizer of a GPT-2."""
+    """A folder with the config.json, weights (safetensors or .bin, in one file or several) and tokenizer of a GPT-2."""
 
 
 def export(options: Export) -> None:
-    """InputError, with nothing written, for what GPT2LMHeadModel cannot be and where --out is taken."""
+    """Write a run's model as a Hugging Face folder, and print what it is.
+
+    Raise InputError, with nothing written, if GPT2LMHeadModel cannot be this model or if --out exists.
+    """
     refuse_existing(options.out)
     if is_hugging_face(Path(options.path)):
         raise InputError(f"{options.path}: is a Hugging Face folder already; export takes a run or a checkpoint")
     trained = load_model(options.path)
     write_folder(trained, options.out, with_tokenizer=options.tokenizer)
     print(f"{options.out}: step {trained.step} of {trained.checkpoint.resolve().parents[1].name}")
-    print("\n".join(described(trained.model.config, trained.tokenizer if options.tokenizer else None)))
+    print("\n".join(description(trained.model.config, trained.tokenizer if options.tokenizer else None)))
 
 
 def refuse_existing(out: Path) -> None:
+    """Raise InputError if `out` exists."""
     if out.exists():
         raise InputError(f"--out {out}: exists; choose another, or remove it")
 
 
 def write_folder(trained: TrainedModel, out: Path, *, with_tokenizer: bool = True) -> None:
-    """The whole folder under its final name, at once."""
+    """Write the complete folder and rename it to `out` as the last action."""
     config = trained.model.config
     contents = {
         CONFIG_FILE: to_json(config),
@@ -86,21 +91,21 @@ def write_folder(trained: TrainedModel, out: Path, *, with_tokenizer: bool = Tru
         try:
             contents[TOKENIZER_FILE] = tokenizer_json(trained.tokenizer)
         except InputError as error:
-            raise InputError(f"its tokenizer has no tokenizer.json: {error}; --no-tokenizer leaves it out") from error
+            raise InputError(f"the tokenizer has no tokenizer.json: {error}; --no-tokenizer leaves it out") from error
         contents[TOKENIZER_CONFIG_FILE] = tokenizer_config(trained.tokenizer, config.context_len)
-    card = model_card(trained, out.resolve().name, described(config, trained.tokenizer))
+    card = model_card(trained, out.resolve().name, description(config, trained.tokenizer))
     with unfinished_directory(out) as partial:
-        refuse_existing(out)  # which another process may have made meanwhile
+        refuse_existing(out)  # Another process may have made it meanwhile.
         for name, content in contents.items():
             write_json_atomically(partial / name, content)
         write_atomically(partial / CARD_FILE, card)
         _write_weights(trained, partial / WEIGHTS_FILE)
-        shutil.copymode(partial / CARD_FILE, partial / WEIGHTS_FILE)  # safetensors makes it its owner's alone
+        shutil.copymode(partial / CARD_FILE, partial / WEIGHTS_FILE)  # safetensors lets only the owner read it.
         put_in_place(partial, out)
 
 
 def _write_weights(trained: TrainedModel, path: Path) -> None:
-    """model.safetensors as transformers writes it: a tied head is the embedding, and is there once."""
+    """Write model.safetensors as transformers does: a tied head is stored once, as the embedding."""
     try:
         from safetensors import SafetensorError
         from safetensors.torch import save_file
@@ -112,26 +117,26 @@ def _write_weights(trained: TrainedModel, path: Path) -> None:
     try:
         save_file(tensors, path, metadata={"format": "pt"})
     except SafetensorError as error:
-        raise InputError(f"{path}: cannot be written ({first_line(error)}); make room there, or mend that") from error
+        raise InputError(f"{path}: cannot be written ({first_line(error)}); is there room on the disk?") from error
     with path.open("rb") as file:
         os.fsync(file.fileno())
     fsync_directory(path.parent)
 
 
-def look_through(folder: Path) -> None:
-    """Everything that loading reads, numbers too."""
+def check_folder(folder: Path) -> None:
+    """Read everything that loading reads, the weights too, and print what the folder holds."""
     if not is_hugging_face(folder):
-        raise InputError(f"{folder}: no folder with weights as Hugging Face names them; where is model.safetensors?")
-    found = open_folder(folder)
-    for name in found.tensors:
-        found.parameter(name, found.config)
-    types = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in found.tensors.values()})
-    print(f"{folder}: GPT-2, {len(found.tensors)} tensors of {', '.join(types)} in {found.weights_file}")
-    print("\n".join(described(found.config, found.tokenizer)))
+        raise InputError(f"{folder}: not a folder with weights under Hugging Face's names; where is model.safetensors?")
+    content = open_folder(folder)
+    for name in content.tensors:
+        content.parameter(name, content.config)
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in content.tensors.values()})
+    print(f"{folder}: GPT-2, {len(content.tensors)} tensors of {', '.join(dtypes)} in {content.weights_file}")
+    print("\n".join(description(content.config, content.tokenizer)))
 
 
-def described(config: ModelConfig, tokenizer: Tokenizer | None) -> list[str]:
-    """Shape and tokenizer, a line for each."""
+def description(config: ModelConfig, tokenizer: Tokenizer | None) -> list[str]:
+    """Return one line about the shape and one about the tokenizer."""
     shape = (
         f"  shape      {config.num_layers} layers, {config.num_heads} heads, {config.width} wide, context "
         f"{config.context_len:,}, vocabulary {config.vocab_size:,}, MLP {config.resolved_mlp_width} ({config.mlp}), "
@@ -139,18 +144,19 @@ def described(config: ModelConfig, tokenizer: Tokenizer | None) -> list[str]:
     )
     if tokenizer is None:
         return [shape, "  tokenizer  none: only transformers can read this folder"]
-    about = tokenizer.describe()
-    return [shape, f"  tokenizer  {about.get('name', about['kind'])}, sha256 {about['sha256'][:16]}"]
+    facts = tokenizer.describe()
+    return [shape, f"  tokenizer  {facts.get('name', facts['kind'])}, sha256 {facts['sha256'][:16]}"]
 
 
 def main(args: Sequence[str] | None = None) -> None:
+    """Run the command; an InputError ends it with one line and exit code 2."""
     with one_line_errors("hf_bridge"):
         command = Annotated[Export, tyro.conf.subcommand("export")] | Annotated[Import, tyro.conf.subcommand("import")]
         options: Export | Import = tyro.cli(command, args=args, description=__doc__)
         if isinstance(options, Export):
             export(options)
         else:
-            look_through(options.folder)
+            check_folder(options.folder)
 
 
 if __name__ == "__main__":

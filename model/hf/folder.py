@@ -1,12 +1,12 @@
-"""A folder of Hugging Face's GPT-2 -> shape, tokenizer and tensors, without running anything that stands in it.
+"""Read the shape, tokenizer and tensors of a Hugging Face folder of GPT-2. No code from the folder is run.
 
     FOLDER/
         config.json             model_type gpt2
         model.safetensors, or its parts with model.safetensors.index.json, or pytorch_model.bin, whole or in parts
         tokenizer.json, or vocab.json and merges.txt
 
-safetensors can hold nothing but tensors; a .bin is a pickle, which torch reads through an allow-list (weights_only).
-Names, shapes and types are held against config.json before the model has any memory.
+A safetensors file can only hold tensors. A .bin file is a pickle, which torch reads through an allow-list
+(weights_only). Names, shapes and types are compared with config.json before memory is allocated for the model.
 """
 
 import pickle
@@ -34,11 +34,11 @@ from model.hf.tokenizer import read_tokenizer
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 WEIGHTS_FILES = (WEIGHTS_FILE, f"{WEIGHTS_FILE}.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-BUFFER = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask, which old folders keep
+BUFFER = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask, which old folders store
 LAYER = re.compile(r"transformer\.h\.(\d+)\.")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # all are fp32 numbers
-NUM_NAMED = 3  # of many faults of one kind
-# What reading a damaged pickle or archive was seen to raise (tests/unit/model/test_hf_folder.py), or may.
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # fp32 represents every number of each
+NUM_NAMES_SHOWN = 3  # names that an error lists for one kind of fault
+# Reading damaged pickles and archives raised most of these errors (tests/unit/model/test_hf_folder.py); the others may.
 UNREADABLE = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
@@ -58,7 +58,10 @@ UNREADABLE = (
 
 @dataclass(frozen=True)
 class Folder:
-    """`tensors` by GPT2LMHeadModel's names, as they are stored; of a tied head there is the embedding alone."""
+    """The checked content of a Hugging Face folder.
+
+    `tensors` has the stored tensors by GPT2LMHeadModel's names; a tied head is there only as the embedding.
+    """
 
     path: Path
     weights_file: str
@@ -67,9 +70,10 @@ class Folder:
     tensors: dict[str, Tensor]
 
     def parameter(self, name: str, config: ModelConfig) -> Tensor:
-        """Our parameter `name` in fp32, for a model that may have fewer positions and other padding than the folder's.
+        """Return our parameter `name` in fp32, in the shape that `config` gives it.
 
-        InputError if it holds anything but finite numbers.
+        `config` may have fewer positions and another vocabulary padding than the folder. Raise InputError if the
+        parameter has a number that is not finite.
         """
         stored = self.tensors[name]
         if name == POSITIONS:
@@ -81,41 +85,43 @@ class Folder:
 
 
 def is_hugging_face(path: Path) -> bool:
-    """Does a folder hold weights as Hugging Face names them?"""
+    """Return whether `path` is a folder with weights under Hugging Face's names."""
     return any((path / name).is_file() for name in WEIGHTS_FILES)
 
 
 def open_folder(path: Path) -> Folder:
-    """The folder, everything in it checked but the numbers. InputError in one line for whatever is unusable."""
+    """Return the content of a folder, with everything checked except that the weights are finite.
+
+    Raise InputError, in one line, for anything that is missing, damaged or of another model.
+    """
     config = from_json(read_json(path / CONFIG_FILE), path / CONFIG_FILE)
     tokenizer = read_tokenizer(path)
     if tokenizer.vocab_size != config.vocab_size:
         raise InputError(
-            f"{path}: its tokenizer has {tokenizer.vocab_size} ids, its {CONFIG_FILE} says "
+            f"{path}: the tokenizer has {tokenizer.vocab_size} ids, but {CONFIG_FILE} says "
             f"vocab_size {config.vocab_size}"
         )
     weights = next(path / name for name in WEIGHTS_FILES if (path / name).is_file())
     stored = _read_parts(weights) if weights.suffix == ".json" else _read_file(weights)
-    return Folder(
-        path, weights.name, replace(config, eot_id=tokenizer.eot_id), tokenizer, _fitted(stored, config, weights)
-    )
+    tensors = _check_tensors(stored, config, weights)
+    return Folder(path, weights.name, replace(config, eot_id=tokenizer.eot_id), tokenizer, tensors)
 
 
 def _read_parts(index: Path) -> dict[str, Tensor]:
-    """The tensors of several files; each must hold what the index says of it, and nothing else."""
+    """Return the tensors of all files of an index. Each file must hold exactly the tensors that the index lists."""
     content = read_json(index)
-    where = content.get("weight_map") if isinstance(content, dict) else None
-    if not isinstance(where, dict) or not where or not all(isinstance(file, str) for file in where.values()):
-        raise InputError(f"{index}: has no weight_map of tensors and files")
+    file_of = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(file_of, dict) or not file_of or not all(isinstance(file, str) for file in file_of.values()):
+        raise InputError(f"{index}: has no weight_map from tensors to files")
     tensors: dict[str, Tensor] = {}
-    for file in sorted(set(where.values())):
+    for file in sorted(set(file_of.values())):
         path = index.parent / file
         if Path(file).name != file or path.suffix not in (".safetensors", ".bin") or not path.is_file():
             raise InputError(f"{index}: {reprlib.repr(file)} is no weights file beside it")
-        found = _read_file(path)
-        if found.keys() != {name for name, part in where.items() if part == file}:
-            raise InputError(f"{path}: its tensors are not those that {index.name} names")
-        tensors |= found
+        part = _read_file(path)
+        if part.keys() != {name for name, part_file in file_of.items() if part_file == file}:
+            raise InputError(f"{path}: its tensors are not those that {index.name} lists")
+        tensors |= part
     return tensors
 
 
@@ -124,7 +130,7 @@ def _read_file(path: Path) -> dict[str, Tensor]:
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
-    """Mapped, not read."""
+    """Return the tensors of a safetensors file, mapped into memory."""
     try:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
@@ -137,12 +143,12 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def _read_bin(path: Path) -> dict[str, Tensor]:
-    """A pickle of tensors. Whatever else it names is refused before it is imported."""
+    """Return the tensors of a pickle. Any other object is refused before its module is imported."""
     try:
-        if zipfile.is_zipfile(path):  # torch's form since 1.6; the one before has no checksums
+        if zipfile.is_zipfile(path):  # The format before torch 1.6 is no zip file and has no checksums.
             _check_archive(path)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of other versions of pickle: what cannot be read is an error as well
+            warnings.simplefilter("ignore")  # Torch warns of other pickle versions; an unreadable one raises too.
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
@@ -151,62 +157,74 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()
     ):
-        raise InputError(f"{path}: refused: a model's weights are tensors by name")
+        raise InputError(f"{path}: refused: it is not a dict of tensors by name")
     return content
 
 
 def _check_archive(path: Path) -> None:
-    """torch holds nothing against the checksums in it, and would unpack what it never packs: a small file into much."""
+    """Raise InputError for a wrong checksum or a compressed entry in a .bin file.
+
+    torch.load ignores the checksums. It also unpacks compressed entries, which torch.save never writes, so that a small
+    file could fill the memory.
+    """
     with zipfile.ZipFile(path) as archive:
-        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
-            raise InputError(f"{path}: refused: it is compressed, which torch's files are not")
+        if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+            raise InputError(f"{path}: refused: it is compressed, and torch.save never compresses")
         damaged = archive.testzip()
         if damaged is not None:
-            raise InputError(f"{path}: damaged: the checksum of {_list([damaged])} does not fit")
+            raise InputError(f"{path}: damaged: the checksum of {_list([damaged])} is wrong")
 
 
-def _fitted(stored: dict[str, Tensor], config: ModelConfig, path: Path) -> dict[str, Tensor]:
-    """Exactly the model's tensors, by GPT2LMHeadModel's names. InputError for another set, shape or type."""
+def _check_tensors(stored: dict[str, Tensor], config: ModelConfig, path: Path) -> dict[str, Tensor]:
+    """Return exactly the model's tensors by GPT2LMHeadModel's names.
+
+    Raise InputError for missing and unknown tensors, other shapes and other types.
+    """
     tensors: dict[str, Tensor] = {}
     for name, tensor in stored.items():
         if BUFFER.fullmatch(name):
             continue
-        full = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-        if full in tensors:
-            raise InputError(f"{path}: has {_list([full])} twice, with and without 'transformer.'")
-        tensors[full] = tensor
-    # First, so that the shapes below are no more than the tensors that are there.
+        full_name = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+        if full_name in tensors:
+            raise InputError(f"{path}: has {_list([full_name])} twice, with and without 'transformer.'")
+        tensors[full_name] = tensor
+    # This comes first, so that n_layer cannot ask for more shapes below than the folder has tensors.
     num_layers = len({match[1] for name in tensors if (match := LAYER.match(name))})
     if num_layers != config.num_layers:
-        raise InputError(f"{path}: has tensors of {num_layers} layers, {CONFIG_FILE} says n_layer {config.num_layers}")
+        raise InputError(
+            f"{path}: has tensors of {num_layers} layers, but {CONFIG_FILE} says n_layer {config.num_layers}"
+        )
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in to_hugging_face(GPT(config).state_dict(), config).items()}
     if config.tie and HEAD not in tensors:
         del shapes[HEAD]
     faults = {
         "lacks": shapes.keys() - tensors.keys(),
-        "has what GPT-2 has not:": tensors.keys() - shapes.keys(),
-        f"has in another shape than {CONFIG_FILE} says:": {
+        "has tensors that GPT-2 does not have:": tensors.keys() - shapes.keys(),
+        f"has other shapes than {CONFIG_FILE} says:": {
             f"{name} {list(tensors[name].shape)}, not {list(shape)}"
             for name, shape in shapes.items()
             if name in tensors and tensors[name].shape != shape
         },
-        "has in another form than plain fp32, fp16 or bf16:": {
+        "has tensors that are not plain fp32, fp16 or bf16:": {
             name
             for name, tensor in tensors.items()
             if tensor.dtype not in DTYPES or tensor.layout != torch.strided or tensor.device.type != "cpu"
         },
     }
-    said = [f"{kind} {_list(names)}" for kind, names in faults.items() if names]
-    if said:
-        raise InputError(f"{path}: {'; '.join(said)}")
+    messages = [f"{fault} {_list(names)}" for fault, names in faults.items() if names]
+    if messages:
+        raise InputError(f"{path}: {'; '.join(messages)}")
     if config.tie and HEAD in tensors and not torch.equal(tensors.pop(HEAD), tensors[EMBEDDING]):
-        raise InputError(f"{path}: {HEAD} is not {EMBEDDING}, though {CONFIG_FILE} says tie_word_embeddings")
+        raise InputError(f"{path}: {HEAD} is not {EMBEDDING}, but {CONFIG_FILE} says tie_word_embeddings")
     return tensors
 
 
 def _list(names: Iterable[str]) -> str:
-    """Names that a file may have made up: short, on one line."""
-    in_order = sorted(names)
-    shown = [name if name.isprintable() and len(name) < 100 else reprlib.repr(name) for name in in_order[:NUM_NAMED]]
-    return ", ".join(shown) + (f" and {len(in_order) - NUM_NAMED} more" if len(in_order) > NUM_NAMED else "")
+    """Return the first names on one line, whatever strings the file has as names."""
+    ordered = sorted(names)
+    shown = [
+        name if name.isprintable() and len(name) < 100 else reprlib.repr(name) for name in ordered[:NUM_NAMES_SHOWN]
+    ]
+    more = len(ordered) - len(shown)
+    return ", ".join(shown) + (f" and {more} more" if more else "")

@@ -1,6 +1,7 @@
-"""What GPT2LMHeadModel is, in our words: its settings, and its tensors. Names are the same on both sides.
+"""Convert configurations and tensors between our GPT and Hugging Face's GPT2LMHeadModel.
 
-Hugging Face keeps the block matrices as Conv1D, the transpose of nn.Linear, and no vocabulary padding.
+Parameter names are the same on both sides. Hugging Face stores the block matrices as Conv1D, the transpose of
+nn.Linear, and has no vocabulary padding.
 """
 
 import json
@@ -17,8 +18,7 @@ from model.base import EMBEDDING, HEAD
 from model.config import GPT2, ModelConfig, flag_of
 from model.gpt import NORM_EPS
 
-# What GPT2Config can say in its own words: n_inner, activation_function, tie_word_embeddings. Or what is no part of the
-# trained model.
+# GPT2Config expresses the first two as n_inner and tie_word_embeddings; the third only changes the initial weights.
 EXPRESSIBLE = ("mlp_width", "tie", "zero_init_projections")
 CONV1D_SUFFIXES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 POSITIONS = "transformer.wpe.weight"
@@ -30,10 +30,10 @@ SIZES = {
     "context_len": "n_positions",
     "vocab_size": "vocab_size",
 }
-LARGEST_SIZE = 1_000_000  # far beyond any GPT-2, and far below what overflows when sizes are multiplied
-ACTIVATIONS = {"gelu": "gelu_new", "silu": "silu", "relu2": "relu2"}  # ACT2FN's names of ours
+LARGEST_SIZE = 1_000_000  # far above any GPT-2, and far below an overflow when sizes are multiplied
+ACTIVATIONS = {"gelu": "gelu_new", "silu": "silu", "relu2": "relu2"}  # our names -> names in ACT2FN of transformers
 OTHER_SPELLINGS = {"gelu_pytorch_tanh": "gelu", "swish": "silu"}
-# What GPT2Config can say and our model cannot be: its default.
+# Settings of GPT2Config that our model only supports at their default.
 FIXED: dict[str, Any] = {
     "layer_norm_epsilon": NORM_EPS,
     "scale_attn_weights": True,
@@ -41,25 +41,25 @@ FIXED: dict[str, Any] = {
     "add_cross_attention": False,
     "pruned_heads": {},
     "quantization_config": None,
-    "auto_map": None,  # the model would be code in the folder
+    "auto_map": None,  # It names code in the folder as the model.
 }
-LARGEST_JSON_BYTES = 64_000_000  # a tokenizer of 65,536 ids takes 5
+LARGEST_JSON_BYTES = 64_000_000  # a tokenizer of 65,536 ids takes 5 MB
 
 
 def check_expressible(config: ModelConfig) -> None:
-    """InputError, naming the switches, for a model that GPT2LMHeadModel cannot be."""
+    """Raise InputError, naming the flags, if GPT2LMHeadModel cannot be this model."""
     switched = config.switched()
     if config.mlp in ACTIVATIONS:
         switched.pop("mlp", None)
     if config.attention == "naive":
         switched.pop("attention", None)
-    odd = [f"{flag_of(name)} {value}" for name, value in switched.items() if name not in EXPRESSIBLE]
-    if odd:
-        raise InputError(f"GPT2LMHeadModel has no {', '.join(odd)}; only GPT-2's own form can be Hugging Face's")
+    flags = [f"{flag_of(name)} {value}" for name, value in switched.items() if name not in EXPRESSIBLE]
+    if flags:
+        raise InputError(f"GPT2LMHeadModel has no {', '.join(flags)}; only GPT-2's own architecture can be exported")
 
 
 def to_hugging_face(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Our tensors as GPT2LMHeadModel.load_state_dict takes them: transposed back, padding cut off."""
+    """Return our tensors for GPT2LMHeadModel.load_state_dict: matrices transposed, vocabulary padding cut off."""
     check_expressible(config)
     return {
         name: _transposed(name, tensor)[: config.vocab_size if name in (EMBEDDING, HEAD) else None]
@@ -68,13 +68,13 @@ def to_hugging_face(state_dict: Mapping[str, Tensor], config: ModelConfig) -> di
 
 
 def from_hugging_face(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """GPT2LMHeadModel's tensors as GPT.load_state_dict takes them: transposed, padded by zero rows."""
+    """Return GPT2LMHeadModel's tensors for GPT.load_state_dict: matrices transposed, zero rows as padding."""
     check_expressible(config)
     return {name: as_ours(name, tensor, config) for name, tensor in state_dict.items()}
 
 
 def as_ours(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
-    """One tensor of GPT2LMHeadModel as our parameter of that name."""
+    """Return our parameter `name`, given GPT2LMHeadModel's tensor of the same name."""
     padding = config.padded_vocab_size - tensor.shape[0] if name in (EMBEDDING, HEAD) else 0
     return torch.nn.functional.pad(tensor, (0, 0, 0, padding)) if padding else _transposed(name, tensor)
 
@@ -84,7 +84,7 @@ def _transposed(name: str, tensor: Tensor) -> Tensor:
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
-    """config.json of a GPT2LMHeadModel that is this model. It has no dropout, as in our training."""
+    """Return the config.json of this model as a GPT2LMHeadModel, without dropout, as in our training."""
     check_expressible(config)
     return {
         "architectures": ["GPT2LMHeadModel"],
@@ -104,48 +104,50 @@ def to_json(config: ModelConfig) -> dict[str, Any]:
 
 
 def from_json(content: Any, path: Path) -> ModelConfig:
-    """The model that config.json describes; what it leaves out is GPT2Config's default, GPT-2 small's.
+    """Return the model that config.json describes. Absent settings have GPT2Config's default, that of GPT-2 small.
 
-    InputError, naming the settings, for one that ours cannot be. `eot_id` is the tokenizer's to say.
+    `eot_id` is None, since only the tokenizer knows it. Raise InputError, naming the settings, if our GPT cannot be
+    this model.
     """
     kind = content.get("model_type") if isinstance(content, dict) else None
     if kind != "gpt2":
         raise InputError(f'{path}: "model_type" is {reprlib.repr(kind)}; only "gpt2" can be read')
     sizes = {ours: content.get(theirs, getattr(GPT2, ours)) for ours, theirs in SIZES.items()}
-    inner = content.get("n_inner")
-    counted = {theirs: sizes[ours] for ours, theirs in SIZES.items()} | ({} if inner is None else {"n_inner": inner})
+    n_inner = content.get("n_inner")
+    stored_sizes = {theirs: sizes[ours] for ours, theirs in SIZES.items()}
+    stored_sizes |= {} if n_inner is None else {"n_inner": n_inner}
     faults = [
         f"{name} {reprlib.repr(value)} (a whole number from 1 to {LARGEST_SIZE:,} is needed)"
-        for name, value in counted.items()
+        for name, value in stored_sizes.items()
         if type(value) is not int or not 1 <= value <= LARGEST_SIZE
     ]
     if not faults and sizes["width"] % sizes["num_heads"]:
         faults.append(f"n_embd {sizes['width']} (not divisible by n_head {sizes['num_heads']})")
-    spelled: dict[str, Any] = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | OTHER_SPELLINGS
+    activations: dict[str, Any] = {theirs: ours for ours, theirs in ACTIVATIONS.items()} | OTHER_SPELLINGS
     activation, tie = content.get("activation_function", "gelu_new"), content.get("tie_word_embeddings", True)
-    if not isinstance(activation, str) or activation not in spelled:
-        faults.append(f"activation_function {reprlib.repr(activation)} (there are {', '.join(spelled)})")
+    if not isinstance(activation, str) or activation not in activations:
+        faults.append(f"activation_function {reprlib.repr(activation)} (there are {', '.join(activations)})")
     if not isinstance(tie, bool):
         faults.append(f"tie_word_embeddings {reprlib.repr(tie)} (true or false)")
-    fixed = FIXED | {"n_ctx": sizes["context_len"]}  # which was once another name for n_positions
+    fixed = FIXED | {"n_ctx": sizes["context_len"]}  # n_ctx was once another name of n_positions
     faults += [
         f"{name} {reprlib.repr(content[name])} (only {json.dumps(value)})"
         for name, value in fixed.items()
         if content.get(name, value) != value
     ]
     if faults:
-        raise InputError(f"{path}: this code has no model with {'; '.join(faults)}")
-    mlp_width = None if inner == 4 * sizes["width"] else inner
-    return ModelConfig(**sizes, mlp_width=mlp_width, mlp=spelled[activation], tie=tie, eot_id=None)
+        raise InputError(f"{path}: our GPT has no {'; '.join(faults)}")
+    mlp_width = None if n_inner == 4 * sizes["width"] else n_inner
+    return ModelConfig(**sizes, mlp_width=mlp_width, mlp=activations[activation], tie=tie, eot_id=None)
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file holds; InputError if it is missing, damaged, or larger than such a file can be."""
+    """Return the content of a JSON file. Raise InputError if it is missing, damaged or implausibly large."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; a Hugging Face folder has one")
     if path.stat().st_size > LARGEST_JSON_BYTES:
-        raise InputError(f"{path}: {path.stat().st_size:,} bytes, where at most {LARGEST_JSON_BYTES:,} make sense")
+        raise InputError(f"{path}: {path.stat().st_size:,} bytes, but such a file has at most {LARGEST_JSON_BYTES:,}")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # not JSON, not UTF-8, a number too long; nested too deep
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8, a number too long
         raise InputError(f"{path}: damaged ({type(error).__name__}: {error})") from error

@@ -1,14 +1,14 @@
-"""A codec as the tokenizer.json that transformers and tokenizers load, and back. Ids are equal for every text.
+"""Convert our tokenizers to the tokenizer.json of transformers and tokenizers, and back, with equal ids for every text.
 
-Byte pairs: tiktoken merges any two neighbours whose bytes together are a token, the lowest rank first; Hugging Face
-merges listed pairs. The list is found again by splitting each token with the ranks below its own. Ranks that no list of
-merges makes are refused: there a token would come out as one here and as several there.
+tiktoken merges any two neighbours whose joined bytes are a token, the lowest rank first. Hugging Face merges the pairs
+of a list. We recover the list by splitting each token with the ranks below its own. Some ranks come from no list of
+merges: Hugging Face would split a token that tiktoken keeps. Such ranks are refused.
 
-Text that reads `<|endoftext|>` is ordinary text here. Hugging Face makes the special token of it, unless
-`split_special_tokens` is set, as our tokenizer_config.json does; a bare `tokenizers.Tokenizer` wants
-`encode_special_tokens = True`.
+The text `<|endoftext|>` is ordinary text to our tokenizers. Hugging Face turns it into the special token, unless
+`split_special_tokens` is set, as in our tokenizer_config.json. A bare `tokenizers.Tokenizer` needs
+`encode_special_tokens = True` instead.
 
-Characters: one that the alphabet lacks is an error on both sides ("Missing [UNK] token").
+A character outside a character tokenizer's alphabet is an error on both sides ("Missing [UNK] token").
 """
 
 import reprlib
@@ -30,29 +30,29 @@ from data_prep.tokenizer import (
 from model.hf.format import read_json
 
 TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
-VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"  # the same in GPT-2's older form, which is only read
-GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # of its ranks, as `describe` hashes
-# The character that stands for a byte in a vocabulary: itself where Latin-1 shows it, else one from 256 on.
+VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"  # GPT-2's older form, which we read but never write
+GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"  # of GPT-2's ranks, from `describe`
+# How a vocabulary writes each byte: printable Latin-1 as itself, any other byte as a character from 256 on.
 CHARACTER_OF = {byte: chr(byte) if byte in SHOWN else chr(256 + n - len(SHOWN)) for n, byte in enumerate(BYTE_ORDER)}
 BYTE_OF = {character: byte for byte, character in CHARACTER_OF.items()}
 
 Json = dict[str, Any]
 
 
-# --- Written ----------------------------------------------------------------------------------------------------------
+# --- Write ------------------------------------------------------------------------------------------------------------
 
 
 def tokenizer_json(tokenizer: Tokenizer) -> Json:
-    """tokenizer.json. InputError for byte pairs that it cannot say."""
+    """Return the content of tokenizer.json. Raise InputError for byte pairs that it cannot express."""
     pre_tokenizer: Json
     if isinstance(tokenizer, CharTokenizer):
         pre_tokenizer = {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False}
         model: Json = {"type": "WordLevel", "vocab": tokenizer.stoi, "unk_token": ""}
         decoder: Json = {"type": "Fuse"}
     else:
-        pairs = isinstance(tokenizer, BpeTokenizer)
-        pre_tokenizer = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": pairs}
-        model = _byte_pairs(tokenizer) if isinstance(tokenizer, BpeTokenizer) else _bytes_alone()
+        has_pairs = isinstance(tokenizer, BpeTokenizer)
+        pre_tokenizer = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": has_pairs}
+        model = _byte_pairs(tokenizer) if isinstance(tokenizer, BpeTokenizer) else _single_bytes()
         decoder = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
     return {
@@ -69,7 +69,7 @@ def tokenizer_json(tokenizer: Tokenizer) -> Json:
 
 
 def tokenizer_config(tokenizer: Tokenizer, context_len: int) -> Json:
-    """tokenizer_config.json: the class takes tokenizer.json as it stands, in old and new transformers."""
+    """Return the content of tokenizer_config.json. Its class reads tokenizer.json in old and new transformers."""
     eot = {} if tokenizer.eot_id is None else {"bos_token": EOT, "eos_token": EOT}
     return {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -81,14 +81,16 @@ def tokenizer_config(tokenizer: Tokenizer, context_len: int) -> Json:
 
 
 def _byte_pairs(tokenizer: BpeTokenizer) -> Json:
+    """Return the model part of tokenizer.json for byte pairs."""
     if tokenizer.pattern != GPT2_PATTERN:
-        raise InputError(f"{tokenizer.name} splits text by another pattern than GPT-2's")
-    vocab = {_shown(token): rank for token, rank in sorted(tokenizer.ranks.items(), key=lambda item: item[1])}
-    merges = [f"{_shown(first)} {_shown(second)}" for first, second in merges_of(tokenizer.ranks)]
+        raise InputError(f"{tokenizer.name} splits text with another pattern than GPT-2's")
+    vocab = {_as_characters(token): rank for token, rank in sorted(tokenizer.ranks.items(), key=lambda item: item[1])}
+    merges = [f"{_as_characters(first)} {_as_characters(second)}" for first, second in merges_of(tokenizer.ranks)]
     return _bpe(vocab | {EOT: tokenizer.eot_id}, merges)
 
 
-def _bytes_alone() -> Json:
+def _single_bytes() -> Json:
+    """Return the model part of tokenizer.json for bytes without merges."""
     return _bpe({CHARACTER_OF[byte]: byte for byte in range(256)}, [])
 
 
@@ -98,26 +100,26 @@ def _bpe(vocab: dict[str, int], merges: list[str]) -> Json:
     return {"type": "BPE", **settings, **flags, "vocab": vocab, "merges": merges}
 
 
-def _shown(token: bytes) -> str:
+def _as_characters(token: bytes) -> str:
     return "".join(CHARACTER_OF[byte] for byte in token)
 
 
 def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
-    """The two tokens that each longer one is merged from, in order of rank (0.7 s for GPT-2's 50,000)."""
+    """Return the pair of tokens that makes each longer token, in order of rank (0.7 s for GPT-2's 50,000)."""
     merges = []
     for token, rank in sorted(ranks.items(), key=lambda item: item[1]):
         if len(token) == 1:
             continue
-        parts = [token[place : place + 1] for place in range(len(token))]
+        parts = [token[index : index + 1] for index in range(len(token))]
         while len(parts) > 2:
-            below = [ranks.get(parts[place] + parts[place + 1], rank) for place in range(len(parts) - 1)]
-            lowest = min(below)
+            pair_ranks = [ranks.get(parts[index] + parts[index + 1], rank) for index in range(len(parts) - 1)]
+            lowest = min(pair_ranks)
             if lowest >= rank:
                 raise InputError(
-                    f"no two tokens of lower rank make {reprlib.repr(token)}, rank {rank}: not all are merges"
+                    f"no two tokens of lower rank make {reprlib.repr(token)}, rank {rank}: not all ranks are merges"
                 )
-            place = below.index(lowest)
-            parts[place : place + 2] = [parts[place] + parts[place + 1]]
+            index = pair_ranks.index(lowest)
+            parts[index : index + 2] = [parts[index] + parts[index + 1]]
         merges.append((parts[0], parts[1]))
     return merges
 
@@ -126,7 +128,7 @@ def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
 
 
 def read_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a folder: GPT-2's, or one that `tokenizer_json` could have written. InputError for any other."""
+    """Return a folder's tokenizer: GPT-2's, or one that `tokenizer_json` can write. Raise InputError for any other."""
     path = folder / TOKENIZER_FILE
     if path.is_file():
         content = read_json(path)
@@ -137,24 +139,24 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         raise InputError(f"{folder}: has no {TOKENIZER_FILE}, nor {VOCAB_FILE} and {MERGES_FILE}")
     try:
         tokenizer = _tokenizer_in(content, path.parent.resolve().name)
-        odd = _differences(content, tokenizer)
+        differences = _differences(content, tokenizer)
     except InputError as error:
         raise InputError(f"{path}: {error}") from error
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: no tokenizer of GPT-2's kind ({type(error).__name__}: {error})") from error
-    if odd:
-        raise InputError(f"{path}: another kind of tokenizer than GPT-2's, in its {', '.join(odd)}")
+        raise InputError(f"{path}: not a tokenizer of GPT-2's kind ({type(error).__name__}: {error})") from error
+    if differences:
+        raise InputError(f"{path}: not a tokenizer of GPT-2's kind: it differs in its {', '.join(differences)}")
     return tokenizer
 
 
 def _tokenizer_in(content: Json, name: str) -> Tokenizer:
-    """What the vocabulary says; whether the rest of the file says the same is `_differences`' to find."""
+    """Return the tokenizer that the vocabulary makes. `_differences` checks whether the rest of the file agrees."""
     vocab: dict[str, int] = content["model"]["vocab"]
     if any(type(index) is not int for index in vocab.values()):
-        raise InputError("ids of its vocabulary are no whole numbers")
+        raise InputError("some ids of its vocabulary are no whole numbers")
     if content["model"].get("type") == "WordLevel":
         return CharTokenizer("".join(sorted(vocab, key=vocab.__getitem__)))
-    if vocab == _bytes_alone()["vocab"]:
+    if vocab == _single_bytes()["vocab"]:
         return ByteTokenizer()
     ranks = {}
     for token, index in vocab.items():
@@ -166,29 +168,30 @@ def _tokenizer_in(content: Json, name: str) -> Tokenizer:
     return BpeTokenizer(ranks, name="gpt2") if tokenizer.describe()["sha256"] == GPT2_SHA256 else tokenizer
 
 
-def _differences(found: Json, tokenizer: Tokenizer) -> list[str]:
-    """The parts that decide which text has which ids, where they are not as they would be written of `codec`."""
-    wanted = tokenizer_json(tokenizer)
-    odd = [part for part in ("normalizer", "pre_tokenizer", "model") if _plain(found.get(part)) != _plain(wanted[part])]
-    special = [(token["content"], token["id"]) for token in found.get("added_tokens") or []]
-    special += [(EOT, index) for token, index in found["model"]["vocab"].items() if token == EOT]
+def _differences(content: Json, tokenizer: Tokenizer) -> list[str]:
+    """Return the parts of tokenizer.json that would give some text other ids than `tokenizer` does."""
+    expected = tokenizer_json(tokenizer)
+    parts = ("normalizer", "pre_tokenizer", "model")
+    differences = [part for part in parts if _canonical(content.get(part)) != _canonical(expected[part])]
+    special = [(token["content"], token["id"]) for token in content.get("added_tokens") or []]
+    special += [(EOT, index) for token, index in content["model"]["vocab"].items() if token == EOT]
     if set(special) - {(EOT, tokenizer.eot_id)}:
-        odd.append("special tokens")
-    return odd
+        differences.append("special tokens")
+    return differences
 
 
-def _plain(part: Json | None) -> Json | None:
-    """Without what changes no ids, and in one of the several spellings that there are."""
+def _canonical(part: Json | None) -> Json | None:
+    """Return a part of tokenizer.json in one spelling, without the settings that change no ids."""
     if part is None:
         return None
-    idle = ["trim_offsets"] + (["type", "unk_token", "fuse_unk"] if "merges" in part else [])
-    plain = {name: value for name, value in part.items() if value not in (None, False, "") and name not in idle}
+    ignored = ["trim_offsets"] + (["type", "unk_token", "fuse_unk"] if "merges" in part else [])
+    canonical = {name: value for name, value in part.items() if value not in (None, False, "") and name not in ignored}
     if part.get("type") == "ByteLevel":
-        plain["use_regex"] = part.get("use_regex", True)
+        canonical["use_regex"] = part.get("use_regex", True)
     if "merges" in part:
-        plain["vocab"] = {token: index for token, index in part["vocab"].items() if token != EOT}
-        plain["merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in part["merges"]]
-    return plain
+        canonical["vocab"] = {token: index for token, index in part["vocab"].items() if token != EOT}
+        canonical["merges"] = [pair if isinstance(pair, str) else " ".join(pair) for pair in part["merges"]]
+    return canonical
 
 
 def _read_merges(folder: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""What every look of model/lens.py takes and gives: a trained model and a prompt; a table, numbers and a picture."""
+"""Options, loading and output that all inspections of model/lens.py share."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,39 +18,40 @@ from model.gpt import GPT
 
 @dataclass(frozen=True, kw_only=True)
 class Common:
-    """What every look has."""
+    """The options of every inspection."""
 
     path: Annotated[str, tyro.conf.Positional]
-    """RUN directory, RUN@STEP, the path of one checkpoint, or a Hugging Face folder of GPT-2's."""
+    """A run directory, RUN@STEP, the path of one checkpoint, or a Hugging Face folder of GPT-2."""
     out: Path | None = None
-    """Folder for the picture and the numbers, NAME.png and NAME.json; None: only print."""
+    """Folder for the picture NAME.png and the numbers NAME.json; None: only print."""
     into: Path | None = None
-    """A page, to put what is printed between its <!-- lens NAME --> and <!-- end -->."""
+    """Page in which the printed text replaces what stands between <!-- lens NAME --> and <!-- end -->."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """Of the products."""
+    """Number format of the matrix products."""
     device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """Where to run."""
+    """Device on which the model runs."""
 
 
-class View(NamedTuple):
-    """What a look gives: printed, as numbers, and as a picture (which is drawn into a matplotlib figure)."""
+class Result(NamedTuple):
+    """The result of an inspection: printed text, numbers for JSON, and a function that draws into a figure."""
 
     text: str
     record: dict[str, Any]
     draw: Callable[[Any], None]
 
 
-def load(path: str, options: Common) -> tuple[GPT, TrainedModel]:
+def load_gpt(path: str, options: Common) -> tuple[GPT, TrainedModel]:
+    """Return the trained model, also by its type GPT. Raise InputError for any other kind of model."""
     check_device(options.device)
     trained = load_model(path, device=options.device, dtype=DTYPES[options.dtype])
     if not isinstance(trained.model, GPT):
         kind = trained.model.config.kind
-        raise InputError(f"{path}: --model.kind {kind} has no blocks to look into; give a run of --model.kind gpt")
+        raise InputError(f"{path}: --model.kind {kind} has no blocks to inspect; give a run of --model.kind gpt")
     return trained.model, trained
 
 
-def encode(trained: TrainedModel, flag: str, text: str) -> Tensor:
-    """The prompt as generate.py gives it to the model, [T]; InputError where it is not 2 tokens to a whole context."""
+def prompt_tokens(trained: TrainedModel, flag: str, text: str) -> Tensor:
+    """Return the tokens that generate.py would give to the model, [T]. Raise InputError unless 2 <= T <= context."""
     if not text:
         raise InputError(f"{flag} is empty; give some text")
     try:
@@ -63,33 +64,36 @@ def encode(trained: TrainedModel, flag: str, text: str) -> Tensor:
     return torch.tensor(tokens, device=trained.model.lm_head.weight.device)
 
 
-def numbers(values: Tensor) -> Any:
-    """As nested lists for JSON; InputError where one is not finite."""
+def json_numbers(values: Tensor) -> Any:
+    """Return nested lists, rounded to six decimals. Raise InputError if a number is not finite."""
     if not values.isfinite().all():
-        raise InputError("the model's numbers are not finite; take another checkpoint")
+        raise InputError("the model's numbers are not finite; give another checkpoint")
     return values.double().round(decimals=6).tolist()
 
 
-def shown(tokenizer: Tokenizer, token: int) -> str:
-    """A token's text in quotes, whatever it holds."""
+def token_text(tokenizer: Tokenizer, token: int) -> str:
+    """Return a token's text in quotes, with escapes for bytes that are no text."""
     if token == tokenizer.eot_id:
         return EOT
     return repr(tokenizer.decode_bytes([token]).decode("utf-8", errors="backslashreplace"))
 
 
-def texts_of(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
-    return [shown(tokenizer, token) for token in tokens]
+def token_texts(tokenizer: Tokenizer, tokens: Sequence[int]) -> list[str]:
+    return [token_text(tokenizer, token) for token in tokens]
 
 
 def cell(text: str) -> str:
-    """For a table of Markdown."""
+    """Return `text` with escapes for a cell of a Markdown table."""
     return text.replace("|", "\\|").replace("`", "\\`")
 
 
-def header(options: Common, trained: TrainedModel, tokens_T: Tensor) -> dict[str, Any]:
+def prompt_record(options: Common, trained: TrainedModel, tokens_T: Tensor) -> dict[str, Any]:
+    """Return the first entries of the JSON of every inspection that has a prompt."""
     tokens = tokens_T.tolist()
-    return {"model": options.path, "step": trained.step, "tokens": tokens, "texts": texts_of(trained.tokenizer, tokens)}
+    texts = token_texts(trained.tokenizer, tokens)
+    return {"model": options.path, "step": trained.step, "tokens": tokens, "texts": texts}
 
 
-def layer_names(num_layers: int) -> list[str]:
+def stream_names(num_layers: int) -> list[str]:
+    """Return the names of residual streams 0 to L."""
     return ["embedding", *(f"block {layer}" for layer in range(num_layers))]

@@ -1,4 +1,4 @@
-"""The pictures of model/lens.py, each drawn into a matplotlib figure. They need the extra `plots`."""
+"""Draw the pictures of model/lens.py into a matplotlib figure. They need the extra `plots`."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -7,12 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-MAX_LABELS = 64  # tokens along an axis; with more there is no room for their texts
+MAX_LABELS = 64  # labels along an axis; with more there is no room for any
 INCHES_PER_CELL = 0.35
 
 
 def attention(figure: Any, weights: Mapping[tuple[int, int], Tensor], texts: Sequence[str]) -> None:
-    """A map for each head, a row of maps for each layer; what looks downwards, what is looked at to the right."""
+    """Draw a map for each head and a row of maps for each layer; queries run downwards and keys to the right."""
     layers, heads = sorted({layer for layer, _ in weights}), sorted({head for _, head in weights})
     side = max(2.0, min(len(texts), MAX_LABELS) * INCHES_PER_CELL * 0.6) if len(weights) == 1 else 2.0
     figure.set_size_inches(side * len(heads) + 2, side * len(layers) + 2)
@@ -31,7 +31,7 @@ def attention(figure: Any, weights: Mapping[tuple[int, int], Tensor], texts: Seq
 
 
 def logit_lens(figure: Any, record: Mapping[str, Any]) -> None:
-    """Each layer's likeliest token after each token, and in colour how likely it holds it to be."""
+    """Draw the likeliest next token after each token by each layer; the colour is its probability."""
     layers, texts = record["layers"], record["texts"]
     probabilities_LT = torch.tensor([[row[0] for row in layer["top_probabilities"]] for layer in layers])
     figure.set_size_inches(min(len(texts), MAX_LABELS) * 2 * INCHES_PER_CELL + 3, len(layers) * INCHES_PER_CELL + 2.5)
@@ -41,14 +41,14 @@ def logit_lens(figure: Any, record: Mapping[str, Any]) -> None:
     label(axes.yaxis, [layer["after"] for layer in layers])
     if len(texts) <= MAX_LABELS:
         for row, layer in enumerate(layers):
-            for place, found in enumerate(layer["top_texts"]):
-                put(axes, place, row, found[0], is_dark=layer["top_probabilities"][place][0] > 0.5)
+            for position, top_texts in enumerate(layer["top_texts"]):
+                put(axes, position, row, top_texts[0], is_dark=layer["top_probabilities"][position][0] > 0.5)
     axes.set_xlabel("after this token")
     figure.colorbar(image, label="probability of the likeliest")
 
 
 def ablation(figure: Any, parts: Sequence[Mapping[str, Any]]) -> None:
-    """How much worse the loss is without each head and MLP."""
+    """Draw by how much the loss rises without each head and each MLP."""
     num_columns = sum(part["layer"] == 0 for part in parts)
     names = [*(f"head {head}" for head in range(num_columns - 1)), "MLP"]
     change_LN = torch.tensor([part["change"] for part in parts]).view(-1, num_columns)
@@ -57,35 +57,28 @@ def ablation(figure: Any, parts: Sequence[Mapping[str, Any]]) -> None:
     grid(figure, change_LN, layers, names, limits=(-largest, largest), text="{:+.3f}", meaning="change of loss (nats)")
 
 
-def patching(figure: Any, restored_LN: Tensor, layers: Sequence[str], positions: Sequence[str]) -> None:
-    """How much of the clean prompt's answer each patch restores."""
-    grid(
-        figure,
-        restored_LN,
-        layers,
-        positions,
-        limits=(-1, 1),
-        text="{:.2f}",
-        meaning="restored (1: as the clean prompt)",
-    )
+def patching(figure: Any, restored_LN: Tensor, layers: Sequence[str], columns: Sequence[str]) -> None:
+    """Draw how much of the clean prompt's answer each patch restores."""
+    meaning = "restored (1: as the clean prompt)"
+    grid(figure, restored_LN, layers, columns, limits=(-1, 1), text="{:.2f}", meaning=meaning)
 
 
-def induction(figure: Any, look: Mapping[str, Any]) -> None:
-    """Each head's induction score."""
-    scores_LH = torch.tensor(look["induction"])
+def induction(figure: Any, result: Mapping[str, Any]) -> None:
+    """Draw each head's induction score."""
+    scores_LH = torch.tensor(result["induction"])
     layers = [f"layer {layer}" for layer in range(scores_LH.shape[0])]
     heads = [f"head {head}" for head in range(scores_LH.shape[1])]
     grid(figure, scores_LH, layers, heads, limits=(-1, 1), text="{:.2f}", meaning="induction score")
 
 
-def induction_over_steps(figure: Any, looks: Sequence[Mapping[str, Any]]) -> None:
-    """Scores of every head and the losses of both halves, by step."""
+def induction_over_steps(figure: Any, results: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the scores of every head and the losses of both halves, by step."""
     figure.set_size_inches(8, 9)
-    steps = [look["step"] for look in looks]
+    steps = [result["step"] for result in results]
     titles = {"induction": "induction score", "previous": "weight on the token before"}
     *all_axes, loss_axes = figure.subplots(3, 1, sharex=True)
     for axes, (kind, title) in zip(all_axes, titles.items(), strict=True):
-        scores_NLH = torch.tensor([look[kind] for look in looks])
+        scores_NLH = torch.tensor([result[kind] for result in results])
         for layer in range(scores_NLH.shape[1]):
             for head in range(scores_NLH.shape[2]):
                 style = ("-", "--", ":", "-.")[layer % 4]
@@ -95,7 +88,7 @@ def induction_over_steps(figure: Any, looks: Sequence[Mapping[str, Any]]) -> Non
         if scores_NLH[0].numel() <= 24:
             axes.legend(title="layer.head", ncols=2, fontsize="small")
     for half, name in (("first", "first time"), ("second", "second time")):
-        loss_axes.plot(steps, [look[f"loss_{half}"] for look in looks], label=name)
+        loss_axes.plot(steps, [result[f"loss_{half}"] for result in results], label=name)
     loss_axes.set_ylabel("loss of random tokens (nats)")
     loss_axes.set_xlabel("step")
     loss_axes.legend()
@@ -113,7 +106,7 @@ def grid(
     text: str,
     meaning: str,
 ) -> None:
-    """Named rows and columns, coloured from blue by white to red, with the numbers in them."""
+    """Draw a matrix with named rows and columns, coloured from blue over white to red, with its numbers."""
     figure.set_size_inches(min(len(columns), MAX_LABELS) * 2 * INCHES_PER_CELL + 3, len(rows) * INCHES_PER_CELL + 3)
     axes = figure.subplots()
     image = axes.imshow(values_RC.numpy(), vmin=limits[0], vmax=limits[1], cmap="RdBu_r", aspect="auto")
@@ -143,5 +136,5 @@ def label(axis: Any, names: Sequence[str]) -> None:
 
 
 def printable(text: str) -> str:
-    """What every font has."""
+    """Return `text` in ASCII, which every font has."""
     return text.encode("ascii", errors="backslashreplace").decode()

@@ -1,8 +1,9 @@
-"""A GPT's passes, read and changed from outside: what a head looks at, what each layer would say, what a part is for.
+"""Read and change the activations of a GPT's forward pass from outside, with forward hooks.
 
-The model's code knows nothing of this. Each function registers forward hooks for one pass and removes them, also when
-the pass raises; before and after it the model is as it was, and a pass that nobody looks into has none. Letters as in
-model/gpt.py. The residual stream is counted from 0, what the first block reads, to L, what the last one leaves.
+The functions return attention weights, the residual stream, the logit lens, and losses or logits with a part ablated or
+patched. The model's code knows nothing of this. Each function registers its hooks for one pass and removes them, also
+if the pass raises, so that every other pass runs without hooks. Shape letters are those of model/gpt.py. Residual
+stream 0 is the input of the first block, and stream L the output of the last one.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,7 +17,7 @@ from torch.nn.attention.flex_attention import create_mask
 
 from model.gpt import GPT, Attention, Block, Shared, attention_weights
 
-PASS_TOKENS = 8_192  # at most in one pass of many rows, so that memory does not grow with their number
+PASS_TOKENS = 8_192  # tokens in one pass of many rows, so that memory does not grow with the number of rows
 
 Edit = Callable[[Tensor], Tensor]
 
@@ -25,8 +26,8 @@ Edit = Callable[[Tensor], Tensor]
 
 
 @contextmanager
-def reading(module: nn.Module, edit: Edit) -> Iterator[None]:
-    """Within it, `module` reads edit(x) for its first argument x."""
+def edited_input(module: nn.Module, edit: Edit) -> Iterator[None]:
+    """Give `module` edit(x) in place of its first argument x inside the context."""
 
     def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return (edit(args[0]), *args[1:])
@@ -36,8 +37,8 @@ def reading(module: nn.Module, edit: Edit) -> Iterator[None]:
 
 
 @contextmanager
-def giving(module: nn.Module, edit: Edit) -> Iterator[None]:
-    """Within it, `module` gives edit(y) for its result y."""
+def edited_output(module: nn.Module, edit: Edit) -> Iterator[None]:
+    """Replace the output y of `module` by edit(y) inside the context."""
 
     def hook(_: nn.Module, __: tuple[Tensor, ...], y: Tensor) -> Tensor:
         return edit(y)
@@ -47,7 +48,7 @@ def giving(module: nn.Module, edit: Edit) -> Iterator[None]:
 
 
 class Parts(NamedTuple):
-    """Of a block, typed."""
+    """The attention and the MLP of one block, with their types."""
 
     attention: Attention
     mlp: nn.Module
@@ -60,117 +61,121 @@ def parts_of(model: GPT, layer: int) -> Parts:
 
 
 def stream_readers(model: GPT) -> list[nn.Module]:
-    """What reads the residual stream at 0, 1, ..., L: each block, and what stands before the head."""
+    """Return the modules that read residual streams 0, 1, ..., L: each block, then the norm before the output head."""
     return [*model.blocks, model.transformer["ln_f"]]
 
 
 def head_columns(model: GPT, head: int) -> slice:
-    """Where a head's result stands among those that c_proj reads."""
+    """Return the slice of c_proj's input that holds the head's output."""
     return slice(head * model.config.head_size, (head + 1) * model.config.head_size)
 
 
 def inputs_of(model: GPT, modules: Sequence[nn.Module], tokens_BT: Tensor) -> Tensor:
-    """What each of these modules, in the order of the pass, reads of [B, T, D]: [len(modules), B, T, D]."""
-    found: list[Tensor] = []
+    """Return the input of each module, [len(modules), B, T, D]. The modules are in the order in which they run."""
+    inputs: list[Tensor] = []
 
     def keep(x_BTD: Tensor) -> Tensor:
-        found.append(x_BTD)
+        inputs.append(x_BTD)
         return x_BTD
 
     with ExitStack() as stack:
         for module in modules:
-            stack.enter_context(reading(module, keep))
+            stack.enter_context(edited_input(module, keep))
         model.hidden_states(tokens_BT)
-    return torch.stack(found)
+    return torch.stack(inputs)
 
 
 # --- Read -------------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def see_attention(model: GPT, tokens_BT: Tensor, see: Callable[[int, Tensor], None]) -> Tensor:
-    """A pass, [B, T, vocabulary], in which see(layer, weights_BHTT) has the attention weights of each layer in turn.
+def read_attention(model: GPT, tokens_BT: Tensor, on_weights: Callable[[int, Tensor], None]) -> Tensor:
+    """Return the logits of a pass, [B, T, vocabulary]; call on_weights(layer, weights_BHTT) for each layer in turn.
 
-    They are computed beside the pass, in fp32 and with all scores in memory, of the queries and keys that it makes;
-    rows add up to 1.
+    The weights are computed beside the pass from its queries and keys, in fp32 and with all scores in memory. Each row
+    adds up to 1.
     """
 
     def hook_of(layer: int) -> Callable[[Attention, tuple[Tensor, Shared]], None]:
         def hook(attention: Attention, args: tuple[Tensor, Shared]) -> None:
             x_BTD, shared = args
             q_BHTK, k_BHTK, _ = attention.queries_keys_values(x_BTD, shared)
-            see(layer, attention_weights(q_BHTK.float(), k_BHTK.float(), _hidden(x_BTD, shared)))
+            on_weights(layer, attention_weights(q_BHTK.float(), k_BHTK.float(), _masked(x_BTD, shared)))
 
         return hook
 
     with ExitStack() as stack:
         for layer in range(len(model.blocks)):
             stack.enter_context(parts_of(model, layer).attention.register_forward_pre_hook(hook_of(layer)))
-        return scored(model, model.hidden_states(tokens_BT))
+        return vocab_logits(model, model.hidden_states(tokens_BT))
 
 
-def _hidden(x_BTD: Tensor, shared: Shared) -> Tensor:
-    """What a token does not see: the future, and with flex other documents. Bool, [T, T] or [B, 1, T, T]."""
+def _masked(x_BTD: Tensor, shared: Shared) -> Tensor:
+    """Return where attention is masked, the future and with flex other documents: bool, [T, T] or [B, 1, T, T]."""
     B, T, _ = x_BTD.shape
     if shared.mask is None:
         return torch.ones(T, T, dtype=torch.bool, device=x_BTD.device).triu(1)
     return ~create_mask(shared.mask.mask_mod, B, None, T, T, device=str(x_BTD.device))
 
 
-def scored(model: GPT, x: Tensor) -> Tensor:
-    """The head's logits of features [..., D], fp32, without the vocabulary's padding."""
+def vocab_logits(model: GPT, x: Tensor) -> Tensor:
+    """Return the fp32 logits of hidden states [..., D], without the vocabulary's padding."""
     return model.logits(x)[..., : model.config.vocab_size].float()
 
 
 @torch.no_grad()
-def streams(model: GPT, tokens_BT: Tensor) -> Tensor:
-    """The residual stream at 0 to L: [L + 1, B, T, D]."""
+def residual_streams(model: GPT, tokens_BT: Tensor) -> Tensor:
+    """Return residual streams 0 to L: [L + 1, B, T, D]."""
     return inputs_of(model, stream_readers(model), tokens_BT)
 
 
 @torch.no_grad()
 def lens_logits(model: GPT, x: Tensor) -> Tensor:
-    """What the model would say if its blocks ended with this stream [..., D]: nostalgebraist 2020, "interpreting GPT:
-    the logit lens". Where norms stand after the additions there is none before the head, nor here."""
-    return scored(model, model.transformer["ln_f"](x))
+    """Return the logits that the model would have if its blocks ended with this residual stream [..., D].
+
+    Source: nostalgebraist 2020, "interpreting GPT: the logit lens". A post-norm model has no norm before the output
+    head, so none is applied here.
+    """
+    return vocab_logits(model, model.transformer["ln_f"](x))
 
 
 @torch.no_grad()
-def losses(model: GPT, windows_BS: Tensor) -> Tensor:
-    """Of each token but a row's first, given those before it, in nats: [B, S - 1]."""
-    found = []
-    for some_BS in windows_BS.split(rows_per_pass(windows_BS.shape[1])):
-        logits_BTV = scored(model, model.hidden_states(some_BS[:, :-1]))
-        found.append(F.cross_entropy(logits_BTV.transpose(1, 2), some_BS[:, 1:], reduction="none"))
-    return torch.cat(found)
+def losses(model: GPT, sequences_BS: Tensor) -> Tensor:
+    """Return the loss of every token except each row's first, in nats: [B, S - 1]."""
+    losses_of_passes = []
+    for pass_BS in sequences_BS.split(rows_per_pass(sequences_BS.shape[1])):
+        logits_BTV = vocab_logits(model, model.hidden_states(pass_BS[:, :-1]))
+        losses_of_passes.append(F.cross_entropy(logits_BTV.transpose(1, 2), pass_BS[:, 1:], reduction="none"))
+    return torch.cat(losses_of_passes)
 
 
 def rows_per_pass(num_tokens: int) -> int:
+    """Return how many rows of `num_tokens` tokens fit into one pass."""
     return max(1, PASS_TOKENS // num_tokens)
 
 
-# --- Leave out --------------------------------------------------------------------------------------------------------
+# --- Ablate -----------------------------------------------------------------------------------------------------------
 
 
 class Replacements(NamedTuple):
-    """What stands for the results of parts that are left out: of all heads side by side, and of the MLP."""
+    """The outputs that ablated parts get: of all heads of a layer side by side, and of its MLP."""
 
     heads_LD: Tensor
     mlp_LD: Tensor
 
 
-def zeros(model: GPT) -> Replacements:
-    found = torch.zeros(len(model.blocks), model.config.width, device=model.lm_head.weight.device)
-    return Replacements(found, found)
+def zero_replacements(model: GPT) -> Replacements:
+    zeros_LD = torch.zeros(len(model.blocks), model.config.width, device=model.lm_head.weight.device)
+    return Replacements(zeros_LD, zeros_LD)
 
 
 @torch.no_grad()
-def means(model: GPT, windows_BS: Tensor) -> Replacements:
-    """Of each part's results over all tokens that `losses` of these windows gives to the model."""
+def mean_replacements(model: GPT, sequences_BS: Tensor) -> Replacements:
+    """Return the mean output of each part over all tokens that `losses(model, sequences_BS)` gives to the model."""
     shape = (len(model.blocks), model.config.width)
     heads_LD, mlp_LD = torch.zeros(2, *shape, dtype=torch.float64, device=model.lm_head.weight.device)
 
-    def adding_to(sum_D: Tensor) -> Edit:
+    def add_to(sum_D: Tensor) -> Edit:
         def add(y_BTD: Tensor) -> Tensor:
             sum_D.add_(y_BTD.double().sum(dim=(0, 1)))
             return y_BTD
@@ -180,52 +185,54 @@ def means(model: GPT, windows_BS: Tensor) -> Replacements:
     with ExitStack() as stack:
         for layer in range(len(model.blocks)):
             attention, mlp = parts_of(model, layer)
-            stack.enter_context(reading(attention.c_proj, adding_to(heads_LD[layer])))
-            stack.enter_context(giving(mlp, adding_to(mlp_LD[layer])))
-        losses(model, windows_BS)
-    num_tokens = windows_BS[:, 1:].numel()
+            stack.enter_context(edited_input(attention.c_proj, add_to(heads_LD[layer])))
+            stack.enter_context(edited_output(mlp, add_to(mlp_LD[layer])))
+        losses(model, sequences_BS)
+    num_tokens = sequences_BS[:, 1:].numel()
     return Replacements((heads_LD / num_tokens).float(), (mlp_LD / num_tokens).float())
 
 
 @contextmanager
-def without_head(model: GPT, layer: int, head: int, instead: Replacements) -> Iterator[None]:
-    """Within it the head gives the same, `instead`, everywhere. With zeros that is the model in which the columns of
-    c_proj that read it are 0."""
+def without_head(model: GPT, layer: int, head: int, replacements: Replacements) -> Iterator[None]:
+    """Replace the head's output at every token inside the context.
+
+    With zeros this equals zeroing the columns of c_proj that read the head.
+    """
     columns = head_columns(model, head)
 
     def edit(y_BTD: Tensor) -> Tensor:
         y_BTD = y_BTD.clone()
-        y_BTD[..., columns] = instead.heads_LD[layer, columns].to(y_BTD.dtype)
+        y_BTD[..., columns] = replacements.heads_LD[layer, columns].to(y_BTD.dtype)
         return y_BTD
 
-    with reading(parts_of(model, layer).attention.c_proj, edit):
+    with edited_input(parts_of(model, layer).attention.c_proj, edit):
         yield
 
 
 @contextmanager
-def without_mlp(model: GPT, layer: int, instead: Replacements) -> Iterator[None]:
-    """Within it the layer's MLP, its last bias too, gives the same, `instead`, everywhere."""
+def without_mlp(model: GPT, layer: int, replacements: Replacements) -> Iterator[None]:
+    """Replace the output of the layer's MLP, including its last bias, at every token inside the context."""
 
     def edit(y_BTD: Tensor) -> Tensor:
-        return instead.mlp_LD[layer].to(y_BTD.dtype).expand_as(y_BTD)
+        return replacements.mlp_LD[layer].to(y_BTD.dtype).expand_as(y_BTD)
 
-    with giving(parts_of(model, layer).mlp, edit):
+    with edited_output(parts_of(model, layer).mlp, edit):
         yield
 
 
 def losses_without_each(
-    model: GPT, windows_BS: Tensor, instead: Replacements, *, mlps: bool = True
+    model: GPT, sequences_BS: Tensor, replacements: Replacements, *, mlps: bool = True
 ) -> Iterator[tuple[int, int | None, Tensor]]:
-    """(layer, head, `losses` without it) of every head, and (layer, None, ...) of every MLP."""
+    """Yield (layer, head, losses without that head) for every head, and with head None for every MLP."""
     for layer in range(len(model.blocks)):
         for head in range(model.config.num_heads):
-            with without_head(model, layer, head, instead):
-                found_BT = losses(model, windows_BS)
-            yield layer, head, found_BT
+            with without_head(model, layer, head, replacements):
+                losses_BT = losses(model, sequences_BS)
+            yield layer, head, losses_BT
         if mlps:
-            with without_mlp(model, layer, instead):
-                found_BT = losses(model, windows_BS)
-            yield layer, None, found_BT
+            with without_mlp(model, layer, replacements):
+                losses_BT = losses(model, sequences_BS)
+            yield layer, None, losses_BT
 
 
 # --- Patch ------------------------------------------------------------------------------------------------------------
@@ -233,22 +240,25 @@ def losses_without_each(
 
 @torch.no_grad()
 def patch_stream(model: GPT, clean_T: Tensor, corrupt_T: Tensor, answers: Sequence[int]) -> Tensor:
-    """The corrupt prompt's last logits of some ids, [L + 1, T, answers], when the stream at l of token t is the clean
-    prompt's: activation patching (Meng et al. 2022, "causal tracing"; Zhang & Nanda 2023). The first block's values,
-    which --model.value-residual hands to the others beside the stream, are the clean prompt's at l = 0 alone."""
+    """Return the corrupt prompt's last logits of the answers, with each residual stream patched: [L + 1, T, answers].
+
+    At [l, t] stream l of token t comes from the clean prompt: activation patching (Meng et al. 2022, "causal tracing";
+    Zhang & Nanda 2023). With --model.value-residual the first block also hands its values to the other blocks, beside
+    the stream; these values are the clean prompt's only at l = 0.
+    """
     T = len(clean_T)
-    clean_LTD = streams(model, clean_T[None])[:, 0]
-    found = []
+    clean_LTD = residual_streams(model, clean_T[None])[:, 0]
+    logits_of_layers = []
     for module, clean_TD in zip(stream_readers(model), clean_LTD, strict=True):
-        by_place = []
+        logits_of_passes = []
         for positions in torch.arange(T, device=clean_T.device).split(rows_per_pass(T)):
-            logits_RV = _last_logits(model, corrupt_T, module, positions, _patch_places(clean_TD, positions))
-            by_place.append(logits_RV[:, list(answers)])
-        found.append(torch.cat(by_place))
-    return torch.stack(found)
+            logits_RV = _patched_logits(model, corrupt_T, module, positions, _patch_positions(clean_TD, positions))
+            logits_of_passes.append(logits_RV[:, list(answers)])
+        logits_of_layers.append(torch.cat(logits_of_passes))
+    return torch.stack(logits_of_layers)
 
 
-def _patch_places(clean_TD: Tensor, positions: Tensor) -> Edit:
+def _patch_positions(clean_TD: Tensor, positions: Tensor) -> Edit:
     def edit(x_RTD: Tensor) -> Tensor:
         x_RTD = x_RTD.clone()
         x_RTD[torch.arange(len(positions), device=positions.device), positions] = clean_TD[positions]
@@ -259,20 +269,20 @@ def _patch_places(clean_TD: Tensor, positions: Tensor) -> Edit:
 
 @torch.no_grad()
 def patch_heads(model: GPT, clean_T: Tensor, corrupt_T: Tensor, answers: Sequence[int]) -> Tensor:
-    """The same, [L, H, answers], when a head's results at all tokens are the clean prompt's."""
+    """Return the same logits with one head's outputs at all tokens from the clean prompt: [L, H, answers]."""
     projections = [parts_of(model, layer).attention.c_proj for layer in range(len(model.blocks))]
     clean_LTD = inputs_of(model, projections, clean_T[None])[:, 0]
-    found = []
+    logits_of_layers = []
     for module, clean_TD in zip(projections, clean_LTD, strict=True):
-        by_head = []
+        logits_of_passes = []
         for heads in torch.arange(model.config.num_heads).split(rows_per_pass(len(clean_T))):
-            logits_RV = _last_logits(model, corrupt_T, module, heads, _patch_columns(model, clean_TD, heads))
-            by_head.append(logits_RV[:, list(answers)])
-        found.append(torch.cat(by_head))
-    return torch.stack(found)
+            logits_RV = _patched_logits(model, corrupt_T, module, heads, _patch_heads(model, clean_TD, heads))
+            logits_of_passes.append(logits_RV[:, list(answers)])
+        logits_of_layers.append(torch.cat(logits_of_passes))
+    return torch.stack(logits_of_layers)
 
 
-def _patch_columns(model: GPT, clean_TD: Tensor, heads: Tensor) -> Edit:
+def _patch_heads(model: GPT, clean_TD: Tensor, heads: Tensor) -> Edit:
     def edit(y_RTD: Tensor) -> Tensor:
         y_RTD = y_RTD.clone()
         for row, head in enumerate(heads.tolist()):
@@ -283,13 +293,13 @@ def _patch_columns(model: GPT, clean_TD: Tensor, heads: Tensor) -> Edit:
     return edit
 
 
-def _last_logits(model: GPT, tokens_T: Tensor, module: nn.Module, rows: Tensor, edit: Edit) -> Tensor:
-    """Of a pass in which `module` reads edit(x), with a row of the tokens for each of `rows`."""
-    with reading(module, edit):
+def _patched_logits(model: GPT, tokens_T: Tensor, module: nn.Module, rows: Tensor, edit: Edit) -> Tensor:
+    """Return the last logits of a pass in which `module` reads edit(x); the tokens are repeated once for each row."""
+    with edited_input(module, edit):
         return last_logits(model, tokens_T.expand(len(rows), -1))
 
 
 @torch.no_grad()
 def last_logits(model: GPT, tokens_BT: Tensor) -> Tensor:
-    """What follows each row: [B, vocabulary]."""
-    return scored(model, model.hidden_states(tokens_BT)[:, -1])
+    """Return the logits after the last token of each row: [B, vocabulary]."""
+    return vocab_logits(model, model.hidden_states(tokens_BT)[:, -1])

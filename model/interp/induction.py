@@ -1,6 +1,7 @@
-"""Heads that look, at a token that was there before, for what came after it; of one checkpoint or of all of a run.
+"""Measure induction heads in one checkpoint or in all checkpoints of a run; model/lens.py is the command.
 
-Olsson et al. 2022, "In-context Learning and Induction Heads". model/lens.py is the command.
+An induction head attends from a repeated token to the token that followed it the first time (Olsson et al. 2022,
+"In-context Learning and Induction Heads").
 """
 
 from collections.abc import Iterator, Sequence
@@ -18,8 +19,8 @@ from model.checkpoint import list_checkpoints
 from model.gpt import GPT
 from model.hf.folder import is_hugging_face
 from model.interp import heatmaps
-from model.interp.common import Common, View, load, numbers
-from model.interp.hooks import losses_without_each, rows_per_pass, see_attention, zeros
+from model.interp.common import Common, Result, json_numbers, load_gpt
+from model.interp.hooks import losses_without_each, read_attention, rows_per_pass, zero_replacements
 
 COLUMNS = ("layer", "head", "induction", "previous token", "first time without it", "second")
 HALVES = ("first", "second")
@@ -28,18 +29,18 @@ COLUMNS_OVER_STEPS = ("step", "loss, first time", "second", "best induction head
 
 @dataclass(frozen=True, kw_only=True)
 class Induction(Common):
-    """Which heads look, at a token that has been there before, for what came after it."""
+    """Measure which heads attend from a repeated token to the token that followed it the first time."""
 
     every_checkpoint: bool = False
-    """Of a run: all its checkpoints, one after the other."""
+    """Measure all checkpoints of a run, one after the other."""
     half: int | None = None
-    """How many random tokens come twice. None: half of the context, or the vocabulary if that is less."""
+    """Number of random tokens that come twice. None: half of the context, or the vocabulary if that is smaller."""
     num_sequences: int = 32
-    """Such sequences."""
+    """Number of sequences of repeated random tokens."""
     seed: int = 1
-    """Of their tokens."""
+    """Seed of the random tokens."""
     ablate: bool = False
-    """Also the losses of both halves without each head."""
+    """Also measure the losses of both halves without each head."""
 
     @property
     def name(self) -> str:
@@ -47,7 +48,7 @@ class Induction(Common):
 
 
 class Repeats(NamedTuple):
-    """What a model does with a half of random tokens that comes twice."""
+    """A model's attention and losses on random tokens that come twice."""
 
     induction_LH: Tensor  # mean weight from the second half to the token after the same token in the first
     previous_LH: Tensor  # mean weight to the token before
@@ -55,9 +56,10 @@ class Repeats(NamedTuple):
 
 
 def repeated_tokens(vocab_size: int, eot_id: int | None, *, half: int, num_rows: int, seed: int) -> Tensor:
-    """[num_rows, 2 x half]: `half` different tokens, drawn alike of all but end-of-text, then the same again.
+    """Return [num_rows, 2 x half]: `half` different random tokens, then the same tokens again.
 
-    Different, so that a token of the second half has one place where it was before, however small the vocabulary.
+    Every token except end-of-text is equally likely. The tokens of a half differ, so that each token of the second half
+    occurs exactly once before, however small the vocabulary is.
     """
     ids = torch.tensor([index for index in range(vocab_size) if index != eot_id])
     generator = torch.Generator().manual_seed(seed)
@@ -66,53 +68,56 @@ def repeated_tokens(vocab_size: int, eot_id: int | None, *, half: int, num_rows:
 
 
 @torch.no_grad()
-def see_repeats(model: GPT, tokens_BT: Tensor) -> Repeats:
-    """Olsson et al. 2022, "In-context Learning and Induction Heads": their prefix-matching score, with which they find
-    the heads, and the loss of each token but the first."""
+def measure_repeats(model: GPT, tokens_BT: Tensor) -> Repeats:
+    """Return each head's scores on repeated tokens, and the loss of each token but the first.
+
+    The induction score is the prefix-matching score of Olsson et al. 2022, with which they identify the heads.
+    """
     (B, T), config = tokens_BT.shape, model.config
     half = T // 2
     induction_LH, previous_LH = torch.zeros(2, config.num_layers, config.num_heads, dtype=torch.float64)
 
-    def see(layer: int, weights_BHTT: Tensor) -> None:
-        looked_BHt = weights_BHTT.diagonal(1 - half, dim1=2, dim2=3)[..., 1:]  # of the first half's last token, too
-        induction_LH[layer] += looked_BHt.double().mean(dim=2).sum(dim=0).cpu()
+    def add_scores(layer: int, weights_BHTT: Tensor) -> None:
+        # The diagonal begins with the last token of the first half, which is no repeated token.
+        induction_BHt = weights_BHTT.diagonal(1 - half, dim1=2, dim2=3)[..., 1:]
+        induction_LH[layer] += induction_BHt.double().mean(dim=2).sum(dim=0).cpu()
         previous_LH[layer] += weights_BHTT.diagonal(-1, dim1=2, dim2=3).double().mean(dim=2).sum(dim=0).cpu()
 
-    found = []
-    for some_BT in tokens_BT.split(rows_per_pass(T)):
-        logits_BTV = see_attention(model, some_BT, see)[:, :-1]
-        found.append(F.cross_entropy(logits_BTV.transpose(1, 2), some_BT[:, 1:], reduction="none"))
-    return Repeats(induction_LH / B, previous_LH / B, torch.cat(found))
+    losses = []
+    for pass_BT in tokens_BT.split(rows_per_pass(T)):
+        logits_BTV = read_attention(model, pass_BT, add_scores)[:, :-1]
+        losses.append(F.cross_entropy(logits_BTV.transpose(1, 2), pass_BT[:, 1:], reduction="none"))
+    return Repeats(induction_LH / B, previous_LH / B, torch.cat(losses))
 
 
 def loss_of_halves(losses_BT: Tensor) -> list[float]:
-    """The mean loss of the first half's tokens and of the second's, each but the first."""
+    """Return the mean loss of the first and of the second half, each without its first token."""
     half = (losses_BT.shape[1] + 1) // 2
-    found: list[float] = numbers(torch.stack([losses_BT[:, : half - 1].mean(), losses_BT[:, half:].mean()]))
-    return found
+    means: list[float] = json_numbers(torch.stack([losses_BT[:, : half - 1].mean(), losses_BT[:, half:].mean()]))
+    return means
 
 
-def even_score(half: int) -> float:
-    """The induction score of a head that looks at all tokens so far alike."""
-    return sum(1 / (place + 1) for place in range(half, 2 * half)) / half
+def uniform_score(half: int) -> float:
+    """Return the induction score of a head that attends equally to all tokens so far."""
+    return sum(1 / (position + 1) for position in range(half, 2 * half)) / half
 
 
 def checkpoints_of(options: Induction) -> list[str]:
-    """What to load, one after the other."""
+    """Return the paths of the checkpoints to measure, in order."""
     if not options.every_checkpoint:
         return [options.path]
-    found = [] if is_hugging_face(Path(options.path)) else list_checkpoints(Path(options.path))
-    if not found:
+    checkpoints = [] if is_hugging_face(Path(options.path)) else list_checkpoints(Path(options.path))
+    if not checkpoints:
         raise InputError(f"{options.path}: --every-checkpoint needs a run directory with checkpoints in it")
     if options.ablate:
-        raise InputError("--ablate is of one checkpoint, not with --every-checkpoint")
-    return [str(path) for path in found]
+        raise InputError("--ablate needs a single checkpoint; leave out --every-checkpoint")
+    return [str(path) for path in checkpoints]
 
 
-def looks_of(options: Induction) -> Iterator[tuple[dict[str, Any], int]]:
-    """Each checkpoint's numbers, and the half that they are of."""
+def measure_checkpoints(options: Induction) -> Iterator[tuple[dict[str, Any], int]]:
+    """Yield each checkpoint's numbers, and the half that was used."""
     for path in checkpoints_of(options):
-        model, trained = load(path, options)
+        model, trained = load_gpt(path, options)
         usable = model.config.vocab_size - (trained.tokenizer.eot_id is not None)
         largest = min(model.config.context_len // 2, usable)
         half = largest if options.half is None else options.half
@@ -130,48 +135,50 @@ def looks_of(options: Induction) -> Iterator[tuple[dict[str, Any], int]]:
             num_rows=options.num_sequences,
             seed=options.seed,
         ).to(model.lm_head.weight.device)
-        seen = see_repeats(model, tokens_BT)
-        first, second = loss_of_halves(seen.losses_BT)
-        look = {"step": trained.step, "induction": numbers(seen.induction_LH), "previous": numbers(seen.previous_LH)}
-        look |= {"loss_first": first, "loss_second": second}
+        repeats = measure_repeats(model, tokens_BT)
+        scores = {"induction": json_numbers(repeats.induction_LH), "previous": json_numbers(repeats.previous_LH)}
+        first, second = loss_of_halves(repeats.losses_BT)
+        result = {"step": trained.step, **scores, "loss_first": first, "loss_second": second}
         if options.ablate:
-            each = losses_without_each(model, tokens_BT, zeros(model), mlps=False)
+            each = losses_without_each(model, tokens_BT, zero_replacements(model), mlps=False)
             halves_N2 = torch.tensor([loss_of_halves(losses_BT) for _, _, losses_BT in each], dtype=torch.float64)
             halves_LH2 = halves_N2.view(model.config.num_layers, model.config.num_heads, 2)
-            look |= {f"loss_{HALVES[i]}_without": numbers(halves_LH2[..., i]) for i in range(2)}
-        yield look, half
+            result |= {f"loss_{HALVES[i]}_without": json_numbers(halves_LH2[..., i]) for i in range(2)}
+        yield result, half
 
 
-def induction(options: Induction) -> View:
-    found = list(looks_of(options))
-    looks, half = [look for look, _ in found], found[0][1]
-    record = {"model": options.path, "step": looks[-1]["step"], "half": half, "num_sequences": options.num_sequences}
-    record |= {"seed": options.seed, "checkpoints": looks}
-    what = (
+def inspect_induction(options: Induction) -> Result:
+    """Return the scores and losses of one checkpoint, or of all with --every-checkpoint."""
+    results_and_halves = list(measure_checkpoints(options))
+    results, half = [result for result, _ in results_and_halves], results_and_halves[0][1]
+    record = {"model": options.path, "step": results[-1]["step"], "half": half, "num_sequences": options.num_sequences}
+    record |= {"seed": options.seed, "checkpoints": results}
+    sequences = (
         f"{options.num_sequences} sequences of {half} random tokens, each twice. "
-        f"A head that looks everywhere alike has an induction score of {even_score(half):.3f}."
+        f"A head that looks everywhere alike has an induction score of {uniform_score(half):.3f}."
     )
     if options.every_checkpoint:
-        text = f"{what}\n\n{markdown(rows_over_steps(looks))}"
-        return View(text, record, lambda figure: heatmaps.induction_over_steps(figure, looks))
-    [look] = looks
-    first = f"{what} Loss {look['loss_first']:.3f} the first time, {look['loss_second']:.3f} the second."
+        text = f"{sequences}\n\n{markdown(rows_over_steps(results))}"
+        return Result(text, record, lambda figure: heatmaps.induction_over_steps(figure, results))
+    [result] = results
+    title = f"{sequences} Loss {result['loss_first']:.3f} the first time, {result['loss_second']:.3f} the second."
     rows = [list(COLUMNS if options.ablate else COLUMNS[:-2])]
-    for layer, (scores, previous) in enumerate(zip(look["induction"], look["previous"], strict=True)):
+    for layer, (scores, previous) in enumerate(zip(result["induction"], result["previous"], strict=True)):
         for head, pair in enumerate(zip(scores, previous, strict=True)):
             cells = [f"{score:.3f}" for score in pair]
             if options.ablate:
-                cells += [f"{look[f'loss_{name}_without'][layer][head]:.3f}" for name in HALVES]
+                cells += [f"{result[f'loss_{name}_without'][layer][head]:.3f}" for name in HALVES]
             rows.append([str(layer), str(head), *cells])
-    return View(f"{first}\n\n{markdown(rows)}", record, lambda figure: heatmaps.induction(figure, look))
+    return Result(f"{title}\n\n{markdown(rows)}", record, lambda figure: heatmaps.induction(figure, result))
 
 
-def rows_over_steps(looks: Sequence[dict[str, Any]]) -> list[list[str]]:
+def rows_over_steps(results: Sequence[dict[str, Any]]) -> list[list[str]]:
+    """Return a table row for each checkpoint: the losses and the best heads."""
     rows = [list(COLUMNS_OVER_STEPS)]
-    for look in looks:
+    for result in results:
         cells = []
         for kind in ("induction", "previous"):
-            score, layer, head = max((s, i, h) for i, row in enumerate(look[kind]) for h, s in enumerate(row))
+            score, layer, head = max((s, i, h) for i, row in enumerate(result[kind]) for h, s in enumerate(row))
             cells += [f"{layer}.{head}", f"{score:.3f}"]
-        rows.append([f"{look['step']:,}", f"{look['loss_first']:.3f}", f"{look['loss_second']:.3f}", *cells])
+        rows.append([f"{result['step']:,}", f"{result['loss_first']:.3f}", f"{result['loss_second']:.3f}", *cells])
     return rows
