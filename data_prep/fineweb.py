@@ -1,29 +1,32 @@
-"""FineWeb-Edu -> training shards.
+"""Prepare FineWeb-Edu: pages from the Hub or from local parquet files become training shards.
 
     python data_prep/fineweb.py                                              # sample-10BT -> data/fineweb_edu_10B
     python data_prep/fineweb.py --max-tokens 10000000 --out data/try         # the first 10M tokens: one file of 14
     python data_prep/fineweb.py --source local --data-files 'pages/*.parquet' --out data/mine
     python data_prep/fineweb.py --dry-run                                    # files, bytes, disk, time
 
-Many machines with one folder, no coordinator: `--stage download` once, `--stage tokenize` in every task of a Slurm
-array (or with --task-index I --num-tasks N), then `--stage pack` once.
+Many machines can share one folder without a coordinator. Run `--stage download` once, `--stage tokenize` in every task
+of a Slurm array (or with --task-index I --num-tasks N), then `--stage pack` once.
 
-sample-10BT is 28.5 GB of parquet, 9.67 million pages, 47 GB of text and about 10 billion tokens: 20 GB of shards, and
-20 GB of parts while they are made. Two workers on two cores made shards of 1 GB of text in 75 s, with --backend
-gigatoken in 18 s (LOG.md): about 60 and 14 minutes for all of it, less with more cores, of which packing uses one.
-Memory: 0.5 GB, and 0.25 GB (gigatoken 0.35) for each worker; above 8 million documents 0.7 GB and 5 bytes for each.
+sample-10BT is 28.5 GB of parquet: 9.67 million pages, 47 GB of text, about 10 billion tokens. Its shards take 20 GB,
+and the parts take another 20 GB until the shards are written. Two workers on two cores made shards of 1 GB of text in
+75 s, and in 18 s with --backend gigatoken (LOG.md). All of sample-10BT would take about 60 and 14 minutes at that rate,
+and less with more cores; packing uses one core. Memory: 0.5 GB, plus 0.25 GB (gigatoken: 0.35 GB) for each worker;
+above 8 million documents, 0.7 GB plus 5 bytes for each document.
 
-Defaults, and why: GPT-2's tokens, since runs are compared by them. Exact duplicates go (4.18 % of sample-10BT are
-copies), since the split would leak through them and they are trained on twice. Validation is by text hash, so that it
-is a sample of everything. Documents are shuffled, since the files are sorted by crawl and a reader that takes shards in
-turn would see a periodic loss. `--split-mode first-shard --dedup none --shuffle none` gives the stream of
-build-nanogpt's fineweb.py, byte for byte (of a page without any text, which sample-10BT should not have, that script
-would keep an EOT).
+Why the defaults are what they are:
+- GPT-2's tokens, because runs are compared by them.
+- Exact duplicates are dropped. They are 4.18 % of sample-10BT; they would leak into validation and be trained on twice.
+- The text's hash decides which documents are validation, so that validation is a sample of all files.
+- Documents are shuffled. The files are sorted by crawl, and a reader of shards in order would see a periodic loss.
 
-The output is the same for any number of --workers, tasks and kills, and for both backends. It appears whole, under its
-name, when everything is written; stopped or killed, the same command goes on from the parts in .NAME.partial.
-A page of null or no text is dropped and counted, so is one that the tokenizer gives up on (a run of a million blanks);
-bytes that are not UTF-8 become U+FFFD. '<|endoftext|>' in a page is ordinary text.
+`--split-mode first-shard --dedup none --shuffle none` gives the stream of build-nanogpt's fineweb.py, byte for byte.
+One difference remains: that script keeps an EOT for a page without text, which sample-10BT should not contain.
+
+The output is the same for any number of --workers, of tasks and of kills, and for both backends. It appears under its
+name only when it is complete. After a stop or a kill, the same command continues from the parts in .NAME.partial.
+Pages that are null or empty are dropped and counted, and so are pages that the tokenizer gives up on (a run of a
+million blanks). Bytes that are not UTF-8 become U+FFFD. '<|endoftext|>' in a page is ordinary text.
 """
 
 import shutil
@@ -40,22 +43,22 @@ from common.errors import InputError, one_line_errors
 from data_prep.fineweb_plan import (
     Options,
     byte_options,
-    downloads_of,
+    describe_request,
+    downloads_directory,
     hub_files,
-    keep_listing,
-    keep_plan,
+    list_hub_files,
     local_files,
-    needed,
     part_options,
-    request,
-    share,
-    units_of,
+    plan_all_units,
+    required_files,
+    task_share,
+    write_plan,
 )
 from data_prep.fineweb_report import dry_run, report
 from data_prep.hub import files as hub
 from data_prep.hub.files import HubListing
 from data_prep.manifest import Manifest, read_manifest
-from data_prep.pipeline.encode import EncodeTask, Part, describe_file, hash_of, make_parts, read_part
+from data_prep.pipeline.encode import EncodeTask, Part, describe_file, make_parts, read_part, sha256_of_json
 from data_prep.pipeline.pack import documents_in_order, pack_split
 from data_prep.pipeline.partial_dir import PARTS, existing_data, free_other_parts, put_in_place, unfinished_directory
 from data_prep.pipeline.selection import Rules, Selection, select
@@ -66,22 +69,23 @@ from data_prep.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 
 @dataclass(frozen=True)
 class Job:
-    """One process's work: the options, the tokenizer, the folder that grows, and what the Hub has (None for local).
+    """The work of one process.
 
-    known: files that were hashed already, with their size and time of change before that.
+    partial: the directory in which the output grows. listing: the Hub's files, None for local files. described: the
+    manifest's record of each file that was hashed, with the file's size and modification time before that.
     """
 
     options: Options
     tokenizer: Tokenizer
     partial: Path
     listing: HubListing | None
-    known: dict[InputFile, tuple[dict[str, Any], FileState]] = field(default_factory=dict)
+    described: dict[InputFile, tuple[dict[str, Any], FileState]] = field(default_factory=dict)
 
     def files(self) -> list[InputFile]:
-        """The input, which must be there by now."""
+        """Return the input files. Raise InputError if one was not downloaded."""
         if self.listing is None:
             return local_files(self.options.data_files)
-        files = hub_files(downloads_of(self.options, self.listing), needed(self.listing, self.options))
+        files = hub_files(downloads_directory(self.options, self.listing), required_files(self.listing, self.options))
         missing = [file.path for file in files if not Path(file.path).is_file()]
         if missing:
             raise InputError(
@@ -93,33 +97,34 @@ class Job:
         return Workers(max(1, min(self.options.workers or available_cores(), num_tasks)))
 
     def describe(self, files: list[InputFile], workers: Workers) -> None:
-        """Have `files` in `known`; those of the Hub were hashed when they came."""
+        """Add `files` to `described`. The Hub's files were hashed when they were downloaded."""
         states = {file: file_state(file) for file in files}
         if self.listing is not None:
-            named = {file.path: file for file in self.listing.files}
-            hub.download(self.listing, [named[file.name] for file in files], downloads_of(self.options, self.listing))
+            by_path = {file.path: file for file in self.listing.files}
+            folder = downloads_directory(self.options, self.listing)
+            hub.download(self.listing, [by_path[file.name] for file in files], folder)
             for file in files:
-                described: dict[str, Any] = {
+                record: dict[str, Any] = {
                     "name": file.name,
                     "bytes": states[file][0],
-                    "sha256": named[file.name].sha256,
+                    "sha256": by_path[file.name].sha256,
                 }
-                self.known[file] = described, states[file]
+                self.described[file] = record, states[file]
             return
         progress = Progress("hash", sum(size for size, _ in states.values()))
-        for index, described in workers.run(describe_file, files):
-            self.known[files[index]] = described, states[files[index]]
-            progress.add(described["bytes"])
+        for index, record in workers.run(describe_file, files):
+            self.described[files[index]] = record, states[files[index]]
+            progress.add(record["bytes"])
 
     def tasks(self, units: list[Unit]) -> list[EncodeTask]:
-        """One for each unit, whose files are known."""
-        tokenizer_hash = hash_of(self.tokenizer.describe())
+        """Return one task for each unit, whose file must be in `described`."""
+        tokenizer_hash = sha256_of_json(self.tokenizer.describe())
         parts = self.partial / PARTS
         return [
             EncodeTask(
                 unit,
                 self.options.reading,
-                described["sha256"],
+                record["sha256"],
                 state,
                 parts,
                 tokenizer_hash,
@@ -127,17 +132,17 @@ class Job:
                 self.options.backend,
             )
             for unit in units
-            for described, state in [self.known[unit.file]]
+            for record, state in [self.described[unit.file]]
         ]
 
 
 def tokenize(job: Job) -> tuple[list[EncodeTask], list[Part]]:
-    """This task's share of the parts."""
+    """Make this task's share of the parts."""
     options = job.options
     files = job.files()
-    keep_plan(job.partial, part_options(options, files, job.tokenizer), replace=options.stage == "all")
-    index, count = share(options)
-    units = units_of(files, options)
+    write_plan(job.partial, part_options(options, files, job.tokenizer), replace=options.stage == "all")
+    index, count = task_share(options)
+    units = plan_all_units(files, options)
     units = units[len(units) * index // count : len(units) * (index + 1) // count]
     job.tokenizer.save(job.partial / PARTS)
     warn_of_disk(job, units)
@@ -154,34 +159,37 @@ def tokenize(job: Job) -> tuple[list[EncodeTask], list[Part]]:
 
 
 def warn_of_disk(job: Job, units: list[Unit]) -> None:
-    """Parts and shards together are about as large as the text: four bytes for a token of four or five."""
-    needed, free = sum(unit.num_bytes for unit in units), shutil.disk_usage(job.partial).free
-    if free < needed:
-        line = f"about {needed / 1e9:.1f} GB are needed for parts and shards, {free / 1e9:.1f} GB are free"
+    """Warn if the disk is too small for parts and shards.
+
+    Together they are about as large as the text: four bytes for a token of four or five.
+    """
+    needed_bytes, free_bytes = sum(unit.num_bytes for unit in units), shutil.disk_usage(job.partial).free
+    if free_bytes < needed_bytes:
+        line = f"about {needed_bytes / 1e9:.1f} GB are needed for parts and shards, {free_bytes / 1e9:.1f} GB are free"
         print(f"fineweb: warning: {job.options.directory}: {line}", file=sys.stderr, flush=True)
 
 
-def finished_parts(job: Job) -> tuple[list[EncodeTask], list[Part]]:
-    """Every part, made by whichever task."""
+def read_all_parts(job: Job) -> tuple[list[EncodeTask], list[Part]]:
+    """Read the parts of all tasks. Raise InputError if one is missing."""
     files = job.files()
-    keep_plan(job.partial, part_options(job.options, files, job.tokenizer), replace=False)
-    units = units_of(files, job.options)
+    write_plan(job.partial, part_options(job.options, files, job.tokenizer), replace=False)
+    units = plan_all_units(files, job.options)
     progress = Progress("check parts", sum(unit.num_bytes for unit in units))
-    found: dict[int, Part] = {}
+    parts: dict[int, Part] = {}
     with job.workers(len(units)) as workers:
         job.describe(files, workers)
         tasks = job.tasks(units)
         for index, part in workers.run(read_finished, tasks):
             progress.add(tasks[index].unit.num_bytes)
             if part is not None:
-                found[index] = part
-    missing = len(tasks) - len(found)
-    if missing:
+                parts[index] = part
+    num_missing = len(tasks) - len(parts)
+    if num_missing:
         raise InputError(
-            f"{missing} of {len(tasks)} parts are not there or not sound; --stage tokenize makes them "
+            f"{num_missing} of {len(tasks)} parts are missing or damaged; --stage tokenize makes them "
             "(the same command in any task)"
         )
-    return tasks, [part for _, part in sorted(found.items())]
+    return tasks, [part for _, part in sorted(parts.items())]
 
 
 def read_finished(task: EncodeTask) -> Part | None:
@@ -189,41 +197,42 @@ def read_finished(task: EncodeTask) -> Part | None:
 
 
 def pack(job: Job, tasks: list[EncodeTask], parts: list[Part]) -> Manifest:
-    """All parts -> the data directory, in its place."""
+    """Write the data directory from all parts, and give it its name."""
     options, tokenizer, partial = job.options, job.tokenizer, job.partial
     free_other_parts(partial, {task.stem for task in tasks})
-    order = partial / "order"
-    order.mkdir()
-    selection = select(parts, rules_of(options), order)
+    order_folder = partial / "order"
+    order_folder.mkdir()
+    selection = select(parts, rules_of(options), order_folder)
     splits = {
         name: pack_split(
             partial,
             name,
-            documents_in_order(chosen, parts),
-            num_tokens=chosen.tokens,
+            documents_in_order(order, parts),
+            num_tokens=order.tokens,
             tokenizer=tokenizer,
             shard_tokens=options.shard_tokens,
         )
-        for name, chosen in (("train", selection.train), ("val", selection.val))
+        for name, order in (("train", selection.train), ("val", selection.val))
     }
-    shutil.rmtree(order)
+    shutil.rmtree(order_folder)
     files = list(dict.fromkeys(task.unit.file for task in tasks))
     source = {
-        "request": request(options, files),
+        "request": describe_request(options, files),
         "revision": job.listing.revision if job.listing else None,
-        "files": [job.known[file][0] for file in files],
-        "documents": counts(tasks, parts, selection),
+        "files": [job.described[file][0] for file in files],
+        "documents": count_pages(tasks, parts, selection),
     }
     tokenizer.save(partial)
     manifest = Manifest(source, byte_options(options), tokenizer.describe(), splits)
     manifest.write(partial)
     put_in_place(partial, options.directory)
-    kept = selection.train.tokens + selection.val.tokens
-    if options.max_tokens is not None and not selection.documents_beyond and kept < options.max_tokens:
+    kept_tokens = selection.train.tokens + selection.val.tokens
+    if options.max_tokens is not None and not selection.documents_beyond and kept_tokens < options.max_tokens:
         line = (
-            f"only {kept:,} tokens in the pages that --max-tokens {options.max_tokens} reads, without their duplicates"
+            f"only {kept_tokens:,} tokens in the pages that --max-tokens {options.max_tokens} reads, without their "
+            "duplicates; set it higher if there are more"
         )
-        print(f"fineweb: warning: {line}; set it higher if there are more", file=sys.stderr, flush=True)
+        print(f"fineweb: warning: {line}", file=sys.stderr, flush=True)
     return manifest
 
 
@@ -237,8 +246,8 @@ def rules_of(options: Options) -> Rules:
     )
 
 
-def counts(tasks: list[EncodeTask], parts: list[Part], selection: Selection) -> dict[str, Any]:
-    """What became of every page that was read."""
+def count_pages(tasks: list[EncodeTask], parts: list[Part], selection: Selection) -> dict[str, Any]:
+    """Return the manifest's counts of the pages that were read, by what became of them."""
     dropped = [
         f"{task.unit.file.name}, row {row:,}"
         for task, part in zip(tasks, parts, strict=True)
@@ -257,8 +266,8 @@ def counts(tasks: list[EncodeTask], parts: list[Part], selection: Selection) -> 
 
 
 def verify(options: Options) -> None:
-    """Every byte against the manifest."""
-    from data_prep.verify import faults_of  # which imports tyro, and workers import this module
+    """Check every byte of the data directory against its manifest. Raise InputError at a fault."""
+    from data_prep.verify import faults_of  # here, because it imports tyro, and workers import this module
 
     directory = options.directory
     faults = faults_of(directory, read_manifest(directory), load_tokenizer(directory))
@@ -268,7 +277,7 @@ def verify(options: Options) -> None:
 
 
 def check_options(options: Options) -> None:
-    """InputError for what is wrong by itself; a line for what has no effect."""
+    """Raise InputError for options that are wrong by themselves; warn of those without effect."""
     for name in ("workers", "max_tokens", "val_tokens", "num_tasks"):
         value = getattr(options, name)
         if value is not None and value < 1:
@@ -278,7 +287,7 @@ def check_options(options: Options) -> None:
     if not 0 <= options.seed < 2**63:
         raise InputError(f"--seed {options.seed} must be between 0 and {2**63 - 1}")
     if options.tokenizer == "char":
-        raise InputError("--tokenizer char would need one reading more, for the alphabet; use byte or byte pairs")
+        raise InputError("--tokenizer char needs the alphabet, so a second pass over the text; use byte or byte pairs")
     if options.source == "local" and not (options.data_files and options.out):
         raise InputError("--source local needs --data-files and --out")
     if not options.directory.name:
@@ -288,7 +297,7 @@ def check_options(options: Options) -> None:
     if options.max_tokens is not None and val_tokens is not None and val_tokens >= options.max_tokens:
         raise InputError(f"{flag} {val_tokens} leaves nothing to train on of --max-tokens {options.max_tokens}")
     default = Options()
-    idle = [
+    without_effect = [
         ("--data-files", not is_local and options.data_files, "--source hub"),
         ("--revision", is_local and options.revision, "--source local"),
         ("--name", is_local and options.name != default.name, "--source local"),
@@ -296,25 +305,29 @@ def check_options(options: Options) -> None:
         ("--val-tokens", not by_hash and options.val_tokens, "--split-mode first-shard"),
         ("--seed", options.shuffle == "none" and options.seed, "--shuffle none"),
     ]
-    for flag, is_given, where in idle:
-        if is_given:
-            print(f"fineweb: warning: {flag} has no effect with {where}", file=sys.stderr, flush=True)
+    for flag, is_set, cause in without_effect:
+        if is_set:
+            print(f"fineweb: warning: {flag} has no effect with {cause}", file=sys.stderr, flush=True)
 
 
 def is_same_request(options: Options, source: dict[str, Any]) -> bool:
-    """Is finished data of this input? Local files by content, the Hub's by what was asked for."""
-    before = source.get("request", {})
+    """Return whether finished data has this input: local files by content, the Hub's by request."""
+    recorded = source.get("request", {})
     if options.source == "hub":
-        return before == request(options) or {**before, "revision": source.get("revision")} == request(options)
+        request = describe_request(options)
+        return recorded == request or {**recorded, "revision": source.get("revision")} == request
     files = local_files(options.data_files)
-    if before != request(options, files):
+    if recorded != describe_request(options, files):
         return False
     with Workers(min(options.workers or available_cores(), len(files))) as workers:
-        return source["files"] == [described for _, described in sorted(workers.run(describe_file, files))]
+        return source["files"] == [record for _, record in sorted(workers.run(describe_file, files))]
 
 
-def finished(options: Options, tokenizer: Tokenizer) -> Manifest | None:
-    """The manifest of exactly this in --out, if it is there; InputError if something else is, unless --overwrite."""
+def existing_manifest(options: Options, tokenizer: Tokenizer) -> Manifest | None:
+    """Return the manifest if --out holds exactly this data, else None.
+
+    Raise InputError if --out holds something else, unless --overwrite is set.
+    """
     return existing_data(
         options.directory,
         lambda source: is_same_request(options, source),
@@ -325,33 +338,33 @@ def finished(options: Options, tokenizer: Tokenizer) -> Manifest | None:
 
 
 def prepare(options: Options) -> None:
-    """The stages that are asked for. InputError, with nothing finished touched, if the input is bad."""
+    """Run the stages of --stage. Raise InputError if the input is bad; finished data then stays as it was."""
     started = time.perf_counter()
     stage, directory = options.stage, options.directory
     check_options(options)
-    share(options)
+    task_share(options)  # which refuses a wrong share before any work
     if stage == "verify":
         return verify(options)
     tokenizer = make_tokenizer(options.tokenizer, "")
     if options.dry_run:
         return dry_run(options, tokenizer)
-    if finished(options, tokenizer) is not None:
+    if existing_manifest(options, tokenizer) is not None:
         print(f"{directory}: already complete, nothing to do")
         return None
     with unfinished_directory(directory, shared=stage in ("download", "tokenize")) as partial:
-        if finished(options, tokenizer) is not None:
+        if existing_manifest(options, tokenizer) is not None:
             raise InputError(f"--out {directory}: another process has made it meanwhile")
-        listing = keep_listing(partial, options) if options.source == "hub" else None
+        listing = list_hub_files(partial, options) if options.source == "hub" else None
         job = Job(options, tokenizer, partial, listing)
         if stage in ("all", "download"):
             if listing is not None:
-                hub.download(listing, needed(listing, options), downloads_of(options, listing))
+                hub.download(listing, required_files(listing, options), downloads_directory(options, listing))
             elif stage == "download":
                 print("fineweb: --source local: nothing to download")
         if stage in ("all", "tokenize"):
             tasks, parts = tokenize(job)
         if stage == "pack":
-            tasks, parts = finished_parts(job)
+            tasks, parts = read_all_parts(job)
         if stage in ("all", "pack"):
             manifest = pack(job, tasks, parts)
     if stage in ("all", "pack"):
@@ -362,7 +375,7 @@ def prepare(options: Options) -> None:
 
 
 def main(args: list[str] | None = None) -> None:
-    import tyro  # not in the workers, which import this module too
+    import tyro  # here, because workers import this module and do not need it
 
     with one_line_errors("fineweb"):
         prepare(tyro.cli(Options, args=args, description=__doc__))

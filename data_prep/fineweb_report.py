@@ -1,4 +1,4 @@
-"""What a preparation of FineWeb-Edu will take (--dry-run), and what became of its pages."""
+"""The estimate of a FineWeb-Edu preparation (--dry-run), and the table that closes one."""
 
 import shutil
 import tempfile
@@ -8,14 +8,14 @@ from pathlib import Path
 
 from common.errors import InputError
 from data_prep.fineweb_plan import (
-    BYTES_FOR_A_TOKEN,
+    READ_BYTES_PER_TOKEN,
     UNIT_BYTES,
     Options,
-    downloads_of,
+    downloads_directory,
     hub_files,
     local_files,
-    needed,
-    units_of,
+    plan_all_units,
+    required_files,
 )
 from data_prep.hub import files as hub
 from data_prep.manifest import Manifest
@@ -28,80 +28,82 @@ from data_prep.pipeline.workers import available_cores, clock
 from data_prep.tokenizer import FOLDER, RANKS_FILE, Tokenizer
 
 SAMPLE_CHARACTERS = 2**21
-# sample-10BT: 28.5 GB of parquet are 9.67 million pages and about 10e9 of GPT-2's tokens, by its page on the Hub, each
-# of which holds about 4.7 bytes of such text.
+# By its page on the Hub, sample-10BT is 28.5 GB of parquet, 9.67 million pages and about 10e9 GPT-2 tokens. A token
+# holds about 4.7 bytes of such text.
 TEXT_PER_PARQUET_BYTE = 1.65
 GPT2_BYTES_PER_TOKEN = 4.7
 TOKENS_PER_DOCUMENT = 1_000
 
 
 def dry_run(options: Options, tokenizer: Tokenizer) -> None:
-    """Print files, bytes, disk and time, and write nothing. The Hub is asked for its list of files."""
-    files, num_bytes, missing_bytes = _input(options)
-    is_here = not missing_bytes
-    if is_here:
-        units = units_of(files, options)
+    """Print files, bytes, disk and time, and write nothing. Ask the Hub only for its list of files."""
+    files, num_bytes, missing_bytes = _list_input(options)
+    is_local = not missing_bytes
+    if is_local:
+        units = plan_all_units(files, options)
         text_bytes = sum(unit.num_bytes for unit in units)
-        sample = _take(text for unit in units[:1] for _, text in read_documents(unit, options.reading))
+        sample = _take_sample(text for unit in units[:1] for _, text in read_documents(unit, options.reading))
     else:
         sample = [python_docs.topics()]
-    rate, bytes_per_token = _measure(options, tokenizer, sample)
-    if not is_here:
+    bytes_per_second, bytes_per_token = _measure(options, tokenizer, sample)
+    if not is_local:
         text_bytes = int(num_bytes * TEXT_PER_PARQUET_BYTE)
         bytes_per_token = GPT2_BYTES_PER_TOKEN if options.tokenizer == "gpt2" else bytes_per_token
     if options.max_tokens is not None:
-        text_bytes = min(text_bytes, BYTES_FOR_A_TOKEN * options.max_tokens)
+        text_bytes = min(text_bytes, READ_BYTES_PER_TOKEN * options.max_tokens)
     tokens = min(int(text_bytes / bytes_per_token), options.max_tokens or text_bytes)
     workers = min(options.workers or available_cores(), max(1, text_bytes // UNIT_BYTES))
-    per_document = 8 + HASH_BYTES + RECORD.itemsize + 8
-    data_bytes = 4 * tokens + per_document * (tokens // TOKENS_PER_DOCUMENT)
-    free = shutil.disk_usage(_existing(options.directory)).free
+    bytes_per_document = 8 + HASH_BYTES + RECORD.itemsize + 8
+    data_bytes = 4 * tokens + bytes_per_document * (tokens // TOKENS_PER_DOCUMENT)
+    free_bytes = shutil.disk_usage(_nearest_existing(options.directory)).free
     print(
         f"{options.directory}: {len(files)} files, {num_bytes / 1e9:.2f} GB, {missing_bytes / 1e9:.2f} GB to download"
     )
-    print(f"  text    {'' if is_here else 'about '}{text_bytes / 1e9:.2f} GB, about {tokens:,} tokens")
+    print(f"  text    {'' if is_local else 'about '}{text_bytes / 1e9:.2f} GB, about {tokens:,} tokens")
     print(f"  shards  about {max(2, -(-tokens // options.shard_tokens))} of {options.shard_tokens:,} tokens")
     print(
-        f"  disk    about {(missing_bytes + data_bytes) / 1e9:.2f} GB while it is made, {2 * tokens / 1e9:.2f} GB of "
-        f"shards in the end; {free / 1e9:.2f} GB free"
+        f"  disk    about {(missing_bytes + data_bytes) / 1e9:.2f} GB during the preparation, {2 * tokens / 1e9:.2f} "
+        f"GB of shards at the end; {free_bytes / 1e9:.2f} GB free"
     )
     print(
-        f"  time    about {clock(text_bytes / rate / workers)} to tokenize in {workers} processes, at "
-        f"{rate / 1e6:.1f} MB/s each as measured now; download and packing come to it"
+        f"  time    about {clock(text_bytes / bytes_per_second / workers)} to tokenize in {workers} processes, at "
+        f"{bytes_per_second / 1e6:.1f} MB/s each as measured now; without download and packing"
     )
-    if free < missing_bytes + data_bytes:
+    if free_bytes < missing_bytes + data_bytes:
         raise InputError(f"--out {options.directory}: the disk is too small for it")
 
 
-def _input(options: Options) -> tuple[list[InputFile], int, int]:
-    """(files, their bytes, bytes that are to be downloaded)"""
+def _list_input(options: Options) -> tuple[list[InputFile], int, int]:
+    """Return (files, their bytes, bytes to download)."""
     if options.source == "local":
         files = local_files(options.data_files)
         return files, sum(Path(file.path).stat().st_size for file in files), 0
     listing = hub.list_files(options.dataset, options.name, options.revision)
-    wanted = needed(listing, options)
-    files = hub_files(downloads_of(options, listing), wanted)
-    missing = sum(file.num_bytes for file, here in zip(wanted, files, strict=True) if not Path(here.path).is_file())
-    return files, sum(file.num_bytes for file in wanted), missing
+    remote = required_files(listing, options)
+    files = hub_files(downloads_directory(options, listing), remote)
+    missing_bytes = sum(
+        file.num_bytes for file, local in zip(remote, files, strict=True) if not Path(local.path).is_file()
+    )
+    return files, sum(file.num_bytes for file in remote), missing_bytes
 
 
-def _take(texts: Iterator[str]) -> list[str]:
-    """The first ones, about SAMPLE_CHARACTERS in all."""
-    some = []
+def _take_sample(texts: Iterator[str]) -> list[str]:
+    """Return the first texts, about SAMPLE_CHARACTERS in all."""
+    sample = []
     characters = 0
     for text in texts:
-        some.append(text)
+        sample.append(text)
         characters += len(text)
         if characters >= SAMPLE_CHARACTERS:
             break
-    return some
+    return sample
 
 
 def _measure(options: Options, tokenizer: Tokenizer, texts: list[str]) -> tuple[float, float]:
-    """(bytes of text per second in one process, bytes per token) of some text, with this backend."""
+    """Encode `texts` with the backend; return (bytes per second in one process, bytes per token)."""
     documents = [Document.of(0, text) for text in texts if text]
     if not documents:
-        raise InputError("the first row groups hold no text (--text-column)")
+        raise InputError(f"the first row groups hold no text in column {options.text_column!r} (--text-column)")
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(Path(folder))
         ranks = Path(folder) / FOLDER / RANKS_FILE
@@ -117,13 +119,13 @@ def _measure(options: Options, tokenizer: Tokenizer, texts: list[str]) -> tuple[
     return num_bytes / seconds, num_bytes / tokens
 
 
-def _existing(path: Path) -> Path:
-    return path if path.exists() else _existing(path.absolute().parent)
+def _nearest_existing(path: Path) -> Path:
+    return path if path.exists() else _nearest_existing(path.absolute().parent)
 
 
 def report(options: Options, manifest: Manifest, seconds: float) -> None:
-    """The closing table."""
-    found = manifest.source["documents"]
+    """Print what became of the pages, and the splits."""
+    counts = manifest.source["documents"]
     revision = manifest.source["revision"]
     origin = f"{options.dataset} {options.name} at {revision[:12]}" if revision else "local files"
     size = sum(file["bytes"] for file in manifest.source["files"])
@@ -131,12 +133,12 @@ def report(options: Options, manifest: Manifest, seconds: float) -> None:
     kind, vocab_size = manifest.tokenizer["kind"], manifest.vocab_size
     print(f"  tokenizer {manifest.tokenizer.get('name', kind)}, vocabulary {vocab_size:,}; {seconds:,.1f} s")
     lines = [
-        ("read", found["read"], ""),
-        ("empty", found["empty"], "no text"),
-        ("duplicates", found["duplicates"], f"{found['duplicate_tokens']:,} tokens"),
-        ("dropped", len(found["dropped"]), "; ".join(found["dropped"][:3])),
-        ("repaired", found["repaired"], "not UTF-8 in places, kept"),
-        ("beyond --max-tokens", found["beyond_max_tokens"], ""),
+        ("read", counts["read"], ""),
+        ("empty", counts["empty"], "no text"),
+        ("duplicates", counts["duplicates"], f"{counts['duplicate_tokens']:,} tokens"),
+        ("dropped", len(counts["dropped"]), "; ".join(counts["dropped"][:3])),
+        ("repaired", counts["repaired"], "not UTF-8 in places, kept"),
+        ("beyond --max-tokens", counts["beyond_max_tokens"], ""),
     ]
     for name, split in manifest.splits.items():
         lines.append((name, split.documents, f"{split.tokens:,} tokens, {len(split.shards)} shards"))

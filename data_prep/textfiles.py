@@ -1,29 +1,28 @@
-"""Text in, training shards out.
-
+"""Turn text into training shards: plain text, .jsonl and .parquet files, folders of them, or a preset corpus.
     python data_prep/textfiles.py tinyshakespeare
     python data_prep/textfiles.py tinystories [--input TRAIN.txt --val-input VALID.txt]
     python data_prep/textfiles.py --input FILE|FOLDER... --out data/NAME --tokenizer char|byte|gpt2|FILE
     python data_prep/textfiles.py --input python-docs --out data/python-docs --tokenizer char
 
-Presets (hub/corpora.py), whose files are fetched and checked: tinyshakespeare, tinystories, openwebtext-1of80;
-openwebtext checks the 80 files that --input gives.
+Presets (hub/corpora.py): tinyshakespeare, tinystories and openwebtext-1of80, whose files are downloaded and checked,
+and openwebtext, which checks the 80 files that --input gives.
 
-100 MB of short stories with `gpt2` take 12 s in one process and 7.6 s in two on two cores, 0.16 GB of memory each;
-with `char` 6.5 s (one process; the disk decides). One document of 100 MB takes 14 s and 0.42 GB with `gpt2`, 4 s and
-0.34 GB with `char`. Disk: twice the output while it is made. Tiny Shakespeare with `char` gives 1,003,854 training
-and 111,540 validation tokens.
+100 MB of short stories with `gpt2` take 12 s in one process and 7.6 s in two on two cores, with 0.16 GB of memory
+each; with `char` 6.5 s (one process, limited by the disk). One document of 100 MB takes 14 s and 0.42 GB with `gpt2`,
+4 s and 0.34 GB with `char`. The disk must hold twice the output during the preparation. Tiny Shakespeare with `char`
+gives 1,003,854 training and 111,540 validation tokens.
 
 Input: plain text, .jsonl and .parquet (one document per row, its text in --text-column), .txt.gz and .jsonl.gz, and
-folders of these. A plain file is one document unless --split-documents-on says what stands between two. Text is kept
-to the byte, line ends around a document too; only documents without any character are dropped, and counted.
+folders of these. A plain file is one document, unless --split-documents-on names the separator of its documents. Every
+byte of the text is kept, line ends around a document too. Only empty documents are dropped, and counted.
 
-The validation split is the last --val-fraction of all characters, or --val-input. A plain file that is one document
-is cut at that very character: with one file that is nanoGPT's cut. Any other document is kept whole: the cut moves
-back to its beginning, so that no row or story lies in both splits.
+The validation split is the last --val-fraction of all characters, or --val-input. A plain file that is one document is
+cut at exactly that character; with one file this is nanoGPT's cut. Other documents are kept whole: the cut moves back
+to the beginning of the document, so that no row or story lies in both splits.
 
-The output is the same for any number of --workers. It appears whole, under its name, only when everything is written.
-Stopped or killed, the same command goes on from the parts that are finished (in .NAME.partial, beside --out); a part
-of a file that has changed since, or of other options, is made again.
+The output is the same for any number of --workers. It appears under its name only when it is complete. After a stop or
+a kill, the same command continues from the finished parts (in .NAME.partial, beside --out). Parts of a file that has
+changed since, or of other options, are made again.
 """
 
 import dataclasses
@@ -46,8 +45,8 @@ from data_prep.pipeline.encode import (
     Survey,
     SurveyTask,
     describe_file,
-    hash_of,
     make_parts,
+    sha256_of_json,
     survey_unit,
 )
 from data_prep.pipeline.pack import pack_split, parts_in_turn
@@ -66,41 +65,42 @@ from data_prep.pipeline.sources import (
 from data_prep.pipeline.workers import Progress, Workers, available_cores
 from data_prep.tokenizer import EOT, Tokenizer, make_tokenizer
 
-# Below this, starting processes (0.5 s) costs more than it saves.
+# With less input, starting processes (0.5 s) costs more than it saves.
 FEW_BYTES = 2**24
 
 
 @dataclass(frozen=True)
 class Options:
-    """Text in, training shards out."""
+    """Turn text into training shards."""
 
     input: tuple[str, ...]
     """Files (text in UTF-8, .jsonl, .parquet, .txt.gz, .jsonl.gz) or folders of them; or `python-docs`, the text
-    inside every CPython. With a preset: a copy of its file, instead of the download."""
+    inside every CPython. With a preset: copies of its files, instead of the download."""
     out: Path
-    """The data directory to make."""
+    """Data directory to make."""
     tokenizer: str
     """char, byte, gpt2, a .tiktoken rank file, or a folder with a saved tokenizer."""
     val_fraction: float = 0.1
-    """The last part of all characters, kept for validation. Rows and split documents stay whole."""
+    """Fraction of all characters, at the end, that is kept for validation. Rows and split documents stay whole."""
     shard_tokens: int = 100_000_000
-    """Tokens per shard; the last one of a split may be shorter."""
+    """Tokens per shard. The last shard of a split may be shorter."""
     overwrite: bool = False
-    """Make it anew, replacing the data directory that is there once the new one is complete."""
+    """Replace the data directory that is there, once the new one is complete."""
     val_input: tuple[str, ...] = ()
     """Files or folders that are the validation split, instead of --val-fraction."""
     split_documents_on: str | None = None
-    """Plain text files hold many documents with this between them, for example '<|endoftext|>'. It is dropped
-    itself; the line ends around it are kept."""
+    """Separator of the documents in plain text files, for example '<|endoftext|>'. It is dropped itself; the line ends
+    around it are kept. None: each plain text file is one document."""
     text_column: str = "text"
-    """The field of .jsonl rows and the column of .parquet files that holds the text."""
+    """Field of .jsonl rows and column of .parquet files that holds the text."""
     workers: int | None = None
-    """Processes. All cores that are available unless given; the output does not depend on it."""
+    """Number of processes. None: all available cores, or one where there is little text. The output does not depend on
+    it."""
 
 
 @dataclass(frozen=True)
 class Source:
-    """The input of one run: files of both kinds, and how they are read. val is empty where a fraction is taken."""
+    """The input files of one run, and how they are read. val is empty if --val-fraction decides."""
 
     train: list[InputFile]
     val: list[InputFile]
@@ -113,35 +113,39 @@ class Source:
 
 
 def find_source(options: Options, preset: str | None) -> Source:
-    """The files that the options name, or that the preset names and that are downloaded now."""
+    """Return the files of --input, or download those of the preset."""
     reading = Reading(options.split_documents_on, options.text_column)
     urls: list[str] = []
     train, val = options.input, options.val_input
     if preset is not None:
         corpus = CORPORA[preset]
         if bool(val) != bool(train and corpus.val):
-            needed = "both --input and --val-input" if corpus.val else "--input alone"
-            raise InputError(f"{preset} takes {needed}, or neither to download it")
+            flags = "both --input and --val-input" if corpus.val else "--input alone"
+            raise InputError(f"{preset} takes {flags}, or neither to download it")
         if not train:
             train, val = download(preset, options.out.parent / "downloads")
         urls = [file.url for file in corpus.train + corpus.val]
     if not train:
         raise InputError("--input needs at least one file or folder, or python-docs")
-    train_files, warnings = find_files(train)
-    val_files, more = find_files(val, "--val-input")
+    train_files, train_warnings = find_files(train)
+    val_files, val_warnings = find_files(val, "--val-input")
     source = Source(train_files, val_files, reading, urls)
+    warnings = train_warnings + val_warnings
     kinds = {file.kind for file in source.files}
     if reading.split_on is not None and "text" not in kinds:
-        more.append("--split-documents-on has no effect: no plain text among the files")
+        warnings.append("--split-documents-on has no effect: no plain text among the files")
     if reading.text_column != "text" and not kinds & {"jsonl", "parquet"}:
-        more.append("--text-column has no effect: no .jsonl or .parquet among the files")
-    for warning in warnings + more:
+        warnings.append("--text-column has no effect: no .jsonl or .parquet among the files")
+    for warning in warnings:
         print(f"textfiles: warning: {warning}", file=sys.stderr, flush=True)
     return source
 
 
 def download(preset: str, folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """The files of a preset's splits, fetched into `folder`; never one whose hash is not known."""
+    """Download a preset's files into `folder`; return the paths of its train and val splits.
+
+    Raise InputError, before any download, if a file has no pinned hash.
+    """
     corpus = CORPORA[preset]
     paths = {}
     for file in corpus.train + corpus.val:
@@ -155,55 +159,60 @@ def download(preset: str, folder: Path) -> tuple[tuple[str, ...], tuple[str, ...
 
 
 def check_pins(preset: str, described: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Files given in place of a preset's download must be its files -> described by the preset's names."""
+    """Return the descriptions of the files, with the preset's names for them.
+
+    Raise InputError if they are not the preset's files.
+    """
     corpus = CORPORA[preset]
     pinned = corpus.train + corpus.val
     if len(described) != len(pinned):
         raise InputError(f"{preset} is {len(pinned)} files, not the {len(described)} given")
-    for file, found in zip(pinned, described, strict=True):
-        if file.sha256 is not None and found["sha256"] != file.sha256:
+    for file, record in zip(pinned, described, strict=True):
+        if file.sha256 is not None and record["sha256"] != file.sha256:
             raise InputError(
-                f"{found['name']}: its sha256 is {found['sha256'][:16]}..., but {preset}'s {file.name} has "
+                f"{record['name']}: its sha256 is {record['sha256'][:16]}..., but {preset}'s {file.name} has "
                 f"{file.sha256[:16]}...; to use it anyway give --input without the preset"
             )
-    return [found | {"name": file.name} for file, found in zip(pinned, described, strict=True)]
+    return [record | {"name": file.name} for file, record in zip(pinned, described, strict=True)]
 
 
 def survey(units: list[Unit], options: Options, source: Source, workers: Workers) -> list[Survey]:
-    """Read everything once, so that every fault is found and the place of the cut known before anything is written."""
+    """Read all units once: find every fault, and the counts that place the cut, before anything is written."""
     with_alphabet = options.tokenizer == "char"
     tasks = [SurveyTask(unit, source.reading, with_alphabet) for unit in units]
-    found: list[Survey | None] = [None] * len(tasks)
+    surveys: dict[int, Survey] = {}
     progress = Progress("survey", sum(unit.num_bytes for unit in units))
     for index, result in workers.run(survey_unit, tasks):
-        found[index] = result
+        surveys[index] = result
         progress.add(units[index].num_bytes, result.documents)
-    return [result for result in found if result is not None]
+    return [result for _, result in sorted(surveys.items())]
 
 
-def divide(units: list[Unit], found: list[Survey], options: Options, reading: Reading) -> tuple[list[Unit], list[Unit]]:
-    """The units of train and of val. The unit in which the cut falls is in both, with another part of it in each."""
-    num_characters = sum(result.characters for result in found)
+def divide(
+    units: list[Unit], surveys: list[Survey], options: Options, reading: Reading
+) -> tuple[list[Unit], list[Unit]]:
+    """Return the units of train and of val. The unit that is cut is in both, with a different part in each."""
+    num_characters = sum(result.characters for result in surveys)
     cut = int(num_characters * (1 - options.val_fraction))
     refusal = f"--val-fraction {options.val_fraction} of {num_characters} characters leaves a split empty"
     if not 0 < cut < num_characters:
         raise InputError(refusal)
     index = start = 0
-    while start + found[index].characters <= cut:
-        start += found[index].characters
+    while start + surveys[index].characters <= cut:
+        start += surveys[index].characters
         index += 1
-    place, characters_before = cut - start, cut - start
+    position, characters_before = cut - start, cut - start
     if not is_one_document(units[index].file, reading):
-        place, characters_before = document_at(units[index], reading, cut - start)
+        position, characters_before = document_at(units[index], reading, cut - start)
     if start + characters_before == 0:
         raise InputError(f"{refusal}: the cut falls in the first document, which is kept whole")
-    head = [dataclasses.replace(units[index], last=place)] if place else []
-    tail = dataclasses.replace(units[index], first=place)
+    head = [dataclasses.replace(units[index], last=position)] if position else []
+    tail = dataclasses.replace(units[index], first=position)
     return units[:index] + head, [tail, *units[index + 1 :]]
 
 
 def document_at(unit: Unit, reading: Reading, character: int) -> tuple[int, int]:
-    """Which of the unit's documents that character lies in, and how many characters come before that document."""
+    """Return the index of the unit's document that holds `character`, and the number of characters before it."""
     before = 0
     for number, (_, text) in enumerate(read_documents(unit, reading)):
         if before + len(text) > character:
@@ -213,14 +222,14 @@ def document_at(unit: Unit, reading: Reading, character: int) -> tuple[int, int]
 
 
 def warn_of_marks(eot_marks: int, options: Options) -> None:
-    """A separator that was left in the text is trained on as ordinary characters, which is seldom meant."""
+    """Warn of separators left in the text: training takes them for ordinary characters."""
     if eot_marks:
         advice = "" if options.split_documents_on else f"; --split-documents-on '{EOT}' makes documents of it"
-        print(f"textfiles: warning: the text holds {eot_marks} times '{EOT}'{advice}", file=sys.stderr, flush=True)
+        print(f"textfiles: warning: the text contains '{EOT}' {eot_marks} times{advice}", file=sys.stderr, flush=True)
 
 
 def byte_options(options: Options) -> dict[str, Any]:
-    """The options that change the bytes; the tokenizer and the files are recorded by their hashes."""
+    """Return the options that change the bytes. The manifest records tokenizer and files by their hashes."""
     return {
         "val_fraction": None if options.val_input else options.val_fraction,
         "shard_tokens": options.shard_tokens,
@@ -229,12 +238,12 @@ def byte_options(options: Options) -> dict[str, Any]:
     }
 
 
-def describe_source(described: list[dict[str, Any]], found: list[Survey], source: Source) -> dict[str, Any]:
-    """The manifest's `source`."""
+def describe_source(described: list[dict[str, Any]], surveys: list[Survey], source: Source) -> dict[str, Any]:
+    """Return the manifest's `source`."""
     num_train = len(source.train)
-    kinds = {"files": described[:num_train], "val_files": described[num_train:], "urls": source.urls}
-    dropped = sum(result.empty_documents for result in found)
-    return {name: value for name, value in kinds.items() if value} | {"empty_documents": dropped}
+    lists = {"files": described[:num_train], "val_files": described[num_train:], "urls": source.urls}
+    num_empty = sum(result.empty_documents for result in surveys)
+    return {name: value for name, value in lists.items() if value} | {"empty_documents": num_empty}
 
 
 def encode(
@@ -245,9 +254,9 @@ def encode(
     source: Source,
     workers: Workers,
 ) -> list[Part]:
-    """Every unit's part, in order. Equal units (a file given twice) share one."""
+    """Return every unit's part, in order. Equal units (a file that is given twice) share one."""
     tokenizer.save(partial)
-    tokenizer_hash = hash_of(tokenizer.describe())
+    tokenizer_hash = sha256_of_json(tokenizer.describe())
     tasks = [
         EncodeTask(unit, source.reading, *hashes[unit.file], partial, tokenizer_hash, partial / PARTS) for unit in units
     ]
@@ -269,9 +278,12 @@ def check_options(options: Options) -> None:
 
 
 def prepare(options: Options, preset: str | None = None) -> Manifest:
-    """The whole stage, of a preset's files where one is named. InputError, with nothing finished touched, if bad."""
+    """Make the data directory of the options, or of a preset's files; return its manifest.
+
+    Raise InputError if the input is bad; finished data then stays as it was.
+    """
     check_options(options)
-    if options.out.is_symlink():  # what it points to is made or replaced, not the link
+    if options.out.is_symlink():  # make or replace the target, not the link
         options = dataclasses.replace(options, out=options.out.resolve())
     started = time.perf_counter()
     source = find_source(options, preset)
@@ -285,36 +297,42 @@ def prepare(options: Options, preset: str | None = None) -> Manifest:
         described = [result for _, result in sorted(workers.run(describe_file, source.files))]
         if preset is not None:
             described = check_pins(preset, described)
-        found = survey(units, options, source, workers)
-        warn_of_marks(sum(result.eot_marks for result in found), options)
+        surveys = survey(units, options, source, workers)
+        warn_of_marks(sum(result.eot_marks for result in surveys), options)
     if not source.val:
-        train, val = divide(units, found, options, source.reading)
-    elif not all(sum(result.characters for result in part) for part in (found[: len(train)], found[len(train) :])):
+        train, val = divide(units, surveys, options, source.reading)
+    elif not all(sum(result.characters for result in part) for part in (surveys[: len(train)], surveys[len(train) :])):
         raise InputError("--input and --val-input must both hold text")
-    tokenizer = make_tokenizer(options.tokenizer, "".join(sorted(set().union(*(result.alphabet for result in found)))))
-    about = describe_source(described, found, source)
-    existing = existing_data(options.out, about.__eq__, byte_options(options), tokenizer, overwrite=options.overwrite)
-    if existing is not None:
+    alphabet = "".join(sorted(set().union(*(result.alphabet for result in surveys))))
+    tokenizer = make_tokenizer(options.tokenizer, alphabet)
+    record = describe_source(described, surveys, source)
+
+    def existing() -> Manifest | None:
+        recorded = byte_options(options)
+        return existing_data(options.out, record.__eq__, recorded, tokenizer, overwrite=options.overwrite)
+
+    if (manifest := existing()) is not None:
         print(f"{options.out}: already complete, nothing to do")
-        return existing
+        return manifest
     with unfinished_directory(options.out) as partial:
-        if existing_data(options.out, about.__eq__, byte_options(options), tokenizer, overwrite=options.overwrite):
+        if existing() is not None:
             raise InputError(f"--out {options.out}: another process has made it meanwhile")
         hashes = {file: (result["sha256"], states[file]) for file, result in zip(source.files, described, strict=True)}
-        with Workers(processes) as workers:  # others: these are gone before a failure clears up after them
+        # A second pool, so that its processes are gone before a failure clears the directory.
+        with Workers(processes) as workers:
             parts = encode(train + val, hashes, partial, tokenizer, source, workers)
         splits = {
             name: pack_split(
                 partial,
                 name,
-                parts_in_turn(some),
-                num_tokens=sum(part.tokens for part in some),
+                parts_in_turn(split_parts),
+                num_tokens=sum(part.tokens for part in split_parts),
                 tokenizer=tokenizer,
                 shard_tokens=options.shard_tokens,
             )
-            for name, some in (("train", parts[: len(train)]), ("val", parts[len(train) :]))
+            for name, split_parts in (("train", parts[: len(train)]), ("val", parts[len(train) :]))
         }
-        manifest = Manifest(about, byte_options(options), tokenizer.describe(), splits)
+        manifest = Manifest(record, byte_options(options), tokenizer.describe(), splits)
         manifest.write(partial)
         put_in_place(partial, options.out)
     report(options, manifest, sum(unit.num_bytes for unit in units), time.perf_counter() - started)
@@ -322,10 +340,9 @@ def prepare(options: Options, preset: str | None = None) -> Manifest:
 
 
 def num_workers(options: Options, units: list[Unit]) -> int:
-    """As many as there are cores, unless told; one, this process, where there is little to do."""
-    few = sum(unit.num_bytes for unit in units) < FEW_BYTES
-    wanted = options.workers or (1 if few else available_cores())
-    return min(wanted, len(units))
+    """Return --workers, else one (this process) if there is little text, else the number of cores."""
+    is_little = sum(unit.num_bytes for unit in units) < FEW_BYTES
+    return min(options.workers or (1 if is_little else available_cores()), len(units))
 
 
 def report(options: Options, manifest: Manifest, num_bytes: int, seconds: float) -> None:
@@ -341,8 +358,8 @@ def report(options: Options, manifest: Manifest, num_bytes: int, seconds: float)
 
 
 def parse(args: list[str]) -> tuple[Options, str | None]:
-    """`[PRESET] [--flag value ...]` -> options and preset, which is the default of every flag."""
-    import tyro  # not in the workers, which import this module too
+    """Parse `[PRESET] [--flag value ...]` into the options and the preset, which sets the flags' defaults."""
+    import tyro  # here, because workers import this module and do not need it
 
     if not args or args[0].startswith("-"):
         return tyro.cli(Options, args=args, description=__doc__), None

@@ -1,10 +1,10 @@
-"""A worker's part: one unit of input -> its own file of tokens, so that a later run need not make it again.
+"""Encoding: a worker turns one unit of input into a part, a file of tokens that a later run can reuse.
 
-    parts/NAME.part    uint16 tokens; uint64 places in them at which documents begin; 16-byte hashes of their texts
-    parts/NAME.json    written after it: what it was made of, counts, sha256
+    parts/NAME.part    uint16 tokens; uint64 offsets of the documents in them; 16-byte hashes of the documents' texts
+    parts/NAME.json    written afterwards: the key (everything the part depends on), counts, sha256
 
-NAME is a hash of all that decides the bytes (file, place in it, reading, tokenizer): a part of another input or of
-other options has another name, and is never taken for this one.
+NAME is a hash of the key: file, range in it, reading, tokenizer. A part of another input or of other options therefore
+has another name, and is never taken for this one.
 """
 
 import dataclasses
@@ -31,8 +31,8 @@ from data_prep.pipeline.sources import (
     InputFile,
     Reading,
     Unit,
+    document_location,
     file_state,
-    place_of,
     read_documents,
 )
 from data_prep.pipeline.workers import Progress, Workers
@@ -46,13 +46,13 @@ HASH_BYTES = 16
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 Backend = Literal["tiktoken", "gigatoken"]
-Encoded = tuple[Tokens, list[int], list[bytes]]  # some documents' ids, one after the other; their lengths; their hashes
+Encoded = tuple[Tokens, list[int], list[bytes]]  # a batch of documents: ids (concatenated), lengths, text hashes
 Hashes = npt.NDArray[np.uint64]
 
 
 @dataclass(frozen=True)
 class Survey:
-    """What one unit holds. `alphabet` is "" unless asked for. eot_marks: how often "<|endoftext|>" stands in it."""
+    """The counts of one unit. alphabet: "" unless requested. eot_marks: occurrences of "<|endoftext|>"."""
 
     documents: int
     empty_documents: int
@@ -69,10 +69,10 @@ class SurveyTask:
 
 
 def survey_unit(task: SurveyTask) -> Survey:
-    """Read a unit for the first time: counts, and every fault of the input before anything is written."""
+    """Read a unit for the first time, and count. Raise InputError at a fault, before anything is written."""
     documents = empty = characters = eot_marks = 0
     alphabet: set[str] = set()
-    pending: list[str] = []  # looked through together: document by document takes four times as long
+    pending: list[str] = []  # a block at a time: the alphabet of each document takes four times as long
     pending_until = BLOCK_CHARACTERS
     for _, text in read_documents(task.unit, task.reading):
         documents += bool(text)
@@ -89,7 +89,7 @@ def survey_unit(task: SurveyTask) -> Survey:
 
 
 def describe_file(file: InputFile) -> dict[str, Any]:
-    """What the manifest records of an input file: name, bytes, sha256."""
+    """Return the manifest's record of an input file: name, bytes, sha256."""
     if file.kind == "python-docs":
         data = PYTHON_DOCS[file.name]().encode("utf-8")
         return {"name": file.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -99,9 +99,10 @@ def describe_file(file: InputFile) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class EncodeTask:
-    """codec_directory: where the tokenizer was saved. tokenizer_hash: its description's hash, which it must have.
+    """One unit to encode.
 
-    file_sha256: of the file when its size and time of change were file_state, which must still be so.
+    file_sha256: the file's hash while its state was file_state, which must not change. tokenizer_directory: where the
+    tokenizer is saved. tokenizer_hash: the hash of its description.
     """
 
     unit: Unit
@@ -115,7 +116,10 @@ class EncodeTask:
 
     @property
     def key(self) -> dict[str, Any]:
-        """Everything that decides the part's bytes; and the backend, lest a faulty one's parts serve the other."""
+        """Return everything that the part's bytes depend on.
+
+        The backend is in it so that parts of a faulty backend never serve the other.
+        """
         unit = self.unit
         return {
             "format": PART_FORMAT,
@@ -128,16 +132,16 @@ class EncodeTask:
 
     @property
     def stem(self) -> Path:
-        """The part's files without their suffixes."""
-        return self.parts / hash_of(self.key)[:24]
+        """Return the path of the part's files, without suffix."""
+        return self.parts / sha256_of_json(self.key)[:24]
 
 
 @dataclass
 class Tally:
-    """What became of a unit's texts, beside the documents that are in its part.
+    """What became of the unit's texts.
 
-    empty: null or without a character. repaired: held bytes that are not UTF-8, now U+FFFD. dropped: the rows of those
-    that the tokenizer gave up on.
+    empty: texts that are null or empty. repaired: texts that held bytes that are not UTF-8, now U+FFFD. dropped: rows
+    of the texts that the tokenizer gave up on.
     """
 
     empty: int = 0
@@ -147,25 +151,25 @@ class Tally:
 
 @dataclass(frozen=True)
 class Part:
-    """A finished part. `is_old`: it was there before this run."""
+    """A finished part. is_reused: an earlier run made it."""
 
     path: Path
     tokens: int
     documents: int
     tally: Tally = field(default_factory=Tally)
-    is_old: bool = False
+    is_reused: bool = False
 
     def starts(self) -> Offsets:
-        """Where its documents begin: int64 [documents]."""
+        """Return the offsets of the documents in the tokens: int64 [documents]."""
         return np.fromfile(self.path, dtype="<u8", offset=2 * self.tokens, count=self.documents).astype(np.int64)
 
     def hashes(self) -> Hashes:
-        """The texts' hashes, their first eight bytes and the other eight as numbers: uint64 [documents, 2]."""
+        """Return the texts' hashes as two numbers of eight bytes each: uint64 [documents, 2]."""
         offset = 2 * self.tokens + 8 * self.documents
         return np.fromfile(self.path, dtype=">u8", offset=offset).astype(np.uint64).reshape(self.documents, 2)
 
     def blocks(self) -> Iterator[tuple[Tokens, Offsets]]:
-        """(tokens, places in them at which documents begin), some million tokens at a time."""
+        """Yield (tokens, offsets of documents in them), BLOCK_TOKENS at a time."""
         starts = self.starts()
         with self.path.open("rb") as file:
             for begin in range(0, self.tokens, BLOCK_TOKENS):
@@ -174,13 +178,13 @@ class Part:
                 yield np.fromfile(file, dtype="<u2", count=count), inside - begin
 
 
-def hash_of(value: Any) -> str:
-    """Hex sha256 of a value's JSON."""
+def sha256_of_json(value: Any) -> str:
+    """Return the hexadecimal sha256 of a value's JSON."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode("ascii")).hexdigest()
 
 
 def encode_unit(task: EncodeTask) -> Part:
-    """The unit's part: the one that is there if it is sound, else made now."""
+    """Return the unit's part: the existing one if it is sound, else a new one."""
     part = read_part(task.stem, task.key)
     if part is not None:
         return part
@@ -190,8 +194,8 @@ def encode_unit(task: EncodeTask) -> Part:
 
 
 def _encoded(task: EncodeTask, tokenizer: Tokenizer, tally: Tally) -> Iterator[Encoded]:
-    """Every document that is not empty, begun by EOT where the codec has one, a batch at a time."""
-    begin = np.array([] if tokenizer.eot_id is None else [tokenizer.eot_id], dtype="<u2")
+    """Yield every document that is not empty, in batches. EOT precedes each, if the tokenizer has one."""
+    eot = np.array([] if tokenizer.eot_id is None else [tokenizer.eot_id], dtype="<u2")
     giga = _giga(task.tokenizer_directory, task.tokenizer_hash) if task.backend == "gigatoken" else None
     encode = encoder(tokenizer, giga)
     check_unchanged(task)
@@ -202,11 +206,12 @@ def _encoded(task: EncodeTask, tokenizer: Tokenizer, tally: Tally) -> Iterator[E
         for document, ids in zip(batch, encode(batch), strict=True):
             if isinstance(ids, InputError):
                 if not task.reading.tolerant:
-                    raise InputError(f"{place_of(task.unit, task.reading, document.position)}: {ids}") from ids
+                    location = document_location(task.unit, task.reading, document.position)
+                    raise InputError(f"{location}: {ids}") from ids
                 tally.dropped.append(document.position)
                 continue
-            pieces += (begin, ids)
-            lengths.append(len(begin) + len(ids))
+            pieces += (eot, ids)
+            lengths.append(len(eot) + len(ids))
             hashes.append(hashlib.blake2b(document.utf8, digest_size=HASH_BYTES).digest())
         if pieces:
             yield np.concatenate(pieces, dtype="<u2", casting="unsafe"), lengths, hashes
@@ -214,13 +219,13 @@ def _encoded(task: EncodeTask, tokenizer: Tokenizer, tally: Tally) -> Iterator[E
 
 
 def check_unchanged(task: EncodeTask) -> None:
-    """InputError if the file is no longer the one that was hashed."""
+    """Raise InputError if the file is no longer the one that was hashed."""
     if file_state(task.unit.file) != task.file_state:
         raise InputError(f"{task.unit.file.path}: changed while it was read; run the same command again")
 
 
 def _batches(task: EncodeTask, tally: Tally) -> Iterator[list[Document]]:
-    """Documents that are not empty, about BLOCK_CHARACTERS at a time."""
+    """Yield documents that are not empty, about BLOCK_CHARACTERS at a time; count the others."""
     batch: list[Document] = []
     characters = 0
     for position, text in read_documents(task.unit, task.reading):
@@ -240,7 +245,7 @@ def _batches(task: EncodeTask, tally: Tally) -> Iterator[list[Document]]:
 
 
 def encoder(tokenizer: Tokenizer, giga: GigaEncoder | None) -> Callable[[list[Document]], Iterable[Ids | InputError]]:
-    """What encodes the documents of one unit: gigatoken where it is given, else the codec itself."""
+    """Return the function that encodes the documents of one unit: with `giga` unless it is None."""
     if giga is not None:
         giga.begin_unit()
         return giga.encode
@@ -248,27 +253,26 @@ def encoder(tokenizer: Tokenizer, giga: GigaEncoder | None) -> Callable[[list[Do
 
 
 def make_parts(tasks: Sequence[EncodeTask], workers: Workers, program: str) -> list[Part]:
-    """Every task's part, in order; equal tasks share one. Progress in lines."""
-    unique = {task.stem: task for task in tasks}
+    """Return every task's part, in order, and print the progress. Equal tasks share one part."""
+    unique = list({task.stem: task for task in tasks}.values())
     parts: dict[Path, Part] = {}
-    todo = list(unique.values())
-    new = [task.unit.num_bytes for task in todo if not task.stem.with_suffix(".json").exists()]
-    progress = Progress("encode", sum(new))
-    for index, part in workers.run(encode_unit, todo):
-        parts[todo[index].stem] = part
-        if not part.is_old:
-            progress.add(todo[index].unit.num_bytes, part.documents, part.tokens)
-    old = sum(part.is_old for part in parts.values())
-    if old:
-        print(f"{program}: {old} of {len(parts)} parts were there from an earlier run", file=sys.stderr, flush=True)
+    new_bytes = sum(task.unit.num_bytes for task in unique if not task.stem.with_suffix(".json").exists())
+    progress = Progress("encode", new_bytes)
+    for index, part in workers.run(encode_unit, unique):
+        parts[unique[index].stem] = part
+        if not part.is_reused:
+            progress.add(unique[index].unit.num_bytes, part.documents, part.tokens)
+    reused = sum(part.is_reused for part in parts.values())
+    if reused:
+        print(f"{program}: {reused} of {len(parts)} parts were there from an earlier run", file=sys.stderr, flush=True)
     return [parts[task.stem] for task in tasks]
 
 
 @functools.lru_cache(maxsize=1)
 def _tokenizer(directory: Path, tokenizer_hash: str) -> Tokenizer:
-    """Each worker reads the tokenizer once. `tokenizer_hash` is there to tell it from an earlier one in its place."""
+    """Load the tokenizer once per worker. tokenizer_hash tells it from an earlier one in the same directory."""
     tokenizer = load_tokenizer(directory)
-    assert hash_of(tokenizer.describe()) == tokenizer_hash
+    assert sha256_of_json(tokenizer.describe()) == tokenizer_hash
     return tokenizer
 
 
@@ -278,9 +282,9 @@ def _giga(directory: Path, tokenizer_hash: str) -> GigaEncoder:
 
 
 def write_part(stem: Path, key: dict[str, Any], batches: Iterable[Encoded], tally: Tally) -> Part:
-    """Write documents' tokens as they come, then their places and hashes; the .json last, so that half a part has none.
+    """Write a part: the tokens as they come, then offsets and hashes. `tally` is read after the last batch.
 
-    `tally` is read when all have come.
+    The .json is written last, so that an unfinished part has none.
     """
     lengths: list[int] = []
     hashes: list[bytes] = []
@@ -307,14 +311,14 @@ def write_part(stem: Path, key: dict[str, Any], batches: Iterable[Encoded], tall
 
 
 def read_part(stem: Path, key: dict[str, Any]) -> Part | None:
-    """The finished part of that name, if it is whole, sound and of exactly this `key`."""
+    """Return the part of that name if it is complete, sound and of exactly this key, else None."""
     path = stem.with_suffix(".part")
     try:
         record = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
         tally = Tally(**record["tally"])
-        part = Part(path, int(record["tokens"]), int(record["documents"]), tally, is_old=True)
+        part = Part(path, int(record["tokens"]), int(record["documents"]), tally, is_reused=True)
         if record["key"] == key and sha256_of_file(path) == record["sha256"]:
             return part
     except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError):
-        pass  # made again
+        pass  # The caller makes it again.
     return None

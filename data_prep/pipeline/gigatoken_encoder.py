@@ -1,9 +1,9 @@
-"""gigatoken as the encoder: up to forty times tiktoken's speed (LOG.md), used only where it gives tiktoken's ids.
+"""gigatoken as the encoder: up to forty times as fast as tiktoken (LOG.md), and refused if its ids differ.
 
 It must agree with tiktoken on PROBE when a worker starts, and on the first document of every unit. Documents of more
-than LONG_CHARACTERS go to tiktoken itself, which gives up on some of them (a run of a million blanks) where gigatoken
-does not: both backends must drop the same ones. Its cache of words has no bound, so a worker takes a new instance
-every few units.
+than LONG_CHARACTERS are encoded by tiktoken. tiktoken gives up on some of them (a run of a million blanks) and
+gigatoken does not, but both backends must drop the same documents. gigatoken's cache of words grows without bound, so
+a worker makes a new instance every few units.
 """
 
 from collections.abc import Iterator, Sequence
@@ -19,7 +19,7 @@ from data_prep.tokenizer import EOT, GPT2_PATTERN, Ids, Tokenizer, encode_or_fau
 UNITS_PER_INSTANCE = 8
 LONG_CHARACTERS = 2**18
 
-# What tokenizers get wrong: contractions, digits and letters of many scripts, marks, runs of blanks, line ends, ...
+# Text that tokenizers get wrong: contractions, digits and letters of many scripts, marks, runs of blanks, line ends.
 PROBE = [
     "It's what they'd said; WE'LL don't I'M 'tis y'all've 's 'S ' s",
     "3.14159 1,000,000 1234567890123 x2y3 \u00bd \u00b2 \u0664\u0662 \u2167 \u4e09",
@@ -38,9 +38,9 @@ PROBE = [
 
 
 class GigaEncoder:
-    """`encode` gives the ids that `codec.encode` gives. Raises InputError where that cannot be had.
+    """An encoder whose ids are those of `tokenizer`, which is saved with its ranks in the file `ranks`.
 
-    codec: saved with its ranks in the file `ranks`.
+    Raises InputError if gigatoken is not installed, cannot do this tokenizer, or gives other ids.
     """
 
     def __init__(self, tokenizer: Tokenizer, ranks: Path) -> None:
@@ -55,14 +55,14 @@ class GigaEncoder:
             self._compare(text, ids)
 
     def begin_unit(self) -> None:
-        """The next document is held against tiktoken; now and then an instance with an empty cache takes over."""
+        """Have the next document compared with tiktoken; every UNITS_PER_INSTANCE units, take a new instance."""
         self._is_first = True
         self._units += 1
         if self._units % UNITS_PER_INSTANCE == 0:
             self._fast_tokenizer = self._new_tokenizer()
 
     def encode(self, documents: Sequence[Document]) -> Iterator[Ids | InputError]:
-        """The ids of each text, or why the tokenizer gave up on it."""
+        """Yield the ids of each document, or the reason why the tokenizer gave up on it."""
         encoded = iter(self._encode_batch([document.utf8 for document in documents if _is_for_gigatoken(document)]))
         for document in documents:
             if not _is_for_gigatoken(document):

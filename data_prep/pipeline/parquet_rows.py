@@ -1,6 +1,6 @@
-"""The strings of one column of a parquet file, by row groups: read by `datasets`, whose pitfalls end here.
+"""Reading one string column of a parquet file by row groups, with `datasets`, whose pitfalls this module hides.
 
-`flag` is what named the file, for messages.
+`flag` is the command-line flag that named the file, for messages.
 """
 
 import functools
@@ -16,7 +16,7 @@ BATCH_ROWS = 1000
 
 
 def row_group_bytes(path: str, column: str, flag: str) -> list[int]:
-    """Bytes of the column in each row group, before compression: from the footer alone."""
+    """Return the uncompressed bytes of the column in each row group. Reads the footer alone."""
     metadata = _open(path, column, flag).metadata
     [leaf] = [index for index in range(metadata.num_columns) if metadata.schema.column(index).path == column]
     groups = range(metadata.num_row_groups)
@@ -26,7 +26,10 @@ def row_group_bytes(path: str, column: str, flag: str) -> list[int]:
 def read_rows(
     path: str, column: str, row_groups: Sequence[int], *, flag: str, tolerant: bool
 ) -> Iterator[tuple[int, str]]:
-    """(row in the file, text) of every row of consecutive row groups; null and what is not UTF-8 as `Reading` says."""
+    """Yield (row in the file, text) of every row of consecutive row groups.
+
+    tolerant: as in `Reading`, for rows that are null or not UTF-8.
+    """
     import pyarrow as pa  # type: ignore[import-untyped]
 
     metadata = _open(path, column, flag).metadata
@@ -45,12 +48,12 @@ def read_rows(
             raise InputError(f"{path}: row group {group} is damaged ({first_line(error)})") from error
 
 
-def place_of_row(path: str, row: int) -> str:
+def row_location(path: str, row: int) -> str:
     return f"{path}, row {row:,}"
 
 
 def _open(path: str, column: str, flag: str) -> Any:
-    """A pyarrow.parquet.ParquetFile whose column is there and holds strings."""
+    """Return a pyarrow.parquet.ParquetFile. Raise InputError if it lacks the column or it holds no strings."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as pq  # type: ignore[import-untyped]
@@ -72,21 +75,21 @@ def _open(path: str, column: str, flag: str) -> Any:
 
 @functools.lru_cache(maxsize=1)
 def _stream(path: str, column: str, _changed_ns: int) -> Any:
-    """A `datasets` stream over the column, in as many shards as the file has row groups."""
+    """Return a `datasets` stream over the column, with one shard for each row group."""
     try:
         from tqdm.std import TqdmDefaultWriteLock
 
-        TqdmDefaultWriteLock.mp_lock = None  # else a killed worker leaves a semaphore, of which Python warns
+        TqdmDefaultWriteLock.mp_lock = None  # else a killed worker leaves a semaphore, and Python warns of it
         import datasets
     except ImportError as error:
         raise InputError(f"{path}: parquet files need datasets: pip install -e '.[data]'") from error
     import pyarrow as pa
 
-    if "::" in path:  # which fsspec, and so datasets, takes for a file in an archive
+    if "::" in path:  # fsspec, and so datasets, takes '::' for a file in an archive
         raise InputError(f"{path}: '::' in the path of a parquet file; rename it")
-    datasets.config.TORCH_AVAILABLE = False  # or it imports torch, 2.4 s and 200 MB in each worker, for nothing
-    pa.set_cpu_count(1)  # the workers are what runs at the same time
-    with tempfile.TemporaryDirectory() as folder:  # it takes a lock there while it looks at the file
+    datasets.config.TORCH_AVAILABLE = False  # else each worker imports torch for nothing: 2.4 s and 200 MB
+    pa.set_cpu_count(1)  # parallel work is left to the worker processes
+    with tempfile.TemporaryDirectory() as folder:  # for the lock that datasets takes while it opens the file
         stream = datasets.IterableDataset.from_parquet(
             glob.escape(path), columns=[column], cache_dir=folder, batch_size=BATCH_ROWS
         )
@@ -94,7 +97,7 @@ def _stream(path: str, column: str, _changed_ns: int) -> Any:
 
 
 def _strings(column: Any) -> list[str | bytes | None]:
-    """The column's values; all as bytes where one of them is not UTF-8."""
+    """Return the column's values; all of them as bytes if one is not UTF-8."""
     import pyarrow as pa
 
     values: list[str | bytes | None]
@@ -109,8 +112,8 @@ def _as_text(value: bytes | None, path: str, row: int, column: str, *, tolerant:
     if value is None:
         if tolerant:
             return ""
-        raise InputError(f"{place_of_row(path, row)}: null in column {column!r} (--text-column)")
+        raise InputError(f"{row_location(path, row)}: null in column {column!r} (--text-column)")
     try:
         return value.decode("utf-8", "surrogateescape" if tolerant else "strict")
     except UnicodeDecodeError as error:
-        raise InputError(f"{place_of_row(path, row)}: not UTF-8 ({error.reason}); convert it first") from error
+        raise InputError(f"{row_location(path, row)}: not UTF-8 ({error.reason}); convert it first") from error

@@ -1,4 +1,4 @@
-"""The hidden directory beside --out in which it grows: kept across kills, its name given only when it is whole."""
+"""The hidden directory beside --out in which the output grows. It survives kills, and is renamed when complete."""
 
 import contextlib
 import fcntl
@@ -14,14 +14,15 @@ from data_prep.manifest import FILE_NAME, Manifest, open_split, read_manifest
 from data_prep.tokenizer import Tokenizer
 
 PARTS = "parts"
-KEPT = ("plan.json", "listing.json")
+PLAN_FILES = ("plan.json", "listing.json")  # they lie with the parts, and outlive them
 
 
 @contextlib.contextmanager
 def unfinished_directory(out: Path, *, shared: bool = False) -> Iterator[Path]:
-    """`.NAME.partial`, with its folder of parts, for one process at a time, or for all who make nothing but parts.
+    """Hold `.NAME.partial`, with a folder for parts, for one process at a time.
 
-    After a failure the finished parts stay, which the error says; where there is none, and nobody shares it, nothing.
+    shared: for all processes that make nothing but parts. After a failure the finished parts stay, and the error says
+    so. If there are none, and the directory is not shared, it is removed.
     """
     partial = out.with_name(f".{out.name}.partial")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -33,17 +34,17 @@ def unfinished_directory(out: Path, *, shared: bool = False) -> Iterator[Path]:
         try:
             yield partial
         except (InputError, OSError) as error:
-            raise InputError(f"{error}{_leave(partial, shared=shared)}") from error
+            raise InputError(f"{error}{_clean_up(partial, shared=shared)}") from error
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"interrupted{_leave(partial, shared=shared)}") from None
+            raise KeyboardInterrupt(f"interrupted{_clean_up(partial, shared=shared)}") from None
 
 
 @contextlib.contextmanager
 def _locked(out: Path, *, shared: bool) -> Iterator[None]:
-    """Hold `.NAME.lock`. It is removed by who holds it alone: others may share it."""
+    """Hold `.NAME.lock`. Only an exclusive holder removes the file, because others may share it."""
     path = out.with_name(f".{out.name}.lock")
     while True:
-        with path.open("a+") as lock:  # NFS locks what is open for reading and for writing
+        with path.open("a+") as lock:  # NFS locks only files that are open for reading and writing
             try:
                 fcntl.flock(lock, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
             except BlockingIOError as error:
@@ -51,7 +52,7 @@ def _locked(out: Path, *, shared: bool) -> Iterator[None]:
             except OSError as error:
                 raise InputError(f"{path}: this file system has no locks ({error}); choose another --out") from error
             if not path.exists() or path.stat().st_ino != os.fstat(lock.fileno()).st_ino:
-                continue  # removed by who had it before: another may have a new one
+                continue  # The last holder removed this file, and another process may hold a new one.
             try:
                 yield
             finally:
@@ -69,14 +70,15 @@ def _free_all_but_parts(partial: Path) -> None:
 
 
 def free_other_parts(partial: Path, stems: set[Path]) -> None:
-    """Remove parts of another input or of other options."""
+    """Remove parts of another input or of other options. stems: the parts to keep, without suffix."""
     for path in (partial / PARTS).iterdir():
-        if path.suffix in (".part", ".json", ".tmp") and path.name not in KEPT and path.with_suffix("") not in stems:
+        is_part = path.suffix in (".part", ".json", ".tmp") and path.name not in PLAN_FILES
+        if is_part and path.with_suffix("") not in stems:
             path.unlink()
 
 
-def _leave(partial: Path, *, shared: bool) -> str:
-    """Give back the disk that a failed run filled, except for finished parts; what to say of those."""
+def _clean_up(partial: Path, *, shared: bool) -> str:
+    """Remove what a failed run wrote, except for finished parts; return a message about those."""
     finished = [path for path in (partial / PARTS).glob("*.part") if path.with_suffix(".json").exists()]
     if not shared:
         _free_all_but_parts(partial)
@@ -88,7 +90,7 @@ def _leave(partial: Path, *, shared: bool) -> str:
         return ""
     megabytes = sum(path.stat().st_size for path in finished) / 1e6
     return (
-        f"; {len(finished)} finished parts ({megabytes:,.1f} MB) stay in {partial}: the same command goes on from "
+        f"; {len(finished)} finished parts ({megabytes:,.1f} MB) stay in {partial}: the same command continues from "
         "them, or remove it"
     )
 
@@ -101,8 +103,11 @@ def existing_data(
     *,
     overwrite: bool,
 ) -> Manifest | None:
-    """The manifest in --out if it already holds exactly this; None if --out is free or to be replaced."""
-    if any(path.exists() for path in (out / PARTS, _replaced(out), _removing(out))):  # left by a kill in put_in_place
+    """Return the manifest if --out already holds exactly this data; None if it is free or to be replaced.
+
+    Raise InputError if it holds anything else.
+    """
+    if any(path.exists() for path in (out / PARTS, _replaced(out), _removing(out))):  # after a kill in put_in_place
         with _locked(out, shared=False):
             _finish_swap(out)
     if not out.exists():
@@ -114,21 +119,21 @@ def existing_data(
     if overwrite:
         return None
     manifest = read_manifest(out)
-    differing = [] if is_same_source(manifest.source) else ["other input"]
-    differing += [] if manifest.tokenizer == tokenizer.describe() else ["another tokenizer"]
-    differing += differences(manifest.options, options)
-    if not differing:
+    mismatches = [] if is_same_source(manifest.source) else ["other input"]
+    mismatches += [] if manifest.tokenizer == tokenizer.describe() else ["another tokenizer"]
+    mismatches += differences(manifest.options, options)
+    if not mismatches:
         for split in manifest.splits:
-            open_split(out, split)  # are all shards there, at their full size?
+            open_split(out, split)  # which raises if a shard is missing or short
         return manifest
     raise InputError(
-        f"--out {out}: already holds finished data, of {', '.join(differing)}; "
+        f"--out {out}: already holds finished data, of {', '.join(mismatches)}; "
         "choose another --out, or replace it with --overwrite"
     )
 
 
 def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """Each option that differs, as a flag with its values."""
+    """Return each option that differs, as a flag with both values."""
     return [
         f"--{name.replace('_', '-')} {now.get(name)} (was {before.get(name)})"
         for name in {**before, **now}
@@ -137,7 +142,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 
 
 def put_in_place(partial: Path, out: Path) -> None:
-    """Give the finished directory its name. Killed at any moment, `_finish_swap` of the next start makes it good."""
+    """Give the finished directory its name. After a kill at any moment, the next start's `_finish_swap` repairs it."""
     if out.exists():
         out.rename(_replaced(out))
     partial.rename(out)
@@ -146,14 +151,14 @@ def put_in_place(partial: Path, out: Path) -> None:
 
 
 def _finish_swap(out: Path) -> None:
-    """What was replaced gets its name back if nothing has it; where the new one has, that and the parts go."""
+    """Finish `put_in_place`: restore the old directory if the new one is not there, else remove it and the parts."""
     old, doomed = _replaced(out), _removing(out)
     shutil.rmtree(doomed, ignore_errors=True)
-    if not out.exists() and any(old.glob("*.json")):  # which every finished directory has
+    if not out.exists() and any(old.glob("*.json")):  # Every finished directory has one.
         old.rename(out)
     for leftover in (out / PARTS, old):
         if leftover.exists():
-            leftover.rename(doomed)  # so that what is half removed is never taken for something
+            leftover.rename(doomed)  # so that a half-removed directory is never taken for a whole one
             shutil.rmtree(doomed)
 
 

@@ -1,8 +1,8 @@
-"""The embedded corpus: reference text that lies inside every CPython, for a machine without a network.
+"""The embedded corpus: reference text inside every CPython, for a machine without a network.
 
-Two texts: `pydoc_data.topics` (the language reference's help topics, about 465 thousand characters) and the
-docstrings of the standard library (about 1.7 million), read from the source files without importing them.
-Both depend on the Python installation alone; a distribution may leave parts of the library out.
+It is two texts. `pydoc_data.topics` holds the help topics of the language reference, about 465 thousand characters.
+The docstrings of the standard library, about 1.7 million characters, are read from the source files without importing
+them. Both depend on the Python installation alone; a distribution may leave parts of the library out.
 """
 
 import ast
@@ -16,7 +16,7 @@ LEFT_OUT = {"site-packages", "dist-packages", "test", "tests", "idle_test", "lib
 
 
 def topics() -> str:
-    """Every help topic of the language reference, in name order."""
+    """Return every help topic of the language reference, in name order."""
     from pydoc_data.topics import topics as texts
 
     return "\n\n".join(texts[name].strip() for name in sorted(texts)) + "\n"
@@ -24,13 +24,13 @@ def topics() -> str:
 
 @functools.cache  # parsing the library takes seconds, and the preparation reads it twice
 def docstrings() -> str:
-    """Every docstring of the standard library, in the order of its files and of each file's definitions."""
+    """Return every docstring of the standard library, in the order of its files and their definitions."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    found: list[str] = []
+    texts: list[str] = []
     for path in sorted(root.rglob("*.py")):
         if LEFT_OUT.isdisjoint(path.relative_to(root).parts):
-            found.extend(_docstrings_of(path))
-    return "\n\n".join(found) + "\n"
+            texts.extend(_docstrings_of(path))
+    return "\n\n".join(texts) + "\n"
 
 
 def _docstrings_of(path: Path) -> Iterator[str]:
@@ -46,7 +46,7 @@ def _docstrings_of(path: Path) -> Iterator[str]:
 
 
 def _walk(tree: ast.Module) -> Iterator[ast.AST]:
-    """ast.walk in its order without the expressions, which hold no definitions: half the time."""
+    """Yield nodes in the order of ast.walk, without expressions, which hold no definitions. Takes half the time."""
     todo: deque[ast.AST] = deque([tree])
     while todo:
         node = todo.popleft()

@@ -1,18 +1,18 @@
-"""Which documents are kept, in which split, in what order: decided from the parts' places and hashes alone.
+"""Selection: which documents are kept, in which split, in what order. Reads only the parts' offsets and hashes.
 
-Of N documents 5 bytes each are held, and beside them at most PARTITION_DOCUMENTS documents' hashes and places (80 bytes
-each as measured, with what sorting takes, so 0.7 GB): above that many, everything that needs hashes is done once for
-each range of hashes. max_tokens takes 24 bytes more for each document read. The order goes to disk, 16 bytes each.
+The canonical order of documents is that of files and rows. The rules apply in turn:
 
-Documents are taken in their canonical order (files, rows). Then, in turn:
+1. Duplicates. Of documents with the same text (the same 16-byte hash), the first is kept.
+2. max_tokens. Documents are kept up to the first one that would exceed it.
+3. The split. hash: validation is the documents with the lowest first eight bytes of the hash, until they hold
+   val_tokens (VAL_TOKENS, or one in VAL_SHARE where that is less); equal texts are in one split. first-shard:
+   validation is the first val_tokens tokens, wherever a document ends, as in build-nanogpt's fineweb.py.
+4. The order. It is canonical, or sorted by the hash mixed with a seed. A shuffle does not depend on the order of the
+   files, except that equal texts, if they are kept, stay in canonical order.
 
-1. Duplicates. Of documents with the same text (the same 16-byte hash) the first is kept.
-2. max_tokens. The documents before the first one with which they would be more.
-3. The split. hash: validation is the documents whose hash's first eight bytes are lowest, until they hold val_tokens
-   (VAL_TOKENS, or one in VAL_SHARE where that is less); equal texts are in one split. first-shard: validation is the
-   first val_tokens tokens, wherever a document ends, as build-nanogpt's fineweb.py has it.
-4. The order. Canonical, or by the hash mixed with a seed: the same documents in any order of files then come out the
-   same (equal texts, where they are kept, in their canonical order).
+Memory: 5 bytes for each document, and at most PARTITION_DOCUMENTS documents' hashes and offsets (80 bytes each as
+measured, with sorting, so 0.7 GB). With more documents, each step that needs hashes is repeated for ranges of hashes.
+max_tokens takes 24 bytes more for each document read. The order is written to disk, 16 bytes for each document.
 """
 
 from collections.abc import Iterator, Sequence
@@ -40,7 +40,7 @@ Keys = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True)
 class Rules:
-    """What decides; shuffle_seed is None where the order is canonical. val_tokens: None for the default of `hash`."""
+    """The rules. val_tokens: None for the default of `hash`. shuffle_seed: None for canonical order."""
 
     drop_duplicates: bool
     max_tokens: int | None
@@ -51,9 +51,10 @@ class Rules:
 
 @dataclass(frozen=True)
 class Order:
-    """Documents of one split in order: RECORDs in a file, from the `first` on.
+    """The documents of one split in order: RECORDs in a file, from index `first` on.
 
-    Of the first one `skip` tokens belong to the other split, and what is beyond `tokens` of the last one.
+    The first `skip` tokens of the first document belong to the other split. So do the last document's tokens beyond
+    `tokens` in all.
     """
 
     path: Path
@@ -63,14 +64,14 @@ class Order:
     skip: int = 0
 
     def records(self) -> npt.NDArray[np.void]:
-        """(part, start in it, length) of every document, mapped: RECORD [documents]."""
+        """Return (part, start in it, length) of every document, memory-mapped: RECORD [documents]."""
         offset = self.first * RECORD.itemsize
         return np.memmap(self.path, dtype=RECORD, mode="r", offset=offset, shape=(self.documents,))
 
 
 @dataclass(frozen=True)
 class Selection:
-    """The two orders, and the documents and tokens that are in neither."""
+    """The two orders, and the counts of documents and tokens that are in neither."""
 
     train: Order
     val: Order
@@ -80,7 +81,7 @@ class Selection:
 
 
 class Documents:
-    """All parts' documents in canonical order: their lengths and fates, held; hashes and places, read when asked."""
+    """The documents of all parts in canonical order. Lengths and labels are in memory; hashes are read when needed."""
 
     def __init__(self, parts: Sequence[Part]) -> None:
         self.parts = parts
@@ -88,39 +89,39 @@ class Documents:
         self.lengths = np.empty(self.firsts[-1], dtype=np.uint32)
         for part, first in zip(parts, self.firsts, strict=False):
             self.lengths[first : first + part.documents] = np.diff(part.starts(), append=part.tokens)
-        self.fates = np.full(self.firsts[-1], TRAIN, dtype=np.uint8)
+        self.labels = np.full(self.firsts[-1], TRAIN, dtype=np.uint8)
 
-    def __len__(self) -> int:
-        return len(self.lengths)
+    def count_of(self, label: int) -> int:
+        return int((self.labels == label).sum())
 
-    def tokens_of(self, fate: int) -> int:
-        return int(self.lengths.sum(where=self.fates == fate, dtype=np.int64))
+    def tokens_of(self, label: int) -> int:
+        return int(self.lengths.sum(where=self.labels == label, dtype=np.int64))
 
-    def partitions(self) -> int:
-        """In how many ranges of equal width hashes and keys are looked at."""
-        return max(1, -(-len(self) // PARTITION_DOCUMENTS))
+    def num_partitions(self) -> int:
+        """Return the number of equal ranges into which hashes and keys are divided."""
+        return max(1, -(-len(self.lengths) // PARTITION_DOCUMENTS))
 
-    def hashes_between(self, number: int) -> tuple[Integers, Keys, Keys]:
-        """(document, first and other half of its hash) of those in that range of first halves, canonical order."""
-        found = []
+    def hashes_in(self, partition: int) -> tuple[Integers, Keys, Keys]:
+        """Return (document, high half of its hash, low half) of the documents of one partition, in canonical order."""
+        columns = []
         for part, first in zip(self.parts, self.firsts, strict=False):
             hashes = part.hashes()
-            inside = np.flatnonzero(_in_range(hashes[:, 0], number, self.partitions()))
-            found.append((inside + first, hashes[inside, 0], hashes[inside, 1]))
-        documents, high, low = (np.concatenate(arrays) for arrays in zip(*found, strict=True))
+            inside = np.flatnonzero(_in_partition(hashes[:, 0], partition, self.num_partitions()))
+            columns.append((inside + first, hashes[inside, 0], hashes[inside, 1]))
+        documents, high, low = (np.concatenate(arrays) for arrays in zip(*columns, strict=True))
         return documents, high, low
 
 
 def select(parts: Sequence[Part], rules: Rules, folder: Path) -> Selection:
-    """Decide on every document of `parts`; the orders are written into `folder`.
+    """Apply the rules to every document of `parts`, and write the orders into `folder`.
 
-    Raises InputError where a split would be empty.
+    Raise InputError if a split would be empty.
     """
     documents = Documents(parts)
     if rules.drop_duplicates:
         drop_duplicates(documents)
     if rules.max_tokens is not None:
-        cut_at(documents, rules.max_tokens)
+        limit_tokens(documents, rules.max_tokens)
     if rules.split == "hash":
         split_by_hash(documents, rules.val_tokens or min(VAL_TOKENS, documents.tokens_of(TRAIN) // VAL_SHARE + 1))
         train = write_order(documents, TRAIN, folder / "train.order", rules.shuffle_seed)
@@ -137,86 +138,85 @@ def select(parts: Sequence[Part], rules: Rules, folder: Path) -> Selection:
     return Selection(
         train,
         val,
-        duplicates=int((documents.fates == DUPLICATE).sum()),
+        duplicates=documents.count_of(DUPLICATE),
         duplicate_tokens=documents.tokens_of(DUPLICATE),
-        documents_beyond=int((documents.fates == BEYOND).sum()),
+        documents_beyond=documents.count_of(BEYOND),
     )
 
 
 def drop_duplicates(documents: Documents) -> None:
-    """Mark every document whose text an earlier one has."""
-    for number in range(documents.partitions()):
-        indices, high, low = documents.hashes_between(number)
-        order = np.lexsort((low, high))  # stable: of equal hashes the first document comes first
+    """Label every document whose text an earlier document has."""
+    for partition in range(documents.num_partitions()):
+        indices, high, low = documents.hashes_in(partition)
+        order = np.lexsort((low, high))  # stable, so that among equal hashes the first document comes first
         high, low = high[order], low[order]
-        same = (high[1:] == high[:-1]) & (low[1:] == low[:-1])
-        documents.fates[indices[order[1:][same]]] = DUPLICATE
+        is_copy = (high[1:] == high[:-1]) & (low[1:] == low[:-1])
+        documents.labels[indices[order[1:][is_copy]]] = DUPLICATE
 
 
-def cut_at(documents: Documents, max_tokens: int) -> None:
-    """Mark what lies beyond max_tokens of kept documents."""
-    kept = np.flatnonzero(documents.fates == TRAIN)
+def limit_tokens(documents: Documents, max_tokens: int) -> None:
+    """Label all documents, copies too, from the first kept one that exceeds max_tokens."""
+    kept = np.flatnonzero(documents.labels == TRAIN)
     ends = np.cumsum(documents.lengths[kept], dtype=np.int64)
     count = int(np.searchsorted(ends, max_tokens, side="right"))
     if count < len(kept):
-        documents.fates[kept[count] :] = BEYOND
+        documents.labels[kept[count] :] = BEYOND
 
 
 def split_by_hash(documents: Documents, val_tokens: int) -> None:
-    """Mark as validation the kept documents of lowest hashes, as many as hold val_tokens, equal ones together."""
-    needed = val_tokens
-    for number in range(documents.partitions()):
-        indices, high, _ = documents.hashes_between(number)
-        kept = documents.fates[indices] == TRAIN
+    """Label as validation the kept documents with the lowest hashes that hold val_tokens, equal texts together."""
+    missing = val_tokens
+    for partition in range(documents.num_partitions()):
+        indices, high, _ = documents.hashes_in(partition)
+        kept = documents.labels[indices] == TRAIN
         indices, high = indices[kept], high[kept]
         order = np.argsort(high, kind="stable")
         ends = np.cumsum(documents.lengths[indices[order]], dtype=np.int64)
-        if len(ends) and ends[-1] >= needed:
-            last = high[order[np.searchsorted(ends, needed)]]
-            documents.fates[indices[high <= last]] = VAL
+        if len(ends) and ends[-1] >= missing:
+            last = high[order[np.searchsorted(ends, missing)]]
+            documents.labels[indices[high <= last]] = VAL
             return
-        documents.fates[indices] = VAL
-        needed -= int(ends[-1]) if len(ends) else 0
+        documents.labels[indices] = VAL
+        missing -= int(ends[-1]) if len(ends) else 0
 
 
-def write_order(documents: Documents, fate: int, path: Path, seed: int | None) -> Order:
-    """The documents of that fate, in canonical order or in the one that the seed gives."""
+def write_order(documents: Documents, label: int, path: Path, seed: int | None) -> Order:
+    """Write the documents with that label, in canonical order or shuffled by the seed."""
     with path.open("wb") as file:
         if seed is None:
-            for number in range(len(documents.parts)):
-                file.write(_records_of_part(documents, number, fate).tobytes())
+            for index in range(len(documents.parts)):
+                file.write(_records_of_part(documents, index, label).tobytes())
         else:
-            for number in range(documents.partitions()):
-                file.write(_shuffled_records(documents, number, fate, seed).tobytes())
-    count = int((documents.fates == fate).sum())
-    return Order(path, count, documents.tokens_of(fate))
+            for partition in range(documents.num_partitions()):
+                file.write(_shuffled_records(documents, partition, label, seed).tobytes())
+    return Order(path, documents.count_of(label), documents.tokens_of(label))
 
 
-def _records_of_part(documents: Documents, number: int, fate: int) -> npt.NDArray[np.void]:
-    part, first = documents.parts[number], documents.firsts[number]
-    inside = np.flatnonzero(documents.fates[first : first + part.documents] == fate)
+def _records_of_part(documents: Documents, index: int, label: int) -> npt.NDArray[np.void]:
+    part, first = documents.parts[index], documents.firsts[index]
+    inside = np.flatnonzero(documents.labels[first : first + part.documents] == label)
     records = np.empty(len(inside), dtype=RECORD)
-    records["part"] = number
+    records["part"] = index
     records["start"] = part.starts()[inside]
     records["length"] = documents.lengths[first + inside]
     return records
 
 
-def _shuffled_records(documents: Documents, number: int, fate: int, seed: int) -> npt.NDArray[np.void]:
-    """Those whose key lies in that range, by key."""
-    found = [np.empty(0, dtype=RECORD)]
+def _shuffled_records(documents: Documents, partition: int, label: int, seed: int) -> npt.NDArray[np.void]:
+    """Return the records whose key lies in the partition, sorted by key."""
+    records = [np.empty(0, dtype=RECORD)]
     keys = [np.empty(0, dtype=np.uint64)]
-    for place, part in enumerate(documents.parts):
-        fates = documents.fates[documents.firsts[place] : documents.firsts[place + 1]]
-        part_keys = mixed(part.hashes()[fates == fate, 0], seed)
-        inside = _in_range(part_keys, number, documents.partitions())
-        found.append(_records_of_part(documents, place, fate)[inside])
+    for index, part in enumerate(documents.parts):
+        labels = documents.labels[documents.firsts[index] : documents.firsts[index + 1]]
+        part_keys = mix_keys(part.hashes()[labels == label, 0], seed)
+        inside = _in_partition(part_keys, partition, documents.num_partitions())
+        records.append(_records_of_part(documents, index, label)[inside])
         keys.append(part_keys[inside])
-    return np.concatenate(found)[np.argsort(np.concatenate(keys), kind="stable")]
+    return np.concatenate(records)[np.argsort(np.concatenate(keys), kind="stable")]
 
 
-def mixed(keys: Keys, seed: int) -> Keys:
-    """Keys in an order that has nothing to do with theirs, another for each seed; equal ones stay equal.
+def mix_keys(keys: Keys, seed: int) -> Keys:
+    """Return new keys whose order is unrelated to the old one and differs for each seed. Equal keys stay equal.
 
     SplitMix64's finalizer (Steele, Lea, Flood 2014, "Fast splittable pseudorandom number generators", fig. 13).
     """
@@ -229,22 +229,22 @@ def mixed(keys: Keys, seed: int) -> Keys:
     return mixed_keys
 
 
-def _in_range(keys: Keys, number: int, partitions: int) -> npt.NDArray[np.bool_]:
-    """Do they lie in range `number` of so many that divide 0 to 2**64 evenly?"""
-    width = -(-(2**64) // partitions)
-    inside = keys >= np.uint64(number * width)
-    if number + 1 < partitions:
-        inside &= keys < np.uint64((number + 1) * width)
+def _in_partition(keys: Keys, partition: int, num_partitions: int) -> npt.NDArray[np.bool_]:
+    """Return which keys lie in one of num_partitions equal ranges of 0 to 2**64."""
+    width = -(-(2**64) // num_partitions)
+    inside = keys >= np.uint64(partition * width)
+    if partition + 1 < num_partitions:
+        inside &= keys < np.uint64((partition + 1) * width)
     return inside
 
 
 def split_at_token(whole: Order, count: int) -> tuple[Order, Order]:
-    """(the rest, the first `count` tokens), a document that lies across the cut in both."""
+    """Return (the rest, the first `count` tokens). A document that the cut divides is in both."""
     if count >= whole.tokens:
         raise InputError(f"only {whole.tokens:,} tokens: the first shard takes all of them; lower --shard-tokens")
     records = whole.records()
     before = crossing = 0
-    while True:  # some at a time: of hundreds of millions not all ends are held
+    while True:  # a block at a time, because the ends of hundreds of millions of documents would fill memory
         ends = before + np.cumsum(records["length"][crossing : crossing + BLOCK_DOCUMENTS], dtype=np.int64)
         if ends[-1] > count:
             break
@@ -257,19 +257,19 @@ def split_at_token(whole: Order, count: int) -> tuple[Order, Order]:
 
 
 def ranges(order: Order, block_tokens: int) -> Iterator[npt.NDArray[np.void]]:
-    """The order's records, each time as many as hold about block_tokens; all together exactly its tokens."""
+    """Yield the order's records in blocks of about block_tokens. Together they hold exactly the order's tokens."""
     records = order.records() if order.documents else np.empty(0, dtype=RECORD)
     begin = 0
-    left = order.tokens
+    tokens_left = order.tokens
     while begin < len(records):
-        some = np.array(records[begin : begin + BLOCK_DOCUMENTS])
+        block = np.array(records[begin : begin + BLOCK_DOCUMENTS])
         if begin == 0:
-            some["start"][0] += order.skip
-            some["length"][0] -= order.skip
-        ends = np.cumsum(some["length"], dtype=np.int64)
+            block["start"][0] += order.skip
+            block["length"][0] -= order.skip
+        ends = np.cumsum(block["length"], dtype=np.int64)
         count = max(1, int(np.searchsorted(ends, block_tokens, side="right")))
-        if ends[count - 1] > left:  # the last one goes on in the other split
-            some["length"][count - 1] -= ends[count - 1] - left
-        left -= min(left, int(ends[count - 1]))
-        yield some[:count]
+        if ends[count - 1] > tokens_left:  # the rest of the last document is in the other split
+            block["length"][count - 1] -= ends[count - 1] - tokens_left
+        tokens_left -= min(tokens_left, int(ends[count - 1]))
+        yield block[:count]
         begin += count

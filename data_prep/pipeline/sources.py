@@ -1,4 +1,4 @@
-"""Units of input: files found, divided into what one worker reads at a time, and read back document by document.
+"""Input files, their division into units (which one worker reads at a time), and the documents of a unit.
 
 | kind | a document is | a unit is |
 |---|---|---|
@@ -7,8 +7,8 @@
 | .jsonl, .jsonl.gz | one line's `text_column` | about UNIT_BYTES, cut after a line end |
 | .parquet | one row's `text_column` | whole row groups, about UNIT_BYTES of that column |
 
-A .gz file is one unit: it cannot be entered in the middle. Text is kept to the byte: nothing is stripped, line ends
-stay. Units depend on the files alone, and what is made of them does not depend on where they are cut.
+A .gz file is one unit, because it can only be read from its beginning. Every byte of the text is kept: nothing is
+stripped, and line ends stay. Units depend on the files alone, and the documents do not depend on where units are cut.
 """
 
 import gzip
@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 from common.errors import InputError
 from data_prep.pipeline import parquet_rows, python_docs
@@ -45,9 +45,10 @@ PYTHON_DOCS: dict[str, Callable[[], str]] = {
 
 @dataclass(frozen=True)
 class InputFile:
-    """path: as given, for reading and for messages. name: as the manifest records it, the same on every machine.
+    """One input file.
 
-    flag: what named it, for messages.
+    path: as on the command line, for reading and messages. name: for the manifest, the same on every machine.
+    flag: the command-line flag that named it, for messages.
     """
 
     path: str
@@ -59,10 +60,10 @@ class InputFile:
 
 @dataclass(frozen=True)
 class Reading:
-    """What decides where documents begin: the separator in plain text, the field or column of rows.
+    """How documents are read: the separator of plain text, the field or column of rows.
 
-    tolerant, of parquet rows alone: null reads as no text, and bytes that are not UTF-8 as lone surrogates. Otherwise
-    both are errors.
+    tolerant: in parquet rows, null reads as empty text, and bytes that are not UTF-8 read as lone surrogates.
+    Otherwise both are errors.
     """
 
     split_on: str | None = None
@@ -72,9 +73,9 @@ class Reading:
 
 @dataclass(frozen=True)
 class Unit:
-    """A part of one file: bytes [start, stop), or row groups of a parquet file. num_bytes: of text, about.
+    """A range of one file: bytes [start, stop), or row groups of a parquet file. num_bytes: of text, approximately.
 
-    Of what lies there only [first, last) counts: documents, or characters of a file that is one document.
+    [first, last): the documents of this range that count, or the characters of a file that is one document.
     """
 
     file: InputFile
@@ -87,7 +88,7 @@ class Unit:
 
 @dataclass(frozen=True, slots=True)
 class Document:
-    """A text and its bytes, where lone surrogates (which UTF-8 has none of) pass as they are."""
+    """A text and its UTF-8 bytes. Lone surrogates, which UTF-8 does not allow, are encoded like other characters."""
 
     position: int
     text: str
@@ -103,23 +104,23 @@ class Document:
 
 
 def is_one_document(file: InputFile, reading: Reading) -> bool:
-    """Is the whole file one document, which may be cut anywhere?"""
+    """Return whether the whole file is one document, which may be cut anywhere."""
     return file.kind == "python-docs" or (file.kind == "text" and reading.split_on is None)
 
 
 def find_files(inputs: tuple[str, ...], flag: str = "--input") -> tuple[list[InputFile], list[str]]:
-    """The files that `inputs` name, in order, folders in the order of their relative paths; and warnings."""
-    found: list[InputFile] = []
+    """Return (the files that `inputs` name, warnings). Files of a folder are in the order of their relative paths."""
+    files: list[InputFile] = []
     warnings: list[str] = []
     for name in inputs:
         path = Path(name)
         if name == "python-docs":
-            found += [InputFile(title, title, "python-docs", flag=flag) for title in PYTHON_DOCS]
+            files += [InputFile(title, title, "python-docs", flag=flag) for title in PYTHON_DOCS]
         elif path.is_dir():
-            files, left_out = _files_below(path, flag)
-            if not files:
+            files_below, left_out = _files_below(path, flag)
+            if not files_below:
                 raise InputError(f"{path}: no {', '.join(KINDS)} file in this folder ({flag})")
-            found += files
+            files += files_below
             if left_out:
                 kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(left_out.items()))
                 warnings.append(f"{path}: left out {left_out.total()} files of other kinds ({kinds})")
@@ -131,8 +132,8 @@ def find_files(inputs: tuple[str, ...], flag: str = "--input") -> tuple[list[Inp
             raise InputError(f"{path}: empty; leave it out of {flag}")
         else:
             kind, compressed = KINDS.get(_suffix(path), ("text", False))
-            found.append(InputFile(name, path.name, kind, compressed, flag))
-    return found, warnings
+            files.append(InputFile(name, path.name, kind, compressed, flag))
+    return files, warnings
 
 
 def _files_below(folder: Path, flag: str) -> tuple[list[InputFile], Counter[str]]:
@@ -150,13 +151,13 @@ def _files_below(folder: Path, flag: str) -> tuple[list[InputFile], Counter[str]
 
 
 def _suffix(path: Path) -> str:
-    """`.jsonl.gz` of `A.JSONL.GZ`, `.txt` of `a.b.txt`."""
+    """Return the lower-case suffix: `.jsonl.gz` of `A.JSONL.GZ`, `.txt` of `a.b.txt`."""
     name = path.name.lower()
     return next((suffix for suffix in sorted(KINDS, key=len, reverse=True) if name.endswith(suffix)), path.suffix)
 
 
 def file_state(file: InputFile) -> FileState:
-    """Size and time of change in ns, to notice what changes while it is read."""
+    """Return (bytes, modification time in ns), to notice a file that changes while it is read."""
     if file.kind == "python-docs":
         return 0, 0
     stat = Path(file.path).stat()
@@ -164,9 +165,9 @@ def file_state(file: InputFile) -> FileState:
 
 
 def plan_units(file: InputFile, reading: Reading, unit_bytes: int | None = None) -> list[Unit]:
-    """The file's units in order, of about unit_bytes (UNIT_BYTES unless given) where it can be divided.
+    """Return the file's units in order, each of about unit_bytes (default: UNIT_BYTES) if the file can be divided.
 
-    Reads little: around each cut, or a parquet file's footer.
+    Reads little: the text around each cut, or a parquet file's footer.
     """
     unit_bytes = unit_bytes or UNIT_BYTES
     if file.kind == "python-docs":
@@ -186,16 +187,16 @@ def plan_units(file: InputFile, reading: Reading, unit_bytes: int | None = None)
 
 
 def _cut_after(data: mmap.mmap, separator: bytes, position: int) -> int | None:
-    """The first place from `position` on that follows a separator and that reading from the start would also find.
+    """Return the first offset from `position` on, after a separator, at which reading from the start also cuts.
 
-    Separators may overlap (three line ends where two separate): one that no other overlaps from the left is always
-    found, whatever came before.
+    Separators may overlap (three line ends where two separate). A separator that no other overlaps from the left
+    always separates, whatever came before. Return None if there is none before the end of the file.
     """
-    while (place := data.find(separator, position)) >= 0:
-        if data.find(separator, max(0, place - len(separator) + 1), place + len(separator) - 1) < 0:
-            end = place + len(separator)
+    while (offset := data.find(separator, position)) >= 0:
+        if data.find(separator, max(0, offset - len(separator) + 1), offset + len(separator) - 1) < 0:
+            end = offset + len(separator)
             return end if end < len(data) else None
-        position = place + 1
+        position = offset + 1
     return None
 
 
@@ -212,7 +213,7 @@ def _row_group_units(file: InputFile, reading: Reading, unit_bytes: int) -> list
 
 
 def read_documents(unit: Unit, reading: Reading) -> Iterator[tuple[int, str]]:
-    """(position, text) of every document of the unit, empty ones too; `place_of` turns the position into words."""
+    """Yield (position, text) of every document of the unit, empty ones too. See `document_location` for positions."""
     if is_one_document(unit.file, reading):
         yield 0, read_whole(unit.file)[unit.first : unit.last]
         return
@@ -233,7 +234,7 @@ def read_documents(unit: Unit, reading: Reading) -> Iterator[tuple[int, str]]:
 
 
 def read_whole(file: InputFile) -> str:
-    """The text of a file that is one document."""
+    """Return the text of a file that is one document."""
     if file.kind == "python-docs":
         return PYTHON_DOCS[file.name]()
     size = Path(file.path).stat().st_size
@@ -241,9 +242,9 @@ def read_whole(file: InputFile) -> str:
 
 
 def read_pieces(file: InputFile, piece_bytes: int) -> Iterator[str]:
-    """The text of a file that is one document, at most piece_bytes at a time, cut after a line end where there is one.
+    """Yield the text of a file that is one document, at most piece_bytes at a time, cut after line ends if possible.
 
-    Unlike `read_whole` it holds no more than a block.
+    Unlike `read_whole`, it holds only a block in memory.
     """
     assert piece_bytes >= 4  # the longest character of UTF-8
     if file.kind == "python-docs":
@@ -252,40 +253,40 @@ def read_pieces(file: InputFile, piece_bytes: int) -> Iterator[str]:
         size = Path(file.path).stat().st_size
         blocks = _blocks(Unit(file, 0, size, size))
     offset = 0
-    rest = b""
+    remainder = b""
     for block in blocks:
-        data = rest + block
+        data = remainder + block
         begin = 0
         while len(data) - begin > piece_bytes:
             stop = end_of_piece(data, begin, begin + piece_bytes)
             yield _decode(data[begin:stop], file, offset + begin)
             begin = stop
         offset += begin
-        rest = data[begin:]
-    if rest:
-        yield _decode(rest, file, offset)
+        remainder = data[begin:]
+    if remainder:
+        yield _decode(remainder, file, offset)
 
 
 def end_of_piece(data: bytes, begin: int, limit: int) -> int:
-    """The place after the last line end in data[begin:limit], or else the last one there that divides no character."""
+    """Return the offset after the last line end in data[begin:limit], else the last that divides no character."""
     line_end = data.rfind(b"\n", begin, limit)
     if line_end >= 0:
         return line_end + 1
-    places = range(limit, limit - 4, -1)
-    return next((place for place in places if data[place] & 0xC0 != 0x80), limit)
+    offsets = range(limit, limit - 4, -1)
+    return next((offset for offset in offsets if data[offset] & 0xC0 != 0x80), limit)
 
 
-def place_of(unit: Unit, reading: Reading, position: int) -> str:
-    """The place of a document, for a message: `file:line`, the row of a parquet file, or the file that it is."""
+def document_location(unit: Unit, reading: Reading, position: int) -> str:
+    """Return the location of a document, for a message: `file:line`, the row of a parquet file, or the file."""
     if is_one_document(unit.file, reading):
         return unit.file.path
     if unit.file.kind == "parquet":
-        return parquet_rows.place_of_row(unit.file.path, position)
+        return parquet_rows.row_location(unit.file.path, position)
     return f"{unit.file.path}:{_line_at(unit.file, position)}"
 
 
 def _line_at(file: InputFile, position: int) -> int:
-    """Counted only where there is something to complain of."""
+    """Return the line number of a byte position. Reads the file from its start, so only for an error message."""
     whole = Unit(file, 0, Path(file.path).stat().st_size, 0)
     line = 1
     for block in _blocks(whole):
@@ -297,42 +298,38 @@ def _line_at(file: InputFile, position: int) -> int:
 
 
 def _blocks(unit: Unit) -> Iterator[bytes]:
-    """The unit's bytes in blocks, unpacked where they are packed."""
+    """Yield the unit's bytes in blocks, decompressed."""
     path = Path(unit.file.path)
     if unit.file.compressed:
         try:
-            with gzip.open(path, "rb") as unpacked:
-                while block := unpacked.read(BLOCK_BYTES):
+            with gzip.open(path, "rb") as stream:
+                while block := stream.read(BLOCK_BYTES):
                     yield block
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise InputError(f"{path}: damaged gzip file ({error}) ({unit.file.flag})") from error
         return
-    left = unit.stop - unit.start
-    with path.open("rb") as opened:
-        opened.seek(unit.start)
-        while left and (block := _read(opened, min(left, BLOCK_BYTES), path)):
-            left -= len(block)
+    bytes_left = unit.stop - unit.start
+    with path.open("rb") as stream:
+        stream.seek(unit.start)
+        while bytes_left:
+            block = stream.read(min(bytes_left, BLOCK_BYTES))
+            if not block:
+                raise InputError(f"{path}: became shorter while it was read")
+            bytes_left -= len(block)
             yield block
 
 
-def _read(opened: IO[bytes], count: int, path: Path) -> bytes:
-    block = opened.read(count)
-    if not block:
-        raise InputError(f"{path}: became shorter while it was read")
-    return block
-
-
-def _pieces(unit: Unit, separator: bytes) -> Iterator[tuple[int, bytes]]:
-    """(offset in the file, bytes) between separators, like bytes.split; what ends with one has nothing after it."""
+def _split(unit: Unit, separator: bytes) -> Iterator[tuple[int, bytes]]:
+    """Yield (offset in the file, bytes) between separators, like bytes.split, but nothing after a final separator."""
     offset = unit.start
-    rest = b""
+    remainder = b""
     for block in _blocks(unit):
-        *pieces, rest = (rest + block).split(separator)
+        *pieces, remainder = (remainder + block).split(separator)
         for piece in pieces:
             yield offset, piece
             offset += len(piece) + len(separator)
-    if rest:
-        yield offset, rest
+    if remainder:
+        yield offset, remainder
 
 
 def _separator(file: InputFile, reading: Reading) -> bytes:
@@ -343,12 +340,12 @@ def _separator(file: InputFile, reading: Reading) -> bytes:
 
 
 def _separated(unit: Unit, reading: Reading) -> Iterator[tuple[int, str]]:
-    for offset, piece in _pieces(unit, _separator(unit.file, reading)):
+    for offset, piece in _split(unit, _separator(unit.file, reading)):
         yield offset, _decode(piece, unit.file, offset)
 
 
 def _json_lines(unit: Unit, reading: Reading) -> Iterator[tuple[int, str]]:
-    for offset, line in _pieces(unit, b"\n"):
+    for offset, line in _split(unit, b"\n"):
         if line.strip():
             yield offset, _text_of(_decode(line, unit.file, offset), unit, offset, reading)
 
@@ -359,7 +356,7 @@ def _text_of(line: str, unit: Unit, offset: int, reading: Reading) -> str:
         row = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as error:
         fault = f"not JSON ({error}); a .jsonl file holds one object per line ({unit.file.flag})"
-        raise InputError(f"{place_of(unit, reading, offset)}: {fault}") from error
+        raise InputError(f"{document_location(unit, reading, offset)}: {fault}") from error
     if not isinstance(row, dict):
         fault = f"a JSON {type(row).__name__}, not an object ({unit.file.flag})"
     elif column not in row:
@@ -369,15 +366,15 @@ def _text_of(line: str, unit: Unit, offset: int, reading: Reading) -> str:
         fault = f"{column!r} is {type(row[column]).__name__}, not a string (--text-column)"
     else:
         return row[column]
-    raise InputError(f"{place_of(unit, reading, offset)}: {fault}")
+    raise InputError(f"{document_location(unit, reading, offset)}: {fault}")
 
 
 def _decode(data: bytes, file: InputFile, offset: int) -> str:
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
-        place = offset + error.start
+        position = offset + error.start
         raise InputError(
-            f"{file.path}:{_line_at(file, place)}: not UTF-8 (byte 0x{data[error.start]:02x} at {place}); "
+            f"{file.path}:{_line_at(file, position)}: not UTF-8 (byte 0x{data[error.start]:02x} at {position}); "
             "convert it first"
         ) from error

@@ -1,9 +1,9 @@
-"""A sample of bounded size, spread over all of the input, and held-out text that is never in it.
+"""A sample of bounded size, drawn from all of the input, and held-out text that is never in the sample.
 
-Every document has a key, a hash of its text. The sample is the documents with the smallest keys until it is full, the
-held-out text those with the largest: which they are depends on the texts alone, not on the order of the files, and
-equal documents count as one, so that a copy of a held-out one is held out too. A file that is one document is cut into
-pieces at line ends, which are drawn like documents.
+Every document has a key, a hash of its text. The sample is the documents with the smallest keys, until it is full; the
+held-out text is the documents with the largest keys. The choice depends on the texts alone, not on the order of the
+files. Equal documents count as one, so that copies of a held-out document are held out too. A file that is one document
+is cut at line ends into pieces, which are drawn like documents.
 """
 
 import hashlib
@@ -37,9 +37,9 @@ RULE = (
 
 @dataclass(frozen=True)
 class Drawn:
-    """UTF-8 documents to train on, in the order of their keys, and held out. What was read: documents, bytes, marks.
+    """UTF-8 documents to train on (in the order of their keys) and held out, and the counts of all that was read.
 
-    eot_marks: how often "<|endoftext|>" stands in the text.
+    eot_marks: occurrences of "<|endoftext|>" in the text.
     """
 
     sample: list[bytes]
@@ -50,7 +50,7 @@ class Drawn:
 
 
 def read_texts(files: list[InputFile], reading: Reading, progress: Progress) -> Iterator[str]:
-    """Every document of the files, or pieces of those that are one; a block and a document in memory at a time."""
+    """Yield every document of the files, or pieces of a file that is one. Memory: a block and a document."""
     for file in files:
         if is_one_document(file, reading):
             for piece in read_pieces(file, PIECE_BYTES):
@@ -66,43 +66,44 @@ def read_texts(files: list[InputFile], reading: Reading, progress: Progress) -> 
 
 
 def draw(texts: Iterable[str], sample_bytes: int) -> Drawn:
-    """Read all of `texts` and keep at most sample_bytes to train on. Memory: that, HELD_OUT_BYTES and a document.
+    """Read all of `texts`; return at most sample_bytes to train on, and the held-out text.
 
-    InputError if there are not two different documents.
+    Memory: sample_bytes, HELD_OUT_BYTES and a document. Raise InputError if there are not two different documents.
     """
-    first = _Smallest(sample_bytes)
-    last = _Smallest(HELD_OUT_BYTES)
+    smallest = _Smallest(sample_bytes)
+    largest = _Smallest(HELD_OUT_BYTES)
     documents = num_bytes = eot_marks = 0
     for text in texts:
         if not text:
             continue
         data = utf8(text)
         key = key_of(data)
-        first.add(key, data)
-        last.add(LARGEST_KEY - key, data)
+        smallest.add(key, data)
+        largest.add(LARGEST_KEY - key, data)
         documents += 1
         num_bytes += len(data)
         eot_marks += text.count(EOT)
-    wanted = min(HELD_OUT_BYTES, int(HELD_OUT_FRACTION * num_bytes))
+    missing_bytes = min(HELD_OUT_BYTES, int(HELD_OUT_FRACTION * num_bytes))
     held_out: dict[int, bytes] = {}
-    for key, data in last.in_order():
+    for key, data in largest.in_order():
         held_out[LARGEST_KEY - key] = data
-        if (wanted := wanted - len(data)) <= 0:
+        missing_bytes -= len(data)
+        if missing_bytes <= 0:
             break
-    sample = [data for key, data in first.in_order() if key not in held_out]
+    sample = [data for key, data in smallest.in_order() if key not in held_out]
     if not sample:
         raise InputError(
             f"--input: {documents} documents, of which one is held out, leave nothing to train on; at least two "
             "different ones are needed"
         )
-    too_many = sum(map(len, sample)) - sample_bytes
-    if too_many > 0:  # in the last one alone; half a character at the cut goes with it
-        sample[-1] = sample[-1][:-too_many].decode("utf-8", "ignore").encode("utf-8")
+    excess_bytes = sum(map(len, sample)) - sample_bytes
+    if excess_bytes > 0:  # The last document alone is too long; half a character at the cut goes too.
+        sample[-1] = sample[-1][:-excess_bytes].decode("utf-8", "ignore").encode("utf-8")
     return Drawn(sample, list(held_out.values()), documents, num_bytes, eot_marks)
 
 
 def spread(texts: Iterable[str], limit: int) -> list[bytes]:
-    """The documents with the smallest keys, as few as reach `limit` bytes."""
+    """Return the documents with the smallest keys, as few as reach `limit` bytes."""
     smallest = _Smallest(limit)
     for text in texts:
         if text:
@@ -112,7 +113,10 @@ def spread(texts: Iterable[str], limit: int) -> list[bytes]:
 
 
 def pieces(documents: Iterable[bytes]) -> Iterator[str]:
-    """The documents, long ones cut like a file that is one: trainers and tiktoken fail at a word of a million bytes."""
+    """Yield the documents, cut into pieces of at most PIECE_BYTES.
+
+    Trainers and tiktoken fail at a word of a million bytes.
+    """
     for data in documents:
         begin = 0
         while len(data) - begin > PIECE_BYTES:
@@ -127,7 +131,7 @@ def key_of(data: bytes) -> int:
 
 
 def utf8(text: str) -> bytes:
-    """UTF-8, U+FFFD for a lone surrogate: what tiktoken makes of it."""
+    """Return UTF-8, with U+FFFD for a lone surrogate, as tiktoken has it."""
     try:
         return text.encode("utf-8")
     except UnicodeEncodeError:
@@ -140,7 +144,7 @@ class _Smallest:
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._num_bytes = 0
-        self._heap: list[tuple[int, bytes]] = []  # the largest key first: it is the next to go
+        self._heap: list[tuple[int, bytes]] = []  # (-key, document): the largest key is removed first
         self._keys: set[int] = set()
 
     def add(self, key: int, data: bytes) -> None:
@@ -150,10 +154,10 @@ class _Smallest:
         self._keys.add(key)
         self._num_bytes += len(data)
         while self._num_bytes - len(self._heap[0][1]) >= self._limit:
-            negative_key, gone = heapq.heappop(self._heap)
+            negative_key, removed = heapq.heappop(self._heap)
             self._keys.remove(-negative_key)
-            self._num_bytes -= len(gone)
+            self._num_bytes -= len(removed)
 
     def in_order(self) -> list[tuple[int, bytes]]:
-        """(key, document), smallest key first."""
+        """Return (key, document), smallest key first."""
         return [(-negative_key, data) for negative_key, data in sorted(self._heap, reverse=True)]

@@ -102,7 +102,7 @@ def test_a_part_reads_back_as_written(tmp_path: Path) -> None:
     part = write_part(tmp_path / "one", {"key": 1}, iter(batches), tally)
     assert (part.documents, part.tokens) == (4, BLOCK_TOKENS + 11)
     read = read_part(tmp_path / "one", {"key": 1})
-    assert read == Part(part.path, part.tokens, 4, tally, is_old=True)
+    assert read == Part(part.path, part.tokens, 4, tally, is_reused=True)
     assert read.starts().tolist() == [0, 3, 4, BLOCK_TOKENS + 9]
     assert [a << 64 | b for a, b in read.hashes().tolist()] == [int.from_bytes(value, "big") for value in hashes]
     blocks = list(read.blocks())

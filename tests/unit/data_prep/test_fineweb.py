@@ -19,7 +19,7 @@ import pytest
 import tiktoken
 
 from data_prep import fineweb, fineweb_plan
-from data_prep.fineweb_plan import Options, local_files, units_of
+from data_prep.fineweb_plan import Options, local_files, plan_all_units
 from data_prep.manifest import read_manifest
 from data_prep.pipeline import encode, workers
 from data_prep.pipeline.partial_dir import put_in_place
@@ -172,7 +172,7 @@ def test_max_tokens_takes_the_first_pages(
     total = sum(len(ids) + 1 for ids in distinct[:count])
     assert total <= 4000 < total + len(distinct[count]) + 1
     files = local_files((str(pages[0]),))
-    assert len(units_of(files, Options(max_tokens=4000))) < len(units_of(files, Options()))
+    assert len(plan_all_units(files, Options(max_tokens=4000))) < len(plan_all_units(files, Options()))
 
 
 def test_a_tokenizer_without_eot(pages: tuple[Path, list[Text]], tmp_path: Path) -> None:
@@ -243,7 +243,7 @@ def test_tasks_share_the_work_and_one_packs(
 
 def num_missing(line: str) -> int:
     """How many parts are missing, as the refusal has it."""
-    assert "parts are not there or not sound; --stage tokenize makes them" in line
+    assert "parts are missing or damaged; --stage tokenize makes them" in line
     return int(line.removeprefix("fineweb: ").split(" of ")[0])
 
 
@@ -626,7 +626,7 @@ def test_two_at_once_into_the_same_place(many: tuple[Path, Path], ranks: str, tm
         (("--workers", "0"), "--workers 0 must be at least 1"),
         (("--shard-tokens", "0"), "--shard-tokens 0 must be between"),
         (("--seed", "-1"), "--seed -1 must be between"),
-        (("--tokenizer", "char"), "--tokenizer char would need"),
+        (("--tokenizer", "char"), "--tokenizer char needs the alphabet"),
         (("--tokenizer", "nothing"), "--tokenizer nothing: neither"),
         (("--data-files", SCRIPT), "fineweb.py is no .parquet file; data_prep/textfiles.py reads other kinds"),
         (("--data-files", "nowhere/*.parquet"), "--data-files nowhere/*.parquet: no .parquet file there"),

@@ -11,7 +11,7 @@ from common.errors import InputError
 from data_prep.pipeline import pack, selection
 from data_prep.pipeline.encode import Part, Tally, write_part
 from data_prep.pipeline.pack import documents_in_order
-from data_prep.pipeline.selection import Order, Rules, mixed, select
+from data_prep.pipeline.selection import Order, Rules, mix_keys, select
 
 ROUNDS = 12
 
@@ -64,7 +64,7 @@ def oracle(documents: list[tuple[bytes, list[int]]], rules: Rules) -> tuple[list
             val.add(text_hash)
     if rules.shuffle_seed is not None:
         keys = np.array([int.from_bytes(text_hash[:8], "big") for text_hash, _ in kept], dtype=np.uint64)
-        by_key = mixed(keys, rules.shuffle_seed).tolist()
+        by_key = mix_keys(keys, rules.shuffle_seed).tolist()
         kept = [kept[index] for index in sorted(range(len(kept)), key=by_key.__getitem__)]
     train = [ids for text_hash, ids in kept if text_hash not in val]
     return train, [ids for text_hash, ids in kept if text_hash in val]
@@ -139,12 +139,12 @@ def test_the_shuffle_depends_on_texts_and_seed_alone(tmp_path: Path) -> None:
 
 def test_mixing_is_a_permutation_that_scatters_neighbours() -> None:
     keys = np.arange(100_000, dtype=np.uint64)
-    found = mixed(keys, 5)
+    found = mix_keys(keys, 5)
     assert len(np.unique(found)) == len(keys)
     assert abs(float(found.mean()) / 2**63 - 1) < 0.01
     rises = (found[1:] > found[:-1]).mean()
     assert 0.49 < rises < 0.51
-    assert not np.array_equal(np.argsort(found), np.argsort(mixed(keys, 6)))
+    assert not np.array_equal(np.argsort(found), np.argsort(mix_keys(keys, 6)))
 
 
 @pytest.mark.parametrize(("split", "count", "flag"), [("hash", 10_000, "--val-tokens"), ("first-shard", 10_000, "")])
