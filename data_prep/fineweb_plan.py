@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from common.errors import InputError
+from common.errors import InputError, reading_from
 from common.files import write_json_atomically
 from data_prep.hub import files as hub
 from data_prep.hub.files import HubFile, HubListing
@@ -119,7 +119,8 @@ def request(options: Options, files: Sequence[InputFile] = ()) -> dict[str, Any]
     """Which input: what the Hub was asked for, or the local files' names and sizes."""
     if options.source == "hub":
         return {"dataset": options.dataset, "name": options.name, "revision": options.revision}
-    return {"data_files": [[file.name, Path(file.path).stat().st_size] for file in files]}
+    with reading_from("--data-files"):
+        return {"data_files": [[file.name, Path(file.path).stat().st_size] for file in files]}
 
 
 def part_options(options: Options, files: Sequence[InputFile], tokenizer: Tokenizer) -> dict[str, Any]:
@@ -209,6 +210,11 @@ def downloads_of(options: Options, listing: HubListing) -> Path:
 
 def local_files(patterns: tuple[str, ...]) -> list[InputFile]:
     """The parquet files that --data-files names, in the order of their names below each folder or pattern."""
+    with reading_from("--data-files"):
+        return _local_files(patterns)
+
+
+def _local_files(patterns: tuple[str, ...]) -> list[InputFile]:
     found: dict[Path, str] = {}
     for pattern in patterns:
         folder, paths = _matching(pattern)

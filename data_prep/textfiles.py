@@ -36,7 +36,7 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.errors import InputError, one_line_errors
+from common.errors import InputError, one_line_errors, reading_from
 from data_prep.hub.corpora import CORPORA
 from data_prep.hub.download import fetch
 from data_prep.manifest import Manifest
@@ -271,8 +271,9 @@ def check_options(options: Options) -> None:
 def prepare(options: Options, preset: str | None = None) -> Manifest:
     """The whole stage, of a preset's files where one is named. InputError, with nothing finished touched, if bad."""
     check_options(options)
-    if options.out.is_symlink():  # what it points to is made or replaced, not the link
-        options = dataclasses.replace(options, out=options.out.resolve())
+    with reading_from(options.out):
+        if options.out.is_symlink():  # what it points to is made or replaced, not the link
+            options = dataclasses.replace(options, out=options.out.resolve())
     started = time.perf_counter()
     source = find_source(options, preset)
     states = {file: file_state(file) for file in source.files}

@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from common.errors import InputError
+from common.errors import InputError, reading_from
 from common.files import sha256_of_file
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from model.base import HEAD, LanguageModel
@@ -52,7 +52,8 @@ def step_of(checkpoint: Path) -> int:
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first, sound or not."""
     folder = run_dir / CHECKPOINTS
-    found = [path for path in folder.iterdir() if STEP_NAME.fullmatch(path.name)] if folder.is_dir() else []
+    with reading_from(folder):
+        found = [path for path in folder.iterdir() if STEP_NAME.fullmatch(path.name)] if folder.is_dir() else []
     return sorted(found, key=step_of)
 
 
@@ -95,7 +96,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """state.json of a checkpoint."""
     path = checkpoint / STATE_FILE
     try:
-        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        with reading_from(path):
+            state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: damaged ({error})") from error
     return state
@@ -122,6 +124,11 @@ class TrainedModel:
 
 def find_checkpoint(name: str | Path) -> Path:
     """RUN's newest sound checkpoint, RUN@STEP's, or the checkpoint at a path. InputError: not there, or not sound."""
+    with reading_from(name):
+        return _find_checkpoint(name)
+
+
+def _find_checkpoint(name: str | Path) -> Path:
     path = Path(name)
     run, at, step = str(name).rpartition("@")
     if at and step.isdigit() and not path.exists():
@@ -238,8 +245,10 @@ class SafeReader(dcp.FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = Path(self.path) / ".metadata"
+        with reading_from(path):
+            content = path.read_bytes()
         try:
-            metadata = AllowListUnpickler(io.BytesIO(path.read_bytes())).load()
+            metadata = AllowListUnpickler(io.BytesIO(content)).load()
         except (
             pickle.UnpicklingError,
             EOFError,

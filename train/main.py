@@ -26,7 +26,7 @@ parent_watch.remember()
 
 import torch
 
-from common.errors import one_line_errors
+from common.errors import one_line_errors, reading_from
 from data_prep.manifest import FILE_NAME, Manifest, read_manifest
 from data_prep.tokenizer import load_tokenizer
 from model.checkpoint import list_checkpoints
@@ -71,7 +71,8 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def planned(config: Config, place: RankInfo) -> list[str]:
     """The run card for as many processes as `place` says, and every refusal that needs no GPU; touches nothing."""
-    manifest = read_manifest(config.data.dir) if (config.data.dir / FILE_NAME).is_file() else None
+    with reading_from(config.data.dir):
+        manifest = read_manifest(config.data.dir) if (config.data.dir / FILE_NAME).is_file() else None
     if manifest is not None:
         config = with_vocabulary(config, manifest.vocab_size, manifest.eot_id)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -11,7 +11,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from common.errors import InputError
+from common.errors import InputError, reading_from, writing_to
 from common.files import fsync_directory, sha256_of_file
 from data_prep.pipeline.workers import Progress
 
@@ -66,10 +66,16 @@ class Patience:
 
 def fetch(url: str, sha256: str, path: Path, *, num_bytes: int | None = None) -> None:
     """A file with that hash at `path`: the one that is there, or downloaded now, going on from an earlier attempt."""
-    if path.is_file():
-        if sha256_of_file(path) == sha256:
-            return
-        raise InputError(f"{path}: its sha256 is not the pinned {sha256[:16]}...; remove it to download it again")
+    with reading_from(path):
+        if path.is_file():
+            if sha256_of_file(path) == sha256:
+                return
+            raise InputError(f"{path}: its sha256 is not the pinned {sha256[:16]}...; remove it to download it again")
+    with writing_to(path.parent):
+        _fetch_anew(url, sha256, path, num_bytes)
+
+
+def _fetch_anew(url: str, sha256: str, path: Path, num_bytes: int | None) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     print(f"downloading {url} to {path}", file=sys.stderr, flush=True)

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
-from common.errors import InputError
+from common.errors import InputError, reading_from
 from data_prep.pipeline import parquet_rows, python_docs
 
 UNIT_BYTES = 8 * 2**20
@@ -109,6 +109,11 @@ def is_one_document(file: InputFile, reading: Reading) -> bool:
 
 def find_files(inputs: tuple[str, ...], flag: str = "--input") -> tuple[list[InputFile], list[str]]:
     """The files that `inputs` name, in order, folders in the order of their relative paths; and warnings."""
+    with reading_from(flag):
+        return _find_files(inputs, flag)
+
+
+def _find_files(inputs: tuple[str, ...], flag: str) -> tuple[list[InputFile], list[str]]:
     found: list[InputFile] = []
     warnings: list[str] = []
     for name in inputs:
@@ -159,8 +164,14 @@ def file_state(file: InputFile) -> FileState:
     """Size and time of change in ns, to notice what changes while it is read."""
     if file.kind == "python-docs":
         return 0, 0
-    stat = Path(file.path).stat()
+    with reading_from(file.path):
+        stat = Path(file.path).stat()
     return stat.st_size, stat.st_mtime_ns
+
+
+def _size_of(file: InputFile) -> int:
+    with reading_from(file.path):
+        return Path(file.path).stat().st_size
 
 
 def plan_units(file: InputFile, reading: Reading, unit_bytes: int | None = None) -> list[Unit]:
@@ -174,12 +185,16 @@ def plan_units(file: InputFile, reading: Reading, unit_bytes: int | None = None)
         return [Unit(file, 0, size, size)]
     if file.kind == "parquet":
         return _row_group_units(file, reading, unit_bytes)
-    size = Path(file.path).stat().st_size
+    size = _size_of(file)
     if file.compressed or is_one_document(file, reading) or size <= unit_bytes:
         return [Unit(file, 0, size, size)]
     separator = _separator(file, reading)
     cuts = [0]
-    with Path(file.path).open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    with (
+        reading_from(file.path),
+        Path(file.path).open("rb") as opened,
+        mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data,
+    ):
         while (cut := _cut_after(data, separator, cuts[-1] + unit_bytes)) is not None:
             cuts.append(cut)
     return [Unit(file, start, stop, stop - start) for start, stop in itertools.pairwise([*cuts, size])]
@@ -236,7 +251,7 @@ def read_whole(file: InputFile) -> str:
     """The text of a file that is one document."""
     if file.kind == "python-docs":
         return PYTHON_DOCS[file.name]()
-    size = Path(file.path).stat().st_size
+    size = _size_of(file)
     return _decode(b"".join(_blocks(Unit(file, 0, size, size))), file, 0)
 
 
@@ -249,7 +264,7 @@ def read_pieces(file: InputFile, piece_bytes: int) -> Iterator[str]:
     if file.kind == "python-docs":
         blocks = iter([PYTHON_DOCS[file.name]().encode("utf-8")])
     else:
-        size = Path(file.path).stat().st_size
+        size = _size_of(file)
         blocks = _blocks(Unit(file, 0, size, size))
     offset = 0
     rest = b""
@@ -286,7 +301,7 @@ def place_of(unit: Unit, reading: Reading, position: int) -> str:
 
 def _line_at(file: InputFile, position: int) -> int:
     """Counted only where there is something to complain of."""
-    whole = Unit(file, 0, Path(file.path).stat().st_size, 0)
+    whole = Unit(file, 0, _size_of(file), 0)
     line = 1
     for block in _blocks(whole):
         line += block.count(b"\n", 0, max(0, position))
@@ -300,15 +315,16 @@ def _blocks(unit: Unit) -> Iterator[bytes]:
     """The unit's bytes in blocks, unpacked where they are packed."""
     path = Path(unit.file.path)
     if unit.file.compressed:
-        try:
-            with gzip.open(path, "rb") as unpacked:
-                while block := unpacked.read(BLOCK_BYTES):
-                    yield block
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise InputError(f"{path}: damaged gzip file ({error}) ({unit.file.flag})") from error
+        with reading_from(path):
+            try:
+                with gzip.open(path, "rb") as unpacked:
+                    while block := unpacked.read(BLOCK_BYTES):
+                        yield block
+            except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+                raise InputError(f"{path}: damaged gzip file ({error}) ({unit.file.flag})") from error
         return
     left = unit.stop - unit.start
-    with path.open("rb") as opened:
+    with reading_from(path), path.open("rb") as opened:
         opened.seek(unit.start)
         while left and (block := _read(opened, min(left, BLOCK_BYTES), path)):
             left -= len(block)

@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from common.errors import InputError
+from common.errors import InputError, reading_from
 from data_prep.manifest import FILE_NAME, Manifest, read_manifest
 from model.checkpoint import TrainedModel
 
@@ -77,8 +77,10 @@ def _command_lines(run: dict[str, Any], provenance: dict[str, Any]) -> list[str]
 
 def _result_lines(path: Path, step: int | None) -> list[str]:
     """The last validation and the last HellaSwag score up to the step that is exported."""
-    whole_lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+    with reading_from(path):
+        content = path.read_bytes() if path.is_file() else b""
     try:
+        whole_lines = content.decode("utf-8").split("\n")[:-1]
         known = [row for row in map(json.loads, whole_lines) if row["step"] <= step]
         rows = [row for row in known if "val_loss" in row]
         scored = [_score_line(row) for row in known if "hellaswag_acc" in row][-1:]
@@ -114,10 +116,12 @@ def _score_line(row: dict[str, Any]) -> str:
 
 def _record(path: Path) -> dict[str, Any]:
     """A run's own file; empty where a checkpoint was copied here without its run."""
-    if not path.is_file():
-        return {}
+    with reading_from(path):
+        if not path.is_file():
+            return {}
+        content = path.read_bytes()
     try:
-        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        found: dict[str, Any] = json.loads(content)
     except ValueError as error:
         raise InputError(f"{path}: damaged ({error}); the model card is made of it") from error
     return found

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from common.errors import InputError, writing_to
+from common.errors import InputError, reading_from, writing_to
 from common.files import write_atomically, write_json_atomically
 from model.base import LanguageModel
 
@@ -44,9 +44,11 @@ def record_name(kind: str, step: int | None, key: Key) -> str:
 
 def read_result(path: Path, key: Key) -> dict[str, Any] | None:
     """What was found before under this key; None if nothing was."""
-    if not path.is_file():
-        return None
-    record = _checked(path.read_bytes(), str(path))
+    with reading_from(path):
+        if not path.is_file():
+            return None
+        content = path.read_bytes()
+    record = _checked(content, str(path))
     if record.get("key") != key:
         raise InputError(f"{path}: of another model or other tokens than its name says; remove it")
     found: dict[str, Any] = record["result"]

@@ -84,7 +84,7 @@ def test_every_sequence_is_the_one_that_training_reads(plain: Path) -> None:
         ("--sequence 0 --seq-len 5000", "train has 0 sequences of --seq-len 5000"),
         ("--sequence 0 --seq-len 0", "--seq-len 0 must be at least 1"),
         ("--sequence 0 --split test", "has no split 'test', only train, val"),
-        ("--sequence 0 --adopt", "--adopt and --sequence are two things"),
+        ("--sequence 0 --adopt", "--adopt and --sequence cannot be combined"),
     ],
 )
 def test_what_is_not_there_is_refused_in_one_line(plain: Path, flags: str, said: str) -> None:

@@ -205,13 +205,13 @@ def test_an_eot_that_the_index_does_not_name_is_found_behind_true_hashes(
 ) -> None:
     overwrite(data / "train_000001.bin", 1024 + 2 * 17, np.array([EOT], dtype="<u2").tobytes())
     restate(data)
-    assert f"{data / 'train_000001.bin'}: its index does not name exactly the places of EOT" in complaint(data)
+    assert f"{data / 'train_000001.bin'}: its index does not name exactly the positions of EOT" in complaint(data)
 
 
 def test_an_index_of_another_place_is_found_behind_true_hashes(data: Path, complaint: Callable[[Path], str]) -> None:
     overwrite(data / "train_000000.idx", 0, np.array([1], dtype="<u8").tobytes())
     restate(data)
-    assert f"{data / 'train_000000.bin'}: its index does not name exactly the places of EOT" in complaint(data)
+    assert f"{data / 'train_000000.bin'}: its index does not name exactly the positions of EOT" in complaint(data)
 
 
 @pytest.mark.parametrize("slot", [3, 4, 5])
