@@ -304,9 +304,10 @@ def load_tokenizer(directory: Path) -> Tokenizer:
                 tokenizer = BpeTokenizer(ranks, name=description["name"], pattern=description["pattern"])
             case kind:
                 raise InputError(f"{path}: unknown kind of tokenizer {kind!r}")
+        is_as_described = tokenizer.describe() == description
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged ({type(error).__name__}: {error})") from error
-    if tokenizer.describe() != description:
+    if not is_as_described:
         raise InputError(f"{path}: the tokenizer is not the one it describes; one of its files was altered")
     return tokenizer
 
