@@ -1,48 +1,75 @@
-"""Bad input from a person: one clear line and exit status 2, never a traceback."""
+"""The errors that a user can mend: one clear line on stderr and exit status 2. A bug of ours keeps its traceback."""
+
+from __future__ import annotations  # launch/snapshot.py and launch/requeue.py run on Python 3.9
 
 import errno
 import io
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+READ_REMEDIES = {
+    errno.ENOENT: "check the path",
+    errno.EACCES: "change its permissions",
+    errno.EPERM: "change its permissions",
+    errno.EISDIR: "give a file, not a directory",
+    errno.ENOTDIR: "give a directory, not a file",
+}
+
 
 class InputError(ValueError):
-    """What was given, what is needed, and which flag or file to change, in one line."""
+    """A mistake of the user or a fault of the machine, in one line: what happened, what is needed, what to change."""
 
 
 def first_line(error: BaseException) -> str:
-    """Of what another library says, which may be long."""
+    """Return the first line of another library's message, or the error's type if it has none."""
     return str(error).splitlines()[0] if str(error) else type(error).__name__
 
 
 @contextmanager
-def writing_to(directory: Path) -> Iterator[None]:
-    """An OSError inside becomes an InputError that names the directory and says what to do about it."""
+def reading_from(source: Path | str) -> Iterator[None]:
+    """Turn an OSError inside into an InputError that names `source` (a path or a flag) and the remedy."""
     try:
         yield
     except OSError as error:
-        is_full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        advice = "make room there" if is_full else "mend that"
-        raise InputError(
-            f"{directory}: cannot be written ({error}); {advice}, then give the same command again"
-        ) from error
+        remedy = READ_REMEDIES.get(error.errno or 0, "check the disk, then give the same command again")
+        raise InputError(f"{source}: cannot be read ({error}); {remedy}") from error
+
+
+@contextmanager
+def writing_to(path: Path) -> Iterator[None]:
+    """Turn an OSError inside into an InputError that names the directory or file and the remedy."""
+    try:
+        yield
+    except OSError as error:
+        remedy = "make room there" if error.errno in FULL_DISK else "fix that"
+        raise InputError(f"{path}: cannot be written ({error}); {remedy}, then give the same command again") from error
+
+
+def print_error(program: str, error: BaseException) -> None:
+    """Print one line on stderr; if GPT_LADDER_TRACEBACK is 1, print the traceback first."""
+    if os.environ.get("GPT_LADDER_TRACEBACK") == "1":
+        traceback.print_exception(type(error), error, error.__traceback__)
+    print(f"{program}: {str(error) or 'interrupted'}", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
-    """Turn an InputError, and what the file system refuses, into one line on stderr and exit status 2; Ctrl-C into 130.
+    """Turn an InputError into one line on stderr and exit status 2, and Ctrl-C into one line and exit status 130.
 
-    Under torchrun every rank meets the same error; only rank 0 prints it. A character that the console cannot show
-    is printed as its escape.
+    Every other exception keeps its traceback, since it is a bug of ours. That includes a bare OSError: code that opens
+    what the user named wraps it in `reading_from` or `writing_to`. Under torchrun every rank raises the same
+    InputError, so only rank 0 prints it. A character that the console cannot show is printed as its escape.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
-    except (InputError, OSError, KeyboardInterrupt) as error:
+    except (InputError, KeyboardInterrupt) as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"{program}: {str(error) or 'interrupted'}", file=sys.stderr, flush=True)
+            print_error(program, error)
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)

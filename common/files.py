@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: write beside, fsync, rename."""
+"""Files that are either whole or absent: they are written under another name, fsynced and renamed."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def fsync_directory(directory: Path) -> None:
-    """Make the renames and new names inside `directory` durable."""
+    """Make the new names inside `directory` survive a crash of the machine."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -18,18 +18,18 @@ def fsync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _beside(path: Path) -> Path:
-    """A name that no other process has, on whatever host."""
+def _temporary_name(path: Path) -> Path:
+    """Return a hidden name beside `path` that no other process uses, on any host."""
     return path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
 
 
 def write_atomically(path: Path, content: str) -> None:
-    """Replace `path` by `content` so that no reader, and no crash, ever sees half of it.
+    """Replace `path` by `content` so that no reader and no crash ever sees half of it.
 
-    Where that fails, as on a full disk, nothing is left beside it, and the OSError names `path` (a failed write's own
-    names no file).
+    If that fails, as on a full disk, no temporary file stays, and the OSError names `path`: that of a failed write
+    names no file.
     """
-    temporary = _beside(path)
+    temporary = _temporary_name(path)
     try:
         with temporary.open("w", encoding="utf-8", newline="") as file:
             file.write(content)
@@ -44,9 +44,9 @@ def write_atomically(path: Path, content: str) -> None:
 
 
 def write_blocks_atomically(path: Path, blocks: Iterable[bytes | memoryview]) -> str:
-    """`write_atomically` of bytes as they come, without holding them; their hex sha256."""
+    """Write blocks of bytes like `write_atomically`, one block in memory at a time, and return their hex sha256."""
     digest = hashlib.sha256()
-    temporary = _beside(path)
+    temporary = _temporary_name(path)
     with temporary.open("wb") as file:
         for block in blocks:
             digest.update(block)
@@ -59,11 +59,11 @@ def write_blocks_atomically(path: Path, blocks: Iterable[bytes | memoryview]) ->
 
 
 def write_json_atomically(path: Path, value: Any) -> None:
-    """`write_atomically` of `value` as indented JSON."""
+    """Write `value` as indented JSON, like `write_atomically`."""
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=True) + "\n")
 
 
 def sha256_of_file(path: Path) -> str:
-    """Hex sha256 of a file's bytes, read in blocks."""
+    """Return the hex sha256 of a file's bytes, read in blocks."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,4 +1,4 @@
-"""Flags and commands that were renamed: each is refused with its new name, never given another meaning."""
+"""Flags that were renamed. The old name is refused with the new one, and never gets another meaning."""
 
 from collections.abc import Sequence
 
@@ -15,7 +15,7 @@ FORMER_FLAGS = {
 
 
 def refuse_former_flags(args: Sequence[str]) -> None:
-    """Raise InputError if a flag is given under a name that it no longer has."""
+    """Raise InputError that names the new flag if `args` holds a renamed one."""
     names = [arg.partition("=")[0].replace("_", "-") for arg in args if arg.startswith("--")]
     renamed = [f"{name} is now called {FORMER_FLAGS[name]}" for name in names if name in FORMER_FLAGS]
     if renamed:

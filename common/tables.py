@@ -1,16 +1,19 @@
-"""What a command shows: tables, printed and put into a page of docs/ between two marks that name it; pictures."""
+"""Tables that commands print and put into a page of docs/, and the figures beside them."""
 
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from common.errors import InputError
+from common.errors import InputError, reading_from, writing_to
 from common.files import write_atomically
 
 
 def markdown(rows: Sequence[Sequence[str]], *, right_from: int | None = None) -> str:
-    """A header and rows, padded so that they are also read in a terminal; from column `right_from` on to the right."""
+    """Return a Markdown table of `rows`, the header first, padded to be read in a terminal too.
+
+    Columns from `right_from` on are aligned to the right.
+    """
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     is_right = [right_from is not None and column >= right_from for column in range(len(widths))]
     rule = "|".join(f"{'-' * (w + 1)}:" if right else "-" * (w + 2) for w, right in zip(widths, is_right, strict=True))
@@ -25,17 +28,19 @@ def markdown(rows: Sequence[Sequence[str]], *, right_from: int | None = None) ->
 
 
 def put_into(path: Path, mark: str, text: str | None) -> None:
-    """Replace what stands between <!-- mark --> and <!-- end -->; None: only see whether they are there."""
-    content = path.read_text(encoding="utf-8") if path.is_file() else ""
+    """Replace the text between <!-- mark --> and <!-- end --> in a page; None: only check that both marks are there."""
+    with reading_from(path):
+        content = path.read_text(encoding="utf-8") if path.is_file() else ""
     marks = re.compile(rf"(<!-- {re.escape(mark)} -->\n).*?(<!-- end -->)", re.DOTALL)
     if len(marks.findall(content)) != 1:
         raise InputError(f"{path}: --into needs one <!-- {mark} --> with an <!-- end --> after it")
     if text is not None:
-        write_atomically(path, marks.sub(lambda found: f"{found[1]}{text}{found[2]}", content))
+        with writing_to(path):
+            write_atomically(path, marks.sub(lambda match: f"{match[1]}{text}{match[2]}", content))
 
 
 def new_figure(*, figsize: tuple[float, float] | None = None) -> Any:
-    """Of matplotlib, inches wide and high; InputError where it is not installed."""
+    """Return an empty matplotlib figure of `figsize` inches; raise InputError if matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError as error:

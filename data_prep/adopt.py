@@ -1,8 +1,9 @@
-"""Ready-made token files of other projects get a manifest where they lie; the files themselves are only read.
+"""Adopt ready-made token files of other projects: write a manifest beside them; the files themselves are only read.
 
-What a file is, its bytes say: llm.c's magic number, numpy's, or neither (then a .bin is taken for nanoGPT's bare
-uint16, which the scan of its ids confirms: other data holds ids beyond the vocabulary). Which split it is, its name
-says: `train` or `val` before the number, as in fineweb_train_000001.bin, edufineweb_val_000000.npy, train.bin.
+The first bytes of a file tell its format: llm.c's magic number, numpy's, or neither. A .bin with neither is taken for
+nanoGPT's bare uint16; the scan of its ids confirms that, since other data holds ids beyond the vocabulary. The name
+tells the split: `train` or `val` before the number, as in fineweb_train_000001.bin, edufineweb_val_000000.npy or
+train.bin.
 """
 
 import hashlib
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
-from common.errors import InputError
+from common.errors import InputError, reading_from, writing_to
 from common.files import sha256_of_file
 from data_prep.manifest import FILE_NAME, Manifest, SplitInfo, read_manifest
 from data_prep.shards import MAGIC, VERSION, Format, ShardInfo, open_shard
@@ -27,7 +28,7 @@ BLOCK_TOKENS = 2**24
 
 @dataclass(frozen=True)
 class TokenFile:
-    """One file that is to be adopted."""
+    """A token file to adopt."""
 
     path: Path
     format: Format
@@ -37,20 +38,21 @@ class TokenFile:
 
 
 def adopt(directory: Path, tokenizer: Tokenizer) -> bool:
-    """Write manifest.json and tokenizer/ for the token files in `directory`. False: they were adopted before."""
-    earlier = read_manifest(directory) if (directory / FILE_NAME).exists() else None
+    """Write manifest.json and tokenizer/ for the token files in `directory`; False if they were adopted before."""
+    with reading_from(directory):
+        earlier = read_manifest(directory) if (directory / FILE_NAME).exists() else None
     if earlier is not None and "adopted" not in earlier.source:
         raise InputError(f"{directory}: has a manifest from its preparation; there is nothing to adopt")
     files = find_token_files(directory)
     infos = {file.path: describe(file, tokenizer) for file in files}
     splits = {}
     for split in ("train", "val"):
-        own = sorted((file for file in files if file.split == split), key=lambda file: file.number)
-        if not own:
+        in_order = sorted((file for file in files if file.split == split), key=lambda file: file.number)
+        if not in_order:
             continue
-        shards = tuple(infos[file.path] for file in own)
+        shards = tuple(infos[file.path] for file in in_order)
         stream = hashlib.sha256()
-        for file in own:
+        for file in in_order:
             add_tokens(stream, open_shard(file.path, file.format).tokens)
         splits[split] = SplitInfo(
             shards, sum(info.tokens for info in shards), sum(info.documents for info in shards), stream.hexdigest()
@@ -59,13 +61,14 @@ def adopt(directory: Path, tokenizer: Tokenizer) -> bool:
     if earlier is not None:
         check_same(directory, earlier, manifest)
         return False
-    tokenizer.save(directory)
-    manifest.write(directory)
+    with writing_to(directory):
+        tokenizer.save(directory)
+        manifest.write(directory)
     return True
 
 
 def check_same(directory: Path, earlier: Manifest, manifest: Manifest) -> None:
-    """InputError unless the manifest that is there is this one."""
+    """Raise InputError unless the earlier manifest describes the same files and tokenizer."""
     if earlier.tokenizer != manifest.tokenizer:
         raise InputError(f"{directory}: was adopted with another --tokenizer; to change that, remove its {FILE_NAME}")
     old, new = ({info for split in each.splits.values() for info in split.shards} for each in (earlier, manifest))
@@ -75,31 +78,31 @@ def check_same(directory: Path, earlier: Manifest, manifest: Manifest) -> None:
 
 
 def find_token_files(directory: Path) -> list[TokenFile]:
-    """Every token file in `directory`; InputError where they are not one set of one format."""
-    if not directory.is_dir():
-        raise InputError(f"{directory}: no such directory (--adopt)")
-    found = []
-    for path in sorted(directory.iterdir()):
-        match = NAME.fullmatch(path.name)
-        if match and path.is_file():
-            file_format = format_of(path)
-            found.append(TokenFile(path, file_format, match["stem"] or "", match["split"], int(match["number"] or 0)))
-    if not found:
+    """Return every token file in `directory`. Raise InputError if they are not one set of one format."""
+    files = []
+    with reading_from(directory):
+        if not directory.is_dir():
+            raise InputError(f"{directory}: no such directory (--adopt)")
+        for path in sorted(directory.iterdir()):
+            match = NAME.fullmatch(path.name)
+            if match and path.is_file():
+                number = int(match["number"] or 0)
+                files.append(TokenFile(path, format_of(path), match["stem"] or "", match["split"], number))
+    if not files:
         raise InputError(f"{directory}: no token file named *train*.bin, *val*.bin or .npy (--adopt)")
     for aspect in ("format", "stem"):
-        kinds = {getattr(file, aspect): file.path.name for file in found}
+        kinds = {getattr(file, aspect): file.path.name for file in files}
         if len(kinds) > 1:
             raise InputError(
                 f"{directory}: files of several sets ({', '.join(kinds.values())}); adopt one per directory"
             )
-    places = {(file.split, file.number): file.path.name for file in found}
-    if len(places) < len(found):
+    if len({(file.split, file.number) for file in files}) < len(files):
         raise InputError(f"{directory}: several files of the same split and number (--adopt)")
-    return found
+    return files
 
 
 def format_of(path: Path) -> Format:
-    """The format that the file's first bytes show."""
+    """Return the format that the file's first bytes show. Raise InputError for a format that is not read here."""
     with path.open("rb") as file:
         head = file.read(16)
     if head.startswith(NPY_MAGIC):
@@ -119,27 +122,25 @@ def format_of(path: Path) -> Format:
 
 
 def describe(file: TokenFile, tokenizer: Tokenizer) -> ShardInfo:
-    """What the manifest keeps of the file; every id is held against the vocabulary."""
+    """Return the file's entry in the manifest, after checking every id against the vocabulary."""
     tokens = open_shard(file.path, file.format).tokens
     documents = 0
     for begin in range(0, len(tokens), BLOCK_TOKENS):
         block = np.asarray(tokens[begin : begin + BLOCK_TOKENS])
         if int(block.max()) >= tokenizer.vocab_size:
-            place = begin + int(np.argmax(block >= tokenizer.vocab_size))
+            position = begin + int(np.argmax(block >= tokenizer.vocab_size))
             raise InputError(
-                f"{file.path}: token {place:,} is id {tokens[place]}, outside the vocabulary of "
-                f"{tokenizer.vocab_size}; "
-                "another --tokenizer, or no token file"
+                f"{file.path}: token {position:,} is id {tokens[position]}, outside the vocabulary of "
+                f"{tokenizer.vocab_size}; give another --tokenizer, or remove what is no token file"
             )
         if tokenizer.eot_id is not None:
             documents += int(np.count_nonzero(block == tokenizer.eot_id))
-    size = file.path.stat().st_size
-    return ShardInfo(
-        file.path.name, file.format, len(tokens), documents, size, sha256_of_file(file.path), idx_sha256=None
-    )
+    with reading_from(file.path):
+        num_bytes, sha256 = file.path.stat().st_size, sha256_of_file(file.path)
+    return ShardInfo(file.path.name, file.format, len(tokens), documents, num_bytes, sha256, idx_sha256=None)
 
 
 def add_tokens(stream: "hashlib._Hash", tokens: np.ndarray) -> None:
-    """Add tokens to the hash of a stream, without a copy of them all."""
+    """Add tokens to the hash of a stream, block by block, so that they are never copied as a whole."""
     for begin in range(0, len(tokens), BLOCK_TOKENS):
         stream.update(tokens[begin : begin + BLOCK_TOKENS].tobytes())

@@ -8,21 +8,22 @@
 on held-out text. 32,000 ids from 15 MB of mixed text: 4 to 5 s, 5 to 7 s in all, 0.15 GB; from 100 MB 37 s, 0.42 GB
 (two cores, not alone on them). --trainer reference: 0.7 s for the first, 11 s for the second.
 
-Input is what data_prep/textfiles.py reads: text, .jsonl, .parquet, .gz, folders. All of it is read, and at most
---sample-bytes of it, spread over all documents, are trained on (pipeline/text_sample.py); a small part that is never
+The input is what data_prep/textfiles.py reads: text, .jsonl, .parquet, .gz, folders. The command reads all of it and
+trains on at most --sample-bytes, spread over all documents (pipeline/text_sample.py). A small part that is never
 trained on measures bytes per token and speed.
 
-The vocabulary is the 256 bytes in GPT-2's order, then the merges, then EOT, the last id, which text never becomes.
-`<|endoftext|>` in the text is ordinary text unless --split-documents-on names it; the pattern splits it in three, so
-that it is never one token. No merge crosses a word of the pattern, nor therefore a document.
+The vocabulary is the 256 bytes in GPT-2's order, then the merges, then EOT, the last id, which no text becomes.
+`<|endoftext|>` in the text is ordinary text unless --split-documents-on names it. The pattern splits it in three, so
+it is never one token. No merge crosses a word of the pattern, so none crosses a document either.
 
-Hugging Face `tokenizers` makes the merges, or --trainer reference (data_prep/bpe_reference.py), which is there to be
-read, makes the same and says where the time goes. Hugging Face merges listed pairs, tiktoken any two neighbours whose
-bytes together are a token. The ids are the same: what stands between two ends of tokens is merged as it would be
-alone, so that bytes which are a token are never met as two others. Nor therefore do two merges make the same bytes.
+Hugging Face `tokenizers` makes the merges. --trainer reference (data_prep/bpe_reference.py, written to be read) makes
+the same merges and says where the time goes. Hugging Face merges listed pairs; tiktoken merges any two neighbours
+whose bytes together are a token. The ids are the same: the bytes between two ends of tokens are merged as if they
+stood alone, so bytes that are a token never appear as two other tokens. For the same reason no two merges make the
+same bytes.
 
---out holds ranks.tiktoken, codec.json, and training.json: of what it was made, and how. Same input and options, same
-bytes. It appears whole or not at all, and is replaced only with --overwrite.
+--out holds ranks.tiktoken, codec.json and training.json (inputs, options, versions and results). The same input and
+options give the same bytes. The folder appears whole or not at all, and only --overwrite replaces it.
 """
 
 import dataclasses
@@ -42,7 +43,7 @@ if not __package__:
 
 import tyro
 
-from common.errors import InputError, one_line_errors
+from common.errors import InputError, one_line_errors, reading_from
 from common.files import write_json_atomically
 from data_prep import bpe_reference
 from data_prep.pipeline.encode import describe_file
@@ -69,26 +70,26 @@ class Options:
     """Files (text in UTF-8, .jsonl, .parquet, .txt.gz, .jsonl.gz) or folders of them; or `python-docs`, the text
     inside every CPython."""
     vocab_size: int
-    """All ids: 256 bytes, the merges, and EOT."""
+    """Number of ids: 256 bytes, the merges and EOT."""
     out: Path
-    """The folder to make, for --tokenizer of data_prep/textfiles.py."""
+    """The folder to make, which --tokenizer of data_prep/textfiles.py takes."""
     trainer: Literal["tokenizers", "reference"] = "tokenizers"
-    """What makes the merges: Hugging Face's library, or our own, to be read."""
+    """The trainer that makes the merges: Hugging Face's library, or our own readable one."""
     sample_bytes: int = 100_000_000
-    """Text to train on, at most. Little is gained beyond the default: 100 MB of Python and its documentation gave
-    0.2 % fewer tokens with 32,000 ids than 50 MB did (25 MB 0.7 % fewer than 12.5 MB), for twice the time."""
+    """Largest number of bytes to train on. More than the default gains little: with 32,000 ids, 100 MB of Python and
+    its documentation gave 0.2 % fewer tokens than 50 MB (25 MB 0.7 % fewer than 12.5 MB), for twice the time."""
     compare: tuple[str, ...] = ()
-    """Other files or folders, read like --input, whose bytes per token are to be told as well."""
+    """Other files or folders, read like --input, whose bytes per token are printed too."""
     split_documents_on: str | None = None
-    """Plain text files hold many documents with this between them, for example '<|endoftext|>'."""
+    """Separator between the documents of a plain text file, for example '<|endoftext|>'."""
     text_column: str = "text"
-    """The field of .jsonl rows and the column of .parquet files that holds the text."""
+    """The field of .jsonl rows and the column of .parquet files that hold the text."""
     overwrite: bool = False
-    """Make it anew, replacing the tokenizer that is there once the new one is complete."""
+    """Make the tokenizer anew and replace the existing one once the new one is complete."""
 
 
 def train_by_tokenizers(texts: Iterable[str], num_tokens: int) -> Any:
-    """A Hugging Face tokenizers.Tokenizer whose ids are ours: bytes in GPT-2's order, then merges."""
+    """Return a trained Hugging Face tokenizers.Tokenizer whose ids are ours: bytes in GPT-2's order, then merges."""
     try:
         from tokenizers import Regex, models, pre_tokenizers, trainers
         from tokenizers import Tokenizer as HfTokenizer
@@ -112,9 +113,12 @@ def train_by_tokenizers(texts: Iterable[str], num_tokens: int) -> Any:
 
 
 def tokens_of(hf_tokenizer: Any) -> list[bytes]:
-    """The bytes of every id of a byte-level Hugging Face tokenizer, whose vocabulary shows a byte as a character."""
+    """Return the bytes of every id of a byte-level Hugging Face tokenizer.
+
+    Its vocabulary shows each byte as a character; sorted, these characters are GPT-2's order of the bytes.
+    """
     vocabulary = hf_tokenizer.get_vocab()
-    alphabet = sorted(token for token in vocabulary if len(token) == 1)  # which is GPT-2's order of the bytes
+    alphabet = sorted(token for token in vocabulary if len(token) == 1)
     byte_of = dict(zip(alphabet, BYTE_ORDER, strict=True))
     return [
         bytes(byte_of[character] for character in token) for token in sorted(vocabulary, key=vocabulary.__getitem__)
@@ -122,9 +126,9 @@ def tokens_of(hf_tokenizer: Any) -> list[bytes]:
 
 
 def train(sample: list[bytes], options: Options) -> BpeTokenizer:
-    """The trained codec. InputError if the sample holds too few different pairs for the vocabulary."""
+    """Train on the sample. Raise InputError if it holds too few different pairs for the vocabulary."""
     texts = pieces(sample)
-    num_tokens = options.vocab_size - 1  # without EOT
+    num_tokens = options.vocab_size - 1  # EOT is not trained.
     if options.trainer == "reference":
         trained = bpe_reference.train(texts, num_tokens)
         tokens = trained.tokens
@@ -137,22 +141,27 @@ def train(sample: list[bytes], options: Options) -> BpeTokenizer:
             f"there are only {len(tokens) - 256}; give --vocab-size {len(tokens) + 1} or more text"
         )
     ranks = {token: rank for rank, token in enumerate(tokens)}
-    assert len(ranks) == num_tokens  # no two merges have the same bytes: see above
+    assert len(ranks) == num_tokens, "two merges have the same bytes"
     return BpeTokenizer(ranks, name=options.out.name)
 
 
 def print_seconds(seconds: dict[str, float]) -> None:
+    """Print the reference trainer's seconds and share of the time, by stage."""
     total = sum(seconds.values())
     for stage, spent in seconds.items():
         print(f"  reference: {stage:22} {spent:8.2f} s  {spent / total:4.0%}")
 
 
 def count_tokens(tokenizer: Tokenizer, documents: list[bytes]) -> int:
+    """Return the number of tokens of all documents together."""
     return sum(len(tokenizer.encode(text)) for text in pieces(documents))
 
 
 def measure_speed(tokenizer: Tokenizer, documents: list[bytes]) -> float:
-    """Bytes per second of one core: the median of as many passes as TIMED_SECONDS hold, after `count_tokens`' one."""
+    """Return the bytes per second of one core: the median of as many passes as fit into TIMED_SECONDS.
+
+    `count_tokens` must have made a first pass over the same documents, to warm up.
+    """
     texts = list(pieces(documents))
     passes: list[float] = []
     while sum(passes) < TIMED_SECONDS:
@@ -164,18 +173,19 @@ def measure_speed(tokenizer: Tokenizer, documents: list[bytes]) -> float:
 
 
 def peak_bytes() -> int:
-    """The largest memory that this process has held so far."""
+    """Return the peak memory of this process so far."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
 
 
 def check_options(options: Options) -> None:
+    """Raise InputError if an option alone is impossible."""
     if not 257 <= options.vocab_size <= MAX_VOCAB_SIZE:
         raise InputError(
             f"--vocab-size {options.vocab_size} must lie between 257 (256 bytes and EOT) and {MAX_VOCAB_SIZE}, "
             "so that ids fit uint16"
         )
-    if not 1 <= options.sample_bytes < 2**31:  # tokenizers counts pairs in 32 bits
+    if not 1 <= options.sample_bytes < 2**31:  # `tokenizers` counts pairs in 32 bits.
         raise InputError(f"--sample-bytes {options.sample_bytes} must lie between 1 and {2**31 - 1}")
     if not options.input:
         raise InputError("--input needs at least one file or folder, or python-docs")
@@ -186,24 +196,31 @@ def check_options(options: Options) -> None:
 
 
 def made_of(options: Options, described: list[dict[str, Any]]) -> dict[str, Any]:
-    """The part of training.json that decides the hf_tokenizer."""
+    """Return the part of training.json that decides the tokenizer: inputs and options."""
     names = ("vocab_size", "trainer", "sample_bytes", "split_documents_on", "text_column")
     return {"inputs": described, "options": {name: getattr(options, name) for name in names}}
 
 
 def check_existing(options: Options, wanted: dict[str, Any]) -> dict[str, Any] | None:
-    """training.json in --out if it is of exactly this; None if --out is free or to be replaced."""
-    if not options.out.exists():
-        return None
+    """Return training.json of --out if inputs and options are the same; None if --out is free or is to be replaced.
+
+    Raise InputError if --out holds anything else.
+    """
     path = options.out / RECORD_FILE
-    if not path.is_file():
-        if options.out.is_dir() and not any(options.out.iterdir()):
+    with reading_from(options.out):
+        if not options.out.exists():
             return None
-        raise InputError(f"--out {options.out}: exists and is no tokenizer of this script; choose another or remove it")
-    if options.overwrite:
-        return None
+        if not path.is_file():
+            if options.out.is_dir() and not any(options.out.iterdir()):
+                return None
+            raise InputError(
+                f"--out {options.out}: exists and is no tokenizer of this script; choose another or remove it"
+            )
+        if options.overwrite:
+            return None
+        content = path.read_bytes()
     try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        record: dict[str, Any] = json.loads(content.decode("utf-8"))
         differing = ["other input"] if record["inputs"] != wanted["inputs"] else []
         for name, value in wanted["options"].items():
             if (before := record["options"][name]) != value:
@@ -217,16 +234,16 @@ def check_existing(options: Options, wanted: dict[str, Any]) -> dict[str, Any] |
             "replace it with --overwrite"
         )
     try:
-        found = load_tokenizer(options.out).describe()
+        description = load_tokenizer(options.out).describe()
     except InputError as error:
         raise InputError(f"--out {options.out}: {error}; --overwrite makes it anew") from error
-    if found != tokenizer:
-        raise InputError(f"{path}: is not of the tokenizer beside it; --overwrite makes both anew")
+    if description != tokenizer:
+        raise InputError(f"{path}: describes another tokenizer than the one beside it; --overwrite makes both anew")
     return record
 
 
 def save(tokenizer: Tokenizer, record: dict[str, Any], options: Options) -> None:
-    """All files of the tokenizer under their final name, at once."""
+    """Write all files of the tokenizer into --out, which appears at once."""
     with unfinished_directory(options.out) as partial:
         if check_existing(options, record) is not None:
             raise InputError(f"--out {options.out}: another process has made it meanwhile")
@@ -239,7 +256,7 @@ def save(tokenizer: Tokenizer, record: dict[str, Any], options: Options) -> None
 
 
 def make(options: Options, drawn: Drawn, wanted: dict[str, Any], read_seconds: float) -> dict[str, Any]:
-    """Train, measure and save -> training.json. InputError, with nothing finished touched, if bad."""
+    """Train, measure and save the tokenizer, and return training.json. An error leaves what --out held untouched."""
     sample_bytes, held_out_bytes = sum(map(len, drawn.sample)), sum(map(len, drawn.held_out))
     print(
         f"  read      {drawn.num_bytes:,} bytes, {drawn.documents:,} documents, in {read_seconds:.2f} s; "
@@ -268,17 +285,23 @@ def make(options: Options, drawn: Drawn, wanted: dict[str, Any], read_seconds: f
 
 
 def prepare(options: Options) -> BpeTokenizer:
-    """The whole command: the tokenizer that is there if it is of exactly this, else made now; what there is to tell."""
+    """Run the whole command: keep the tokenizer of the same input and options, or make it; then print its figures."""
     check_options(options)
-    if options.out.is_symlink():  # what it points to is made or replaced, not the link
-        options = dataclasses.replace(options, out=options.out.resolve())
+    with reading_from(options.out):
+        if options.out.is_symlink():  # The folder behind the link is made or replaced, not the link.
+            options = dataclasses.replace(options, out=options.out.resolve())
     files, warnings = find_files(options.input)
-    others = {name: find_files((name,), "--compare") for name in options.compare}
+    all_files = list(files)
+    compare_files: dict[str, list[InputFile]] = {}
+    for name in options.compare:
+        compare_files[name], more = find_files((name,), "--compare")
+        all_files += compare_files[name]
+        warnings += more
     reading = Reading(options.split_documents_on, options.text_column)
-    for warning in warnings + [more for _, found in others.values() for more in found]:
+    for warning in warnings:
         warn(warning)
-    warn_of_no_effect(reading, files + [file for found, _ in others.values() for file in found])
-    compared = {name: sample_of(name, found, reading) for name, (found, _) in others.items()}
+    warn_of_no_effect(reading, all_files)
+    compared = {name: sample_of(name, some, reading) for name, some in compare_files.items()}
     before = [file_state(file) for file in files]
     wanted = made_of(options, [describe_file(file) for file in files])
     print(f"{options.out}: {options.vocab_size:,} ids: 256 bytes, {options.vocab_size - 257:,} merges, EOT")
@@ -303,6 +326,7 @@ def prepare(options: Options) -> BpeTokenizer:
 
 
 def warn_of_no_effect(reading: Reading, files: list[InputFile]) -> None:
+    """Warn of flags that concern no file of the given kinds."""
     kinds = {file.kind for file in files}
     if reading.split_on is not None and "text" not in kinds:
         warn("--split-documents-on has no effect: no plain text among the files")
@@ -311,13 +335,14 @@ def warn_of_no_effect(reading: Reading, files: list[InputFile]) -> None:
 
 
 def warn_of_marks(eot_marks: int, reading: Reading) -> None:
+    """Warn if the text holds '<|endoftext|>', which is then trained on as ordinary text."""
     if eot_marks:
         advice = "" if reading.split_on else f"; --split-documents-on '{EOT}' makes documents of it"
-        warn(f"the text holds {eot_marks} times '{EOT}', which is learnt from as ordinary text{advice}")
+        warn(f"the text holds {eot_marks} times '{EOT}', which is trained on as ordinary text{advice}")
 
 
 def sample_of(name: str, files: list[InputFile], reading: Reading) -> list[bytes]:
-    """About HELD_OUT_BYTES of text of --compare, spread over its documents."""
+    """Return about HELD_OUT_BYTES of text of a --compare input, spread over its documents."""
     progress = Progress("compare", sum(describe_file(file)["bytes"] for file in files))
     documents = spread(read_texts(files, reading, progress), HELD_OUT_BYTES)
     if not documents:
@@ -326,7 +351,7 @@ def sample_of(name: str, files: list[InputFile], reading: Reading) -> list[bytes
 
 
 def longest_tokens(tokenizer: BpeTokenizer) -> str:
-    """The NUM_LONGEST longest, in bytes, the earlier learnt first; none is shown at more than 40 characters."""
+    """Return the NUM_LONGEST longest tokens in bytes, earlier ones first, each cut to 40 characters."""
     lengths = tokenizer.byte_lengths()
     longest = sorted(range(tokenizer.vocab_size), key=lambda index: (-lengths[index], index))[:NUM_LONGEST]
     texts = [tokenizer.decode_bytes([index]).decode("utf-8", "replace") for index in longest]
@@ -334,10 +359,12 @@ def longest_tokens(tokenizer: BpeTokenizer) -> str:
 
 
 def compression(title: str, num_bytes: int, num_tokens: int) -> str:
+    """Return a line with the bytes per token."""
     return f"  {title:9} {num_bytes / num_tokens:.3f} bytes per token ({num_bytes:,} bytes, {num_tokens:,} tokens)"
 
 
 def warn(warning: str) -> None:
+    """Print a warning on stderr."""
     print(f"bpe: warning: {warning}", file=sys.stderr, flush=True)
 
 

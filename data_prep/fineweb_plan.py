@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from common.errors import InputError
+from common.errors import InputError, reading_from
 from common.files import write_json_atomically
 from data_prep.hub import files as hub
 from data_prep.hub.files import HubFile, HubListing
@@ -125,7 +125,8 @@ def describe_request(options: Options, files: Sequence[InputFile] = ()) -> dict[
     """Return the request to the Hub, or the names and sizes of local files."""
     if options.source == "hub":
         return {"dataset": options.dataset, "name": options.name, "revision": options.revision}
-    return {"data_files": [[file.name, Path(file.path).stat().st_size] for file in files]}
+    with reading_from("--data-files"):
+        return {"data_files": [[file.name, Path(file.path).stat().st_size] for file in files]}
 
 
 def part_options(options: Options, files: Sequence[InputFile], tokenizer: Tokenizer) -> dict[str, Any]:
@@ -214,6 +215,7 @@ def downloads_directory(options: Options, listing: HubListing) -> Path:
     return options.directory.parent / "downloads" / options.dataset.replace("/", "--") / listing.revision
 
 
+@reading_from("--data-files")
 def local_files(patterns: tuple[str, ...]) -> list[InputFile]:
     """Return the parquet files of --data-files, sorted by their names below each folder or pattern."""
     names: dict[Path, str] = {}

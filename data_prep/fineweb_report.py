@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from common.errors import InputError
+from common.errors import InputError, reading_from
 from data_prep.fineweb_plan import (
     READ_BYTES_PER_TOKEN,
     UNIT_BYTES,
@@ -55,7 +55,8 @@ def dry_run(options: Options, tokenizer: Tokenizer) -> None:
     workers = min(options.workers or available_cores(), max(1, text_bytes // UNIT_BYTES))
     bytes_per_document = 8 + HASH_BYTES + RECORD.itemsize + 8
     data_bytes = 4 * tokens + bytes_per_document * (tokens // TOKENS_PER_DOCUMENT)
-    free_bytes = shutil.disk_usage(_nearest_existing(options.directory)).free
+    with reading_from(options.directory):
+        free_bytes = shutil.disk_usage(_nearest_existing(options.directory)).free
     print(
         f"{options.directory}: {len(files)} files, {num_bytes / 1e9:.2f} GB, {missing_bytes / 1e9:.2f} GB to download"
     )

@@ -1,4 +1,4 @@
-"""manifest.json: what was done to what. Written last, so a directory without one is unfinished."""
+"""manifest.json: source, options and hashes of a data directory. It is written last; without it, data is unfinished."""
 
 import dataclasses
 import hashlib
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import InputError
+from common.errors import InputError, reading_from
 from common.files import write_json_atomically
 from data_prep.shards import Shard, ShardInfo, TokenStream, open_shard
 
@@ -17,7 +17,7 @@ FILE_NAME = "manifest.json"
 
 @dataclass(frozen=True)
 class SplitInfo:
-    """One split: its shards in order, their totals, and the hash of its tokens as one stream."""
+    """A split: its shards in order, their totals, and the hash of its tokens as one stream."""
 
     shards: tuple[ShardInfo, ...]
     tokens: int
@@ -27,7 +27,10 @@ class SplitInfo:
 
 @dataclass(frozen=True)
 class Manifest:
-    """source: files and their hashes; options: what changes the bytes; tokenizer: as `Codec.describe`."""
+    """The description of a data directory.
+
+    source: the input files and their hashes. options: those that change the bytes. tokenizer: `Tokenizer.describe()`.
+    """
 
     source: dict[str, Any]
     options: dict[str, Any]
@@ -37,7 +40,7 @@ class Manifest:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of every split's stream: two data sets with the same one hold the same tokens."""
+        """The hash of all splits' streams: two data sets with the same fingerprint hold the same tokens."""
         text = "".join(f"{name}:{split.stream_sha256}\n" for name, split in sorted(self.splits.items()))
         return hashlib.sha256(text.encode()).hexdigest()
 
@@ -47,36 +50,42 @@ class Manifest:
 
     @property
     def eot_id(self) -> int | None:
-        """The token that begins a document; None: the tokenizer has none."""
-        found: int | None = self.tokenizer["eot_id"]
-        return found
+        """The token that begins a document; None: the tokenizer has no such token."""
+        eot_id: int | None = self.tokenizer["eot_id"]
+        return eot_id
 
     def open_shard(self, directory: Path, info: ShardInfo) -> Shard:
-        """One of its shards, mapped; what a foreign file does not say of itself is the manifest's word."""
+        """Map one of the shards; for another project's shard the manifest supplies vocabulary and EOT."""
         path = directory / info.file
-        if not path.is_file():
-            raise InputError(f"{path}: missing, though {FILE_NAME} lists it")
+        with reading_from(path):
+            if not path.is_file():
+                raise InputError(f"{path}: missing, though {FILE_NAME} lists it")
         shard = open_shard(path, info.format)
         if info.format != "ladder":
-            shard = dataclasses.replace(shard, vocab_size=self.vocab_size, eot_id=self.tokenizer["eot_id"])
+            shard = dataclasses.replace(shard, vocab_size=self.vocab_size, eot_id=self.eot_id)
         return shard
 
     def write(self, directory: Path) -> None:
+        """Write the manifest into `directory`, atomically."""
         write_json_atomically(directory / FILE_NAME, dataclasses.asdict(self) | {"fingerprint": self.fingerprint})
 
 
 def read_manifest(directory: Path) -> Manifest:
-    """The manifest of a finished data directory; InputError says what is missing otherwise."""
+    """Read the manifest of a finished data directory. Raise InputError if there is none or it is damaged."""
     path = directory / FILE_NAME
-    if not directory.is_dir():
-        raise InputError(f"{directory}: no such data directory; make it with data_prep/textfiles.py or set --data.dir")
-    if not path.is_file():
-        raise InputError(
-            f"{directory}: no {FILE_NAME}, so its preparation did not finish; prepare it again "
-            "(or, if its token files come from elsewhere, adopt them with data_prep/verify.py --adopt)"
-        )
+    with reading_from(path):
+        if not directory.is_dir():
+            raise InputError(
+                f"{directory}: no such data directory; make it with data_prep/textfiles.py or set --data.dir"
+            )
+        if not path.is_file():
+            raise InputError(
+                f"{directory}: no {FILE_NAME}, so its preparation did not finish; prepare it again "
+                "(or, if its token files come from elsewhere, adopt them with data_prep/verify.py --adopt)"
+            )
+        content = path.read_bytes()
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(content.decode("utf-8"))
         if raw["format_version"] != FORMAT_VERSION:
             raise InputError(
                 f"{path}: format version {raw['format_version']}; this code reads {FORMAT_VERSION}: "
@@ -92,16 +101,16 @@ def read_manifest(directory: Path) -> Manifest:
             for name, split in raw["splits"].items()
         }
         manifest = Manifest(raw["source"], raw["options"], raw["tokenizer"], splits)
-        stated = raw["fingerprint"]
+        fingerprint = raw["fingerprint"]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged ({type(error).__name__}: {error}); prepare the data again") from error
-    if stated != manifest.fingerprint:
+    if fingerprint != manifest.fingerprint:
         raise InputError(f"{path}: its fingerprint does not fit its splits; prepare the data again")
     return manifest
 
 
 def open_split(directory: Path, split: str) -> TokenStream:
-    """A split as one stream, every shard's size held against the manifest first."""
+    """Open a split as one stream. Raise InputError if a shard is missing or has another size than the manifest says."""
     manifest = read_manifest(directory)
     if split not in manifest.splits:
         raise InputError(f"{directory}: has no split {split!r}, only {', '.join(sorted(manifest.splits))}")

@@ -1,12 +1,12 @@
-"""The shard format: llm.c's header and uint16 tokens, plus an index of document starts.
+"""The shard format, for writing and reading: llm.c's header and uint16 tokens, plus an index of document starts.
 
     {split}_{number:06d}.bin   256 little-endian int32, then uint16 tokens
         [0] 20240520  [1] 1  [2] tokens  [3] vocabulary  [4] EOT id or -1  [5] documents that start here
-    {split}_{number:06d}.idx   little-endian uint64: where in this shard each of those documents starts
+    {split}_{number:06d}.idx   little-endian uint64: the offset in this shard at which each of those documents starts
 
-Format of the header: llm.c, dev/data/data_common.py (slots 0 to 2; 3 to 5 are ours and 0 there).
+Slots 0 to 2 of the header are llm.c's (dev/data/data_common.py); slots 3 to 5 are ours and 0 there.
 
-Three foreign formats are read too; none of them has an .idx, and documents are found by EOT:
+Three formats of other projects are read too. They have no .idx file: a document starts at each EOT.
 
     llm.c      the same header without our slots (llm.c, modded-nanogpt: fineweb_train_000001.bin)
     headerless uint16 tokens alone               (nanoGPT: train.bin)
@@ -23,7 +23,7 @@ from typing import Literal, get_args
 import numpy as np
 import numpy.typing as npt
 
-from common.errors import InputError
+from common.errors import InputError, reading_from
 from common.files import write_blocks_atomically
 
 MAGIC = 20240520
@@ -41,7 +41,7 @@ Offsets = npt.NDArray[np.int64]
 
 @dataclass(frozen=True)
 class ShardInfo:
-    """What the manifest keeps of one shard. `bytes` and `sha256` are of the whole file; foreign ones have no .idx."""
+    """The manifest's entry of one shard. `bytes` and `sha256` are of the whole file; idx_sha256 None: no .idx file."""
 
     file: str
     format: Format
@@ -57,10 +57,10 @@ class ShardInfo:
 
 
 class ShardWriter:
-    """Cuts one split's token stream into shards of exactly `shard_tokens` (the last may be shorter).
+    """A writer that cuts one split's token stream into shards of exactly `shard_tokens`; the last may be shorter.
 
-    Use as a context manager: `close` runs only when the body succeeded, so an interrupted write leaves
-    temporary files and never a shard that looks finished. After it, `shards` and `stream_sha256` are final.
+    Use it as a context manager: `close` runs only if the body succeeded, so an interrupted write leaves temporary
+    files and never a shard that looks finished. `shards` and `stream_sha256` are final after `close`.
     """
 
     def __init__(self, directory: Path, split: str, *, vocab_size: int, eot_id: int | None, shard_tokens: int) -> None:
@@ -80,7 +80,7 @@ class ShardWriter:
         self._stream_hash = hashlib.sha256()
 
     def append(self, tokens: npt.NDArray[np.integer], document_starts: Sequence[int] | Offsets = ()) -> None:
-        """Append tokens [n] to the stream; `document_starts` are the offsets in them at which documents begin."""
+        """Append tokens [n] to the stream; documents begin at the offsets `document_starts` in them."""
         if len(tokens) and not 0 <= int(tokens.min()) <= int(tokens.max()) < self._vocab_size:
             outside = tokens[(tokens < 0) | (tokens >= self._vocab_size)]
             raise InputError(f"token id {int(outside[0])} is outside the vocabulary of {self._vocab_size}")
@@ -100,13 +100,13 @@ class ShardWriter:
                 self._write_shard()
 
     def close(self) -> None:
-        """Write what is left as the last, shorter shard."""
+        """Write the remaining tokens as the last, shorter shard."""
         if self._buffered:
             self._write_shard()
 
     @property
     def stream_sha256(self) -> str:
-        """Hash of the tokens alone, the same however the stream is cut into shards."""
+        """The hash of the tokens alone, which does not depend on the shards' size."""
         return self._stream_hash.hexdigest()
 
     def __enter__(self) -> "ShardWriter":
@@ -147,7 +147,7 @@ class ShardWriter:
 
 @dataclass(frozen=True)
 class Shard:
-    """One shard, memory-mapped. tokens: uint16 [num_tokens]."""
+    """A memory-mapped shard. tokens: uint16 [num_tokens]."""
 
     path: Path
     tokens: Tokens
@@ -157,32 +157,35 @@ class Shard:
     format: Format = "ladder"
 
     def document_starts(self) -> npt.NDArray[np.uint64]:
-        """Offsets in `tokens` at which documents start, from the .idx beside the shard: uint64 [documents].
+        """Return the offsets in `tokens` at which documents start: uint64 [documents].
 
-        A foreign shard has none: there every EOT is one.
+        They come from the .idx file beside the shard, or are the positions of EOT in another project's shard.
         """
         if self.format == "ladder":
-            return np.fromfile(self.path.with_suffix(".idx"), dtype="<u8")
+            index = self.path.with_suffix(".idx")
+            with reading_from(index):
+                return np.fromfile(index, dtype="<u8")
         if self.eot_id is None:
             return np.zeros(0, dtype=np.uint64)
         return np.flatnonzero(self.tokens == self.eot_id).astype(np.uint64)
 
 
 def open_shard(path: Path, format: Format = "ladder") -> Shard:
-    """Map a shard. Vocabulary, EOT and documents of foreign ones are unknown here: 0, None, 0.
+    """Map a shard. Other projects' shards get vocabulary 0, EOT None and 0 documents, which they do not state.
 
-    Raises InputError, naming the file, when it is no shard of that format or its size does not fit.
+    Raise InputError that names the file if it is no shard of that format, has the wrong size or cannot be read.
     """
-    match format:
-        case "npy":
-            tokens = _map_array(path)
-        case "headerless":
-            size = path.stat().st_size
-            if size == 0 or size % 2:
-                raise InputError(f"{path}: {size} bytes are not uint16 tokens")
-            tokens = np.memmap(path, dtype="<u2", mode="r")
-        case _:
-            return _map_with_header(path)
+    with reading_from(path):
+        match format:
+            case "npy":
+                tokens = _map_array(path)
+            case "headerless":
+                size = path.stat().st_size
+                if size == 0 or size % 2:
+                    raise InputError(f"{path}: {size} bytes are not uint16 tokens")
+                tokens = np.memmap(path, dtype="<u2", mode="r")
+            case _:
+                return _map_with_header(path)
     return Shard(path, tokens, 0, None, 0, format)
 
 
@@ -197,7 +200,7 @@ def _map_array(path: Path) -> Tokens:
 
 
 def _map_with_header(path: Path) -> Shard:
-    """A shard of ours or of llm.c."""
+    """Map a shard of ours or of llm.c."""
     size = path.stat().st_size
     if size < HEADER_BYTES:
         raise InputError(f"{path}: {size} bytes is too short for a shard's header of {HEADER_BYTES}")
@@ -217,7 +220,7 @@ def _map_with_header(path: Path) -> Shard:
 
 
 class TokenStream:
-    """One split as one stream of tokens across its shards; slicing crosses shard borders."""
+    """One split as one stream of tokens across its shards."""
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._shards = list(shards)
@@ -229,7 +232,7 @@ class TokenStream:
         return self._num_tokens
 
     def read(self, start: int, stop: int) -> Tokens:
-        """Tokens [start, stop) as uint16 [stop - start]; must lie within the stream."""
+        """Return tokens [start, stop) as uint16 [stop - start]; the range must lie within the stream."""
         assert 0 <= start <= stop <= self._num_tokens, (start, stop, self._num_tokens)
         first = int(np.searchsorted(self._ends, start, side="right"))
         pieces: list[Tokens] = []

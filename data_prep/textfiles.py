@@ -35,7 +35,7 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.errors import InputError, one_line_errors
+from common.errors import InputError, one_line_errors, reading_from
 from data_prep.hub.corpora import CORPORA
 from data_prep.hub.download import fetch
 from data_prep.manifest import Manifest
@@ -283,7 +283,9 @@ def prepare(options: Options, preset: str | None = None) -> Manifest:
     Raise InputError if the input is bad; finished data then stays as it was.
     """
     check_options(options)
-    if options.out.is_symlink():  # make or replace the target, not the link
+    with reading_from(options.out):
+        is_link = options.out.is_symlink()
+    if is_link:  # make or replace the target, not the link
         options = dataclasses.replace(options, out=options.out.resolve())
     started = time.perf_counter()
     source = find_source(options, preset)

@@ -1,9 +1,7 @@
 """One tokenizer interface: characters, bytes, GPT-2's byte pairs, or any tiktoken rank file.
 
-A codec is saved as plain files beside the shards (tokenizer/codec.json, and ranks.tiktoken for byte pairs),
-so that no later stage needs the network and nothing is ever unpickled.
-
-(Not `codecs.py`: that name belongs to the standard library.)
+A tokenizer is saved as plain files beside the shards: tokenizer/codec.json and, for byte pairs, ranks.tiktoken. So no
+later stage needs the network, and nothing is ever unpickled.
 """
 
 import binascii
@@ -19,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 import tiktoken
 
-from common.errors import InputError
+from common.errors import InputError, reading_from
 from common.files import write_atomically, write_json_atomically
 from data_prep.shards import MAX_VOCAB_SIZE
 
@@ -29,15 +27,17 @@ RANKS_FILE = "ranks.tiktoken"
 EOT = "<|endoftext|>"
 # GPT-2's split pattern in the possessive form that tiktoken ships (openai_public.py, r50k_pat_str).
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-# GPT-2's vocabulary begins with the bytes that Latin-1 can show, then come the others (encoder.py, bytes_to_unicode).
+# GPT-2's vocabulary begins with the bytes that Latin-1 can print; then come the others (encoder.py, bytes_to_unicode).
 SHOWN = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
 BYTE_ORDER = [*SHOWN, *(byte for byte in range(256) if byte not in SHOWN)]
+
+BLOCK_CHARACTERS = 2**18  # 1 MB of code points
 
 Ids = npt.NDArray[np.integer]
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back. `eot_id` begins each document, or is None where there is no such token."""
+    """The interface of every tokenizer. `eot_id` begins each document; None: there is no such token."""
 
     @property
     def vocab_size(self) -> int: ...
@@ -46,49 +46,50 @@ class Tokenizer(Protocol):
     def eot_id(self) -> int | None: ...
 
     def encode(self, text: str) -> Ids:
-        """Token ids [n]. Text that looks like a special token is ordinary text."""
+        """Return the token ids [n]. Text that looks like a special token is ordinary text."""
         ...
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
-        """The UTF-8 bytes of the ids; a part of a character may stand at either end."""
+        """Return the UTF-8 bytes of the ids; they may begin or end inside a character."""
         ...
 
     def byte_lengths(self) -> npt.NDArray[np.int64]:
-        """UTF-8 bytes of each id, 0 for EOT: int64 [vocab_size]."""
+        """Return the number of UTF-8 bytes of each id, 0 for EOT: int64 [vocab_size]."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """What the manifest records: kind, vocab_size, eot_id, sha256, and what the kind needs to be rebuilt."""
+        """Return the manifest's record: kind, vocab_size, eot_id, sha256 and what rebuilds this kind."""
         ...
 
     def save(self, directory: Path) -> None:
-        """Write the codec's files into directory/tokenizer."""
+        """Write the tokenizer's files into directory/tokenizer."""
         ...
 
 
 def encode_or_fault(tokenizer: Tokenizer, text: str) -> Ids | InputError:
-    """The text's ids, or why it cannot be encoded."""
+    """Return the text's ids, or the InputError that says why it cannot be encoded."""
     try:
         return tokenizer.encode(text)
-    except InputError as fault:
-        return fault
+    except InputError as error:
+        return error
 
 
 def gives_same_ids(one: Tokenizer, other: Tokenizer) -> bool:
-    """Does every text have the same ids in both? The name of a vocabulary decides nothing."""
+    """Return whether every text has the same ids in both tokenizers, whatever their names."""
     first, second = ({k: v for k, v in tokenizer.describe().items() if k != "name"} for tokenizer in (one, other))
     return first == second
 
 
 def name_of(tokenizer: Tokenizer) -> str:
-    """For people: gpt2 (50,257 ids, sha256 306cd27f)."""
-    about = tokenizer.describe()
-    return f"{about.get('name', about['kind'])} ({tokenizer.vocab_size:,} ids, sha256 {about['sha256'][:8]})"
+    """Return a name for messages, such as `gpt2 (50,257 ids, sha256 306cd27f)`."""
+    description = tokenizer.describe()
+    name = description.get("name", description["kind"])
+    return f"{name} ({tokenizer.vocab_size:,} ids, sha256 {description['sha256'][:8]})"
 
 
 def alphabet_of(text: str) -> set[str]:
-    """The distinct characters of `text`."""
-    if len(text) < 2**18:
+    """Return the distinct characters of `text`."""
+    if len(text) < BLOCK_CHARACTERS:
         return set(text)
     seen = np.zeros(sys.maxunicode + 1, dtype=bool)
     for _, code_points in _code_points(text):
@@ -97,14 +98,14 @@ def alphabet_of(text: str) -> set[str]:
 
 
 def _code_points(text: str) -> Iterator[tuple[int, npt.NDArray[np.uint32]]]:
-    """(place, code points from there), a megabyte at a time: whole texts would take 4 bytes a character and more."""
-    for begin in range(0, len(text), 2**18):
-        block = text[begin : begin + 2**18]
+    """Yield (offset, code points from there on), a block at a time, since a whole text takes 4 bytes a character."""
+    for begin in range(0, len(text), BLOCK_CHARACTERS):
+        block = text[begin : begin + BLOCK_CHARACTERS]
         yield begin, np.frombuffer(block.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
 
 class CharTokenizer:
-    """One id per character, in code-point order. `itos` is the alphabet, `stoi` its inverse."""
+    """A tokenizer with one id per character, in code-point order. `itos` is the alphabet, `stoi` its inverse."""
 
     def __init__(self, alphabet: str) -> None:
         if len(alphabet) > MAX_VOCAB_SIZE:
@@ -112,10 +113,11 @@ class CharTokenizer:
         if not alphabet or list(alphabet) != sorted(set(alphabet)):
             raise InputError("the alphabet of a char tokenizer must be distinct characters in order")
         if any("\ud800" <= character <= "\udfff" for character in alphabet):
-            raise InputError("a lone surrogate is no character and has no UTF-8 bytes; remove it from the text")
+            raise InputError("the text holds a lone surrogate, which has no UTF-8 bytes; remove it from the text")
         self.itos = alphabet
         self.stoi = {character: index for index, character in enumerate(alphabet)}
-        self._ids = np.full(ord(alphabet[-1]) + 2, -1, dtype=np.int32)  # by code point; the last stands for all above
+        # Ids by code point, -1 for no id. The last entry stands for every code point above the alphabet.
+        self._ids = np.full(ord(alphabet[-1]) + 2, -1, dtype=np.int32)
         self._ids[[ord(character) for character in alphabet]] = np.arange(len(alphabet))
 
     @property
@@ -129,13 +131,13 @@ class CharTokenizer:
     def encode(self, text: str) -> Ids:
         ids = np.empty(len(text), dtype=np.uint16)
         for begin, code_points in _code_points(text):
-            found = self._ids[np.minimum(code_points, len(self._ids) - 1)]
-            if (found < 0).any():
-                place = begin + int(np.argmax(found < 0))
+            block_ids = self._ids[np.minimum(code_points, len(self._ids) - 1)]
+            if (block_ids < 0).any():
+                position = begin + int(np.argmax(block_ids < 0))
                 raise InputError(
-                    f"character {text[place]!r} at {place} is not among this tokenizer's {self.vocab_size}"
+                    f"character {text[position]!r} at {position} is not among this tokenizer's {self.vocab_size}"
                 )
-            ids[begin : begin + len(found)] = found
+            ids[begin : begin + len(block_ids)] = block_ids
         return ids
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
@@ -159,7 +161,7 @@ class CharTokenizer:
 
 
 class ByteTokenizer:
-    """One id per UTF-8 byte: 256 ids, no training, any text."""
+    """A tokenizer with one id per UTF-8 byte: 256 ids, no training, any text."""
 
     @property
     def vocab_size(self) -> int:
@@ -173,7 +175,7 @@ class ByteTokenizer:
         try:
             return np.frombuffer(text.encode("utf-8"), dtype=np.uint8)
         except UnicodeEncodeError as error:
-            raise InputError(f"lone surrogate at {error.start}, which has no UTF-8 bytes") from error
+            raise InputError(f"lone surrogate at {error.start}, which has no UTF-8 bytes; remove it") from error
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         return bytes(ids)
@@ -190,11 +192,11 @@ class ByteTokenizer:
 
 
 class BpeTokenizer:
-    """Byte pairs served by tiktoken. EOT is the id after the last rank and is never produced by `encode`."""
+    """A byte-pair tokenizer, served by tiktoken. EOT is the id after the last rank; `encode` never produces it."""
 
     def __init__(self, ranks: dict[bytes, int], *, name: str, pattern: str = GPT2_PATTERN) -> None:
         if sorted(ranks.values()) != list(range(len(ranks))):
-            raise InputError(f"{name}: its ranks are not 0 to {len(ranks) - 1}, each once")
+            raise InputError(f"{name}: its ranks are not 0 to {len(ranks) - 1}, each exactly once")
         if len(ranks) + 1 > MAX_VOCAB_SIZE:
             raise InputError(
                 f"{name}: vocabulary of {len(ranks) + 1} does not fit uint16 ids (at most {MAX_VOCAB_SIZE})"
@@ -219,20 +221,20 @@ class BpeTokenizer:
 
     @property
     def ranks(self) -> Mapping[bytes, int]:
-        """The bytes of every id but EOT's."""
+        """The id of every token but EOT, by its bytes."""
         return self._ranks
 
     @property
     def pattern(self) -> str:
-        """What splits text into words, which no token crosses."""
+        """The regular expression that splits text into words; no token crosses a word."""
         return self._pattern
 
     def encode(self, text: str) -> Ids:
         try:
             return self._encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # a lone surrogate, which encode_ordinary replaces
+        except UnicodeEncodeError:  # The text holds a lone surrogate, which encode_ordinary replaces.
             return np.array(self._encoding.encode_ordinary(text), dtype=np.uint32)
-        except ValueError as error:  # its regular expressions give up on a run of a million blanks
+        except ValueError as error:  # tiktoken's regular expressions give up on a run of a million blanks.
             raise InputError(
                 f"tokenizer {self.name} gave up on this text ({error}); break up its longest run"
             ) from error
@@ -280,14 +282,16 @@ def _hash_of(description: dict[str, Any]) -> str:
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
-    """The codec saved in directory/tokenizer (or in `directory` itself), its hash checked."""
-    folder = directory / FOLDER if (directory / FOLDER).is_dir() else directory
-    path = folder / DESCRIPTION_FILE
-    if not path.is_file():
-        raise InputError(f"{path}: missing; a data or run directory keeps its tokenizer there")
+    """Load the tokenizer saved in directory/tokenizer or in `directory`. Raise InputError if it was altered."""
+    with reading_from(directory):
+        folder = directory / FOLDER if (directory / FOLDER).is_dir() else directory
+        path = folder / DESCRIPTION_FILE
+        if not path.is_file():
+            raise InputError(f"{path}: missing; a data or run directory keeps its tokenizer there")
+        content = path.read_bytes()
     tokenizer: Tokenizer
     try:
-        description = json.loads(path.read_text(encoding="utf-8"))
+        description = json.loads(content.decode("utf-8"))
         if description.pop("check") != _hash_of(description):
             raise InputError(f"{path}: was altered since it was written")
         match description["kind"]:
@@ -300,15 +304,16 @@ def load_tokenizer(directory: Path) -> Tokenizer:
                 tokenizer = BpeTokenizer(ranks, name=description["name"], pattern=description["pattern"])
             case kind:
                 raise InputError(f"{path}: unknown kind of tokenizer {kind!r}")
+        is_as_described = tokenizer.describe() == description
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{path}: damaged ({type(error).__name__}: {error})") from error
-    if tokenizer.describe() != description:
+    if not is_as_described:
         raise InputError(f"{path}: the tokenizer is not the one it describes; one of its files was altered")
     return tokenizer
 
 
 def make_tokenizer(name: str, alphabet: str) -> Tokenizer:
-    """The codec for `--tokenizer NAME`: char (over `alphabet`), byte, gpt2, a rank file or a saved folder."""
+    """Return the tokenizer for `--tokenizer NAME`: char (over `alphabet`), byte, gpt2, a rank file or a folder."""
     match name:
         case "char":
             return CharTokenizer(alphabet)
@@ -317,17 +322,18 @@ def make_tokenizer(name: str, alphabet: str) -> Tokenizer:
         case "gpt2":
             return _gpt2()
     path = Path(name)
-    if path.is_dir():
-        return load_tokenizer(path)
-    if path.is_file():
-        return BpeTokenizer(_read_ranks(path), name=path.stem)
+    with reading_from(f"--tokenizer {name}"):
+        if path.is_dir():
+            return load_tokenizer(path)
+        if path.is_file():
+            return BpeTokenizer(_read_ranks(path), name=path.stem)
     raise InputError(f"--tokenizer {name}: neither char, byte or gpt2, nor a .tiktoken rank file or tokenizer folder")
 
 
 def _gpt2() -> BpeTokenizer:
     try:
         encoding = tiktoken.get_encoding("gpt2")
-    except OSError as error:  # requests' errors are OSErrors
+    except OSError as error:  # The errors of `requests`, with which tiktoken downloads, are OSErrors.
         raise InputError(
             "--tokenizer gpt2: tiktoken could not download GPT-2's vocabulary "
             f"({type(error).__name__}); where there is no network set TIKTOKEN_CACHE_DIR to a folder that holds it, "
@@ -337,10 +343,12 @@ def _gpt2() -> BpeTokenizer:
 
 
 def _read_ranks(path: Path) -> dict[bytes, int]:
+    with reading_from(path):
+        if not path.is_file():
+            raise InputError(f"{path}: no such rank file")
+        content = path.read_bytes()
     ranks: dict[bytes, int] = {}
-    if not path.is_file():
-        raise InputError(f"{path}: no such rank file")
-    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+    for number, line in enumerate(content.splitlines(), start=1):
         if not line:
             continue
         try:

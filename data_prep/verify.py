@@ -1,17 +1,17 @@
-"""Is a data directory what its manifest says? Re-hash, recount, decode a sample.
+"""Check a data directory against its manifest: hash and count everything again, and decode a sample.
 
     python data_prep/verify.py data/NAME [--samples 3]
     python data_prep/verify.py data/NAME --sequence 7 1200 --seq-len 1024
     python data_prep/verify.py --adopt DIRECTORY --tokenizer gpt2
 
-Reads every byte once (about 3 s per gigabyte, from memory). Ends with `sound` and exit status 0, or with
-one line per fault and exit status 1 (2 when the manifest or the tokenizer cannot be read at all).
+The command reads every byte once (about 3 s per gigabyte, from memory). It ends with `sound` and exit status 0, or
+with one line per fault and exit status 1 (2 if the manifest or the tokenizer cannot be read at all).
 
-`--adopt` gives ready-made token files a manifest and a tokenizer first, in place, without touching them: the shards of
-llm.c and modded-nanogpt (*_train_*.bin), nanoGPT's train.bin and val.bin, build-nanogpt's *.npy. Then they can be
-trained on and verified like any other data. That reads every byte three times.
+`--adopt` first writes a manifest and a tokenizer beside ready-made token files, which stay untouched: the shards of
+llm.c and modded-nanogpt (*_train_*.bin), nanoGPT's train.bin and val.bin, or build-nanogpt's *.npy. They can then be
+trained on and verified like any other data. Adoption reads every byte three times.
 
-`--sequence` prints the text of these training sequences and does nothing else.
+`--sequence` only prints the text of these training sequences.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ if not __package__:
 import numpy as np
 import tyro
 
-from common.errors import InputError, one_line_errors
+from common.errors import InputError, one_line_errors, reading_from
 from common.files import sha256_of_file
 from common.former_flags import refuse_former_flags
 from data_prep.adopt import add_tokens, adopt
@@ -39,26 +39,26 @@ from data_prep.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 
 @dataclass(frozen=True)
 class Options:
-    """Is a data directory what its manifest says?"""
+    """Check a data directory against its manifest."""
 
     directory: Annotated[Path, tyro.conf.Positional]
     """The data directory."""
     samples: int = 1
-    """Beginnings of documents to print per split."""
+    """Number of documents per split whose beginning is printed."""
     adopt: bool = False
-    """First give the token files of another project, which lie there, a manifest and a tokenizer."""
+    """First write a manifest and a tokenizer beside the token files of another project."""
     tokenizer: str | None = None
-    """With --adopt, what made the ids: gpt2, a .tiktoken rank file, or a folder with a saved tokenizer."""
+    """With --adopt, the tokenizer that made the ids: gpt2, byte, a .tiktoken rank file, or a saved folder."""
     sequence: tuple[int, ...] = ()
-    """Print the text of these training sequences, numbered from 0, and do nothing else."""
+    """Only print the text of these training sequences, numbered from 0."""
     seq_len: int = 1024
-    """With --sequence, the run's --train.seq-len."""
+    """With --sequence, the --train.seq-len of the run."""
     split: str = "train"
-    """With --sequence, the split."""
+    """With --sequence, the split that holds the sequences."""
 
 
 def faults_of(directory: Path, manifest: Manifest, tokenizer: Tokenizer) -> list[str]:
-    """Every way in which the files differ from the manifest, one line each."""
+    """Return one line for each difference between the files and the manifest."""
     faults = []
     if tokenizer.describe() != manifest.tokenizer:
         faults.append(f"{directory}: its tokenizer is not the one in the manifest")
@@ -68,14 +68,14 @@ def faults_of(directory: Path, manifest: Manifest, tokenizer: Tokenizer) -> list
 
 
 def faults_of_split(directory: Path, split: SplitInfo, manifest: Manifest) -> list[str]:
-    """Faults of every shard, then of the split's totals and of its tokens as one stream."""
+    """Return the faults of every shard or, if there are none, those of the split's stream and totals."""
     faults = []
     stream = hashlib.sha256()
     progress = Progress("verify", sum(info.bytes for info in split.shards))
     for info in split.shards:
         try:
             faults += faults_of_shard(directory, info, manifest, stream)
-        except (InputError, FileNotFoundError) as error:
+        except InputError as error:
             faults.append(str(error))
         progress.add(info.bytes, info.documents)
     if faults:
@@ -90,19 +90,21 @@ def faults_of_split(directory: Path, split: SplitInfo, manifest: Manifest) -> li
 
 
 def faults_of_shard(directory: Path, info: ShardInfo, manifest: Manifest, stream: "hashlib._Hash") -> list[str]:
-    """Faults of one shard and its index; its tokens are added to the `stream` hash."""
+    """Return the faults of one shard and its index, and add its tokens to the hash of the stream."""
     shard = manifest.open_shard(directory, info)
     path = shard.path
     add_tokens(stream, shard.tokens)
     faults = []
-    if sha256_of_file(path) != info.sha256:
-        faults.append(f"{path}: sha256 differs from the manifest's")
-    if info.idx_sha256 is not None and sha256_of_file(path.with_suffix(".idx")) != info.idx_sha256:
-        faults.append(f"{path.with_suffix('.idx')}: sha256 differs from the manifest's")
+    for file, sha256 in ((path, info.sha256), (path.with_suffix(".idx"), info.idx_sha256)):
+        with reading_from(file):
+            if sha256 is not None and sha256_of_file(file) != sha256:
+                faults.append(f"{file}: sha256 differs from the manifest's")
     starts = shard.document_starts()
     documents = shard.documents if info.format == "ladder" else len(starts)
-    stated = (info.tokens, info.documents, info.bytes, manifest.vocab_size, manifest.tokenizer["eot_id"])
-    actual = (len(shard.tokens), documents, path.stat().st_size, shard.vocab_size, shard.eot_id)
+    with reading_from(path):
+        num_bytes = path.stat().st_size
+    stated = (info.tokens, info.documents, info.bytes, manifest.vocab_size, manifest.eot_id)
+    actual = (len(shard.tokens), documents, num_bytes, shard.vocab_size, shard.eot_id)
     if actual != stated:
         faults.append(f"{path}: (tokens, documents, bytes, vocabulary, EOT) {actual}, in the manifest {stated}")
     if len(shard.tokens) and int(shard.tokens.max()) >= manifest.vocab_size:
@@ -110,12 +112,12 @@ def faults_of_shard(directory: Path, info: ShardInfo, manifest: Manifest, stream
     if len(starts) != info.documents:
         faults.append(f"{path}: {len(starts)} documents in its index, {info.documents} in the manifest")
     elif shard.eot_id is not None and not np.array_equal(np.flatnonzero(shard.tokens == shard.eot_id), starts):
-        faults.append(f"{path}: its index does not name exactly the places of EOT")
+        faults.append(f"{path}: its index does not name exactly the positions of EOT")
     return faults
 
 
 def print_samples(directory: Path, manifest: Manifest, tokenizer: Tokenizer, num_samples: int) -> None:
-    """The first tokens of documents spread over each split, as text."""
+    """Print the beginning of documents spread over the first shard of each split."""
     for name, split in manifest.splits.items():
         shard = manifest.open_shard(directory, split.shards[0])
         starts = shard.document_starts()
@@ -125,6 +127,7 @@ def print_samples(directory: Path, manifest: Manifest, tokenizer: Tokenizer, num
 
 
 def adopt_directory(options: Options) -> None:
+    """Adopt the token files in the directory and say whether they were adopted before."""
     if options.tokenizer in (None, "char"):
         raise InputError("--adopt needs the --tokenizer that made the ids: gpt2, byte, a rank file or a saved folder")
     tokenizer = make_tokenizer(options.tokenizer, "")
@@ -133,19 +136,14 @@ def adopt_directory(options: Options) -> None:
 
 
 def settings_without_effect(options: Options) -> list[str]:
-    """The flags that were given and do nothing, beside others of them."""
-    said = []
-    if options.tokenizer is not None and not options.adopt:
-        said.append("--tokenizer has no effect without --adopt")
-    if options.samples != Options.samples and options.sequence:
-        said.append("--samples has no effect with --sequence")
-    for flag, is_set in (
-        ("--seq-len", options.seq_len != Options.seq_len),
-        ("--split", options.split != Options.split),
-    ):
-        if is_set and not options.sequence:
-            said.append(f"{flag} has no effect without --sequence")
-    return said
+    """Return a warning for each flag that has no effect with the other flags."""
+    idle_flags = {
+        "--tokenizer has no effect without --adopt": options.tokenizer is not None and not options.adopt,
+        "--samples has no effect with --sequence": options.samples != Options.samples and bool(options.sequence),
+        "--seq-len has no effect without --sequence": options.seq_len != Options.seq_len and not options.sequence,
+        "--split has no effect without --sequence": options.split != Options.split and not options.sequence,
+    }
+    return [warning for warning, is_idle in idle_flags.items() if is_idle]
 
 
 def main(args: list[str] | None = None) -> None:
@@ -155,7 +153,7 @@ def main(args: list[str] | None = None) -> None:
         for line in settings_without_effect(options):
             print(f"verify: warning: {line}", file=sys.stderr, flush=True)
         if options.adopt and options.sequence:
-            raise InputError("--adopt and --sequence are two things: adopt first, then look at sequences")
+            raise InputError("--adopt and --sequence cannot be combined: adopt first, then print sequences")
         if options.adopt:
             adopt_directory(options)
         manifest = read_manifest(options.directory)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.errors import reading_from, writing_to
 from common.tables import markdown, new_figure
 from launch.experiments import Entry, Sweep
 from launch.runs import Look
@@ -43,9 +44,10 @@ class Result:
 
 def result_of(entry: Entry, run: Look) -> Result:
     path = run.run_dir / METRICS_FILE  # empty, if it ended before its first step
-    rows = read_rows(run.run_dir) if path.is_file() and path.stat().st_size > 0 else []
     sampled = run.run_dir / SAMPLES_FILE
-    samples = sampled.read_text(encoding="utf-8").splitlines() if sampled.is_file() else []
+    with reading_from(run.run_dir):
+        rows = read_rows(run.run_dir) if path.is_file() and path.stat().st_size > 0 else []
+        samples = sampled.read_text(encoding="utf-8").splitlines() if sampled.is_file() else []
     return Result(
         entry,
         run,
@@ -146,4 +148,5 @@ def draw(plan: Sweep, results: Sequence[Result], out: Path) -> None:
     axes.set_title(plan.lesson)
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(out, dpi=120)
+    with writing_to(out):
+        figure.savefig(out, dpi=120)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from common.errors import InputError
+from common.errors import InputError, writing_to
 from launch.grid import Point
 from launch.options import Options, minutes_of
 from launch.runs import note_submission
@@ -35,12 +35,13 @@ def train_here(options: Options, base: Path, code: Path, points: Sequence[Point]
     not_begun: list[str] = []
     for point in points:
         note_submission(point, None)
-        (point.run_dir / STOP_FILE).unlink(missing_ok=True)
+        with writing_to(point.run_dir):
+            (point.run_dir / STOP_FILE).unlink(missing_ok=True)
     try:
         while waiting or going:
             while waiting and free:
                 point, executor = waiting.pop(0), free.pop()
-                with contextlib.chdir(code), ignoring_interrupts(options.cluster):
+                with writing_to(base / "submitit"), contextlib.chdir(code), ignoring_interrupts(options.cluster):
                     (job,) = map_points(executor, [point], folder)
                 going.append((job, point, executor))
                 print(f"training {point.run_dir}; log {job.paths.stdout}", flush=True)

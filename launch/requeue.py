@@ -24,7 +24,7 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.errors import InputError, one_line_errors
+from common.errors import InputError, one_line_errors, reading_from, writing_to
 from train.processes.ranks import slurm_job
 
 # Reasons in status.json that came from a person: a STOP file that is not this job's, W&B's stop button, --stop-after.
@@ -105,8 +105,9 @@ def begin(run_dir: Path, job: str) -> str:
         state = job_state(holder)[0]
         if state in ("RUNNING", "SUSPENDED", "STOPPED"):
             raise InputError(f"{run_dir}: job {holder} is training here; wait for it, or choose another --run-dir")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    (run_dir / "STOP").unlink(missing_ok=True)
+    with writing_to(run_dir):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "STOP").unlink(missing_ok=True)
     status = read_json(run_dir / "status.json") or {"attempt": 0, "step": 0}
     return f"{status['attempt']} {status['step']}"
 
@@ -129,12 +130,13 @@ def gather(run_dir: Path, job: str, before: str, **known: Any) -> Facts:
 
 def read_json(path: Path) -> dict[str, Any] | None:
     """A small file of the run directory, None if it is not there; those files are replaced whole."""
-    try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: damaged ({error}); remove it") from error
+    with reading_from(path):
+        try:
+            value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: damaged ({error}); remove it") from error
     return value
 
 

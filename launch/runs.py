@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from common.errors import InputError, writing_to
+from common.errors import InputError, reading_from, writing_to
 from common.files import write_json_atomically
 from launch.grid import Point
 from launch.requeue import ask_slurm, read_json
@@ -52,7 +52,8 @@ def look(run_dirs: Iterable[Path]) -> list[Look]:
 
 
 def _look(run_dir: Path, job: str | None, queue: dict[str, str]) -> Look:
-    status, holder = read_json(run_dir / STATUS_FILE), living_holder(run_dir)
+    with reading_from(run_dir):
+        status, holder = read_json(run_dir / STATUS_FILE), living_holder(run_dir)
     doing: Doing = "new" if status is None else status["state"]
     state = queue.get(job or "")
     if holder is not None:
@@ -68,8 +69,9 @@ def _look(run_dir: Path, job: str | None, queue: dict[str, str]) -> Look:
 
 def job_of(run_dir: Path) -> str | None:
     """Of submitted.json (launch/submit.py) or provenance.json (any start), whichever is newer."""
-    files = [run_dir / name for name in (SUBMITTED_FILE, "provenance.json") if (run_dir / name).is_file()]
-    newest = max(files, key=lambda path: path.stat().st_mtime, default=None)
+    with reading_from(run_dir):
+        files = [run_dir / name for name in (SUBMITTED_FILE, "provenance.json") if (run_dir / name).is_file()]
+        newest = max(files, key=lambda path: path.stat().st_mtime, default=None)
     return None if newest is None else (read_json(newest) or {}).get("job")
 
 
@@ -99,7 +101,8 @@ def runs_in(folder: Path) -> list[Path]:
     def is_run(path: Path) -> bool:
         return any((path / name).is_file() for name in (STATUS_FILE, SUBMITTED_FILE))
 
-    found = [folder] if is_run(folder) else sorted(path for path in folder.glob("*") if is_run(path))
+    with reading_from(folder):
+        found = [folder] if is_run(folder) else sorted(path for path in folder.glob("*") if is_run(path))
     if not found:
         raise InputError(f"{folder}: no run here, and no folder with runs; give a run directory or a sweep's")
     return found
@@ -126,7 +129,8 @@ def table(looks: Sequence[Look]) -> str:
 def last_of(run_dir: Path, key: str) -> str:
     """The last value in metrics.jsonl."""
     path = run_dir / METRICS_FILE
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+    with reading_from(path):
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     for line in reversed(lines):
         if f'"{key}"' in line and line.endswith("\n"):  # not one that is still being written
             value = json.loads(line).get(key)
@@ -146,7 +150,8 @@ def stop(run_dirs: Sequence[Path]) -> None:
             elif run.holder is not None and run.holder != asked.get(run.run_dir):
                 # Not before there is a holder: a job that begins removes the file. Not twice: it would stay.
                 asked[run.run_dir] = run.holder
-                (run.run_dir / STOP_FILE).touch()
+                with writing_to(run.run_dir):
+                    (run.run_dir / STOP_FILE).touch()
                 print(f"{run.run_dir}: asked to save and stop ({run.holder})", flush=True)
         if not any(run.doing in ("queued", "running") for run in runs):
             print(table(runs))

@@ -34,7 +34,8 @@ def submit_to_slurm(options: Options, base: Path, code: Path, points: Sequence[P
     try:
         pack = submit_prep(options, base, code, data_dir, ours) if wants_preparation(options) else None
         executor = slurm_executor(options, base, code, points, f"afterok:{pack}" if pack is not None else None)
-        with refused_by_slurm(), contextlib.chdir(code):  # a job's folder is where it was submitted
+        # A job's folder is where it was submitted.
+        with refused_by_slurm(), writing_to(base / "submitit"), contextlib.chdir(code):
             jobs = map_points(executor, points, folder)
     except InputError:
         for job in ours:

@@ -26,7 +26,7 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.errors import InputError, one_line_errors, writing_to
+from common.errors import InputError, one_line_errors, reading_from, writing_to
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = "SNAPSHOT.json"
@@ -148,7 +148,8 @@ def main(args: list[str] | None = None) -> None:
     with one_line_errors("slurm"):
         path = given.path.resolve()
         if given.what == "check":
-            print(check(path))
+            with reading_from(path):
+                print(check(path))
             return
         try:
             code = take(ROOT, path)
@@ -156,8 +157,9 @@ def main(args: list[str] | None = None) -> None:
             raise InputError(f"{error}; SNAPSHOT=off sbatch ... runs the checkout as it is at every start") from error
         if given.job:
             link = code.with_name(f"job_{given.job}")
-            link.unlink(missing_ok=True)  # job ids come again when a cluster is set up anew
-            link.symlink_to(code.name)
+            with writing_to(link):
+                link.unlink(missing_ok=True)  # job ids come again when a cluster is set up anew
+                link.symlink_to(code.name)
         print(code)
 
 

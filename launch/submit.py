@@ -23,7 +23,7 @@ if not __package__:
 
 import tyro
 
-from common.errors import InputError, one_line_errors
+from common.errors import InputError, one_line_errors, reading_from
 from data_prep.manifest import FILE_NAME as MANIFEST_FILE
 from launch.grid import Point, points_of, run_dir_in, split
 from launch.local import train_here
@@ -86,7 +86,9 @@ def train_points(
 
 def checked(config: Config, options: Options) -> str:
     """The run card; InputError for what train/main.py would refuse, but for what only the job's nodes can tell."""
-    if not wants_preparation(options) and not (config.data.dir / MANIFEST_FILE).is_file():
+    with reading_from(config.data.dir):
+        is_prepared = (config.data.dir / MANIFEST_FILE).is_file()
+    if not wants_preparation(options) and not is_prepared:
         raise InputError(f"{config.data.dir}: no {MANIFEST_FILE}, so no data yet; prepare it first, or give --prep")
     world = options.nodes * options.gpus_per_node
     return "\n".join(planned(config, RankInfo(0, world, 0, options.gpus_per_node)))

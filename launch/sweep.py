@@ -29,7 +29,7 @@ if not __package__:
 
 import tyro
 
-from common.errors import InputError, one_line_errors
+from common.errors import InputError, one_line_errors, writing_to
 from common.files import write_atomically
 from common.tables import new_figure, put_into
 from data_prep.manifest import read_manifest
@@ -126,7 +126,8 @@ def sweep(name: str, options: SweepOptions, flags: Sequence[str]) -> None:
     runs = look([point.run_dir for point in points])
     results = [result_of(entry, run) for entry, run in zip(entries, runs, strict=True)]
     text = table(plan, results, data_tokens=data_tokens)
-    write_atomically(base / "sweep.md", text)
+    with writing_to(base):
+        write_atomically(base / "sweep.md", text)
     draw(plan, results, base / "sweep.png")
     print(f"{text}\n{base / 'sweep.png'}")
     unfinished = [str(each.run.run_dir) for each in results if each.outcome not in ("done", DIVERGED)]

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from common.errors import InputError
+from common.errors import InputError, reading_from
 from common.files import sha256_of_file
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from model.base import HEAD, LanguageModel
@@ -54,7 +54,8 @@ def step_of(checkpoint: Path) -> int:
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first, whether their hashes hold or not."""
     folder = run_dir / CHECKPOINTS
-    checkpoints = [path for path in folder.iterdir() if STEP_NAME.fullmatch(path.name)] if folder.is_dir() else []
+    with reading_from(folder):
+        checkpoints = [path for path in folder.iterdir() if STEP_NAME.fullmatch(path.name)] if folder.is_dir() else []
     return sorted(checkpoints, key=step_of)
 
 
@@ -97,7 +98,8 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
     """Return the content of a checkpoint's state.json. Raise InputError if it is damaged."""
     path = checkpoint / STATE_FILE
     try:
-        state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        with reading_from(path):
+            state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: damaged ({error})") from error
     return state
@@ -127,6 +129,11 @@ def find_checkpoint(name: str | Path) -> Path:
 
     Raise InputError if there is none or its hashes do not hold.
     """
+    with reading_from(name):
+        return _find_checkpoint(name)
+
+
+def _find_checkpoint(name: str | Path) -> Path:
     path = Path(name)
     run, separator, step = str(name).rpartition("@")
     if separator and step.isdigit() and not path.exists():
@@ -243,8 +250,10 @@ class SafeReader(dcp.FileSystemReader):
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         path = Path(self.path) / ".metadata"
+        with reading_from(path):
+            content = path.read_bytes()
         try:
-            metadata = AllowListUnpickler(io.BytesIO(path.read_bytes())).load()
+            metadata = AllowListUnpickler(io.BytesIO(content)).load()
         except (
             pickle.UnpicklingError,
             EOFError,

@@ -27,7 +27,7 @@ if not __package__:
 import torch
 import tyro
 
-from common.errors import InputError, first_line, one_line_errors
+from common.errors import InputError, first_line, one_line_errors, reading_from
 from data_prep.tokenizer import Tokenizer
 from model.base import LanguageModel
 from model.checkpoint import check_device, load_model
@@ -122,7 +122,10 @@ def make_jobs(prompts: Iterable[tuple[str, str]], tokenizer: Tokenizer, options:
 
 def read_prompts(name: str) -> Iterator[tuple[str, str]]:
     """Yield (file and line number, prompt) of each line that is not blank, as soon as the line is there."""
-    with nullcontext(sys.stdin.buffer) if name == "-" else Path(name).open("rb") as file:
+    with (
+        reading_from(f"--prompts-file {name}"),
+        nullcontext(sys.stdin.buffer) if name == "-" else Path(name).open("rb") as file,
+    ):
         for number, line in enumerate(file, start=1):
             if not line.strip():
                 continue

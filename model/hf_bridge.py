@@ -24,7 +24,7 @@ if not __package__:
 
 import tyro
 
-from common.errors import InputError, first_line, one_line_errors
+from common.errors import InputError, first_line, one_line_errors, reading_from
 from common.files import fsync_directory, write_atomically, write_json_atomically
 from data_prep.pipeline.partial_dir import put_in_place, unfinished_directory
 from data_prep.tokenizer import Tokenizer
@@ -76,8 +76,9 @@ def export(options: Export) -> None:
 
 def refuse_existing(out: Path) -> None:
     """Raise InputError if `out` exists."""
-    if out.exists():
-        raise InputError(f"--out {out}: exists; choose another, or remove it")
+    with reading_from(out):
+        if out.exists():
+            raise InputError(f"--out {out}: exists; choose another, or remove it")
 
 
 def write_folder(trained: TrainedModel, out: Path, *, with_tokenizer: bool = True) -> None:

@@ -44,7 +44,7 @@ import torch
 import tyro
 from torch import Tensor
 
-from common.errors import InputError, one_line_errors
+from common.errors import InputError, one_line_errors, reading_from, writing_to
 from common.files import write_json_atomically
 from common.tables import markdown, new_figure, put_into
 from data_prep.tokenizer import Tokenizer
@@ -216,7 +216,7 @@ def read_text(options: Ablate) -> tuple[str, str]:
     if options.file is None:
         return "--prompt", options.prompt or ""
     try:
-        with options.file.open(encoding="utf-8", newline="") as file:
+        with reading_from(options.file), options.file.open(encoding="utf-8", newline="") as file:
             # GPT-2's longest tokens, runs of one character, have 128 characters; in a book they have 4 on average.
             return f"--file {options.file}", file.read(128 * options.max_tokens)
     except UnicodeDecodeError as error:
@@ -387,10 +387,12 @@ def main(args: Sequence[str] | None = None) -> None:
         if options.into is not None:
             put_into(options.into, mark, result.text)
         if options.out is not None:
-            options.out.mkdir(parents=True, exist_ok=True)
-            write_json_atomically(options.out / f"{options.name}.json", result.record)
+            with writing_to(options.out):
+                options.out.mkdir(parents=True, exist_ok=True)
+                write_json_atomically(options.out / f"{options.name}.json", result.record)
             result.draw(figure)
-            figure.savefig(options.out / f"{options.name}.png", dpi=120)
+            with writing_to(options.out):
+                figure.savefig(options.out / f"{options.name}.png", dpi=120)
             print(options.out / f"{options.name}.png")
 
 

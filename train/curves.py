@@ -27,7 +27,7 @@ if not __package__:
 
 import tyro
 
-from common.errors import InputError, one_line_errors
+from common.errors import InputError, one_line_errors, reading_from, writing_to
 from common.files import write_atomically
 from common.tables import markdown, new_figure
 from model.config import ModelConfig, with_current_names
@@ -79,9 +79,10 @@ class RunMetrics:
 def read_rows(run_dir: Path) -> list[Row]:
     """The complete rows of a run's metrics.jsonl; a line that is still being written is left out."""
     path = run_dir / METRICS_FILE
-    if not path.is_file():
-        raise InputError(f"{run_dir}: no {METRICS_FILE} in it; give a run directory")
-    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    with reading_from(path):
+        if not path.is_file():
+            raise InputError(f"{run_dir}: no {METRICS_FILE} in it; give a run directory")
+        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     try:
         rows = [json.loads(line) for line in lines if line.endswith("\n")]
     except json.JSONDecodeError as error:
@@ -97,7 +98,8 @@ def count_parameters_of(run_dir: Path) -> int | None:
     if not path.is_file():
         return None
     try:
-        recorded = json.loads(path.read_text(encoding="utf-8"))["config"]["model"]
+        with reading_from(path):
+            recorded = json.loads(path.read_text(encoding="utf-8"))["config"]["model"]
         return model_cost(ModelConfig(**with_current_names(recorded))).num_parameters
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         print(f"curves: warning: {path}: no model of this version in it ({error!r})", file=sys.stderr)
@@ -203,7 +205,8 @@ def plot(runs: Sequence[RunMetrics], x: Axis, out: Path) -> None:
     axes.grid(alpha=0.3)
     for text in axes.legend().get_texts():
         text.set_parse_math(False)  # a run may be called $1 or $2
-    figure.savefig(out, dpi=120)
+    with writing_to(out):
+        figure.savefig(out, dpi=120)
 
 
 def main(args: list[str] | None = None) -> None:
@@ -216,8 +219,9 @@ def main(args: list[str] | None = None) -> None:
             raise InputError(f"--out {out} must end in .png")
         runs = read_runs(options.runs)
         text = table(runs)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(out.with_suffix(".md"), text)
+        with writing_to(out.parent):
+            out.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(out.with_suffix(".md"), text)
         print(text)
         plot(runs, options.x, out)
         print(out)

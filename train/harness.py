@@ -89,6 +89,8 @@ def main(args: Sequence[str] | None = None) -> None:
                     if not group.is_main:  # it may be this process's alone, in its share of the requests
                         print(f"harness: rank {group.rank}: {error}", file=sys.stderr)
                     raise
+                except OSError as error:  # of lm-eval's downloads and output files
+                    raise InputError(f"lm-eval: {error}") from error
                 except ValueError as error:
                     if not str(error).startswith("Tasks not found"):
                         raise

@@ -26,7 +26,7 @@ parent_watch.remember()
 
 import torch
 
-from common.errors import one_line_errors
+from common.errors import one_line_errors, reading_from
 from data_prep.manifest import FILE_NAME, Manifest, read_manifest
 from data_prep.tokenizer import load_tokenizer
 from model.checkpoint import list_checkpoints
@@ -73,7 +73,8 @@ def main(args: Sequence[str] | None = None) -> None:
 
 def planned(config: Config, rank_info: RankInfo) -> list[str]:
     """Return the run card for `rank_info.world` processes, after every refusal that needs no GPU. Writes nothing."""
-    manifest = read_manifest(config.data.dir) if (config.data.dir / FILE_NAME).is_file() else None
+    with reading_from(config.data.dir):
+        manifest = read_manifest(config.data.dir) if (config.data.dir / FILE_NAME).is_file() else None
     config, batch_plan = resolve(settle_origin(config), manifest, rank_info.world)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parallel_plan = choose_parallel_plan(

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from common.errors import InputError, first_line, writing_to
+from common.errors import InputError, first_line, reading_from, writing_to
 from common.files import fsync_directory, sha256_of_file
 from data_prep.pipeline.workers import Progress
 
@@ -47,9 +47,11 @@ def clear_http_errors(about: str) -> Iterator[None]:
 
 def fetch(url: str, sha256: str, path: Path, progress: Progress, headers: Headers = None, repair: bool = False) -> None:
     """Have a file with that hash at `path`: the one that is there or, if it is missing or to be repaired, a new one."""
+    with reading_from(path):
+        is_sound = path.is_file() and sha256_of_file(path) == sha256
+    if is_sound:
+        return progress.add(_size(path))
     if path.is_file():
-        if sha256_of_file(path) == sha256:
-            return progress.add(_size(path))
         if not repair:
             raise InputError(f"{path}: its sha256 is not the pinned {sha256[:16]}...; remove it to download it again")
         print(f"download  {path}: its sha256 is not {sha256[:16]}...; fetching it again", file=sys.stderr, flush=True)

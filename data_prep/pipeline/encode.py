@@ -21,7 +21,7 @@ from typing import Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from common.errors import InputError
+from common.errors import InputError, reading_from
 from common.files import sha256_of_file, write_blocks_atomically, write_json_atomically
 from data_prep.pipeline.gigatoken_encoder import GigaEncoder
 from data_prep.pipeline.sources import (
@@ -94,7 +94,8 @@ def describe_file(file: InputFile) -> dict[str, Any]:
         data = PYTHON_DOCS[file.name]().encode("utf-8")
         return {"name": file.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     path = Path(file.path)
-    return {"name": file.name, "bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
+    with reading_from(path):
+        return {"name": file.name, "bytes": path.stat().st_size, "sha256": sha256_of_file(path)}
 
 
 @dataclass(frozen=True)

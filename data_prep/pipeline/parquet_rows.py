@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from common.errors import InputError, first_line
+from common.errors import InputError, first_line, reading_from
 
 BATCH_ROWS = 1000
 
@@ -36,7 +36,8 @@ def read_rows(
     if row_groups[-1] >= metadata.num_row_groups:
         raise InputError(f"{path}: became shorter while it was read")
     row = sum(metadata.row_group(group).num_rows for group in range(row_groups[0]))
-    stream = _stream(path, column, Path(path).stat().st_mtime_ns)
+    with reading_from(path):
+        stream = _stream(path, column, Path(path).stat().st_mtime_ns)
     for group in row_groups:
         try:
             for table in stream.shard(metadata.num_row_groups, group).iter(BATCH_ROWS):

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from common.errors import InputError
+from common.errors import InputError, writing_to
 from common.files import fsync_directory
 from data_prep.manifest import FILE_NAME, Manifest, open_split, read_manifest
 from data_prep.tokenizer import Tokenizer
@@ -25,8 +25,9 @@ def unfinished_directory(out: Path, *, shared: bool = False) -> Iterator[Path]:
     so. If there are none, and the directory is not shared, it is removed.
     """
     partial = out.with_name(f".{out.name}.partial")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(out, shared=shared):
+    with writing_to(out.parent):
+        out.parent.mkdir(parents=True, exist_ok=True)
+    with writing_to(out.parent), _locked(out, shared=shared):
         _finish_swap(out)
         (partial / PARTS).mkdir(parents=True, exist_ok=True)
         if not shared:
@@ -107,11 +108,12 @@ def existing_data(
 
     Raise InputError if it holds anything else.
     """
-    if any(path.exists() for path in (out / PARTS, _replaced(out), _removing(out))):  # after a kill in put_in_place
-        with _locked(out, shared=False):
-            _finish_swap(out)
-    if not out.exists():
-        return None
+    with writing_to(out.parent):
+        if any(path.exists() for path in (out / PARTS, _replaced(out), _removing(out))):  # after a kill in put_in_place
+            with _locked(out, shared=False):
+                _finish_swap(out)
+        if not out.exists():
+            return None
     if not (out / FILE_NAME).is_file():
         if out.is_dir() and not any(out.iterdir()):
             return None

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common.errors import InputError
+from common.errors import InputError, reading_from
 from data_prep.pipeline import parquet_rows, python_docs
 
 UNIT_BYTES = 8 * 2**20
@@ -112,27 +112,28 @@ def find_files(inputs: tuple[str, ...], flag: str = "--input") -> tuple[list[Inp
     """Return (the files that `inputs` name, warnings). Files of a folder are in the order of their relative paths."""
     files: list[InputFile] = []
     warnings: list[str] = []
-    for name in inputs:
-        path = Path(name)
-        if name == "python-docs":
-            files += [InputFile(title, title, "python-docs", flag=flag) for title in PYTHON_DOCS]
-        elif path.is_dir():
-            files_below, left_out = _files_below(path, flag)
-            if not files_below:
-                raise InputError(f"{path}: no {', '.join(KINDS)} file in this folder ({flag})")
-            files += files_below
-            if left_out:
-                kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(left_out.items()))
-                warnings.append(f"{path}: left out {left_out.total()} files of other kinds ({kinds})")
-        elif not path.exists():
-            raise InputError(f"{path}: no such file ({flag})")
-        elif not path.is_file():
-            raise InputError(f"{path}: neither a file nor a folder ({flag})")
-        elif path.stat().st_size == 0:
-            raise InputError(f"{path}: empty; leave it out of {flag}")
-        else:
-            kind, compressed = KINDS.get(_suffix(path), ("text", False))
-            files.append(InputFile(name, path.name, kind, compressed, flag))
+    with reading_from(flag):
+        for name in inputs:
+            path = Path(name)
+            if name == "python-docs":
+                files += [InputFile(title, title, "python-docs", flag=flag) for title in PYTHON_DOCS]
+            elif path.is_dir():
+                files_below, left_out = _files_below(path, flag)
+                if not files_below:
+                    raise InputError(f"{path}: no {', '.join(KINDS)} file in this folder ({flag})")
+                files += files_below
+                if left_out:
+                    kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(left_out.items()))
+                    warnings.append(f"{path}: left out {left_out.total()} files of other kinds ({kinds})")
+            elif not path.exists():
+                raise InputError(f"{path}: no such file ({flag})")
+            elif not path.is_file():
+                raise InputError(f"{path}: neither a file nor a folder ({flag})")
+            elif path.stat().st_size == 0:
+                raise InputError(f"{path}: empty; leave it out of {flag}")
+            else:
+                kind, compressed = KINDS.get(_suffix(path), ("text", False))
+                files.append(InputFile(name, path.name, kind, compressed, flag))
     return files, warnings
 
 
@@ -160,8 +161,14 @@ def file_state(file: InputFile) -> FileState:
     """Return (bytes, modification time in ns), to notice a file that changes while it is read."""
     if file.kind == "python-docs":
         return 0, 0
-    stat = Path(file.path).stat()
+    with reading_from(file.path):
+        stat = Path(file.path).stat()
     return stat.st_size, stat.st_mtime_ns
+
+
+def _size_of(file: InputFile) -> int:
+    with reading_from(file.path):
+        return Path(file.path).stat().st_size
 
 
 def plan_units(file: InputFile, reading: Reading, unit_bytes: int | None = None) -> list[Unit]:
@@ -175,12 +182,16 @@ def plan_units(file: InputFile, reading: Reading, unit_bytes: int | None = None)
         return [Unit(file, 0, size, size)]
     if file.kind == "parquet":
         return _row_group_units(file, reading, unit_bytes)
-    size = Path(file.path).stat().st_size
+    size = _size_of(file)
     if file.compressed or is_one_document(file, reading) or size <= unit_bytes:
         return [Unit(file, 0, size, size)]
     separator = _separator(file, reading)
     cuts = [0]
-    with Path(file.path).open("rb") as opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data:
+    with (
+        reading_from(file.path),
+        Path(file.path).open("rb") as opened,
+        mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data,
+    ):
         while (cut := _cut_after(data, separator, cuts[-1] + unit_bytes)) is not None:
             cuts.append(cut)
     return [Unit(file, start, stop, stop - start) for start, stop in itertools.pairwise([*cuts, size])]
@@ -237,7 +248,7 @@ def read_whole(file: InputFile) -> str:
     """Return the text of a file that is one document."""
     if file.kind == "python-docs":
         return PYTHON_DOCS[file.name]()
-    size = Path(file.path).stat().st_size
+    size = _size_of(file)
     return _decode(b"".join(_blocks(Unit(file, 0, size, size))), file, 0)
 
 
@@ -250,7 +261,7 @@ def read_pieces(file: InputFile, piece_bytes: int) -> Iterator[str]:
     if file.kind == "python-docs":
         blocks = iter([PYTHON_DOCS[file.name]().encode("utf-8")])
     else:
-        size = Path(file.path).stat().st_size
+        size = _size_of(file)
         blocks = _blocks(Unit(file, 0, size, size))
     offset = 0
     remainder = b""
@@ -287,7 +298,7 @@ def document_location(unit: Unit, reading: Reading, position: int) -> str:
 
 def _line_at(file: InputFile, position: int) -> int:
     """Return the line number of a byte position. Reads the file from its start, so only for an error message."""
-    whole = Unit(file, 0, Path(file.path).stat().st_size, 0)
+    whole = Unit(file, 0, _size_of(file), 0)
     line = 1
     for block in _blocks(whole):
         line += block.count(b"\n", 0, max(0, position))
@@ -302,14 +313,14 @@ def _blocks(unit: Unit) -> Iterator[bytes]:
     path = Path(unit.file.path)
     if unit.file.compressed:
         try:
-            with gzip.open(path, "rb") as stream:
+            with reading_from(path), gzip.open(path, "rb") as stream:
                 while block := stream.read(BLOCK_BYTES):
                     yield block
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise InputError(f"{path}: damaged gzip file ({error}) ({unit.file.flag})") from error
         return
     bytes_left = unit.stop - unit.start
-    with path.open("rb") as stream:
+    with reading_from(path), path.open("rb") as stream:
         stream.seek(unit.start)
         while bytes_left:
             block = stream.read(min(bytes_left, BLOCK_BYTES))

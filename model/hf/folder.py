@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.errors import InputError, first_line
+from common.errors import InputError, first_line, reading_from
 from data_prep.tokenizer import Tokenizer
 from model.base import EMBEDDING, HEAD
 from model.config import ModelConfig
@@ -86,7 +86,8 @@ class Folder:
 
 def is_hugging_face(path: Path) -> bool:
     """Return whether `path` is a folder with weights under Hugging Face's names."""
-    return any((path / name).is_file() for name in WEIGHTS_FILES)
+    with reading_from(path):
+        return any((path / name).is_file() for name in WEIGHTS_FILES)
 
 
 def open_folder(path: Path) -> Folder:
@@ -135,11 +136,12 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
         raise InputError(f"{path}: reading it needs safetensors: pip install -e '.[hf]'") from error
-    try:
-        with safe_open(path, framework="pt", device="cpu") as file:
-            return {name: file.get_tensor(name) for name in file.offset_keys()}
-    except (SafetensorError, RuntimeError, ValueError, KeyError, AttributeError, OverflowError) as error:
-        raise InputError(f"{path}: damaged ({first_line(error)})") from error
+    with reading_from(path):
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                return {name: file.get_tensor(name) for name in file.offset_keys()}
+        except (SafetensorError, RuntimeError, ValueError, KeyError, AttributeError, OverflowError) as error:
+            raise InputError(f"{path}: damaged ({first_line(error)})") from error
 
 
 def _read_bin(path: Path) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.errors import InputError
+from common.errors import InputError, reading_from
 from model.base import EMBEDDING, HEAD
 from model.config import GPT2, ModelConfig, flag_of
 from model.gpt import NORM_EPS
@@ -145,9 +145,12 @@ def read_json(path: Path) -> Any:
     """Return the content of a JSON file. Raise InputError if it is missing, damaged or implausibly large."""
     if not path.is_file():
         raise InputError(f"{path}: no such file; a Hugging Face folder has one")
-    if path.stat().st_size > LARGEST_JSON_BYTES:
-        raise InputError(f"{path}: {path.stat().st_size:,} bytes, but such a file has at most {LARGEST_JSON_BYTES:,}")
+    with reading_from(path):
+        num_bytes = path.stat().st_size
+        if num_bytes > LARGEST_JSON_BYTES:
+            raise InputError(f"{path}: {num_bytes:,} bytes, but such a file has at most {LARGEST_JSON_BYTES:,}")
+        content = path.read_bytes()
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        return json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8, a number too long
         raise InputError(f"{path}: damaged ({type(error).__name__}: {error})") from error

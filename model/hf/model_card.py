@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from common.errors import InputError
+from common.errors import InputError, reading_from
 from data_prep.manifest import FILE_NAME, Manifest, read_manifest
 from model.checkpoint import TrainedModel
 
@@ -78,8 +78,10 @@ def _command_lines(run: dict[str, Any], provenance: dict[str, Any]) -> list[str]
 
 def _result_lines(path: Path, step: int | None) -> list[str]:
     """Return the last validation and the last HellaSwag score at or before the exported step."""
-    complete_lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+    with reading_from(path):
+        content = path.read_bytes() if path.is_file() else b""
     try:
+        complete_lines = content.decode("utf-8").split("\n")[:-1]
         rows = [row for row in map(json.loads, complete_lines) if row["step"] <= step]
         validations = [row for row in rows if "val_loss" in row]
         scores = [_score_line(row) for row in rows if "hellaswag_acc" in row][-1:]

@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.errors import InputError
+from common.errors import InputError, reading_from
 from data_prep.tokenizer import (
     BYTE_ORDER,
     EOT,
@@ -197,7 +197,8 @@ def _canonical(part: Json | None) -> Json | None:
 def _read_merges(folder: Path) -> list[str]:
     path = folder / MERGES_FILE
     try:
-        lines = path.read_text(encoding="utf-8").split("\n")
+        with reading_from(path):
+            lines = path.read_text(encoding="utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: damaged ({error})") from error
     return [line for line in lines if line and not line.startswith("#version")]

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, get_type_hints
 
 import torch
 
-from common.errors import InputError, writing_to
+from common.errors import InputError, reading_from, writing_to
 from common.files import write_json_atomically
 from model.base import LanguageModel
 
@@ -48,7 +48,9 @@ def read_result(path: Path | None, key: Key, form: type[T]) -> T | None:
         return None
     fields = get_type_hints(form)
     try:
-        record = json.loads(path.read_bytes())
+        with reading_from(path):
+            content = path.read_bytes()
+        record = json.loads(content)
         values = {name: record["result"][name] for name in fields}
         is_sound = record["key"] == key and all(isinstance(values[name], kind) for name, kind in fields.items())
     except (ValueError, KeyError, TypeError, RecursionError):

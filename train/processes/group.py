@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from common.errors import InputError
+from common.errors import InputError, print_error
 from train.processes import flight_recorder, parent_watch
 from train.processes.ranks import take_rank
 
@@ -48,8 +48,8 @@ class ProcessGroup:
         is_input_error = issubclass(kind, InputError)
         if not is_input_error:
             traceback.print_exception(kind, error, trace)
-        elif self.is_main:
-            print(f"{self.program}: {error}", file=sys.stderr)
+        elif self.is_main and error is not None:
+            print_error(self.program, error)
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(2 if is_input_error else 1)

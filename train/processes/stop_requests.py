@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from types import FrameType, TracebackType
 
+from common.errors import writing_to
 from train.config_checks import parse_duration
 from train.processes import parent_watch
 
@@ -67,7 +68,8 @@ class StopRequests:
     def remove_file(self) -> None:
         """So that the next start runs. For rank 0."""
         if self._file is not None:
-            self._file.unlink(missing_ok=True)
+            with writing_to(self._file):
+                self._file.unlink(missing_ok=True)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.reason = self.reason or signal.Signals(number).name

@@ -23,7 +23,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from common.errors import InputError
+from common.errors import InputError, writing_to
 from common.files import fsync_directory, sha256_of_file, write_atomically, write_json_atomically
 from model.base import LanguageModel
 from model.checkpoint import (
@@ -207,16 +207,19 @@ class CheckpointWriter:
     def _make_room(self, folder: Path, temporary: Path, tensors: dict[str, Tensor]) -> None:
         if self._purging is not None:
             self._purging.result()
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing_to(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         shutil.rmtree(temporary, ignore_errors=True)
         needed = sum(tensor.nbytes for tensor in tensors.values()) + SPARE_BYTES
-        free = shutil.disk_usage(folder).free
+        with writing_to(folder):
+            free = shutil.disk_usage(folder).free
         if free < needed:
             raise InputError(
                 f"{folder}: {free / 1e9:.2f} GB free, but a checkpoint needs {needed / 1e9:.2f} GB; "
                 "make room or set --run-dir elsewhere, then give the same command again"
             )
-        temporary.mkdir()
+        with writing_to(folder):
+            temporary.mkdir()
 
     def _write(
         self, own: dict[str, Tensor], staged: torch.cuda.Event | None, temporary: Path, state: dict[str, Any]
@@ -299,10 +302,11 @@ def _seal(temporary: Path, state: dict[str, Any]) -> None:
 
 
 def _rename(temporary: Path, final: Path) -> None:
-    if final.exists():  # an unsound one of the same step, passed over when this run started
-        shutil.rmtree(final)
-    temporary.rename(final)
-    fsync_directory(final.parent)
+    with writing_to(final):
+        if final.exists():  # an unsound one of the same step, passed over when this run started
+            shutil.rmtree(final)
+        temporary.rename(final)
+        fsync_directory(final.parent)
 
 
 def _random_state(device: torch.device) -> dict[str, str]:

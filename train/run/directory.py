@@ -16,7 +16,7 @@ from typing import Any
 import numpy
 import torch
 
-from common.errors import InputError, writing_to
+from common.errors import InputError, reading_from, writing_to
 from common.files import write_json_atomically
 from data_prep.tokenizer import load_tokenizer
 from model.checkpoint import list_checkpoints
@@ -77,12 +77,16 @@ class RunDirectory:
     def _check_shared(self) -> None:
         """Every rank must see rank 0's lock: a checkpoint is written by all of them into one directory."""
         end = time.monotonic() + SECONDS_TO_SEE
-        while not self._lock.reads(self._claimed):
+        while not self._sees_lock():
             if time.monotonic() > end:
                 raise InputError(
                     f"{self.path}: {socket.gethostname()} does not see what rank 0 writes; share --run-dir"
                 )
             time.sleep(0.1)
+
+    def _sees_lock(self) -> bool:
+        with reading_from(self.path):
+            return self._lock.reads(self._claimed)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -96,9 +100,9 @@ class RunDirectory:
             if self._group.is_main:
                 try:
                     self._lock.release()
-                except OSError:
+                except OSError as fault:
                     if kind is None:
-                        raise
+                        raise InputError(f"{self.path}: its lock cannot be given up ({fault}); remove it") from fault
 
     def _report_error(self, kind: type[BaseException], error: BaseException | None) -> None:
         """In status.json, by the rank that met it first: the others only meet that it has gone.
@@ -138,10 +142,12 @@ class RunDirectory:
     def check_start(self) -> None:
         """InputError if what is there is another run, or one that --no-resume does not want. Nothing is written."""
         path = self.path / "config.json"
-        if not path.is_file() or not list_checkpoints(self.path):
-            return  # nothing of another run to protect
+        with reading_from(path):
+            if not path.is_file() or not list_checkpoints(self.path):
+                return  # nothing of another run to protect
+            content = path.read_bytes()
         try:
-            before = json.loads(path.read_text(encoding="utf-8"))
+            before = json.loads(content)
             old, old_data, self.found = before["config"], before["data"], before["found"]
             old = old | {"model": with_current_names(old["model"])}
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
@@ -210,12 +216,13 @@ class RunDirectory:
 def read_status(run_dir: Path) -> dict[str, Any] | None:
     """status.json: {state: running|stopped|done|failed, step, reason, attempt}; None before the first start."""
     path = run_dir / STATUS_FILE
-    try:
-        status: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: damaged ({error}); remove it to go on") from error
+    with reading_from(path):
+        try:
+            status: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: damaged ({error}); remove it to go on") from error
     return status
 
 

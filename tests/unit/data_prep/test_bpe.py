@@ -4,9 +4,7 @@ import gzip
 import hashlib
 import itertools
 import json
-import os
 import random
-import subprocess
 import sys
 import tracemalloc
 from collections import Counter
@@ -30,14 +28,13 @@ from tests.helpers.runs import called
 from tests.unit.data_prep.test_tokenizer import NASTY, PUBLISHED_PATTERN, SHARED_TEXTS, random_texts
 
 pytest.importorskip("tokenizers")
-SCRIPT = str(Path(__file__).resolve().parents[3] / "data_prep" / "bpe.py")
 MARK = "<|endoftext|>"
 FILES = ["codec.json", "ranks.tiktoken", "training.json"]
 
 
 @pytest.fixture(autouse=True)
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Speed is measured in no time: it is not judged here."""
+def without_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure the speed, which no test here judges, for one pass only."""
     monkeypatch.setattr("data_prep.bpe.TIMED_SECONDS", 0.001)
 
 
@@ -67,19 +64,13 @@ def names(folder: Path) -> list[str]:
 
 
 def refusal(*arguments: str | Path) -> str:
-    """The one line with which the command refuses."""
+    """Return the one line with which the command refuses."""
     done = called(main, *map(str, arguments))
     assert done.returncode == 2, done.stdout
     *warnings, line = done.stderr.splitlines()
     assert all(warning.startswith("bpe: warning: ") for warning in warnings)
     assert line.startswith("bpe: ")
     return line
-
-
-def gpt2_bytes(shared_data: Path) -> list[bytes]:
-    """The first 256 tokens of GPT-2's own vocabulary."""
-    tokenizer = make_tokenizer(str(shared_data / "gpt2.tiktoken"), "")
-    return [tokenizer.decode_bytes([index]) for index in range(256)]
 
 
 def pairs_of(words: dict[tuple[int, ...], int]) -> Counter[tuple[int, int]]:
@@ -91,24 +82,24 @@ def pairs_of(words: dict[tuple[int, ...], int]) -> Counter[tuple[int, int]]:
 
 
 def merged(word: tuple[int, ...], pair: tuple[int, int], new: int) -> tuple[int, ...]:
-    """`new` for every `pair` in the word, from left to right."""
-    out: list[int] = []
-    place = 0
-    while place < len(word):
-        if word[place : place + 2] == pair:
-            out.append(new)
-            place += 2
+    """Replace every `pair` in the word by `new`, from left to right."""
+    result: list[int] = []
+    index = 0
+    while index < len(word):
+        if word[index : index + 2] == pair:
+            result.append(new)
+            index += 2
         else:
-            out.append(word[place])
-            place += 1
-    return tuple(out)
+            result.append(word[index])
+            index += 1
+    return tuple(result)
 
 
 def naive_merges(texts: list[str], num_merges: int) -> list[tuple[int, int]]:
-    """Everything counted again for every merge; of equal counts the smallest pair of ids."""
-    found = Counter(word for text in texts for word in regex.findall(PUBLISHED_PATTERN, text))
+    """Count everything again for every merge; of equal counts take the smallest pair of ids."""
+    word_counts = Counter(word for text in texts for word in regex.findall(PUBLISHED_PATTERN, text))
     words: dict[tuple[int, ...], int] = {
-        tuple(BYTE_ORDER.index(byte) for byte in word.encode()): count for word, count in found.items()
+        tuple(BYTE_ORDER.index(byte) for byte in word.encode()): count for word, count in word_counts.items()
     }
     merges: list[tuple[int, int]] = []
     while len(merges) < num_merges and (counts := pairs_of(words)):
@@ -126,25 +117,17 @@ def naive_tokens(merges: list[tuple[int, int]]) -> list[bytes]:
 
 
 def random_corpora() -> list[list[str]]:
-    """Few letters, so that ties, runs of one letter and merges of merges abound; and every kind of character."""
+    """Return texts of few letters, full of ties, runs and merges of merges; and texts of every kind of character."""
     rng = random.Random(11)
     few = [["".join(rng.choices(letters, k=400))] for letters in ("a", "ab", "aab ", "abc \n", "ab1! '")]
     return [*few, ["aaaa", "aaa aa", "a" * 31], random_texts(12, 40), [*NASTY[4:9], "\u00e9\u20ac\U0001f600" * 9]]
 
 
-@pytest.mark.parametrize("texts", [pytest.param(texts, id=str(i)) for i, texts in enumerate(random_corpora())])
-def test_the_reference_makes_a_naive_trainers_merges(texts: list[str]) -> None:
-    readable = [text.encode("utf-8", "replace").decode() for text in texts]
-    merges = naive_merges(readable, 150)
-    assert train_reference(readable, 256 + 150).tokens == naive_tokens(merges)
-
-
-@pytest.mark.parametrize("name", SHARED_TEXTS)
-def test_the_reference_makes_a_naive_trainers_merges_of_real_text(shared_data: Path, name: str) -> None:
-    texts = text_of(shared_data, name, 8_000).split("\n")
-    merges = naive_merges(texts, 200)
-    assert len(merges) == 200
-    assert train_reference(texts, 256 + 200).tokens == naive_tokens(merges)
+def test_the_reference_makes_a_naive_trainers_merges(shared_data: Path) -> None:
+    corpora = [*random_corpora(), *(text_of(shared_data, name, 5_000).split("\n") for name in SHARED_TEXTS)]
+    for texts in corpora:
+        readable = [text.encode("utf-8", "replace").decode() for text in texts]
+        assert train_reference(readable, 256 + 120).tokens == naive_tokens(naive_merges(readable, 120))
 
 
 def test_nothing_is_merged_across_documents_or_words() -> None:
@@ -153,17 +136,11 @@ def test_nothing_is_merged_across_documents_or_words() -> None:
     assert sorted(tokens) == [b" so", b"'s", b"it", b"so"]
 
 
-@pytest.mark.parametrize("name", SHARED_TEXTS)
-def test_both_trainers_make_the_same_merges_of_real_text(shared_data: Path, name: str) -> None:
-    texts = [text_of(shared_data, name, 150_000)]
-    reference = train_reference(texts, 2_500).tokens
-    assert reference == tokens_of(train_by_tokenizers(texts, 2_500))
-    assert len(set(reference)) == 2_500  # no two merges have the same bytes
-
-
-def test_both_trainers_make_the_same_merges_of_runs_and_ties() -> None:
-    for texts in random_corpora()[:6]:
-        assert train_reference(texts, 600).tokens == tokens_of(train_by_tokenizers(texts, 600))
+def test_both_trainers_make_the_same_merges(shared_data: Path) -> None:
+    for texts in [*random_corpora()[:6], *([text_of(shared_data, name, 60_000)] for name in SHARED_TEXTS)]:
+        reference = train_reference(texts, 1_500).tokens
+        assert reference == tokens_of(train_by_tokenizers(texts, 1_500))
+        assert len(set(reference)) == len(reference)  # no two merges have the same bytes
 
 
 @pytest.mark.slow
@@ -179,26 +156,27 @@ def test_both_trainers_make_the_same_merges_up_to_the_last_id() -> None:
 
 
 def test_the_bytes_are_in_gpt2s_order(shared_data: Path) -> None:
-    assert [bytes([byte]) for byte in BYTE_ORDER] == gpt2_bytes(shared_data)
+    tokenizer = make_tokenizer(str(shared_data / "gpt2.tiktoken"), "")
+    assert [tokenizer.decode_bytes([index])[0] for index in range(256)] == BYTE_ORDER
 
 
 @pytest.mark.parametrize("name", SHARED_TEXTS)
 def test_tiktoken_gives_the_ids_that_hugging_face_gives(shared_data: Path, name: str) -> None:
-    hf_tokenizer = train_by_tokenizers([text_of(shared_data, name, 250_000)], 3_000)
+    hf_tokenizer = train_by_tokenizers([text_of(shared_data, name, 100_000)], 2_000)
     tokenizer = BpeTokenizer({token: rank for rank, token in enumerate(tokens_of(hf_tokenizer))}, name="trained")
-    others = [text_of(shared_data, other)[-60_000:] for other in SHARED_TEXTS]
-    surrogates = regex.compile(r"[\ud800-\udfff]")
-    for text in [*others, *random_texts(14), *(text for text in NASTY if not surrogates.search(text))]:
-        assert tokenizer.encode(text).tolist() == hf_tokenizer.encode(text).ids
+    others = [text_of(shared_data, other)[-30_000:] for other in SHARED_TEXTS]
+    for text in [*others, *random_texts(14), *NASTY]:
+        if not regex.search(r"[\ud800-\udfff]", text):
+            assert tokenizer.encode(text).tolist() == hf_tokenizer.encode(text).ids
 
 
 def test_tiktoken_gives_the_ids_that_merging_in_order_gives(shared_data: Path) -> None:
-    texts = stories(shared_data, 60_000)
-    merges = naive_merges(texts, 200)
-    tokens = train_reference(texts, 456).tokens
+    texts = stories(shared_data, 30_000)
+    merges = naive_merges(texts, 150)
+    tokens = train_reference(texts, 406).tokens
     tokenizer = BpeTokenizer({token: rank for rank, token in enumerate(tokens)}, name="trained")
     for name in SHARED_TEXTS:
-        text = text_of(shared_data, name)[-2_000:]
+        text = text_of(shared_data, name)[-1_500:]
         expected: list[int] = []
         for piece in regex.findall(PUBLISHED_PATTERN, text):
             word = tuple(BYTE_ORDER.index(byte) for byte in piece.encode())
@@ -208,97 +186,73 @@ def test_tiktoken_gives_the_ids_that_merging_in_order_gives(shared_data: Path) -
         assert tokenizer.encode(text).tolist() == expected
 
 
-@pytest.mark.parametrize("trainer", ["tokenizers", "reference"])
-def test_the_command_makes_a_tokenizer_and_tells_what_a_learner_asks(
-    shared_data: Path, tmp_path: Path, trainer: str
-) -> None:
-    source = write(tmp_path / "stories.txt", MARK.join(stories(shared_data, 300_000)))
-    other = write(tmp_path / "wiki.txt", text_of(shared_data, "wikitext2_valid.txt", 50_000))
-    out = tmp_path / "tokenizers" / "small"
-    flags = ["--input", source, "--vocab-size", "1500", "--out", str(out), "--split-documents-on", MARK]
-    done = called(main, *flags, "--compare", other, "--trainer", trainer)
-    assert (done.returncode, done.stderr) == (0, "")
-    assert names(out) == FILES
-    assert names(out.parent) == ["small"]
+def test_the_command_makes_a_tokenizer_and_prints_its_figures(shared_data: Path, tmp_path: Path) -> None:
+    texts = stories(shared_data, 200_000)
+    source = write(tmp_path / "stories.txt", MARK.join(texts))
+    wiki = text_of(shared_data, "wikitext2_valid.txt", 50_000)
+    other = write(tmp_path / "wiki.txt", wiki)
+    ranks = set()
+    for trainer in ("tokenizers", "reference"):
+        out = tmp_path / trainer / "small"
+        flags = ["--input", source, "--vocab-size", "1500", "--out", str(out), "--split-documents-on", MARK]
+        done = called(main, *flags, "--compare", other, "--trainer", trainer)
+        assert (done.returncode, done.stderr) == (0, "")
+        assert names(out) == FILES and names(out.parent) == ["small"]
+        ranks.add((out / "ranks.tiktoken").read_bytes())
+        assert ("reference: merging" in done.stdout) == (trainer == "reference")
+    assert len(ranks) == 1
+
     tokenizer = load_tokenizer(out)
-    assert (tokenizer.vocab_size, tokenizer.eot_id) == (1_500, 1_499)
-    assert tokenizer.decode_bytes([1_499]) == b""
+    assert (tokenizer.vocab_size, tokenizer.eot_id, tokenizer.decode_bytes([1_499])) == (1_500, 1_499, b"")
+    tokens = [tokenizer.decode_bytes([index]) for index in range(1_500)]
+    assert not any(b"endof" in token or token == b"<|" for token in tokens)  # the separator is not learnt
     record = json.loads((out / "training.json").read_text())
     data = Path(source).read_bytes()
     described = {"name": "stories.txt", "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     assert record["inputs"] == [described]
     assert (record["merges"], record["tokenizer"]) == (1_243, tokenizer.describe())
     assert record["sample"]["bytes"] + record["held_out"]["bytes"] == record["read"]["bytes"]
-    drawn = draw(stories(shared_data, 300_000), 10**9)
+    drawn = draw(texts, 10**9)
     ids = [tokenizer.encode(text.decode()) for text in drawn.held_out]
     held_out = {"documents": len(ids), "bytes": sum(map(len, drawn.held_out)), "tokens": sum(map(len, ids))}
     assert record["held_out"] == held_out
     assert f"{held_out['bytes'] / held_out['tokens']:.3f} bytes per token" in done.stdout
-    wiki = text_of(shared_data, "wikitext2_valid.txt", 50_000)
-    wiki_tokens = sum(
-        len(tokenizer.encode(text)) for text in read_pieces(InputFile(other, "wiki.txt", "text"), PIECE_BYTES)
-    )
+    wiki_tokens = sum(len(tokenizer.encode(text)) for text in pieces([wiki.encode()]))
     assert f"{len(wiki.encode()) / wiki_tokens:.3f} bytes per token ({len(wiki.encode()):,} bytes" in done.stdout
     longest = max(range(1_499), key=lambda index: tokenizer.byte_lengths()[index])
-    assert repr(tokenizer.decode_bytes([longest]).decode()) in done.stdout
+    assert repr(tokens[longest].decode()) in done.stdout
     for part in ("MB/s", "hours on one core", "on thirty", "peak memory", "longest"):
         assert part in done.stdout
-    assert ("reference: merging" in done.stdout) == (trainer == "reference")
-
-
-def test_both_trainers_save_the_same_ranks(shared_data: Path, tmp_path: Path) -> None:
-    source = write(tmp_path / "text.txt", text_of(shared_data, "fineweb_edu_sample.txt", 200_000))
-    saved = []
-    for trainer in ("tokenizers", "reference"):
-        options = Options((source,), 2_000, tmp_path / trainer / "same", trainer)
-        saved.append(prepare(options).describe())
-    assert saved[0] == saved[1]
-
-
-def test_the_command_itself_makes_the_same_bytes_in_another_process(shared_data: Path, tmp_path: Path) -> None:
-    """Other hash seeds, another folder, one thread."""
-    write(tmp_path / "text.txt", text_of(shared_data, "wikitext2_valid.txt", 200_000))
-    env = os.environ | {"PYTHONHASHSEED": "7", "RAYON_NUM_THREADS": "1"}
-    command = [sys.executable, SCRIPT, "--input", "text.txt", "--vocab-size", "3000", "--out", "one/wiki"]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stderr) == (0, "")
-    prepare(Options((str(tmp_path / "text.txt"),), 3_000, tmp_path / "two" / "wiki"))
-    for name in FILES:
-        assert (tmp_path / "one" / "wiki" / name).read_bytes() == (tmp_path / "two" / "wiki" / name).read_bytes()
 
 
 def test_the_order_of_the_files_does_not_change_the_tokenizer(shared_data: Path, tmp_path: Path) -> None:
-    sources = [write(tmp_path / f"{i}.txt", text_of(shared_data, name, 60_000)) for i, name in enumerate(SHARED_TEXTS)]
+    sources = [write(tmp_path / f"{i}.txt", text_of(shared_data, name, 40_000)) for i, name in enumerate(SHARED_TEXTS)]
     tokenizers = [
-        prepare(Options(tuple(order), 700, tmp_path / str(i) / "x", sample_bytes=50_000))
+        prepare(Options(tuple(order), 700, tmp_path / str(i) / "x", sample_bytes=30_000))
         for i, order in enumerate((sources, sources[::-1]))
     ]
     assert tokenizers[0].describe() == tokenizers[1].describe()
 
 
 def test_a_tokenizer_folder_serves_the_data_preparation(shared_data: Path, tmp_path: Path) -> None:
-    texts = stories(shared_data, 120_000)
+    texts = stories(shared_data, 60_000)
     source = write(tmp_path / "stories.txt", MARK.join(texts))
-    tokenizer = prepare(Options((source,), 900, tmp_path / "tokenizers" / "small", split_documents_on=MARK))
-    folder = str(tmp_path / "tokenizers" / "small")
-    data = tmp_path / "data"
-    manifest = prepare_data(DataOptions((source,), data, folder, split_documents_on=MARK))
+    folder, data = tmp_path / "tokenizers" / "small", tmp_path / "data"
+    tokenizer = prepare(Options((source,), 900, folder, split_documents_on=MARK))
+    manifest = prepare_data(DataOptions((source,), data, str(folder), split_documents_on=MARK))
     assert manifest.tokenizer == tokenizer.describe() == load_tokenizer(data).describe()
     stored = [np.fromfile(data / f"{split}_000000.bin", dtype="<u2", offset=1024) for split in ("train", "val")]
     encoded = [tokenizer.encode(text).tolist() for text in texts if text]
     assert np.concatenate(stored).tolist() == [index for ids in encoded for index in (899, *ids)]
-    assert max(map(max, encoded)) < 899
 
 
 def test_a_mark_left_in_the_text_is_never_eot_nor_one_token(tmp_path: Path) -> None:
-    texts = ["one two" + MARK + "three\n" for _ in range(50)] + [MARK * 5, f" {MARK} {MARK}\n{MARK}"]
-    texts = [f"{i} {text}" for i, text in enumerate(texts)]
+    texts = [f"{i} one two{MARK}three\n" for i in range(50)] + [MARK * 5, f" {MARK} {MARK}\n{MARK}"]
     out = tmp_path / "marked"
     flags = ["--input", write_rows(tmp_path / "a.jsonl", texts), "--vocab-size", "300", "--out", str(out)]
     done = called(main, *flags)
-    assert done.returncode == 0
+    assert done.returncode == 0 and done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"bpe: warning: the text holds 58 times '{MARK}'")
-    assert done.stderr.count("\n") == 1
     tokenizer = load_tokenizer(out)
     tokens = [tokenizer.decode_bytes([index]) for index in range(tokenizer.vocab_size)]
     assert b"endoftext" in tokens  # ordinary text, and frequent
@@ -308,39 +262,32 @@ def test_a_mark_left_in_the_text_is_never_eot_nor_one_token(tmp_path: Path) -> N
     assert tokenizer.decode_bytes(ids) == "".join(texts).encode()
 
 
-def test_a_separator_is_not_learnt(shared_data: Path, tmp_path: Path) -> None:
-    source = write(tmp_path / "stories.txt", MARK.join(stories(shared_data, 100_000)))
-    tokenizer = prepare(Options((source,), 800, tmp_path / "small", split_documents_on=MARK))
-    assert not any(
-        b"endof" in tokenizer.decode_bytes([index]) or tokenizer.decode_bytes([index]) == b"<|" for index in range(800)
-    )
-
-
-def test_every_kind_of_input_is_read(shared_data: Path, tmp_path: Path) -> None:
-    pytest.importorskip("pyarrow")
-    text = text_of(shared_data, "wikitext2_valid.txt", 90_000)
-    lines = [line for line in text.splitlines() if line.strip()]
-    rows = "".join(json.dumps({"story": line}) + "\n" for line in lines)
-    folder = tmp_path / "in"
-    folder.mkdir()
-    write(folder / "a.txt", text)
-    write(folder / "b.jsonl", rows)
-    (folder / "c.txt.gz").write_bytes(gzip.compress(text.encode()))
-    (folder / "d.jsonl.gz").write_bytes(gzip.compress(rows.encode()))
-    record = prepare_record(Options((str(folder),), 400, tmp_path / "folder", text_column="story"))
-    num_pieces = len([*read_pieces(InputFile(str(folder / "a.txt"), "a.txt", "text"), PIECE_BYTES)])
-    assert record["read"]["documents"] == 2 * (num_pieces + len(lines))
-    assert record["read"]["bytes"] == 2 * (len(text.encode()) + sum(len(line.encode()) for line in lines))
-    parquet = shared_data / "fineweb_rows_15.parquet"
-    record = prepare_record(Options((str(parquet),), 400, tmp_path / "rows"))
-    assert record["read"]["documents"] == 15
-    assert record["sample"]["documents"] + record["held_out"]["documents"] == 10  # distinct texts
-
-
 def prepare_record(options: Options) -> dict[str, Any]:
     prepare(options)
     record: dict[str, Any] = json.loads((options.out / "training.json").read_text())
     return record
+
+
+def test_every_kind_of_input_is_read(shared_data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pyarrow")
+    text = text_of(shared_data, "wikitext2_valid.txt", 40_000)
+    lines = [line for line in text.splitlines() if line.strip()]
+    json_lines = "".join(json.dumps({"story": line}) + "\n" for line in lines)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write(folder / "a.txt", text)
+    write(folder / "b.jsonl", json_lines)
+    (folder / "c.txt.gz").write_bytes(gzip.compress(text.encode()))
+    (folder / "d.jsonl.gz").write_bytes(gzip.compress(json_lines.encode()))
+    record = prepare_record(Options((str(folder),), 400, tmp_path / "folder", text_column="story"))
+    num_pieces = len([*read_pieces(InputFile(str(folder / "a.txt"), "a.txt", "text"), PIECE_BYTES)])
+    assert record["read"]["documents"] == 2 * (num_pieces + len(lines))
+    assert record["read"]["bytes"] == 2 * (len(text.encode()) + sum(len(line.encode()) for line in lines))
+    record = prepare_record(Options((str(shared_data / "fineweb_rows_15.parquet"),), 400, tmp_path / "rows"))
+    assert record["read"]["documents"] == 15
+    assert record["sample"]["documents"] + record["held_out"]["documents"] == 10  # distinct texts
+    texts = [*read_texts(find_files(("python-docs",))[0][:1], Reading(), Progress("read", 0))]
+    assert len(texts) > 20 and max(map(len, texts)) <= PIECE_BYTES
 
 
 @pytest.fixture
@@ -350,7 +297,7 @@ def alice(tmp_path: Path) -> str:
     return write(tmp_path / "alice.txt", "".join(" ".join(rng.choices(words, k=12)) + ".\n" for _ in range(600)))
 
 
-def test_what_is_there_is_kept_unless_it_is_to_be_replaced(tmp_path: Path, alice: str) -> None:
+def test_an_existing_tokenizer_is_kept_unless_it_is_to_be_replaced(tmp_path: Path, alice: str) -> None:
     out = tmp_path / "tok"
     flags = ["--input", alice, "--vocab-size", "290", "--out", str(out)]
     assert called(main, *flags).returncode == 0
@@ -362,20 +309,19 @@ def test_what_is_there_is_kept_unless_it_is_to_be_replaced(tmp_path: Path, alice
     assert "--trainer tokenizers (now reference)" in refusal(*flags, "--trainer", "reference")
     other = write(tmp_path / "other.txt", Path(alice).read_text()[::-1])
     assert "other input" in refusal("--input", other, "--vocab-size", "290", "--out", out)
+    record = json.loads((out / "training.json").read_text())
+    with pytest.raises(InputError, match="another process has made it meanwhile"):
+        save(load_tokenizer(out), record, Options((alice,), 290, out))
     assert contents(out) == before
+    for name in FILES:
+        content = (out / name).read_bytes()
+        (out / name).write_bytes(content[: len(content) // 2])
+        assert str(out) in refusal(*flags)
+        assert called(main, *flags, "--overwrite").returncode == 0
+        assert (out / name).read_bytes() == content
     assert called(main, *flags[:3], "291", *flags[4:], "--overwrite").returncode == 0
     assert load_tokenizer(out).vocab_size == 291
     assert names(tmp_path) == ["alice.txt", "other.txt", "tok"]
-
-
-def test_what_another_process_made_meanwhile_is_kept(tmp_path: Path, alice: str) -> None:
-    options = Options((alice,), 290, tmp_path / "tok")
-    record = prepare_record(options)
-    before = contents(options.out)
-    with pytest.raises(InputError, match="another process has made it meanwhile"):
-        save(load_tokenizer(options.out), record, options)
-    assert contents(options.out) == before
-    assert names(tmp_path) == ["alice.txt", "tok"]
 
 
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, alice: str) -> None:
@@ -387,18 +333,6 @@ def test_a_folder_of_something_else_is_left_alone(tmp_path: Path, alice: str) ->
     assert names(tmp_path / "mine") == ["notes.txt"]
     (tmp_path / "empty").mkdir()
     assert called(main, *flags, str(tmp_path / "empty")).returncode == 0
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_a_damaged_tokenizer_is_told_and_made_anew(tmp_path: Path, alice: str, name: str) -> None:
-    out = tmp_path / "tok"
-    flags = ["--input", alice, "--vocab-size", "290", "--out", str(out)]
-    assert called(main, *flags).returncode == 0
-    before = (out / name).read_bytes()
-    (out / name).write_bytes(before[: len(before) // 2])
-    assert str(out) in refusal(*flags)
-    assert called(main, *flags, "--overwrite").returncode == 0
-    assert (out / name).read_bytes() == before
 
 
 @pytest.mark.parametrize(
@@ -413,9 +347,11 @@ def test_a_damaged_tokenizer_is_told_and_made_anew(tmp_path: Path, alice: str, n
         (["--split-documents-on", ""], "--split-documents-on needs at least one character"),
         (["--split-documents-on", "no such mark"], "at least two different ones are needed"),
         (["--input", "nowhere.txt"], "nowhere.txt: no such file (--input)"),
+        (["--input", "latin1.txt"], "latin1.txt:2: not UTF-8 (byte 0xe9 at 5)"),
         (["--compare", "nowhere.txt"], "nowhere.txt: no such file (--compare)"),
         (["--compare", "blank.jsonl"], "--compare blank.jsonl: no text in it"),
         (["--out", "/"], "--out /: give the tokenizer a name"),
+        (["--out", "alice.txt/tok"], "alice.txt: cannot be written ("),
     ],
 )
 def test_bad_options_give_one_line(
@@ -423,8 +359,9 @@ def test_bad_options_give_one_line(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     write_rows(tmp_path / "blank.jsonl", ["", ""])
+    (tmp_path / "latin1.txt").write_bytes(b"a\ncaf\xe9\n")
     assert complaint in refusal("--input", alice, "--vocab-size", "290", "--out", tmp_path / "new" / "tok", *flags)
-    assert names(tmp_path) == ["alice.txt", "blank.jsonl"]
+    assert {*names(tmp_path)} - {"new"} == {"alice.txt", "blank.jsonl", "latin1.txt"}
 
 
 def test_the_size_that_a_refusal_names_can_be_made(tmp_path: Path, alice: str) -> None:
@@ -443,41 +380,40 @@ def test_without_hugging_face_tokenizers_the_extra_is_named(
     assert called(main, *flags, "--trainer", "reference").returncode == 0
 
 
-def test_a_flag_without_effect_is_told(tmp_path: Path, alice: str) -> None:
-    rows = write_rows(tmp_path / "rows.jsonl", Path(alice).read_text().splitlines())
+def test_flags_without_effect_are_told(tmp_path: Path, alice: str) -> None:
+    json_lines = write_rows(tmp_path / "rows.jsonl", Path(alice).read_text().splitlines())
     size = ["--vocab-size", "290", "--out"]
-    done = called(main, "--input", rows, *size, str(tmp_path / "a"), "--split-documents-on", "|")
+    done = called(main, "--input", json_lines, *size, str(tmp_path / "a"), "--split-documents-on", "|")
     assert done.stderr == "bpe: warning: --split-documents-on has no effect: no plain text among the files\n"
     done = called(main, "--input", alice, *size, str(tmp_path / "b"), "--text-column", "story")
     assert done.stderr == "bpe: warning: --text-column has no effect: no .jsonl or .parquet among the files\n"
 
 
 @pytest.mark.parametrize("trainer", ["tokenizers", "reference"])
-def test_words_of_a_million_characters_and_lone_surrogates(tmp_path: Path, alice: str, trainer: str) -> None:
-    texts = [" " * 1_200_000 + "x", "=" * 1_000_000, "a" * 1_000_000, "\n" * 1_000_000, "a\ud800b \udfff"]
-    rows = write_rows(tmp_path / "rows.jsonl", [*texts, *Path(alice).read_text().splitlines()])
-    options = Options((rows,), 320, tmp_path / "tok", trainer)  # type: ignore[arg-type]
-    record = prepare_record(options)
-    assert record["read"]["documents"] == 605
-    assert record["read"]["bytes"] == 4_200_001 + len("a\ufffdb \ufffd".encode()) + Path(alice).stat().st_size - 600
+def test_words_of_a_million_characters_and_lone_surrogates_are_trained_on(
+    tmp_path: Path, alice: str, trainer: str
+) -> None:
+    texts = [" " * 1_200_000 + "x", "=" * 1_000_000, "\n" * 1_000_000, "a\ud800b \udfff"]
+    json_lines = write_rows(tmp_path / "rows.jsonl", [*texts, *Path(alice).read_text().splitlines()])
+    record = prepare_record(Options((json_lines,), 320, tmp_path / "tok", trainer))  # type: ignore[arg-type]
+    assert record["read"]["documents"] == 604
+    assert record["read"]["bytes"] == 3_200_001 + len("a\ufffdb \ufffd".encode()) + Path(alice).stat().st_size - 600
 
 
 def test_held_out_documents_are_never_trained_on(shared_data: Path) -> None:
-    texts = stories(shared_data, 400_000)
+    texts = stories(shared_data, 200_000)
     whole = draw(texts, 10**9)
     assert {*whole.sample} | {*whole.held_out} == {text.encode() for text in texts if text}
-    assert not {*whole.sample} & {*whole.held_out}
-    share = sum(map(len, whole.held_out)) / whole.num_bytes
-    assert 0.05 <= share < 0.06
+    assert 0.05 <= sum(map(len, whole.held_out)) / whole.num_bytes < 0.06
     assert max(map(key_of, whole.sample)) < min(map(key_of, whole.held_out))
     twice = draw([*texts, *texts[::-1]], 10**9)
     assert not {*twice.sample} & {*twice.held_out}
     assert twice.documents == 2 * whole.documents and len(twice.sample) <= len(whole.sample)
 
 
-@pytest.mark.parametrize("sample_bytes", [1, 1_000, 30_000, 99_999])
+@pytest.mark.parametrize("sample_bytes", [1, 1_000, 30_000])
 def test_the_sample_is_full_and_spread_over_all_documents(shared_data: Path, sample_bytes: int) -> None:
-    texts = stories(shared_data, 400_000)
+    texts = stories(shared_data, 200_000)
     drawn = draw(texts, sample_bytes)
     assert drawn.sample == draw(random.Random(16).sample(texts, k=len(texts)), sample_bytes).sample
     assert drawn.held_out == draw(texts, 10**9).held_out
@@ -486,8 +422,8 @@ def test_the_sample_is_full_and_spread_over_all_documents(shared_data: Path, sam
     assert drawn.sample[:-1] == in_order[: len(drawn.sample) - 1]
     assert in_order[len(drawn.sample) - 1].startswith(drawn.sample[-1])
     if sample_bytes > 20_000:
-        places = [texts.index(data.decode()) / len(texts) for data in drawn.sample[:-1]]
-        assert all(min(abs(place - quarter) for place in places) < 0.1 for quarter in (0.0, 0.25, 0.5, 0.75, 1.0))
+        offsets = [texts.index(data.decode()) / len(texts) for data in drawn.sample[:-1]]
+        assert all(min(abs(offset - quarter) for offset in offsets) < 0.1 for quarter in (0.0, 0.25, 0.5, 0.75, 1.0))
 
 
 def test_a_cut_sample_has_no_half_character() -> None:
@@ -500,47 +436,27 @@ def test_a_cut_sample_has_no_half_character() -> None:
 
 def test_memory_is_bounded_on_input_larger_than_the_sample() -> None:
     tracemalloc.start()
-    drawn = draw((f"{i} " * 500 for i in range(20_000)), 1_000_000)
+    drawn = draw((f"{i} " * 500 for i in range(8_000)), 1_000_000)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert drawn.num_bytes > 50_000_000
+    assert drawn.num_bytes > 19_000_000
     assert peak < 1.5 * (1_000_000 + 4_000_000)
     assert sum(map(len, spread((f"{i} " * 500 for i in range(2_000)), 100_000))) < 100_000 + 3_000
 
 
-@pytest.mark.parametrize("piece_bytes", [4, 5, 7, 64, 16_384])
 @pytest.mark.parametrize("compressed", [False, True])
+@pytest.mark.parametrize("piece_bytes", [4, 7, 64, 16_384])
 def test_pieces_are_the_file_cut_after_line_ends(tmp_path: Path, piece_bytes: int, compressed: bool) -> None:
     rng = random.Random(17)
-    text = (
-        "".join(rng.choices(["a", " ", "\n", "\r\n", "\u00e9", "\u20ac", "\U0001f600", "word\n\n"], k=3_000))
-        + "x" * 50_000
-    )
+    words = rng.choices(["a", " ", "\n", "\r\n", "\u00e9", "\u20ac", "\U0001f600", "word\n\n"], k=3_000)
+    text = "".join(words) + "x" * 50_000
     path = tmp_path / "text"
     path.write_bytes(gzip.compress(text.encode()) if compressed else text.encode())
-    found = [*read_pieces(InputFile(str(path), "text", "text", compressed), piece_bytes)]
-    assert "".join(found) == text
-    assert [*pieces([text.encode()])] == [*read_pieces(InputFile(str(path), "text", "text", compressed), PIECE_BYTES)]
-    for piece, after in itertools.pairwise(found):
+    file = InputFile(str(path), "text", "text", compressed)
+    cut = [*read_pieces(file, piece_bytes)]
+    assert "".join(cut) == text
+    assert [*pieces([text.encode()])] == [*read_pieces(file, PIECE_BYTES)]
+    for piece, after in itertools.pairwise(cut):
         assert 0 < len(piece.encode()) <= piece_bytes
         longer = (piece + after).encode()[:piece_bytes]
-        assert piece.endswith("\n") or b"\n" not in longer
-        assert piece.endswith("\n") or len(piece.encode()) > piece_bytes - 4
-
-
-def test_what_is_not_utf8_is_named_by_its_line(tmp_path: Path, alice: str) -> None:
-    path = tmp_path / "bad.txt"
-    lines = Path(alice).read_bytes().splitlines(keepends=True)
-    path.write_bytes(b"".join([*lines[:500], b"caf\xe9 \n", *lines[500:]]))
-    line = refusal("--input", path, "--vocab-size", "290", "--out", tmp_path / "tok")
-    assert f"{path}:501: not UTF-8 (byte 0xe9 at " in line
-    path.write_bytes(b"\x80" * 100_000)
-    assert f"{path}:1: not UTF-8 (byte 0x80 at 0)" in refusal(
-        "--input", path, "--vocab-size", "290", "--out", tmp_path / "tok"
-    )
-
-
-def test_the_embedded_corpus_is_read_in_pieces() -> None:
-    topics = find_files(("python-docs",))[0][:1]
-    texts = [*read_texts(topics, Reading(), Progress("read", 0))]
-    assert len(texts) > 20 and max(map(len, texts)) <= PIECE_BYTES
+        assert piece.endswith("\n") or (b"\n" not in longer and len(piece.encode()) > piece_bytes - 4)

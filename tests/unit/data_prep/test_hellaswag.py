@@ -1,10 +1,7 @@
-"""HellaSwag's items: kept to the letter, checked line by line, fetched or brought."""
+"""HellaSwag's items: text unchanged, every line checked, downloaded or given with --input."""
 
 import hashlib
 import json
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +9,10 @@ import pytest
 
 from common.errors import InputError
 from data_prep import hellaswag
-from data_prep.hellaswag import Item, Options, main, prepare, read_items
+from data_prep.hellaswag import Item, Options, main, open_items, prepare, read_items
 from data_prep.hub.corpora import RemoteFile
 from tests.helpers.runs import called
 from tests.unit.data_prep.test_download import Server, server  # noqa: F401
-from tests.unit.data_prep.test_textfiles import names
 
 ROW: dict[str, Any] = {
     "ind": 24,
@@ -44,7 +40,7 @@ def text_of(*rows: object) -> bytes:
 
 @pytest.fixture
 def pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A small file in the place of the real one, which is not here."""
+    """A small file that is pinned in place of the real one."""
     path = tmp_path / "brought.jsonl"
     path.write_bytes(text_of(ROW, OTHER))
     pin(monkeypatch, "https://nowhere.invalid/hellaswag_val.jsonl", path.read_bytes())
@@ -61,18 +57,21 @@ def manifest_of(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def test_the_text_is_kept(pinned: Path, tmp_path: Path) -> None:
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_items_are_kept_as_they_are(pinned: Path, tmp_path: Path) -> None:
     out = tmp_path / "data" / "hellaswag"
-    ran = called(main, "--input", str(pinned), "--out", str(out))
-    assert (ran.returncode, ran.stderr) == (0, "")
-    assert ran.stdout.startswith(f"{out}: 2 items, the pinned validation set; sha256 ")
+    done = called(main, "--input", str(pinned), "--out", str(out))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{out}: 2 items, the pinned validation set; sha256 ")
     first, second = read_items(out)
     kept = {name: ROW[name] for name in ("ind", "activity_label", "ctx_a", "ctx_b", "ctx", "label")}
     assert first == Item(**kept, endings=tuple(ROW["endings"]))
     assert (second.ind, second.ctx_b, second.label) == (25, "", 0)
     assert names(out) == ["manifest.json", "val.jsonl"]
     assert names(tmp_path / "data") == ["hellaswag"]
-    written = (out / "val.jsonl").read_bytes()
     assert manifest_of(out) == {
         "kind": "hellaswag",
         "format_version": 1,
@@ -84,29 +83,42 @@ def test_the_text_is_kept(pinned: Path, tmp_path: Path) -> None:
         },
         "file": "val.jsonl",
         "items": 2,
-        "sha256": hashlib.sha256(written).hexdigest(),
+        "sha256": hashlib.sha256((out / "val.jsonl").read_bytes()).hexdigest(),
     }
+    told = called(main, "--input", str(pinned), "--out", str(out), "--accept-other")
+    assert told.returncode == 0 and "--accept-other has no effect" in told.stderr
+    assert "already complete, nothing to do" in told.stdout
 
 
-def test_real_items(shared_data: Path, tmp_path: Path) -> None:
+def test_scorers_get_the_first_items_and_whether_they_are_the_pinned_set(pinned: Path, tmp_path: Path) -> None:
+    prepare(Options(pinned, tmp_path / "out"))
+    for path in (pinned, tmp_path / "out"):
+        for most, num_items, is_pinned in ((None, 2, True), (1, 1, False), (2, 2, True), (9, 2, True)):
+            opened = open_items(path, most=most)
+            assert (len(opened.items), opened.is_pinned) == (num_items, is_pinned)
+    other = tmp_path / "other.jsonl"
+    other.write_bytes(text_of(OTHER))
+    assert not open_items(other).is_pinned
+
+
+def test_real_items_need_accept_other(shared_data: Path, tmp_path: Path) -> None:
     part = shared_data / "hellaswag_val_1000.jsonl"
-    refused = called(main, "--input", str(part), "--out", str(tmp_path / "out"))
-    assert refused.returncode == 2
-    assert refused.stderr.count("\n") == 1
+    flags = ["--input", str(part), "--out", str(tmp_path / "out")]
+    refused = called(main, *flags)
+    assert refused.returncode == 2 and refused.stderr.count("\n") == 1
     assert "its sha256 is 79b87117" in refused.stderr and "add --accept-other" in refused.stderr
-    assert list(tmp_path.iterdir()) == []
-    ran = called(main, "--input", str(part), "--out", str(tmp_path / "out"), "--accept-other")
-    assert (ran.returncode, ran.stderr) == (0, "")
-    assert "1,000 items, of " in ran.stdout and "which is not the pinned file" in ran.stdout
+    assert names(tmp_path) == []
+    done = called(main, *flags, "--accept-other")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "1,000 items, of " in done.stdout and "which is not the pinned file" in done.stdout
     source = manifest_of(tmp_path / "out")["source"]
     assert (source["is_pinned"], source["url"]) == (False, None)
-    items = read_items(tmp_path / "out")
     rows = [json.loads(line) for line in part.read_text(encoding="utf-8").splitlines()]
-    for item, row in zip(items, rows, strict=True):
+    for item, row in zip(read_items(tmp_path / "out"), rows, strict=True):
         assert {name: row[name] for name in vars(item)} == vars(item) | {"endings": list(item.endings)}
 
 
-def test_it_is_fetched_once(
+def test_the_file_is_downloaded_once(
     server: Server,  # noqa: F811
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -130,9 +142,8 @@ def test_it_is_fetched_once(
     assert len(read_items(Path("data/hellaswag"))) == 2
 
 
-def test_another_file_needs_overwrite(pinned: Path, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    other = tmp_path / "other.jsonl"
+def test_another_input_needs_overwrite(pinned: Path, tmp_path: Path) -> None:
+    out, other = tmp_path / "out", tmp_path / "other.jsonl"
     other.write_bytes(text_of(OTHER))
     assert prepare(Options(pinned, out)) == 2
     with pytest.raises(InputError, match="made of another file; choose another or use --overwrite"):
@@ -142,41 +153,40 @@ def test_another_file_needs_overwrite(pinned: Path, tmp_path: Path) -> None:
     assert names(tmp_path) == ["brought.jsonl", "other.jsonl", "out"]
 
 
-def test_a_useless_flag_is_told(pinned: Path, tmp_path: Path) -> None:
-    ran = called(main, "--input", str(pinned), "--out", str(tmp_path / "out"), "--accept-other")
-    assert ran.returncode == 0
-    assert "--accept-other has no effect" in ran.stderr
+def changed(**fields: Any) -> bytes:
+    """A third line, not seen before, with these fields."""
+    return text_of(ROW | {"ind": 1} | fields)
 
 
-DAMAGES: list[tuple[Callable[[bytes], bytes], str]] = [
-    (lambda text: text[:-30], "2: not JSON ("),
-    (lambda text: text + b"\n", "3: not JSON ("),
-    (lambda text: text + b"[1]\n", "3: a JSON list, not an object"),
-    (lambda text: text.replace(b'he"', b'h\xe9"', 1), "1: not UTF-8 (byte 0xe9)"),
-    (lambda text: text + text_of({name: ROW[name] for name in ROW if name != "ctx_b"}), "3: no field ctx_b; is this"),
-    (lambda text: text + text_of(ROW | {"ind": 1, "endings": ROW["endings"][:3]}), "3: 3 endings, must be a list of 4"),
-    (lambda text: text + text_of(ROW | {"ind": 1, "endings": "four"}), "3: endings 'four', must be a list of 4"),
-    (lambda text: text + text_of(ROW | {"ind": 1, "endings": ["a", "b", 3, "d"]}), "3: endings[2] is 3, must be a str"),
-    (lambda text: text + text_of(ROW | {"ind": 1, "endings": ["a", "b", " ", "d"]}), "3: endings[2] is empty"),
-    (lambda text: text + text_of(ROW | {"ind": 1, "ctx": ""}), "3: ctx is empty"),
-    (lambda text: text + text_of(ROW | {"ind": 1, "ctx_b": None}), "3: ctx_b is None, must be a string"),
-    (lambda text: text + text_of(ROW | {"ind": 1, "label": 4}), "3: label is 4, must be an integer from 0 to 3"),
-    (lambda text: text + text_of(ROW | {"ind": 1, "label": "3"}), "3: label is '3', must be an integer from 0 to 3"),
-    (lambda text: text + text_of(ROW | {"ind": 1, "label": True}), "3: label is True, must be an integer"),
-    (lambda text: text + text_of(ROW | {"ind": "1"}), "3: ind is '1', must be an integer"),
-    (lambda text: text + text_of(OTHER), "3: repeats the item of line 2 (ind 25)"),
-    (lambda text: b"", " no items"),
+LINES = text_of(ROW, OTHER)
+DAMAGED: list[tuple[bytes, str]] = [
+    (LINES[:-30], "2: not JSON ("),
+    (LINES + b"\n", "3: not JSON ("),
+    (LINES + b"[1]\n", "3: a JSON list, not an object"),
+    (LINES.replace(b'he"', b'h\xe9"', 1), "1: not UTF-8 (byte 0xe9)"),
+    (LINES + text_of({name: ROW[name] for name in ROW if name != "ctx_b"}), "3: no field ctx_b; is this"),
+    (LINES + changed(endings=ROW["endings"][:3]), "3: 3 endings, must be a list of 4"),
+    (LINES + changed(endings="four"), "3: endings 'four', must be a list of 4"),
+    (LINES + changed(endings=["a", "b", 3, "d"]), "3: endings[2] is 3, must be a str"),
+    (LINES + changed(endings=["a", "b", " ", "d"]), "3: endings[2] is empty"),
+    (LINES + changed(ctx=""), "3: ctx is empty"),
+    (LINES + changed(ctx_b=None), "3: ctx_b is None, must be a string"),
+    (LINES + changed(label=4), "3: label is 4, must be an integer from 0 to 3"),
+    (LINES + changed(label="3"), "3: label is '3', must be an integer from 0 to 3"),
+    (LINES + changed(label=True), "3: label is True, must be an integer"),
+    (LINES + changed(ind="1"), "3: ind is '1', must be an integer"),
+    (LINES + text_of(OTHER), "3: repeats the item of line 2 (ind 25)"),
+    (b"", " no items"),
 ]
 
 
-@pytest.mark.parametrize(("damage", "said"), DAMAGES, ids=[said for _, said in DAMAGES])
-def test_a_damaged_line_is_named(damage: Callable[[bytes], bytes], said: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("content", "line"), DAMAGED, ids=[line for _, line in DAMAGED])
+def test_a_damaged_line_is_named(content: bytes, line: str, tmp_path: Path) -> None:
     path = tmp_path / "part.jsonl"
-    path.write_bytes(damage(text_of(ROW, OTHER)))
-    ran = called(main, "--input", str(path), "--out", str(tmp_path / "out"), "--accept-other")
-    assert ran.returncode == 2
-    assert ran.stderr.startswith(f"hellaswag: {path}:{said}")
-    assert ran.stderr.count("\n") == 1
+    path.write_bytes(content)
+    done = called(main, "--input", str(path), "--out", str(tmp_path / "out"), "--accept-other")
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"hellaswag: {path}:{line}") and done.stderr.count("\n") == 1
     assert names(tmp_path) == ["part.jsonl"]
 
 
@@ -188,7 +198,7 @@ def test_the_pinned_file_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.M
     assert len(read_items(tmp_path / "out")) == 3
 
 
-def test_what_changed_since_is_refused(pinned: Path, tmp_path: Path) -> None:
+def test_files_that_changed_since_are_refused(pinned: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     prepare(Options(pinned, out))
     (out / "val.jsonl").write_bytes((out / "val.jsonl").read_bytes().replace(b"24", b"42"))
@@ -196,15 +206,14 @@ def test_what_changed_since_is_refused(pinned: Path, tmp_path: Path) -> None:
         with pytest.raises(InputError, match=r"val.jsonl: not what manifest.json says; .* --overwrite"):
             read()
     assert prepare(Options(pinned, out, overwrite=True)) == 2
-    changed = manifest_of(out) | {"format_version": 2}
-    (out / "manifest.json").write_text(json.dumps(changed))
+    (out / "manifest.json").write_text(json.dumps(manifest_of(out) | {"format_version": 2}))
     with pytest.raises(InputError, match="format version 2; this code reads 1"):
         read_items(out)
     assert prepare(Options(pinned, out, overwrite=True)) == 2
 
 
 @pytest.mark.parametrize(
-    ("manifest", "said"),
+    ("manifest", "complaint"),
     [
         (None, "exists and is no HellaSwag directory"),
         ("{", r"not HellaSwag's \(JSONDecodeError"),
@@ -215,29 +224,23 @@ def test_what_changed_since_is_refused(pinned: Path, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_another_directory_is_not_replaced(pinned: Path, tmp_path: Path, manifest: str | None, said: str) -> None:
+def test_another_directory_is_not_replaced(pinned: Path, tmp_path: Path, manifest: str | None, complaint: str) -> None:
     out = tmp_path / "out"
     out.mkdir()
     (out / "precious").write_text("mine")
     if manifest is not None:
         (out / "manifest.json").write_text(manifest)
-    with pytest.raises(InputError, match=said):
+    with pytest.raises(InputError, match=complaint):
         prepare(Options(pinned, out, overwrite=True))
     assert (out / "precious").read_text() == "mine"
 
 
-def test_what_is_not_there_is_told(tmp_path: Path) -> None:
+def test_missing_paths_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no such file \(--input\)"):
         prepare(Options(tmp_path / "none.jsonl", tmp_path / "out"))
     with pytest.raises(InputError, match=r"make it with data_prep/hellaswag.py"):
         read_items(tmp_path)
+    with pytest.raises(InputError, match="none: no such HellaSwag file or directory"):
+        open_items(tmp_path / "none")
     with pytest.raises(InputError, match="a name of its own"):
         prepare(Options(out=Path("/")))
-
-
-def test_the_script_runs_from_anywhere(pinned: Path, tmp_path: Path) -> None:
-    script = Path(hellaswag.__file__)
-    command = [sys.executable, str(script), "--input", str(pinned), "--out", "out", "--accept-other"]
-    ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert (ran.returncode, ran.stderr) == (0, "")
-    assert ran.stdout.startswith("out: 2 items, of ")

@@ -1,4 +1,4 @@
-"""The text of training sequences: theirs by number, at the place named, whatever the shards and the tokenizer."""
+"""The printed text of training sequences against the sequences that training reads."""
 
 import shutil
 from pathlib import Path
@@ -25,56 +25,38 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "data"
 
 
-@pytest.fixture(scope="module")
-def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Ten documents of 20 letters; with EOT, 21 tokens each; the last one is val; shards of 50."""
-    folder = tmp_path_factory.mktemp("documents")
-    BpeTokenizer({bytes([byte]): byte for byte in range(256)}, name="bytes").save(folder)
-    (folder / "text.txt").write_text("|".join(chr(ord("a") + number) * 20 for number in range(10)))
-    source, tokenizer = str(folder / "text.txt"), str(folder / "tokenizer")
-    prepare(Options((source,), folder / "data", tokenizer, split_documents_on="|", shard_tokens=50, val_fraction=0.1))
-    return folder / "data"
+def test_every_sequence_is_the_one_that_training_reads(plain: Path) -> None:
+    seq_len = 48
+    sequences = TrainingSequences(open_split(plain, "train"), seq_len, seed=1)
+    inputs_BT, targets_BT = sequences.read(list(range(sequences.count)))
+    expected = ""
+    for number, (inputs_T, targets_T) in enumerate(zip(inputs_BT.tolist(), targets_BT.tolist(), strict=True)):
+        shard, offset = divmod(number * seq_len, 100)
+        text = bytes([*inputs_T, targets_T[-1]]).decode(errors="replace")
+        expected += f"sequence {number}: {plain}/train_{shard:06d}.bin from token {offset}, {number == 0:d} documents "
+        expected += f"begin in it\n{text}\n"
+    numbers = map(str, range(sequences.count))
+    done = called(main, str(plain), "--sequence", *numbers, "--seq-len", str(seq_len))
+    assert (done.returncode, done.stdout, done.stderr) == (0, expected, "")
 
 
-def test_a_sequence_is_shown_with_its_place_and_nothing_else_is_done(plain: Path) -> None:
-    done = called(main, str(plain), "--sequence", "7", "0", "--seq-len", "64")
-    content, shard = TEXT.encode(), plain / "train_000004.bin"
-    seventh = content[7 * 64 : 8 * 64 + 1].decode(errors="replace")
-    first = content[:65].decode(errors="replace")
-    assert done.stdout == (
-        f"sequence 7: {shard} from token 48, 0 documents begin in it\n{seventh}\n"
-        f"sequence 0: {plain / 'train_000000.bin'} from token 0, 1 documents begin in it\n{first}\n"
-    )
-    assert (done.returncode, done.stderr) == (0, "")
-
-
-def test_documents_and_their_ends_are_seen_across_shards(documents: Path) -> None:
-    """Window 1 at 40 is tokens 40 to 80: the last two of b, EOT and c's 20, EOT and 17 of d's."""
-    done = called(main, str(documents), "--sequence", "1", "--seq-len", "40")
+def test_documents_and_their_ends_are_seen_across_shards(tmp_path: Path) -> None:
+    """Ten documents of 20 letters make 21 tokens each with EOT. Sequence 1 at 40 is tokens 40 to 80."""
+    BpeTokenizer({bytes([byte]): byte for byte in range(256)}, name="bytes").save(tmp_path)
+    (tmp_path / "text.txt").write_text("|".join(chr(ord("a") + number) * 20 for number in range(10)))
+    data, source, tokenizer = tmp_path / "data", str(tmp_path / "text.txt"), str(tmp_path / "tokenizer")
+    prepare(Options((source,), data, tokenizer, split_documents_on="|", shard_tokens=50, val_fraction=0.1))
+    done = called(main, str(data), "--sequence", "1", "--seq-len", "40")
     assert done.stdout.splitlines() == [
-        f"sequence 1: {documents / 'train_000000.bin'} from token 40, 2 documents begin in it",
+        f"sequence 1: {data / 'train_000000.bin'} from token 40, 2 documents begin in it",
         f"bb{EOT}{'c' * 20}{EOT}{'d' * 17}",
     ]
-    validation = called(main, str(documents), "--sequence", "0", "--seq-len", "20", "--split", "val")
+    validation = called(main, str(data), "--sequence", "0", "--seq-len", "20", "--split", "val")
     assert validation.stdout.splitlines()[1] == EOT + "j" * 20
 
 
-def test_every_sequence_is_the_one_that_training_reads(plain: Path) -> None:
-    sequences = TrainingSequences(open_split(plain, "train"), 48, seed=1)
-    numbers = [str(number) for number in range(sequences.count)]
-    shown = called(main, str(plain), "--sequence", *numbers, "--seq-len", "48").stdout
-    inputs_BT, targets_BT = sequences.read(list(range(sequences.count)))
-    texts = [
-        bytes([*inputs_T, targets_T[-1]]).decode(errors="replace")
-        for inputs_T, targets_T in zip(inputs_BT.tolist(), targets_BT.tolist(), strict=True)
-    ]
-    end = 0
-    for number, text in enumerate(texts):
-        end = shown.index(f"begin in it\n{text}\n", shown.index(f"sequence {number}: ", end))
-
-
 @pytest.mark.parametrize(
-    ("flags", "said"),
+    ("flags", "line"),
     [
         (
             "--sequence 30 4 -1 --seq-len 64",
@@ -84,13 +66,14 @@ def test_every_sequence_is_the_one_that_training_reads(plain: Path) -> None:
         ("--sequence 0 --seq-len 5000", "train has 0 sequences of --seq-len 5000"),
         ("--sequence 0 --seq-len 0", "--seq-len 0 must be at least 1"),
         ("--sequence 0 --split test", "has no split 'test', only train, val"),
-        ("--sequence 0 --adopt", "--adopt and --sequence are two things"),
+        ("--sequence 0 --adopt", "--adopt and --sequence cannot be combined"),
+        ("--window 0", "--window is now called --sequence"),
     ],
 )
-def test_what_is_not_there_is_refused_in_one_line(plain: Path, flags: str, said: str) -> None:
+def test_an_impossible_request_is_refused_in_one_line(plain: Path, flags: str, line: str) -> None:
     done = called(main, str(plain), *flags.split())
     assert done.returncode == 2 and done.stdout == ""
-    assert said in done.stderr and done.stderr.count("\n") == 1
+    assert line in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_an_id_that_the_tokenizer_does_not_have_is_named(plain: Path, tmp_path: Path) -> None:
@@ -104,8 +87,7 @@ def test_an_id_that_the_tokenizer_does_not_have_is_named(plain: Path, tmp_path: 
 
 def test_flags_without_effect_are_told(plain: Path) -> None:
     done = called(main, str(plain), "--seq-len", "64", "--split", "val", "--tokenizer", "gpt2")
-    warned = [line for line in done.stderr.splitlines() if "warning" in line]
-    assert warned == [
+    assert done.stderr.splitlines() == [
         "verify: warning: --tokenizer has no effect without --adopt",
         "verify: warning: --seq-len has no effect without --sequence",
         "verify: warning: --split has no effect without --sequence",
