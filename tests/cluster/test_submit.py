@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.experiments import RUNGS
+from launch.sweeps import RUNGS
 from model.checkpoint import list_checkpoints, step_of
 from tests.cluster.slurm import Cluster, Job, broken
 from tests.cluster.tiny import STEPS, assert_same_curve, flags, train_plainly

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from data_prep.manifest import open_split, read_manifest
 from data_prep.textfiles import Options, prepare
 from data_prep.tokenizer import load_tokenizer
-from launch.experiments import RUNGS
+from launch.sweeps import RUNGS
 from model import generate, ladder
 from model.base import LanguageModel, init_weights
 from model.checkpoint import load_model
