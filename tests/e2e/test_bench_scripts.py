@@ -17,8 +17,9 @@ from tests.helpers.corpus import make_text
 from tests.helpers.runs import ROOT
 
 
-@pytest.mark.long(reason="a script that trains nothing; its parts are tested in tests/unit/benchmarks")
+@pytest.mark.slow
 def test_the_script_at_a_tiny_size(tmp_path: Path) -> None:
+    """tests/unit/benchmarks has its parts."""
     text = tmp_path / "text.txt"
     text.write_text(make_text(20_000), encoding="utf-8")
     sizes = ["--megabytes", "2", "--files", "2", "--rounds", "1", "--workers", "1", "--slice-megabytes", "0.2"]
