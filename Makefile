@@ -47,16 +47,12 @@ bench: .venv/.dev
 	$(BIN)/python benchmarks/bench_step.py
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 benchmarks/bench_parallel.py
 	$(BIN)/python benchmarks/bench_saves.py
-	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/bench_memory.py
-	$(BIN)/python benchmarks/bench_batches.py
-	$(BIN)/python benchmarks/bench_attention.py
-	$(BIN)/python benchmarks/bench_speedups.py --without bf16
 	$(BIN)/python benchmarks/bench_generate.py
 	$(BIN)/python benchmarks/bench_data_prep.py
 
 # The same questions at GPT-2 small's size, on one GPU; `make --keep-going` goes on after one that fails.
 SMALL := --preset gpt2-small --vocab-size 50257
-GPU := $(addprefix gpu-,step chunked parallel saves memory attention speedups generate)
+GPU := $(addprefix gpu-,step chunked parallel saves generate)
 .PHONY: $(GPU)
 bench-gpu: $(GPU)
 $(GPU): .venv/.dev
@@ -68,12 +64,6 @@ gpu-parallel:
 	$(BIN)/python benchmarks/bench_parallel.py $(SMALL) --sequences 64 --parallel fsdp
 gpu-saves:
 	$(BIN)/python benchmarks/bench_saves.py $(SMALL) --sequences 64
-gpu-memory:
-	$(BIN)/python benchmarks/bench_memory.py $(SMALL) --seq-len 1024 --sequences 16
-gpu-attention:
-	$(BIN)/python benchmarks/bench_attention.py --seq-lens 1024 4096 16384 --dtype bf16
-gpu-speedups:
-	$(BIN)/python benchmarks/bench_speedups.py --layers 12 --seq-len 1024 --sequences 64 --micro-batch 4 --larger 32
 gpu-generate:
 	$(BIN)/python benchmarks/bench_generate.py
 

@@ -1,10 +1,11 @@
-"""What becomes of a Slurm job that trains: may it begin, and once its torchrun has ended, does it go back to the queue?
+"""Decide whether a Slurm job may train, and whether it goes back to the queue when its training has ended.
 
-    python3 launch/requeue.py begin RUN_DIR                              # prints "ATTEMPT STEP", where the run stands
+    python3 launch/requeue.py begin RUN_DIR                # prints "ATTEMPT STEP": where the run is now
     python3 launch/requeue.py end RUN_DIR --before "ATTEMPT STEP" --asked USR1 --exit-status 1 --max-requeues 50
 
-slurm/body.sh calls both in the batch shell; they take no time, and run with the Python of a node whose container holds
-all the rest: 3.9 is enough, and nothing needs to be installed. `end` says its decision in a line of the job's log.
+slurm/body.sh calls both in the batch shell; each takes well under a second. They run with the Python of the node, also
+where a container holds everything else, so they need Python 3.9 and no packages. `end` writes its decision as one line
+of the job's log.
 """
 
 from __future__ import annotations
@@ -27,78 +28,88 @@ if not __package__:
 from common.errors import InputError, one_line_errors, reading_from, writing_to
 from train.processes.ranks import slurm_job
 
-# Reasons in status.json that came from a person: a STOP file that is not this job's, W&B's stop button, --stop-after.
-ASKED_BY_PEOPLE = ("STOP file", "SIGINT", "--stop-after")
-NEEDS_A_PERSON = ("NonFiniteError", "DivergedError")  # which save first, and would come again at the same step
+# Reasons in status.json that come from a person: a STOP file that this job did not make, W&B's stop button, a flag.
+STOPPED_BY_PEOPLE = ("STOP file", "SIGINT", "--stop-after")
+NEEDS_A_PERSON = ("NonFiniteError", "DivergedError")  # these save first, and would come again at the same step
 NEAR_THE_LIMIT_SECONDS = 400  # --signal=B:USR1@300 comes up to a minute early
 PATIENCE_SECONDS = 120  # with a Slurm controller that does not answer
 
 
 @dataclass(frozen=True)
-class Facts:
-    """How an attempt ended, and what Slurm says."""
+class AttemptEnd:
+    """How an attempt ended, and what Slurm says about its job."""
 
     state: str | None
-    """Of status.json; None if this attempt did not come so far as to write one."""
+    """State in status.json; None if this attempt ended before it wrote one."""
     reason: str | None
+    """Reason in status.json."""
     step_before: int
-    """Of the newest checkpoint when the attempt began."""
+    """Step of the newest checkpoint when the attempt began."""
     step: int
-    """Of the newest checkpoint now."""
-    asked: str | None
-    """The signal that the batch shell heard, after which it asked the run to stop."""
+    """Step of the newest checkpoint now."""
+    signal: str | None
+    """Signal that the batch shell received, after which it asked the run to stop."""
     job_state: str
-    """squeue's word: RUNNING until Slurm itself, or a scancel, ends the job."""
+    """State from squeue: RUNNING until Slurm itself or scancel ends the job."""
     seconds_left: int | None
-    """Until the time limit; None without one."""
+    """Seconds until the time limit; None without a limit."""
     restarts: int
+    """Times that the job was requeued so far."""
     max_requeues: int
+    """Restarts after which the job is left to end."""
     exit_status: int
-    """srun's."""
+    """Exit status of srun."""
 
 
 @dataclass(frozen=True)
 class Decision:
+    """Whether the job is requeued, the reason for the log, and the exit status of the job script."""
+
     is_requeued: bool
-    why: str
+    reason: str
     exit_status: int
 
 
-def decide(facts: Facts) -> Decision:
-    """Back to the queue, or not. Of a run that is done, or stopped by a person, the exit status is 0."""
-    reason, moved = facts.reason or "", facts.step > facts.step_before
-    failure = facts.exit_status or 1
-    if facts.state == "done":
-        return Decision(False, f"done at step {facts.step}", 0)
-    if facts.job_state != "RUNNING":  # requeueing it now would undo a scancel
-        return Decision(False, f"left to Slurm: the job is {facts.job_state}", failure)
-    if facts.state == "failed" and reason.startswith(NEEDS_A_PERSON):
+def decide(end: AttemptEnd) -> Decision:
+    """Return whether the job goes back to the queue.
+
+    A run that is done, or that a person stopped, ends with exit status 0.
+    """
+    reason, has_progress = end.reason or "", end.step > end.step_before
+    failure = end.exit_status or 1
+    if end.state == "done":
+        return Decision(False, f"done at step {end.step}", 0)
+    if end.job_state != "RUNNING":  # requeueing now would undo a scancel
+        return Decision(False, f"left to Slurm: the job is {end.job_state}", failure)
+    if end.state == "failed" and reason.startswith(NEEDS_A_PERSON):
         return Decision(False, f"it would fail again: {reason}", failure)
 
-    if facts.state == "stopped" and facts.asked is None and reason.startswith(ASKED_BY_PEOPLE):
-        return Decision(False, f"stopped at step {facts.step} as a person asked ({reason}); sbatch again to go on", 0)
-    if facts.asked is not None or (facts.state == "stopped" and reason.startswith("SIG")):
-        by = f"SIG{facts.asked}" if facts.asked is not None else reason
-        is_near = facts.seconds_left is not None and facts.seconds_left < NEAR_THE_LIMIT_SECONDS
-        if is_near and not moved:
-            return Decision(False, f"no step was done before the time limit ({by}); give a longer --time", failure)
-        why = f"stopped by {by} at step {facts.step}"
-    elif facts.state is None:
+    if end.state == "stopped" and end.signal is None and reason.startswith(STOPPED_BY_PEOPLE):
+        return Decision(False, f"stopped at step {end.step} as a person asked ({reason}); sbatch again to go on", 0)
+    if end.signal is not None or (end.state == "stopped" and reason.startswith("SIG")):
+        signal = f"SIG{end.signal}" if end.signal is not None else reason
+        is_near = end.seconds_left is not None and end.seconds_left < NEAR_THE_LIMIT_SECONDS
+        if is_near and not has_progress:
+            return Decision(False, f"no step was done before the time limit ({signal}); give a longer --time", failure)
+        explanation = f"stopped by {signal} at step {end.step}"
+    elif end.state is None:
         return Decision(False, "training did not begin; the first error above says why", failure)
-    else:  # a crash, a hang, or processes killed, of which status.json still says running
-        what = f"{facts.state}: {reason}" if reason else f"ended as {facts.state}"
-        if not moved:
-            return Decision(False, f"no new checkpoint since step {facts.step_before}; {what}", failure)
-        why = f"{what}; its checkpoints moved on from step {facts.step_before} to {facts.step}"
-    if facts.restarts >= facts.max_requeues:
-        return Decision(False, f"restarted {facts.restarts} times (MAX_REQUEUES {facts.max_requeues}); {why}", failure)
-    return Decision(True, why, 0)
+    else:  # a crash, a hang, or killed processes whose status.json still says running
+        event = f"{end.state}: {reason}" if reason else f"ended as {end.state}"
+        if not has_progress:
+            return Decision(False, f"no new checkpoint since step {end.step_before}; {event}", failure)
+        explanation = f"{event}; its checkpoints moved on from step {end.step_before} to {end.step}"
+    if end.restarts >= end.max_requeues:
+        explanation = f"restarted {end.restarts} times (MAX_REQUEUES {end.max_requeues}); {explanation}"
+        return Decision(False, explanation, failure)
+    return Decision(True, explanation, 0)
 
 
 def begin(run_dir: Path, job: str) -> str:
-    """Where the run stands, as "ATTEMPT STEP"; a STOP file is removed. InputError if another job trains there.
+    """Return where the run is as "ATTEMPT STEP", and remove a STOP file.
 
-    That is asked of Slurm before anything is touched; of holders outside Slurm the trainer's lock knows.
+    Raises InputError, before anything is touched, if Slurm says that another job trains there. Holders outside Slurm
+    are left to the trainer's own lock.
     """
     holder = (read_json(run_dir / "lock.json") or {}).get("job")
     if holder not in (None, job):
@@ -112,12 +123,16 @@ def begin(run_dir: Path, job: str) -> str:
     return f"{status['attempt']} {status['step']}"
 
 
-def gather(run_dir: Path, job: str, before: str, **known: Any) -> Facts:
+def read_attempt_end(run_dir: Path, job: str, before: str, **known: Any) -> AttemptEnd:
+    """Return how the attempt ended, from status.json, squeue and the `known` fields.
+
+    `before` is what `begin` printed. status.json of an earlier attempt does not count.
+    """
     attempt_before, step_before = (int(word) for word in before.split())
     status = read_json(run_dir / "status.json")
     is_ours = status is not None and status["attempt"] > attempt_before
     state, seconds_left = job_state(job)
-    return Facts(
+    return AttemptEnd(
         state=status["state"] if status is not None and is_ours else None,
         reason=status["reason"] if status is not None and is_ours else None,
         step_before=step_before,
@@ -129,7 +144,10 @@ def gather(run_dir: Path, job: str, before: str, **known: Any) -> Facts:
 
 
 def read_json(path: Path) -> dict[str, Any] | None:
-    """A small file of the run directory, None if it is not there; those files are replaced whole."""
+    """Return a small file of the run directory, None if it does not exist.
+
+    Such files are replaced whole, so a file that does not parse is damaged: InputError.
+    """
     with reading_from(path):
         try:
             value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
@@ -141,14 +159,14 @@ def read_json(path: Path) -> dict[str, Any] | None:
 
 
 def job_state(job: str) -> tuple[str, int | None]:
-    """(squeue's state, seconds left) of a job; GONE for one that Slurm has forgotten."""
+    """Return (squeue's state, seconds left) of a job; the state is GONE if Slurm has forgotten it."""
     answer = ask_slurm("squeue", "--noheader", "--states=all", "--jobs", job, "--format", "%T %L")
     state, left = answer.split() if answer else ("GONE", "")
-    return state, seconds_of(left)
+    return state, parse_time_left(left)
 
 
-def seconds_of(text: str) -> int | None:
-    """Seconds of squeue's [[DAYS-]HOURS:]MINUTES:SECONDS; None for UNLIMITED, NOT_SET and INVALID."""
+def parse_time_left(text: str) -> int | None:
+    """Return the seconds of squeue's [[DAYS-]HOURS:]MINUTES:SECONDS; None for UNLIMITED, NOT_SET and INVALID."""
     match = re.fullmatch(r"(?:(?:(\d+)-)?(\d+):)?(\d+):(\d+)", text)
     if match is None:
         return None
@@ -157,8 +175,11 @@ def seconds_of(text: str) -> int | None:
 
 
 def ask_slurm(*command: str) -> str:
-    """What the command prints, "" of a job that Slurm does not know. A controller that is away is waited for."""
-    end = time.monotonic() + PATIENCE_SECONDS
+    """Return what the command prints, "" for a job that Slurm does not know.
+
+    A controller that does not answer is asked again for PATIENCE_SECONDS.
+    """
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
         try:
             done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -166,12 +187,12 @@ def ask_slurm(*command: str) -> str:
             raise InputError(f"no Slurm here: {error}") from error
         if done.returncode == 0:
             return done.stdout.strip()
-        said = done.stderr.strip().splitlines()
-        if any("Invalid job id" in line for line in said):
+        lines = done.stderr.strip().splitlines()
+        if any("Invalid job id" in line for line in lines):
             return ""
-        is_away = any(word in line for line in said for word in ("contact slurm controller", "timed out"))
-        if not is_away or time.monotonic() > end:
-            raise InputError(f"{command[0]}: {said[-1] if said else f'exit status {done.returncode}'}")
+        is_away = any(phrase in line for line in lines for phrase in ("contact slurm controller", "timed out"))
+        if not is_away or time.monotonic() > deadline:
+            raise InputError(f"{command[0]}: {lines[-1] if lines else f'exit status {done.returncode}'}")
         time.sleep(5)
 
 
@@ -179,31 +200,31 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("when", choices=("begin", "end"))
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--before", metavar='"ATTEMPT STEP"', help="what begin printed")
-    parser.add_argument("--asked", default="", help="the signal that the batch shell heard, without SIG")
-    parser.add_argument("--exit-status", type=int, default=0, help="srun's")
-    parser.add_argument("--max-requeues", type=int, default=50, help="restarts after which the job is left to end")
-    given = parser.parse_args(args)
+    parser.add_argument("--before", metavar='"ATTEMPT STEP"', help="end: the line that begin printed")
+    parser.add_argument("--asked", default="", help="end: the signal that the batch shell received, without SIG")
+    parser.add_argument("--exit-status", type=int, default=0, help="end: the exit status of srun")
+    parser.add_argument("--max-requeues", type=int, default=50, help="end: restarts after which the job is left to end")
+    options = parser.parse_args(args)
     job, restarts = slurm_job(os.environ), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     with one_line_errors("slurm"):
         if job is None:
-            raise InputError("SLURM_JOB_ID is not set: this is for slurm/body.sh, in a job")
-        if given.when == "begin":
-            print(begin(given.run_dir, job))
+            raise InputError("SLURM_JOB_ID is not set: this command is for slurm/body.sh, in a job")
+        if options.when == "begin":
+            print(begin(options.run_dir, job))
             return
-        facts = gather(
-            given.run_dir,
+        attempt_end = read_attempt_end(
+            options.run_dir,
             job,
-            given.before,
-            asked=given.asked or None,
+            options.before,
+            signal=options.asked or None,
             restarts=restarts,
-            max_requeues=given.max_requeues,
-            exit_status=given.exit_status,
+            max_requeues=options.max_requeues,
+            exit_status=options.exit_status,
         )
-        decision = decide(facts)
+        decision = decide(attempt_end)
         verb = "back to the queue" if decision.is_requeued else "ends"
         print(
-            f"[job {job}.{restarts} {datetime.now().isoformat(timespec='milliseconds')}] {verb}: {decision.why}",
+            f"[job {job}.{restarts} {datetime.now().isoformat(timespec='milliseconds')}] {verb}: {decision.reason}",
             flush=True,
         )
         if decision.is_requeued:

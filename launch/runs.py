@@ -1,4 +1,4 @@
-"""Many run directories from outside: how far each is, whether a job trains it, and how to stop it."""
+"""Inspect many run directories from outside: how far each run is, whether a job trains it, and how to stop it."""
 
 import json
 import shutil
@@ -19,144 +19,163 @@ from train.run.lock import living_holder
 
 SUBMITTED_FILE = "submitted.json"
 PATIENCE_SECONDS = 600.0  # with a run that was asked to stop: a long step, a big checkpoint
-SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_BETWEEN_POLLS = 1.0
 ABSENT = "-"
-BEGUN = ("RUNNING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "COMPLETING")  # of squeue's states
+# squeue's states of a job that has started and not yet ended.
+STARTED = ("RUNNING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "COMPLETING")
 
-Doing = Literal["new", "queued", "running", "done", "stopped", "failed", "killed"]
+State = Literal["new", "queued", "running", "done", "stopped", "failed", "killed"]
+BUSY = ("queued", "running")
 
 
 @dataclass(frozen=True)
-class Look:
+class RunInfo:
     """A run directory at one moment."""
 
     run_dir: Path
-    doing: Doing
-    """killed: status.json says running, and nobody is."""
+    state: State
+    """killed: status.json says running, but no process holds the run."""
     status: dict[str, Any] | None
+    """Content of status.json; None if there is none."""
     job: str | None
-    """The last that was submitted for it, or trained it."""
+    """Last job that was submitted for the run, or trained it."""
     holder: str | None
-    """Who trains it now."""
+    """Process that trains the run now."""
 
     @property
     def step(self) -> int:
         return self.status["step"] if self.status is not None else 0
 
+    @property
+    def is_busy(self) -> bool:
+        return self.state in BUSY
 
-def look(run_dirs: Iterable[Path]) -> list[Look]:
-    """One question to Slurm for all of them, and none if no job ever had them."""
-    jobs = {run_dir: job_of(run_dir) for run_dir in run_dirs}
+
+def inspect_runs(run_dirs: Iterable[Path]) -> list[RunInfo]:
+    """Return the state of each run. Slurm is asked once for all, and not at all if no run ever had a job."""
+    jobs = {run_dir: read_job(run_dir) for run_dir in run_dirs}
     queue = queued_jobs({job for job in jobs.values() if job is not None})
-    return [_look(run_dir, job, queue) for run_dir, job in jobs.items()]
+    return [_inspect_run(run_dir, job, queue) for run_dir, job in jobs.items()]
 
 
-def _look(run_dir: Path, job: str | None, queue: dict[str, str]) -> Look:
+def _inspect_run(run_dir: Path, job: str | None, queue: dict[str, str]) -> RunInfo:
     with reading_from(run_dir):
         status, holder = read_json(run_dir / STATUS_FILE), living_holder(run_dir)
-    doing: Doing = "new" if status is None else status["state"]
-    state = queue.get(job or "")
+    state: State = "new" if status is None else status["state"]
+    job_state = queue.get(job or "")
     if holder is not None:
-        doing = "running"
-    elif doing != "done" and state is not None and state not in BEGUN:
-        doing = "queued"
-    elif state is not None and (doing == "running" or (doing != "done" and is_submitted_for(run_dir, job))):
-        doing = "running"  # it starts, or ends
-    elif doing == "running":
-        doing = "killed"
-    return Look(run_dir, doing, status, job, holder)
+        state = "running"
+    elif state != "done" and job_state is not None and job_state not in STARTED:
+        state = "queued"
+    elif job_state is not None and (state == "running" or (state != "done" and is_submitted_for(run_dir, job))):
+        state = "running"  # the job is starting or ending
+    elif state == "running":
+        state = "killed"
+    return RunInfo(run_dir, state, status, job, holder)
 
 
-def job_of(run_dir: Path) -> str | None:
-    """Of submitted.json (launch/submit.py) or provenance.json (any start), whichever is newer."""
+def read_job(run_dir: Path) -> str | None:
+    """Return the job in submitted.json (launch/submit.py) or provenance.json (any start), whichever is newer."""
     with reading_from(run_dir):
         files = [run_dir / name for name in (SUBMITTED_FILE, "provenance.json") if (run_dir / name).is_file()]
         newest = max(files, key=lambda path: path.stat().st_mtime, default=None)
     return None if newest is None else (read_json(newest) or {}).get("job")
 
 
-def note_submission(point: Point, job: str | None) -> None:
+def record_submission(point: Point, job: str | None) -> None:
+    """Write submitted.json into the run directory."""
     with writing_to(point.run_dir):
         point.run_dir.mkdir(parents=True, exist_ok=True)
         write_json_atomically(point.run_dir / SUBMITTED_FILE, {"job": job, "args": point.args})
 
 
 def is_submitted_for(run_dir: Path, job: str | None) -> bool:
-    """Is the job this run's alone? Another may be a person's shell in which the run was started, and has ended."""
+    """Return whether the job was submitted for this run alone.
+
+    Another job may be the shell in which a person started the run; it goes on when the run has ended.
+    """
     return (read_json(run_dir / SUBMITTED_FILE) or {}).get("job") == job
 
 
 def queued_jobs(jobs: Collection[str]) -> dict[str, str]:
-    """{job: state} of those that have not ended, an array's task by its own name; empty where there is no Slurm."""
+    """Return {job: state} of the jobs that have not ended; empty where there is no Slurm.
+
+    A task of an array has a name of its own, like 12_0.
+    """
     if not jobs or shutil.which("squeue") is None:
         return {}
-    ids = ",".join(sorted({job.partition("_")[0] for job in jobs}))  # of tasks that have ended squeue does not know
+    # squeue knows no tasks that have ended, so whole arrays are asked for.
+    ids = ",".join(sorted({job.partition("_")[0] for job in jobs}))
     answer = ask_slurm("squeue", "--noheader", "--array", "--jobs", ids, "--format", "%i %T")
     return dict(line.split(maxsplit=1) for line in answer.splitlines())
 
 
-def runs_in(folder: Path) -> list[Path]:
-    """The folder itself if it is a run's, else those in it."""
+def find_runs(folder: Path) -> list[Path]:
+    """Return the folder itself if it is a run directory, else the run directories in it."""
 
     def is_run(path: Path) -> bool:
         return any((path / name).is_file() for name in (STATUS_FILE, SUBMITTED_FILE))
 
     with reading_from(folder):
-        found = [folder] if is_run(folder) else sorted(path for path in folder.glob("*") if is_run(path))
-    if not found:
-        raise InputError(f"{folder}: no run here, and no folder with runs; give a run directory or a sweep's")
-    return found
+        run_dirs = [folder] if is_run(folder) else sorted(path for path in folder.glob("*") if is_run(path))
+    if not run_dirs:
+        raise InputError(f"{folder}: no run here, and no folder with runs; give a run directory or a sweep's folder")
+    return run_dirs
 
 
-def table(looks: Sequence[Look]) -> str:
-    """One line a run: what it does, its step, last training and validation loss, its job, and why it ended."""
+def table(runs: Sequence[RunInfo]) -> str:
+    """Return a line per run: state, step, last training and validation loss, job, and the reason of its end."""
     rows: list[tuple[str, ...]] = [("run", "", "step", "of", "loss", "val loss", "job", "")]
-    for run in looks:
+    for run in runs:
         settings = (read_json(run.run_dir / "config.json") or {}).get("config", {})
         steps = str(settings.get("train", {}).get("steps", ABSENT))
-        losses = [last_of(run.run_dir, key) for key in ("loss", "val_loss")]
-        why = (run.status or {}).get("reason") or ""
-        rows.append((str(run.run_dir), run.doing, str(run.step), steps, *losses, run.job or ABSENT, why))
+        losses = [last_metric(run.run_dir, key) for key in ("loss", "val_loss")]
+        reason = (run.status or {}).get("reason") or ""
+        rows.append((str(run.run_dir), run.state, str(run.step), steps, *losses, run.job or ABSENT, reason))
     widths = [max(len(row[column]) for row in rows) for column in range(7)]
-    right = (False, False, True, True, True, True, False)
+    is_right = (False, False, True, True, True, True, False)
     lines = []
     for row in rows:
-        cells = [c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=False)]
+        cells = [
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, is_right, strict=False)
+        ]
         lines.append("  ".join([*cells, row[-1]]).rstrip())
     return "\n".join(lines)
 
 
-def last_of(run_dir: Path, key: str) -> str:
-    """The last value in metrics.jsonl."""
+def last_metric(run_dir: Path, key: str) -> str:
+    """Return the last value of `key` in metrics.jsonl, with four decimals."""
     path = run_dir / METRICS_FILE
     with reading_from(path):
         lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
     for line in reversed(lines):
-        if f'"{key}"' in line and line.endswith("\n"):  # not one that is still being written
+        if f'"{key}"' in line and line.endswith("\n"):  # a line without its end is still being written
             value = json.loads(line).get(key)
             return ABSENT if value is None else f"{value:.4f}"
     return ABSENT
 
 
 def stop(run_dirs: Sequence[Path]) -> None:
-    """A checkpoint and an end for what trains; what waits in the queue is cancelled. Waits until that is so."""
-    asked: dict[Path, str] = {}
-    end = time.monotonic() + PATIENCE_SECONDS
+    """Stop the runs that train, with a checkpoint, and cancel those in the queue. Returns when all have ended."""
+    holders: dict[Path, str] = {}  # the process that was already asked to stop, by run
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while True:
-        runs = look(run_dirs)
+        runs = inspect_runs(run_dirs)
         for run in runs:
-            if run.doing == "queued" and run.job is not None:
+            if run.state == "queued" and run.job is not None:
                 ask_slurm("scancel", run.job)
-            elif run.holder is not None and run.holder != asked.get(run.run_dir):
-                # Not before there is a holder: a job that begins removes the file. Not twice: it would stay.
-                asked[run.run_dir] = run.holder
+            elif run.holder is not None and run.holder != holders.get(run.run_dir):
+                # A job that begins removes the file, so it is written once there is a holder. It is written once per
+                # holder, because a second file would outlive the run.
+                holders[run.run_dir] = run.holder
                 with writing_to(run.run_dir):
                     (run.run_dir / STOP_FILE).touch()
                 print(f"{run.run_dir}: asked to save and stop ({run.holder})", flush=True)
-        if not any(run.doing in ("queued", "running") for run in runs):
+        if not any(run.is_busy for run in runs):
             print(table(runs))
             return
-        if time.monotonic() > end:
-            busy = ", ".join(str(run.run_dir) for run in runs if run.doing == "running")
+        if time.monotonic() > deadline:
+            busy = ", ".join(str(run.run_dir) for run in runs if run.state == "running")
             raise InputError(f"{busy}: not stopped after {PATIENCE_SECONDS:.0f} s; its log says where it is")
-        time.sleep(SECONDS_BETWEEN_LOOKS)
+        time.sleep(SECONDS_BETWEEN_POLLS)

@@ -1,11 +1,12 @@
-"""The code of a job: a copy of the checkout in its run directory, which is what runs, also after every requeue.
+"""Copy the checkout into a run directory. A job runs this copy, also after every requeue.
 
-    python3 launch/snapshot.py take RUN_DIR --job 4711      # of the checkout around this file; prints RUN_DIR/code/HASH
-    python3 launch/snapshot.py check RUN_DIR/code/job_4711  # prints that again, unless a file of it has changed
+    python3 launch/snapshot.py take RUN_DIR --job 4711      # copies this checkout and prints RUN_DIR/code/HASH
+    python3 launch/snapshot.py check RUN_DIR/code/job_4711  # prints RUN_DIR/code/HASH, unless a file has changed
 
-Copied are the files that git tracks, as they are now, and new ones that it does not ignore: a fraction of a second, one
-or two MB. The folder's name is the hash of names and contents, so the same code is kept once. provenance.json has its
-commit and changes from here (train/run/directory.py). Python 3.9 is enough, and nothing needs to be installed but git.
+The copy holds the files that git tracks, as they are now, and new files that git does not ignore: a fraction of a
+second, one or two MB. The folder's name is the hash of names and contents, so the same code is kept once.
+provenance.json takes its commit and changes from the copy (train/run/directory.py). This needs git, Python 3.9 and no
+packages.
 """
 
 from __future__ import annotations
@@ -30,11 +31,14 @@ from common.errors import InputError, one_line_errors, reading_from, writing_to
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = "SNAPSHOT.json"
-LIMIT_BYTES = 64 << 20  # more is data that git should ignore
+LIMIT_BYTES = 64 << 20  # a larger copy holds data that git should ignore
 
 
 def take(root: Path, run_dir: Path) -> Path:
-    """The folder with a copy of `root`, whole or not at all. InputError if git does not know it or it is too big."""
+    """Copy `root` into the run directory, whole or not at all, and return the copy's folder.
+
+    Raises InputError if git does not know `root`, or if the copy would be too large.
+    """
     root, run_dir = root.resolve(), run_dir.resolve()
     files = files_of(root, run_dir)
     with writing_to(run_dir / "code"):
@@ -43,9 +47,10 @@ def take(root: Path, run_dir: Path) -> Path:
             (new / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(root / name, new / name, follow_symlinks=False)
             if not (new / name).is_symlink():
-                (new / name).chmod(stat.S_IMODE((new / name).stat().st_mode) & ~0o222)  # edited by mistake it is not
-        hashes = {name: hash_of(new / name) for name in files}  # of the copies: a file may be growing meanwhile
-        code = new.with_name(name_of(hashes))
+                # Read-only, so that nobody edits the copy by mistake.
+                (new / name).chmod(stat.S_IMODE((new / name).stat().st_mode) & ~0o222)
+        hashes = {name: hash_file(new / name) for name in files}  # of the copies: an original may change meanwhile
+        code = new.with_name(hash_names(hashes))
         record = {
             "root": str(root),
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
@@ -56,7 +61,7 @@ def take(root: Path, run_dir: Path) -> Path:
         (new / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
         try:
             new.rename(code)
-        except OSError:  # it is there already
+        except OSError:  # the same code was copied before
             shutil.rmtree(new)
             if not code.is_dir():
                 raise
@@ -64,7 +69,7 @@ def take(root: Path, run_dir: Path) -> Path:
 
 
 def check(code: Path) -> Path:
-    """The same folder, every file as it was taken; else InputError."""
+    """Return the same folder if every file is as it was copied; else raise InputError."""
     try:
         record: dict[str, Any] = json.loads((code / RECORD).read_text(encoding="utf-8"))
         hashes: dict[str, str] = record["files"]
@@ -72,10 +77,10 @@ def check(code: Path) -> Path:
         raise InputError(f"{code}: no snapshot, or a part of one: no {RECORD}; submit again") from error
     except (ValueError, KeyError) as error:
         raise InputError(f"{code / RECORD}: damaged ({error}); remove {code} and submit again") from error
-    changed = [name for name, expected in hashes.items() if hash_of(code / name) != expected]
-    there = (path.relative_to(code) for path in code.rglob("*") if is_file(path))
-    changed += [str(name) for name in there if "__pycache__" not in name.parts and str(name) not in {*hashes, RECORD}]
-    if changed or name_of(hashes) != code.name:
+    changed = [name for name, expected in hashes.items() if hash_file(code / name) != expected]
+    present = (path.relative_to(code) for path in code.rglob("*") if is_file(path))
+    changed += [str(name) for name in present if "__pycache__" not in name.parts and str(name) not in {*hashes, RECORD}]
+    if changed or hash_names(hashes) != code.name:
         raise InputError(
             f"{code}: {', '.join(changed[:3]) or RECORD} is not what was submitted; remove it, submit again"
         )
@@ -83,27 +88,33 @@ def check(code: Path) -> Path:
 
 
 def files_of(root: Path, run_dir: Path) -> list[str]:
-    """What git tracks and is there, and what is new and not ignored, but for the run directory; sorted."""
+    """Return the sorted names of the existing files that git tracks, and of new ones that it does not ignore.
+
+    Files in the run directory are left out.
+    """
     listed = set(ask_git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")) - {""}
-    found = sorted(name for name in listed if is_file(root / name) and run_dir not in (root / name).parents)
-    if "train/main.py" not in found:
+    names = sorted(name for name in listed if is_file(root / name) and run_dir not in (root / name).parents)
+    if "train/main.py" not in names:
         raise InputError(f"{root}: git knows no train/main.py here; run this in a clone, or after git init and git add")
-    sizes = {name: (root / name).lstat().st_size for name in found}
+    sizes = {name: (root / name).lstat().st_size for name in names}
     if sum(sizes.values()) > LIMIT_BYTES:
-        biggest = max(sizes, key=lambda name: sizes[name])
+        largest = max(sizes, key=lambda name: sizes[name])
         raise InputError(
-            f"{root}: {sum(sizes.values()) >> 20} MB to copy for the job, most of it {biggest}; above "
-            f"{LIMIT_BYTES >> 20} MB it is no code: move data away, or name it in .gitignore"
+            f"{root}: {sum(sizes.values()) >> 20} MB to copy for the job, most of it {largest}; above "
+            f"{LIMIT_BYTES >> 20} MB it is not code: move data away, or name it in .gitignore"
         )
-    return found
+    return names
 
 
 def is_file(path: Path) -> bool:
     return path.is_symlink() or path.is_file()
 
 
-def hash_of(path: Path) -> str | None:
-    """sha256 of the content, of where a link points, and of whether it can be executed; None if it is not there."""
+def hash_file(path: Path) -> str | None:
+    """Return the sha256 of a file's content and executable bit, None if it does not exist.
+
+    The content of a symbolic link is its target.
+    """
     try:
         content = bytes(path.readlink()) if path.is_symlink() else path.read_bytes()
         return hashlib.sha256(content + (b"x" if path.lstat().st_mode & stat.S_IXUSR else b"-")).hexdigest()
@@ -111,7 +122,7 @@ def hash_of(path: Path) -> str | None:
         return None
 
 
-def name_of(hashes: dict[str, Any]) -> str:
+def hash_names(hashes: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(hashes, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -129,25 +140,25 @@ def ask_git(root: Path, *args: str) -> str:
         )
     except FileNotFoundError as error:
         raise InputError(
-            f"no git on {os.uname().nodename}, which knows the files to copy for a job; install it"
+            f"no git on {os.uname().nodename}, which lists the files to copy for a job; install it"
         ) from error
     if done.returncode != 0:
-        said = done.stderr.strip().splitlines()
-        raise InputError(f"{root}: {said[0] if said else f'git {args[0]} failed'}")
+        lines = done.stderr.strip().splitlines()
+        raise InputError(f"{root}: {lines[0] if lines else f'git {args[0]} failed'}")
     return done.stdout
 
 
 def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("take", "check"))
-    parser.add_argument("path", type=Path, help="take: the run directory; check: the copy in it")
+    parser.add_argument("action", choices=("take", "check"))
+    parser.add_argument("path", type=Path, help="take: the run directory; check: the copy inside it")
     parser.add_argument(
-        "--job", help="take: whose code it is, for job_JOB beside it; a later job of the run has its own"
+        "--job", help="take: the job that will run the copy; RUN_DIR/code/job_JOB becomes a link to the copy"
     )
-    given = parser.parse_args(args)
+    options = parser.parse_args(args)
     with one_line_errors("slurm"):
-        path = given.path.resolve()
-        if given.what == "check":
+        path = options.path.resolve()
+        if options.action == "check":
             with reading_from(path):
                 print(check(path))
             return
@@ -155,10 +166,10 @@ def main(args: list[str] | None = None) -> None:
             code = take(ROOT, path)
         except InputError as error:
             raise InputError(f"{error}; SNAPSHOT=off sbatch ... runs the checkout as it is at every start") from error
-        if given.job:
-            link = code.with_name(f"job_{given.job}")
+        if options.job:
+            link = code.with_name(f"job_{options.job}")
             with writing_to(link):
-                link.unlink(missing_ok=True)  # job ids come again when a cluster is set up anew
+                link.unlink(missing_ok=True)  # job ids repeat when a cluster is set up again
                 link.symlink_to(code.name)
         print(code)
 

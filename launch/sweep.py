@@ -1,19 +1,20 @@
-"""Experiments of many runs, each sweep by one command: a table and a picture at the end.
+"""Run an experiment of many runs, a sweep, and end it with a table and a picture.
 
     python launch/sweep.py descent                            # gradient descent by hand, and how its rate goes wrong
     python launch/sweep.py ladder --run-dir runs/ladder       # from a bigram to a GPT, one idea at a time
-    python launch/sweep.py epochs --run-dir runs/epochs       # one model's loss and speech, epoch by epoch
+    python launch/sweep.py epochs --run-dir runs/epochs       # one model's loss and samples, epoch by epoch
     python launch/sweep.py lr --run-dir runs/lr               # nine learning rates, past the edge of stability
     python launch/sweep.py batch --run-dir runs/batch         # the same tokens in small and large batches
-    python launch/sweep.py ablate --run-dir runs/ablate       # a part left out or exchanged at a time
-    python launch/sweep.py budget --minutes 1                 # what is best, if every entry has the same time
+    python launch/sweep.py ablate --run-dir runs/ablate       # one part left out or exchanged at a time
+    python launch/sweep.py budget --minutes 1                 # the best of nine entries that have the same time
     python launch/sweep.py lr --cluster slurm --gpus-per-node 8 --account A --preset gpt2-small --train.steps 2000
 
-Without a GPU each run is a process of one core, `--max-parallel` of them at a time, and takes about a minute on 2 MB
-of TinyStories; docs/experiments.md has the commands that prepare these, and docs/ladder.md those of the ladder. More
-flags are train/main.py's, for every run. Each point is a run directory of its own: the same command again trains what
-is not done. A run that diverges is stopped early, and stays so. RUN_DIR/sweep.md has the table, RUN_DIR/sweep.png the
-picture; --into FILE.md puts the table where that file has `<!-- sweep NAME -->` before it and `<!-- end -->` after it.
+Without a GPU each run is a process of one core, --max-parallel of them at a time, and takes about a minute on 2 MB of
+TinyStories. docs/experiments.md has the commands that prepare this text, docs/ladder.md those of the ladder. Other
+flags are train/main.py's and hold for every run. Each run has its own run directory, so the same command again trains
+what is not done. A run that diverges is stopped early and not tried again. RUN_DIR/sweep.md has the table and
+RUN_DIR/sweep.png the picture. --into FILE.md also writes the table between `<!-- sweep NAME -->` and `<!-- end -->` of
+that file.
 """
 
 import math
@@ -33,22 +34,26 @@ from common.errors import InputError, one_line_errors, writing_to
 from common.files import write_atomically
 from common.tables import new_figure, put_into
 from data_prep.manifest import read_manifest
-from launch.experiments import (
+from launch.grid import Point
+from launch.options import Options
+from launch.runs import inspect_runs
+from launch.submit import train_points
+from launch.sweeps import (
     CPU_PRESET,
-    NAMES,
-    PRESETS_SWEPT,
+    DEFAULT_PRESETS,
+    DIVERGED,
+    SWEEPS,
     Entry,
+    Result,
+    build_sweep,
+    descent_table,
+    draw_sweep,
     length_flags,
+    read_result,
     refuse_flags_of,
-    sweep_named,
+    sweep_table,
     timing_flags,
 )
-from launch.findings import DIVERGED, draw, result_of, table
-from launch.grid import Point
-from launch.lessons import descent
-from launch.options import Options
-from launch.runs import look
-from launch.submit import train_points
 from train.config import parse
 from train.curves import read_rows
 from train.presets import PRESETS
@@ -56,16 +61,16 @@ from train.presets import PRESETS
 
 @dataclass(frozen=True)
 class SweepOptions:
-    """Experiments of many runs. More flags are train/main.py's, for every run."""
+    """Options of a sweep. Other flags are train/main.py's and hold for every run."""
 
     run_dir: Path | None = None
     """Folder of the runs; None: runs/sweep-NAME."""
     preset: str | None = None
-    """What is swept; None: stories-cpu, for ladder shakespeare-char-cpu, for epochs phase1."""
+    """Preset that all runs start from; None: stories-cpu, for ladder shakespeare-char-cpu, for epochs phase1."""
     minutes: float | None = None
-    """budget: of training, for each entry."""
+    """Minutes of training that each entry of budget has; for budget only."""
     into: Path | None = None
-    """A Markdown file whose table of this sweep is replaced."""
+    """Markdown file whose table of this sweep is replaced."""
     how: Annotated[Options, tyro.conf.arg(name="")] = field(
         default_factory=lambda: Options(cluster="local", gpus_per_node=1, wait=True)
     )
@@ -75,24 +80,25 @@ def main(args: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if args is None else args)
     with one_line_errors("sweep"):
         name = words.pop(0) if words and not words[0].startswith("-") else ""
-        if name not in ("descent", *NAMES) and "--help" not in words:
-            raise InputError(f"which sweep? {', '.join(('descent', *NAMES))}; given: {name or 'none'}")
+        if name not in ("descent", *SWEEPS) and "--help" not in words:
+            raise InputError(f"which sweep? {', '.join(('descent', *SWEEPS))}; given: {name or 'none'}")
         options, flags = tyro.cli(
             SweepOptions, prog="launch/sweep.py", description=__doc__, args=words, return_unknown_args=True
         )
         if name == "descent":
             if flags or options.how != SweepOptions().how:
                 raise InputError(f"descent takes no flag but --into; given: {' '.join(words)}")
-            text = descent()
+            text = descent_table()
             if options.into is not None:
                 put_into(options.into, f"sweep {name}", text)
             print(text)
         else:
-            sweep(name, options, flags)
+            run_sweep(name, options, flags)
 
 
-def sweep(name: str, options: SweepOptions, flags: Sequence[str]) -> None:
-    preset = options.preset or PRESETS_SWEPT.get(name, CPU_PRESET)
+def run_sweep(name: str, options: SweepOptions, flags: Sequence[str]) -> None:
+    """Train what is not done, then write and print the table and draw the picture."""
+    preset = options.preset or DEFAULT_PRESETS.get(name, CPU_PRESET)
     if preset not in PRESETS:
         raise InputError(f"--preset {preset}: there are {', '.join(PRESETS)}")
     if (name == "budget") != (options.minutes is not None):
@@ -102,33 +108,32 @@ def sweep(name: str, options: SweepOptions, flags: Sequence[str]) -> None:
     base = (options.run_dir or Path("runs") / f"sweep-{name}").absolute()
     config = parse([preset, *flags], PRESETS)
     world = options.how.nodes * options.how.gpus_per_node
-    refuse_flags_of(sweep_named(name, config, world=world), name, flags)
-    new_figure()  # refuses now, not after all runs
+    refuse_flags_of(build_sweep(name, config, world=world), name, flags)
+    new_figure()  # a missing matplotlib is refused now instead of after all runs
     if options.into is not None:
         put_into(options.into, f"sweep {name}", None)
     manifest = read_manifest(config.data.dir)
     data_tokens = manifest.splits["train"].tokens
-    plan = sweep_named(name, config, world=world, data_tokens=data_tokens)
-    limit = ("--train.diverged-above", f"{math.log(manifest.vocab_size) + 1:.2f}")  # worse by a nat than no knowledge
+    sweep = build_sweep(name, config, world=world, data_tokens=data_tokens)
+    # A loss that is a nat above ln V is worse than knowing nothing.
+    limit = ("--train.diverged-above", f"{math.log(manifest.vocab_size) + 1:.2f}")
     common = (preset, *limit, "--track.group", base.name, *flags)
-    entries = plan.entries
+    entries = sweep.entries
     if options.minutes is not None:
-        timed = time_entries(entries, common, base / "timing", options)
-        if timed is None:
+        timed_entries = time_entries(entries, common, base / "timing", options)
+        if timed_entries is None:
             return
-        entries = timed
-    points = points_of(entries, common, base)
-    runs = look([point.run_dir for point in points])
-    gone = [result_of(entry, run) for entry, run in zip(entries, runs, strict=True)]
-    train_points(points, base, options.how, settled={each.run.run_dir for each in gone if each.outcome == DIVERGED})
+        entries = timed_entries
+    points = make_points(entries, common, base)
+    diverged = {each.run.run_dir for each in read_results(entries, points) if each.outcome == DIVERGED}
+    train_points(points, base, options.how, excluded=diverged)
     if options.how.dry_run:
         return
-    runs = look([point.run_dir for point in points])
-    results = [result_of(entry, run) for entry, run in zip(entries, runs, strict=True)]
-    text = table(plan, results, data_tokens=data_tokens)
+    results = read_results(entries, points)
+    text = sweep_table(sweep, results, data_tokens=data_tokens)
     with writing_to(base):
         write_atomically(base / "sweep.md", text)
-    draw(plan, results, base / "sweep.png")
+    draw_sweep(sweep, results, base / "sweep.png")
     print(f"{text}\n{base / 'sweep.png'}")
     unfinished = [str(each.run.run_dir) for each in results if each.outcome not in ("done", DIVERGED)]
     if unfinished:
@@ -137,32 +142,41 @@ def sweep(name: str, options: SweepOptions, flags: Sequence[str]) -> None:
         put_into(options.into, f"sweep {name}", text)
 
 
-def points_of(entries: Sequence[Entry], common: Sequence[str], base: Path) -> list[Point]:
+def make_points(entries: Sequence[Entry], common: Sequence[str], base: Path) -> list[Point]:
+    """Return the entries as runs in folders of `base`; `common`: the preset and the flags that all runs share."""
     return [Point((*common, *entry.flags, "--run-dir", str(base / entry.name)), base / entry.name) for entry in entries]
+
+
+def read_results(entries: Sequence[Entry], points: Sequence[Point]) -> list[Result]:
+    runs = inspect_runs([point.run_dir for point in points])
+    return [read_result(entry, run) for entry, run in zip(entries, runs, strict=True)]
 
 
 def time_entries(
     entries: Sequence[Entry], common: Sequence[str], base: Path, options: SweepOptions
 ) -> tuple[Entry, ...] | None:
-    """The entries with as many steps as fit into --minutes, by a short run of each under the same circumstances; None
-    if that is for another time. These runs stay, so that the same command again comes to the same steps."""
-    points = points_of([replace(entry, flags=(*entry.flags, *timing_flags())) for entry in entries], common, base)
+    """Return the entries with as many steps as fit into --minutes; None for a dry run.
+
+    The time of a step comes from a short run of each entry under the same circumstances. These runs are kept, so the
+    same command again gives the same numbers of steps.
+    """
+    points = make_points([replace(entry, flags=(*entry.flags, *timing_flags())) for entry in entries], common, base)
     train_points(points, base, options.how)
-    runs = look([point.run_dir for point in points])
+    runs = inspect_runs([point.run_dir for point in points])
     if options.how.dry_run:
         return None
-    unfinished = [str(run.run_dir) for run in runs if run.doing != "done"]
+    unfinished = [str(run.run_dir) for run in runs if run.state != "done"]
     if unfinished:
         raise InputError(f"not timed: {', '.join(unfinished)}; the same command goes on with them")
     assert options.minutes is not None
-    found = []
+    timed_entries = []
     for entry, run in zip(entries, runs, strict=True):
-        seconds = statistics.median(row["step_seconds"] for row in read_rows(run.run_dir) if "loss" in row)
-        steps = int(60 * options.minutes / seconds)
+        step_seconds = statistics.median(row["step_seconds"] for row in read_rows(run.run_dir) if "loss" in row)
+        steps = int(60 * options.minutes / step_seconds)
         if steps < 1:
-            raise InputError(f"--minutes {options.minutes:g}: a step of {entry.name} takes {seconds:.1f} s")
-        found.append(replace(entry, flags=(*entry.flags, *length_flags(steps))))
-    return tuple(found)
+            raise InputError(f"--minutes {options.minutes:g}: a step of {entry.name} takes {step_seconds:.1f} s")
+        timed_entries.append(replace(entry, flags=(*entry.flags, *length_flags(steps))))
+    return tuple(timed_entries)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# GPT-2 medium, 355M parameters, on 31B tokens of FineWeb-Edu: the preset gpt2-medium.
+# Train GPT-2 medium, 355M parameters, on 31B tokens of FineWeb-Edu (preset gpt2-medium).
 #
 #   sbatch --account A --partition P slurm/gpt2_medium.sh
 #   sbatch --account A --nodes 4 slurm/gpt2_medium.sh --optim.lr-peak 4e-4 --run-dir runs/medium-hot
 #
-# 7.6e19 FLOPs: 6.7 hours on 8 H100 at 40 % of their peak. See slurm/gpt2_small.sh.
+# 7.6e19 FLOPs: 6.7 hours on 8 H100 at 40 % of their peak. slurm/gpt2_small.sh explains the flags.
 #SBATCH --job-name=gpt2-medium
 #SBATCH --nodes=1 --ntasks-per-node=1
 #SBATCH --gpus-per-node=8 --cpus-per-task=32

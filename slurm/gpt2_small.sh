@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# GPT-2 small, 124M parameters, on 10B tokens of FineWeb-Edu: the preset gpt2-small.
+# Train GPT-2 small, 124M parameters, on 10B tokens of FineWeb-Edu (preset gpt2-small).
 #
 #   sbatch --account A --partition P slurm/gpt2_small.sh
 #   sbatch --account A --nodes 4 slurm/gpt2_small.sh --optim.lr-peak 1e-3 --run-dir runs/hot
 #
-# 8.5e18 FLOPs: 0.75 hours on 8 H100 at 40 % of their peak. Flags before the script are sbatch's and override those here;
-# arguments after it are train/main.py's. The job comes back after preemption, at its time limit and after a crash
-# (docs/cluster.md).
+# 8.5e18 FLOPs: 0.75 hours on 8 H100 at 40 % of their peak. Flags before the script are sbatch's and override those
+# here; arguments after the script are train/main.py's. The job comes back after preemption, at its time limit and after
+# a crash (docs/cluster.md).
 #SBATCH --job-name=gpt2-small
 #SBATCH --nodes=1 --ntasks-per-node=1
 #SBATCH --gpus-per-node=8 --cpus-per-task=32

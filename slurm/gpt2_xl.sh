@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# GPT-2 XL, 1558M parameters, on 34B tokens of FineWeb-Edu: the preset gpt2-xl.
+# Train GPT-2 XL, 1558M parameters, on 34B tokens of FineWeb-Edu (preset gpt2-xl).
 #
 #   sbatch --account A --partition P slurm/gpt2_xl.sh
 #   sbatch --account A --nodes 8 slurm/gpt2_xl.sh --run-dir runs/xl-8-nodes
 #
-# 3.5e20 FLOPs: 30 hours on 8 H100 at 40 % of their peak, so 7.5 on the 4 nodes here if those are as well used; weights,
-# gradients and optimizer take 25 GB of each GPU. See slurm/gpt2_small.sh.
+# 3.5e20 FLOPs: 30 hours on 8 H100 at 40 % of their peak, so 7.5 hours on the 4 nodes here at the same use. Weights,
+# gradients and optimizer take 25 GB of each GPU. slurm/gpt2_small.sh explains the flags.
 #SBATCH --job-name=gpt2-xl
 #SBATCH --nodes=4 --ntasks-per-node=1
 #SBATCH --gpus-per-node=8 --cpus-per-task=32

@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# A grid of runs, each a task of an array with its own run directory and a node of its own.
+# Train a grid of runs: each run is a task of an array, with its own run directory and its own node.
 #
 #   sbatch --account A --partition P --array=0-3%2 slurm/sweep.sh gpt2-small --grid optim.lr-peak=6e-4,1e-3 seed=1,2
 #   sbatch --account A --array=0-2 slurm/sweep.sh gpt2-small --grid seed=1,2,3 -- --train.steps 2000 --run-dir runs/seeds
 #
-# `python3 launch/grid.py` with the same arguments lists the runs; %2 is how many train at a time. Flags after -- are
-# train/main.py's. Each task comes back like any job (docs/cluster.md), and the same sbatch trains what is not yet done.
+# `python3 launch/grid.py` with the same arguments lists the runs. %2 lets two of them train at a time. Flags after --
+# are train/main.py's. Each task comes back like any job (docs/cluster.md), and the same sbatch trains what is not done.
 #SBATCH --job-name=sweep
 #SBATCH --array=0
 #SBATCH --nodes=1 --ntasks-per-node=1

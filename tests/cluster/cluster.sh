@@ -1,22 +1,22 @@
 #!/usr/bin/env bash
-# A real Slurm of several nodes on one machine, for tests: up in a second or two, and nothing is left of it after down.
+# Run a real Slurm of several nodes on one machine, for tests. It starts in a second or two and leaves nothing behind.
 #
-#   cluster.sh check         why no cluster can be started here; silent, exit status 0, if one can
-#   cluster.sh up [N=2]      munged, slurmctld and N nodes
+#   cluster.sh check         print why no cluster can be started here; print nothing, exit status 0, if one can
+#   cluster.sh up [N=2]      start munged, slurmctld and N nodes
 #   cluster.sh down          end all jobs, nodes and daemons, and remove every trace
-#   cluster.sh env           lines to eval: then sbatch, srun and squeue are this cluster's
-#   cluster.sh status        daemons, nodes, queue
-#   cluster.sh exec I CMD    run CMD inside node I: with its network, hostname, processes
-#   cluster.sh kill-node I   node I is gone, with every process on it
-#   cluster.sh start-node I  ... and boots again
+#   cluster.sh env           print lines to eval, after which sbatch, srun and squeue are this cluster's
+#   cluster.sh status        show daemons, nodes and queue
+#   cluster.sh exec I CMD    run CMD inside node I, with the node's network, hostname and processes
+#   cluster.sh kill-node I   kill node I with every process on it
+#   cluster.sh start-node I  boot node I again
 #
 # Needs root and: apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge iproute2
 #
 # Every node has its own network namespace (an address on a private bridge, all ports to itself), hostname, process ids,
-# /dev/shm and /etc/hosts, and fake GPUs (generic resources without a device behind them); the file system is the
-# machine's. So rendezvous by hostname, clashes of ports, crashed nodes, preemption and requeueing are the real thing.
-# Nodes are named cXXXXn1, cXXXXn2, ... by the cluster's folder, since cgroups are named by node and not by cluster:
-# clusters of different folders do not meet.
+# /dev/shm and /etc/hosts, and fake GPUs (generic resources without a device behind them). The file system is the
+# machine's. So rendezvous by hostname, clashes of ports, crashed nodes, preemption and requeueing are real. cgroups are
+# named by node, not by cluster, so the node names cXXXXn1, cXXXXn2, ... depend on the cluster's folder: clusters in
+# different folders do not interfere.
 #
 # Partitions: debug (default), and low, which high preempts by requeueing.
 #
@@ -26,9 +26,10 @@
 #   CRED_EXPIRE=5        seconds before a requeued job may start again (Slurm's default: 120)
 #   KILL_WAIT=30         seconds from SIGTERM to SIGKILL at scancel and at the time limit (Slurm's default)
 #   GRACE=30             seconds of notice for a preempted job
-#   PROCTRACK=cgroup     how slurmd follows a job's processes, which decides who gets a signal. cgroup, as on nearly
-#                        every real cluster: only the task itself (torchrun), not its children. Where no cgroup
-#                        can be written: pgid (its process group; torchrun's workers are outside it), which `up` says.
+#   PROCTRACK=cgroup     how slurmd follows a job's processes, which decides who gets a signal. With cgroup, as on
+#                        nearly every real cluster, only the task itself (torchrun) gets it, not its children. Where no
+#                        cgroup can be written, `up` says so and uses pgid: the task's process group, which does not
+#                        include torchrun's workers.
 set -euo pipefail
 
 DIR=${SLURM_CLUSTER_DIR:-/tmp/slurm-cluster}
@@ -49,12 +50,12 @@ die() {
   exit 1
 }
 
-say() { echo "cluster.sh: $*" >&2; }
+log() { echo "cluster.sh: $*" >&2; }
 
-# A pid alone may be used again: it is remembered with its start time (field 22 of proc(5)'s stat).
+# start_time PID: print when the process started (field 22 of proc(5)'s stat), because a pid alone may be used again
 start_time() { awk '{ sub(/.*\) /, ""); print $20 }' "/proc/$1/stat" 2>/dev/null || true; }
 
-# in_background NAME CMD...: in a session of its own, so that nothing depends on the caller's terminal
+# in_background NAME CMD...: start CMD in a session of its own, so that nothing depends on the caller's terminal
 in_background() {
   local name=$1
   shift
@@ -62,10 +63,10 @@ in_background() {
   echo "$! $(start_time $!) $name" >>"$DIR/pids"
 }
 
-# is_alive PID START: a zombie, which a container's first process may never collect, is not
+# is_alive PID START: a zombie, which a container's first process may never collect, is not alive
 is_alive() { [ "$(start_time "$1")" = "$2" ] && ! grep -q '^State:.Z' "/proc/$1/status" 2>/dev/null; }
 
-# wait_for SECONDS WHAT CMD...
+# wait_for SECONDS WHAT CMD...: wait until CMD succeeds
 wait_for() {
   local end=$((SECONDS + $1)) what=$2
   shift 2
@@ -83,7 +84,7 @@ why_not() {
   if [ "$(id -u)" != 0 ]; then
     echo "a Slurm of several nodes needs root, for their namespaces"
   elif [ ${#missing[@]} != 0 ]; then
-    echo "${missing[*]}: not there; apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge iproute2"
+    echo "${missing[*]}: not installed; apt-get install -y --no-install-recommends slurmctld slurmd slurm-client munge iproute2"
   elif ! unshare --net --mount --uts --pid --fork --mount-proc true 2>/dev/null; then
     echo "this machine lets even root make no namespaces"
   elif ! { ip link add "$BRIDGE" type bridge && ip link del "$BRIDGE"; } 2>/dev/null && [ ! -e "$DIR/pids" ]; then
@@ -97,12 +98,12 @@ proctrack() {
   elif [ -w $FREEZER/cgroup.procs ]; then
     echo cgroup
   else
-    say "proctrack/pgid in place of proctrack/cgroup: $FREEZER cannot be written here"
+    log "proctrack/pgid in place of proctrack/cgroup: $FREEZER cannot be written here"
     echo pgid
   fi
 }
 
-# The first network of RFC 2544's range, which no real one uses, that no other cluster has taken.
+# free_network: print the first network of RFC 2544's range, which no real network uses, that no other cluster has taken
 free_network() {
   local third
   for third in $(seq 1 254); do
@@ -169,21 +170,21 @@ CONF
     echo "PartitionName=low Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=$GRACE"
     echo "PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=9 PreemptMode=OFF"
   } >"$SLURM_CONF"
-  # A GPU needs File=, or slurmd reports none; any file will do. Twins of /dev/null named nvidia0 and so on have
-  # CUDA_VISIBLE_DEVICES set to 0,1,...
+  # A GPU needs File=, or slurmd reports none; any file will do. Copies of /dev/null named nvidia0 and so on make Slurm
+  # set CUDA_VISIBLE_DEVICES to 0,1,...
   for i in $(seq 0 $((GPUS - 1))); do mknod "$DIR/dev/nvidia$i" c 1 3; done
   {
     echo "AutoDetect=off"
     echo "NodeName=${NODE}[1-$num_nodes] Name=gpu File=$DIR/dev/nvidia[0-$((GPUS - 1))]"
   } >"$DIR/etc/gres.conf"
-  # slurmd 22.05 loads a cgroup plugin also where nothing uses it; disabled is a newer word.
+  # slurmd 22.05 loads a cgroup plugin even where nothing uses it; only newer versions know the word disabled.
   if [ "$proctrack" != cgroup ] && slurmd -V | awk '{ split($2, v, "."); exit !(v[1] + v[2] / 100 >= 24.05) }'; then
     echo CgroupPlugin=disabled
   else
     echo CgroupPlugin=cgroup/v1
   fi >"$DIR/etc/cgroup.conf"
-  # sacct wants a data base. This one answers `sacct -o JobID,State,NodeList --parsable2 -j ID`, which is what submitit
-  # asks, out of squeue (MinJobAge keeps ended jobs there).
+  # The real sacct needs a data base. This one answers submitit's `sacct -o JobID,State,NodeList --parsable2 -j ID` from
+  # squeue, where MinJobAge keeps ended jobs.
   cat >"$DIR/bin/sacct" <<'SACCT'
 #!/usr/bin/env bash
 ids=
@@ -216,7 +217,7 @@ start_node() {
 
 pid_of_node() { awk -v name="$NODE$1" '$3 == name { pid = $1 } END { print pid }' "$DIR/pids"; }
 
-# The first process in a node's process namespace: everything on the node ends with it.
+# be_node I: be the first process in a node's process namespace; everything on the node ends with it
 be_node() {
   local i=$1
   hostname "$NODE$i"
@@ -226,7 +227,7 @@ be_node() {
   ip link set lo up
   ip address add "$(awk -v name="$NODE$i" '$2 == name { print $1 }' /etc/hosts)/24" dev eth0
   ip link set eth0 up
-  # Another sysfs, or /sys/class/net, which NCCL reads, would show the machine's interfaces; the cgroups stay.
+  # NCCL reads /sys/class/net. Without a sysfs of its own the node would show the machine's interfaces; cgroups stay.
   mkdir -p "$DIR/run/cgroup"
   if mount --rbind /sys/fs/cgroup "$DIR/run/cgroup" && mount -t sysfs sysfs /sys; then
     mount --rbind "$DIR/run/cgroup" /sys/fs/cgroup
@@ -262,17 +263,17 @@ up() {
   for i in $(seq "$num_nodes"); do start_node "$i"; done
   wait_for 20 slurmctld bash -c 'scontrol ping | grep -q "is UP"'
   wait_for 30 "$num_nodes idle nodes" are_idle "$num_nodes"
-  say "$num_nodes nodes under proctrack/$proctrack; export SLURM_CONF=$SLURM_CONF"
+  log "$num_nodes nodes under proctrack/$proctrack; export SLURM_CONF=$SLURM_CONF"
 }
 
 give_up() {
   rm -rf "$DIR.failed"
   cp -a "$DIR/log" "$DIR.failed" 2>/dev/null || true
   (down) || true
-  say "not started; logs are in $DIR.failed"
+  log "not started; logs are in $DIR.failed"
 }
 
-# stop TERM|KILL PID START
+# stop TERM|KILL PID START: end a process, by SIGKILL after four seconds
 stop() {
   local tries
   is_alive "$2" "$3" || return 0
@@ -282,13 +283,13 @@ stop() {
     [ "$tries" != 80 ] || kill -s KILL "$2" 2>/dev/null || true
     sleep 0.05
   done
-  say "pid $2 does not end"
+  log "pid $2 does not end"
 }
 
 down() {
   local pid start name link folder
   [ -e "$DIR/pids" ] || die "nothing is up in $DIR"
-  # Nodes first: every process of a job ends with its node. Then the daemons, newest first.
+  # The nodes end first, and every process of a job with them. Then the daemons end, newest first.
   while read -r pid start name; do [[ $name != "$NODE"* ]] || stop KILL "$pid" "$start"; done <"$DIR/pids"
   while read -r pid start name; do stop TERM "$pid" "$start"; done < <(tac "$DIR/pids")
   for link in $(ip -o link show type veth | sed -n "s/^[0-9]*: \($BRIDGE-h[0-9]*\)@.*/\1/p"); do

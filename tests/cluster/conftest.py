@@ -1,4 +1,4 @@
-"""One cluster for all tests, which leave it as they found it: idle, and without a process of theirs."""
+"""One cluster for all tests. Each test leaves it idle and without a process."""
 
 import os
 import sys
@@ -12,7 +12,7 @@ import pytest
 from tests.cluster.slurm import Cluster, make_checkout, script
 
 NUM_NODES = 4
-SECONDS_TO_LEAVE = 60.0  # for a job's last processes: the helper that ends its W&B run
+SECONDS_TO_LEAVE = 60.0  # for a job's last process, the helper that ends its W&B run
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -25,7 +25,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 def session_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    with tempfile.TemporaryDirectory(prefix="slurm-") as parent:  # short: the paths of sockets have 107 characters
+    with tempfile.TemporaryDirectory(
+        prefix="slurm-"
+    ) as parent:  # short, since paths of sockets have at most 107 characters
         folder = Path(parent) / "c"
         reason = script(folder, "check").stderr.strip()
         if reason:
@@ -56,7 +58,7 @@ def clean_environment() -> dict[str, str]:
 
 @pytest.fixture
 def cluster(session_cluster: Cluster) -> Iterator[Cluster]:
-    """The cluster, idle; afterwards no job and no process of one may be left."""
+    """The idle cluster; after the test no job and no process of a job may be left."""
     yield session_cluster
     left = session_cluster.run("squeue", "-h", "-o", "%i %j %T").stdout.strip()
     session_cluster.run("scancel", "--user=root", "--signal=KILL", "--full")

@@ -1,4 +1,4 @@
-"""The Slurm that cluster.sh starts, its jobs, and what is still running of them."""
+"""The Slurm that cluster.sh starts, its jobs, and the processes of these jobs."""
 
 import os
 import shutil
@@ -14,19 +14,19 @@ from launch import snapshot
 from tests.helpers.runs import ROOT
 
 SCRIPT = Path(__file__).with_name("cluster.sh")
-SECONDS_TO_END = 240.0  # of a job, on a busy machine
+SECONDS_TO_END = 240.0  # for a job, on a busy machine
 ENDED = {"COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE"}
-SITE = "container=(env CUDA_VISIBLE_DEVICES=)\n"  # the nodes' GPUs are fakes, the machine's are not to be used
+SITE = "container=(env CUDA_VISIBLE_DEVICES=)\n"  # the nodes' GPUs are fake, and the machine's must not be used
 
 
 def script(folder: Path, *args: str) -> "subprocess.CompletedProcess[str]":
-    """cluster.sh with the cluster of that folder."""
+    """Run cluster.sh for the cluster of that folder."""
     env = os.environ | {"SLURM_CLUSTER_DIR": str(folder)}
     return subprocess.run([str(SCRIPT), *args], env=env, capture_output=True, text=True, check=False)
 
 
 def make_checkout(folder: Path) -> Path:
-    """A clone with what is changed and new here, and a site file of our own."""
+    """Make a clone of this checkout, with its changed and new files, and a site file for the tests."""
     for name in snapshot.files_of(ROOT, folder):
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy2(ROOT / name, folder / name)
@@ -39,7 +39,7 @@ def make_checkout(folder: Path) -> Path:
 
 @contextmanager
 def broken(checkout: Path, *more: str) -> Iterator[None]:
-    """Somebody works on it: nothing that is started from it now would train."""
+    """Break files of the checkout, as somebody who edits it may: nothing started from it now would train."""
     paths = [checkout / name for name in ("train/loop.py", "train/main.py", "launch/requeue.py", *more)]
     contents = [path.read_bytes() for path in paths]
     for path in paths:
@@ -57,7 +57,7 @@ def git(folder: Path, *args: str) -> None:
 
 @dataclass
 class Job:
-    """A job and the file it writes to."""
+    """A job and its log file."""
 
     cluster: "Cluster"
     id: int
@@ -66,51 +66,53 @@ class Job:
     def text(self) -> str:
         return self.log.read_text(errors="replace") if self.log.exists() else ""
 
-    def lines(self, of: str) -> list[str]:
-        """The lines of the log that hold `of`."""
-        return [line for line in self.text().splitlines() if of in line]
+    def lines(self, text: str) -> list[str]:
+        """Return the lines of the log that hold `text`."""
+        return [line for line in self.text().splitlines() if text in line]
 
-    def time_of(self, of: str) -> float:
-        """When the batch shell wrote the line that holds `of`, in seconds since the epoch."""
-        (line,) = self.lines(of)
+    def time_of(self, text: str) -> float:
+        """Return when the batch shell wrote the line that holds `text`, in seconds since the epoch."""
+        (line,) = self.lines(text)
         return datetime.fromisoformat(line.split("]")[0].split()[-1]).timestamp()
 
     def state(self) -> str:
         return self.cluster.run("squeue", "-h", "-t", "all", "-j", str(self.id), "-o", "%T").stdout.strip()
 
     def nodes(self) -> list[str]:
-        """Where it runs, the batch shell's node first."""
+        """Return the job's nodes, the batch shell's node first."""
         names = self.cluster.run("squeue", "-h", "-j", str(self.id), "-o", "%N").stdout.strip()
         return self.cluster.run("scontrol", "show", "hostnames", names).stdout.split()
 
     def wait(self) -> str:
-        """Its last state. Between a requeue and the next start a job is pending."""
+        """Wait for the end and return the last state. Between a requeue and the next start a job is pending."""
         self.wait_for(lambda: self.state() in ENDED, "the end of the job")
         return self.state()
 
     def wait_for(self, condition: Callable[[], bool], what: str) -> None:
-        end = time.monotonic() + SECONDS_TO_END
+        deadline = time.monotonic() + SECONDS_TO_END
         while not condition():
-            if time.monotonic() > end:
+            if time.monotonic() > deadline:
                 raise AssertionError(f"{what}: not after {SECONDS_TO_END:.0f} s; {self.state()}\n{self.text()}")
             time.sleep(0.1)
 
     def processes(self) -> list[int]:
-        """Every living process of the job, on whichever node."""
+        """Return every living process of the job, on any node."""
         return self.cluster.processes_with(f"SLURM_JOB_ID={self.id}")
 
     def ranks(self, restart: int = 0) -> dict[int, int]:
-        """{rank: pid, in the machine's numbers} of the trainers of one start of the job."""
-        found: dict[int, int] = {}
+        """Return {rank: pid, as the machine numbers it} of the trainers of one start of the job."""
+        pids: dict[int, int] = {}
         for pid in self.cluster.processes_with(f"TORCHELASTIC_RUN_ID={self.id}.{restart}"):
             environ = environment_of(pid)
             if "RANK" in environ:
-                found.setdefault(int(environ["RANK"]), pid)
-        return found
+                pids.setdefault(int(environ["RANK"]), pid)
+        return pids
 
 
 @dataclass
 class Cluster:
+    """A running cluster of cluster.sh, with the checkout and the environment that its jobs are submitted from."""
+
     folder: Path
     checkout: Path
     env: dict[str, str] = field(repr=False)
@@ -130,30 +132,31 @@ class Cluster:
         )
 
     def sbatch(self, log: Path, *args: str, cwd: Path | None = None, env: dict[str, str] | None = None) -> Job:
-        """Submit `[sbatch flags] script [arguments]`; the job writes to `log`."""
+        """Submit `[sbatch flags] script [arguments]`, whose job writes to `log`."""
         done = self.run("sbatch", "--parsable", f"--output={log}", *args, cwd=cwd, env=env)
         assert done.returncode == 0, done.stderr
         return Job(self, int(done.stdout), log)
 
     def train(self, log: Path, flags: Sequence[str], *sbatch_flags: str, env: dict[str, str] | None = None) -> Job:
-        """gpt2_small.sh with one process on each of two nodes, unless `sbatch_flags` say otherwise."""
+        """Submit gpt2_small.sh, with one process on each of two nodes unless `sbatch_flags` say otherwise."""
         shape = ("--nodes=2", "--gpus-per-node=1", "--cpus-per-task=2")
         return self.sbatch(log, *shape, *sbatch_flags, "slurm/gpt2_small.sh", *flags, env=env)
 
     def processes_with(self, variable: str) -> list[int]:
-        """Living processes of this cluster with NAME=VALUE in their environment."""
-        wanted = {variable, f"SLURM_CONF={self.env['SLURM_CONF']}"}
+        """Return the living processes of this cluster with NAME=VALUE in their environment."""
+        variables = {variable, f"SLURM_CONF={self.env['SLURM_CONF']}"}
         own = os.getpid()
-        return [pid for pid in all_processes() if pid != own and wanted <= environment_lines(pid)]
+        return [pid for pid in all_processes() if pid != own and variables <= environment_lines(pid)]
 
     def everything_of_jobs(self) -> list[int]:
+        """Return the living processes of all jobs of this cluster."""
         conf = f"SLURM_CONF={self.env['SLURM_CONF']}"
-        found = []
+        pids = []
         for pid in all_processes():
             lines = environment_lines(pid)
             if conf in lines and any(line.startswith("SLURM_JOB_ID=") for line in lines):
-                found.append(pid)
-        return found
+                pids.append(pid)
+        return pids
 
 
 def all_processes() -> list[int]:
@@ -161,7 +164,7 @@ def all_processes() -> list[int]:
 
 
 def environment_lines(pid: int) -> set[str]:
-    """NAME=VALUE of a living process; nothing of a zombie or of one that has gone."""
+    """Return the NAME=VALUE lines of a living process; none for a zombie or a process that has ended."""
     with suppress(OSError):
         if Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX":
             return set(Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0"))

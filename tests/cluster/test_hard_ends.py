@@ -1,4 +1,4 @@
-"""What takes minutes: the time limit, a signal before there is a handler, dead nodes, a job in a job, four nodes."""
+"""Ends of jobs that take minutes: the time limit, an early signal, dead nodes, a job in a job, four nodes."""
 
 import shlex
 import time
@@ -24,7 +24,7 @@ def plain(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int
 def test_at_its_time_limit_a_job_saves_and_goes_on_in_another(
     cluster: Cluster, tiny_data: Path, tmp_path: Path
 ) -> None:
-    """Slurm sends the signal up to a minute before it is due: of two minutes at least 40 s are left to train in."""
+    """Slurm sends the signal up to a minute early, so at least 40 s of two minutes are left for training."""
     run_dir = tmp_path / "run"
     arguments = flags(tiny_data, run_dir, "--train.steps", "100000")
     job = cluster.train(tmp_path / "log", arguments, "--time=2", "--signal=B:USR1@20")
@@ -55,7 +55,7 @@ def test_a_signal_before_there_is_a_handler_loses_nothing(
 def test_a_stop_file_that_nobody_can_see_is_followed_by_a_signal_through_torchrun(
     cluster: Cluster, tiny_data: Path, tmp_path: Path
 ) -> None:
-    """The signal goes to torchrun alone, which hands it on and waits for the checkpoint."""
+    """The signal goes to torchrun alone, which passes it on and waits for the checkpoint."""
     run_dir = tmp_path / "run"
     job = cluster.train(tmp_path / "log", flags(tiny_data, run_dir, "--train.steps", "100000"))
     job.wait_for(lambda: steps_saved(run_dir) >= 10, "a checkpoint")
@@ -64,22 +64,22 @@ def test_a_stop_file_that_nobody_can_see_is_followed_by_a_signal_through_torchru
     job.wait_for(lambda: attempt(run_dir) == 2, "the second start")
     (run_dir / "STOP").touch()
     assert job.wait() == "COMPLETED", job.text()
-    back = job.lines("back to the queue: stopped by SIGUSR1 at step ")
-    assert len(back) == 1, job.text()
+    requeued = job.lines("back to the queue: stopped by SIGUSR1 at step ")
+    assert len(requeued) == 1, job.text()
     assert job.time_of("back to the queue") - job.time_of("SIGUSR1: asking") >= 20
-    assert f"step_{int(back[0].split()[-1]):08d}" in job.text().partition("continuing from ")[2].splitlines()[0]
+    assert f"step_{int(requeued[0].split()[-1]):08d}" in job.text().partition("continuing from ")[2].splitlines()[0]
 
 
 @pytest.fixture
 def booted_again(cluster: Cluster) -> Iterator[list[int]]:
-    """Nodes that the test kills, by number."""
+    """Collect the numbers of the nodes that the test kills, and boot them again after it."""
     killed: list[int] = []
     yield killed
     for number in killed:
         assert script(cluster.folder, "start-node", str(number)).returncode == 0
-    end = time.monotonic() + 60
+    deadline = time.monotonic() + 60
     while cluster.run("sinfo", "-h", "-N", "-p", "debug", "-o", "%t").stdout.split() != ["idle"] * len(cluster.nodes):
-        assert time.monotonic() < end, cluster.run("sinfo", "-N").stdout
+        assert time.monotonic() < deadline, cluster.run("sinfo", "-N").stdout
         time.sleep(0.2)
 
 
@@ -87,7 +87,7 @@ def booted_again(cluster: Cluster) -> Iterator[list[int]]:
 def test_when_a_node_dies_the_run_goes_on_with_another(
     cluster: Cluster, tiny_data: Path, tmp_path: Path, booted_again: list[int], which: int
 ) -> None:
-    """Its processes vanish, and so does its network. Slurm needs 10 s to know; the dead rank 0's lock is waited for."""
+    """The node's processes and network vanish. Slurm notices after 10 s, and the dead rank 0's lock is waited for."""
     run_dir = tmp_path / "run"
     job = cluster.train(tmp_path / "log", flags(tiny_data, run_dir, "--train.steps", "100000"))
     job.wait_for(lambda: steps_saved(run_dir) >= 10, "a checkpoint")
@@ -96,8 +96,8 @@ def test_when_a_node_dies_the_run_goes_on_with_another(
     assert script(cluster.folder, "kill-node", str(victim)).returncode == 0
     job.wait_for(lambda: attempt(run_dir) == 2, "the second start")
     assert cluster.nodes[victim - 1] not in job.nodes()
-    begun = status(run_dir)["step"]
-    job.wait_for(lambda: steps_saved(run_dir) >= begun + 10, "a checkpoint of the second start")
+    first_step = status(run_dir)["step"]
+    job.wait_for(lambda: steps_saved(run_dir) >= first_step + 10, "a checkpoint of the second start")
     (run_dir / "STOP").touch()
     assert job.wait() == "COMPLETED", job.text()
     last = status(run_dir)["step"]
@@ -109,7 +109,7 @@ def test_when_a_node_dies_the_run_goes_on_with_another(
 def test_a_job_submitted_out_of_another_takes_nothing_from_it(
     cluster: Cluster, tiny_data: Path, tmp_path: Path, plain: dict[int, Path]
 ) -> None:
-    """The outer job is an array's task that was restarted, of another shape, and stands in a torchrun's environment."""
+    """The outer job is a restarted task of an array, has another shape, and has a torchrun's environment."""
     run_dir = tmp_path / "run"
     inner = ["sbatch", "--parsable", f"--output={tmp_path / 'log'}", "--nodes=2", "--gpus-per-node=1"]
     inner += ["--cpus-per-task=2", "slurm/gpt2_small.sh", *flags(tiny_data, run_dir, "--train.steps", "20")]

@@ -1,4 +1,4 @@
-"""sbatch slurm/gpt2_small.sh on a real Slurm: to the end, preempted, cancelled, struck again and again."""
+"""sbatch slurm/gpt2_small.sh on a real Slurm: to the end, preempted, cancelled, and killed twice."""
 
 import os
 import signal
@@ -15,7 +15,7 @@ from tests.helpers.runs import assert_same_tensors, final_tensors, rows, status
 
 @pytest.fixture(scope="module")
 def plain(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    """The run of one process and of two, without Slurm."""
+    """Run directories of one process and of two, without Slurm."""
     folder = tmp_path_factory.mktemp("plain")
     return {world: train_plainly(world, tiny_data, folder / str(world)) for world in (1, 2)}
 
@@ -41,11 +41,13 @@ def test_two_nodes_train_the_run_that_one_process_does(
     assert_close_losses(run_dir, plain[1])
 
 
-def test_a_preempted_job_comes_back_and_goes_on_as_if_nothing_had_been(
+def test_a_preempted_job_comes_back_and_trains_what_an_uninterrupted_run_trains(
     cluster: Cluster, tiny_data: Path, tmp_path: Path
 ) -> None:
-    """Though somebody breaks the checkout once it has started. Ended by a person's STOP file, however fast the machine
-    is; then the same steps without a preemption."""
+    """The checkout is broken once the job has started. A STOP file ends the run, whatever the speed of the machine.
+
+    Then the same number of steps is trained without a preemption.
+    """
     run_dir = tmp_path / "run"
     arguments = flags(tiny_data, run_dir, "--train.steps", "100000", "--track.wandb", "offline")
     job = cluster.train(tmp_path / "log", arguments, "--partition=low", "--exclusive")
@@ -56,9 +58,9 @@ def test_a_preempted_job_comes_back_and_goes_on_as_if_nothing_had_been(
         assert preemptor.wait() == "COMPLETED"
         job.wait_for(lambda: attempt(run_dir) == 2, "the second start")
         first_end = status(run_dir)["step"]
-        saved = (run_dir / "checkpoints" / f"step_{first_end:08d}").stat().st_ctime  # when it got its name
+        saved = (run_dir / "checkpoints" / f"step_{first_end:08d}").stat().st_ctime  # when the folder was renamed
         job.wait_for(lambda: rows(run_dir)[-1]["step"] > first_end, "a step of the second start")
-        going_on = time.time()
+        continued = time.time()
         job.wait_for(lambda: steps_saved(run_dir) >= first_end + 10, "a checkpoint of the second start")
     (run_dir / "STOP").touch()
     assert job.wait() == "COMPLETED", job.text()
@@ -68,7 +70,7 @@ def test_a_preempted_job_comes_back_and_goes_on_as_if_nothing_had_been(
     assert status(run_dir) == {"state": "stopped", "step": last, "reason": "STOP file", "attempt": 2}
     assert len(job.lines(f"ends: stopped at step {last} as a person asked (STOP file)")) == 1, job.text()
     print(f"from the signal to the checkpoint {saved - job.time_of('SIGUSR1: asking'):.1f} s")
-    print(f"from the requeue to the next step {going_on - job.time_of('back to the queue'):.1f} s")
+    print(f"from the requeue to the next step {continued - job.time_of('back to the queue'):.1f} s")
     tracked = [path.name.rpartition("-")[2] for path in (run_dir / "wandb").glob("offline-run-*")]
     assert len(tracked) == 2 and len(set(tracked)) == 1, "two attempts, one W&B run"
     assert f"wandb sync --id {tracked[0]}" in job.text()
@@ -78,7 +80,7 @@ def test_a_preempted_job_comes_back_and_goes_on_as_if_nothing_had_been(
     assert_same_tensors(final_tensors(run_dir), final_tensors(uninterrupted))
 
 
-def test_a_run_directory_is_one_jobs_and_a_cancelled_job_saves_and_stays_cancelled(
+def test_a_second_job_is_refused_and_a_cancelled_job_saves_and_stays_cancelled(
     cluster: Cluster, tiny_data: Path, tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
@@ -96,10 +98,10 @@ def test_a_run_directory_is_one_jobs_and_a_cancelled_job_saves_and_stays_cancell
     cluster.run("scancel", str(job.id))
     assert job.wait() == "CANCELLED"
     job.wait_for(lambda: not job.processes(), "the end of its processes")
-    found = status(run_dir)
-    assert (found["state"], found["attempt"]) == ("stopped", 1), job.text()
-    assert found["step"] == steps_saved(run_dir) >= before
-    assert found["step"] == rows(run_dir)[-1]["step"], "the last step that was done is saved"
+    ended = status(run_dir)
+    assert (ended["state"], ended["attempt"]) == ("stopped", 1), job.text()
+    assert ended["step"] == steps_saved(run_dir) >= before
+    assert ended["step"] == rows(run_dir)[-1]["step"], "the last step that was done is saved"
     time.sleep(2)
     assert job.state() == "CANCELLED" and not job.lines("back to the queue"), job.text()
 

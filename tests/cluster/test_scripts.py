@@ -1,4 +1,4 @@
-"""What sbatch says to each script, what each says to wrong input, and FineWeb's array with the job after it."""
+"""Every script through sbatch, the messages for wrong input, and FineWeb's array with the job after it."""
 
 import shutil
 import subprocess
@@ -18,7 +18,7 @@ from tests.unit.data_prep.test_textfiles import contents
 JOBS = sorted(path.name for path in (ROOT / "slurm").glob("*.sh") if path.name not in ("body.sh", "site.sh"))
 
 
-def test_shellcheck_has_nothing_to_say() -> None:
+def test_shellcheck_reports_nothing() -> None:
     if shutil.which("shellcheck") is None:
         pytest.skip("no shellcheck; apt-get install -y shellcheck")
     scripts = [*(ROOT / "slurm" / name for name in [*JOBS, "body.sh"]), SCRIPT, ROOT / ".ci" / "run"]
@@ -39,7 +39,7 @@ def test_sbatch_takes_every_script_as_it_is(cluster: Cluster, name: str) -> None
         ("--gpus-per-node=9", "Requested node configuration is not available"),
     ],
 )
-def test_what_slurm_itself_refuses(cluster: Cluster, flag: str, line: str) -> None:
+def test_slurm_refuses_jobs_that_it_cannot_run(cluster: Cluster, flag: str, line: str) -> None:
     done = cluster.run("sbatch", flag, "slurm/gpt2_small.sh")
     assert done.returncode != 0 and line in done.stderr, done.stderr
 
@@ -51,8 +51,8 @@ def test_a_job_submitted_from_elsewhere_says_so(cluster: Cluster, tmp_path: Path
     assert job.text() == line
 
 
-def test_wrong_flags_are_said_in_one_line_and_the_job_ends(cluster: Cluster, tmp_path: Path) -> None:
-    """By rank 0, above what torchrun and srun have to say of it."""
+def test_wrong_flags_are_reported_in_one_line_and_the_job_ends(cluster: Cluster, tmp_path: Path) -> None:
+    """Rank 0 prints the line, above the messages of torchrun and srun."""
     wrong = ["--optim.lr-peek", "1e-3", "--run-dir", str(tmp_path / "run")]
     job = cluster.train(tmp_path / "log", wrong, "--nodes=1")
     assert job.wait() == "FAILED"
@@ -62,7 +62,7 @@ def test_wrong_flags_are_said_in_one_line_and_the_job_ends(cluster: Cluster, tmp
 
 @contextmanager
 def hidden(cluster: Cluster, node: int, folder: Path) -> Iterator[None]:
-    """A node on which the folder is empty, as if it were not shared."""
+    """Make the folder empty on one node, as if it were not shared."""
     assert script(cluster.folder, "exec", str(node), "mount", "-t", "tmpfs", "tmpfs", str(folder)).returncode == 0
     try:
         yield
@@ -70,13 +70,13 @@ def hidden(cluster: Cluster, node: int, folder: Path) -> Iterator[None]:
         assert script(cluster.folder, "exec", str(node), "umount", str(folder)).returncode == 0
 
 
-def test_a_node_that_does_not_have_the_checkout_is_named(cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:
+def test_a_node_without_the_checkout_is_named(cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:
     nodes = f"--nodelist={cluster.nodes[0]},{cluster.nodes[1]}"
     with hidden(cluster, 2, cluster.checkout):
         job = cluster.train(tmp_path / "log", flags(tiny_data, tmp_path / "run"), nodes)
         assert job.wait() == "FAILED"
-    found = job.lines(f"slurm: {cluster.checkout}/train/main.py is not there on {cluster.nodes[1]}: submit from")
-    assert len(found) == 1, job.text()
+    lines = job.lines(f"slurm: {cluster.checkout}/train/main.py is not there on {cluster.nodes[1]}: submit from")
+    assert len(lines) == 1, job.text()
     assert len(job.lines("ends: training did not begin")) == 1, job.text()
 
 
@@ -96,7 +96,7 @@ def test_preflight_sees_whether_nodes_share_the_run_directory(cluster: Cluster, 
     assert list(run_dir.iterdir()) == []
 
 
-def test_fineweb_by_an_array_and_the_job_that_packs_is_what_one_process_makes(cluster: Cluster, tmp_path: Path) -> None:
+def test_fineweb_by_an_array_makes_what_one_process_makes(cluster: Cluster, tmp_path: Path) -> None:
     for number in range(4):
         write_pages(tmp_path / "pages" / f"{number:03d}_00000.parquet", make_pages(60, number))
     arguments = ["--source", "local", "--data-files", str(tmp_path / "pages"), "--tokenizer", "byte"]

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.experiments import RUNGS
+from launch.sweeps import RUNGS
 from model.checkpoint import list_checkpoints, step_of
 from tests.cluster.slurm import Cluster, Job, broken
 from tests.cluster.tiny import STEPS, assert_same_curve, flags, train_plainly
@@ -18,15 +18,15 @@ SHAPE = ("--nodes", "2", "--gpus-per-node", "1", "--cpus-per-gpu", "2", "--time"
 
 
 def submit(cluster: Cluster, *words: str, arguments: Sequence[str], exit_status: int = 0) -> str:
-    """What it prints; `words` before --, `arguments` after."""
+    """Run launch/submit.py with `words` before -- and `arguments` after it; return what it prints."""
     done = cluster.run("python", "launch/submit.py", "gpt2-small", *words, "--", *arguments)
     assert done.returncode == exit_status, done.stderr
     return done.stdout
 
 
-def jobs_in(cluster: Cluster, said: str) -> list[Job]:
-    found = re.findall(r"^job (\S+) trains \S+; log (\S+)$", said, re.MULTILINE)
-    return [Job(cluster, job, Path(log)) for job, log in found]
+def jobs_in(cluster: Cluster, output: str) -> list[Job]:
+    jobs = re.findall(r"^job (\S+) trains \S+; log (\S+)$", output, re.MULTILINE)
+    return [Job(cluster, job, Path(log)) for job, log in jobs]
 
 
 def refused(cluster: Cluster, *words: str) -> str:
@@ -42,7 +42,7 @@ def steps_saved(run_dir: Path) -> int:
 def test_the_submitted_code_runs_and_preemption_changes_nothing(
     cluster: Cluster, tiny_data: Path, tmp_path: Path
 ) -> None:
-    """Held in the queue while the checkout is edited, started, preempted, and stopped by a person's command."""
+    """The job is held in the queue while the checkout is edited, then started, preempted and stopped by `stop`."""
     run_dir = tmp_path / "run"
     arguments = flags(tiny_data, run_dir, "--train.steps", "100000", "--track.wandb", "offline")
     more = ("--partition", "low", "--sbatch", "exclusive", "hold")
@@ -72,7 +72,7 @@ def test_the_submitted_code_runs_and_preemption_changes_nothing(
 
 @pytest.mark.slow
 def test_an_array_of_four_with_a_point_that_fails(cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:
-    """Three are done; then the failed one alone, and again nothing."""
+    """Three runs are done. Then the failed one is trained alone, and then nothing."""
     base = tmp_path / "grid"
     arguments = flags(tiny_data, base)
     grid = ("--grid", "seed=1,2,3,4", "--max-parallel", "2", "--wait", *SHAPE)
@@ -80,17 +80,17 @@ def test_an_array_of_four_with_a_point_that_fails(cluster: Cluster, tiny_data: P
     (failing / "checkpoints").mkdir(parents=True)
     (failing / "checkpoints").chmod(0o500)
     (failing / "metrics.jsonl").mkdir()  # root writes everywhere, but not into this
-    said = submit(cluster, *grid, arguments=arguments, exit_status=1)
-    assert len(jobs_in(cluster, said)) == 4
-    words = {line.split()[0]: line.split()[1] for line in said.splitlines() if line.startswith(f"{base}/seed")}
-    assert words == {str(base / f"seed={seed}"): "failed" if seed == 3 else "done" for seed in (1, 2, 3, 4)}, said
+    output = submit(cluster, *grid, arguments=arguments, exit_status=1)
+    assert len(jobs_in(cluster, output)) == 4
+    states = {line.split()[0]: line.split()[1] for line in output.splitlines() if line.startswith(f"{base}/seed")}
+    assert states == {str(base / f"seed={seed}"): "failed" if seed == 3 else "done" for seed in (1, 2, 3, 4)}, output
     for seed in (1, 2, 4):
         assert_same_curve(base / f"seed={seed}", train_plainly(2, tiny_data, tmp_path / str(seed), "--seed", str(seed)))
     assert len({path.name for path in (base / "code").iterdir()}) == 1, "one copy of the code for all"
 
     (failing / "metrics.jsonl").rmdir()
-    said = submit(cluster, *grid, "--only-failed", arguments=arguments)
-    assert [line.split()[3].rstrip(";") for line in said.splitlines() if line.startswith("job ")] == [str(failing)]
+    output = submit(cluster, *grid, "--only-failed", arguments=arguments)
+    assert [line.split()[3].rstrip(";") for line in output.splitlines() if line.startswith("job ")] == [str(failing)]
     assert status(failing)["state"] == "done"
     again = submit(cluster, *grid, arguments=arguments)
     assert not jobs_in(cluster, again) and again.count(" done ") == 4
@@ -99,7 +99,7 @@ def test_an_array_of_four_with_a_point_that_fails(cluster: Cluster, tiny_data: P
 
 
 @pytest.mark.slow
-def test_a_sweep_by_sbatch_trains_each_point_in_a_task(cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:
+def test_a_sweep_by_sbatch_trains_each_run_in_a_task(cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:
     base = tmp_path / "sweep"
     shape = ("--array=0-1%1", "--nodes=1", "--gpus-per-node=2", "--cpus-per-task=2")
     words = ["gpt2-small", "--grid", "seed=5,6", "--", *flags(tiny_data, base, "--train.steps", "10")]
@@ -116,11 +116,11 @@ def test_an_experiment_is_an_array_of_jobs_and_ends_with_its_table(
     cluster: Cluster, tiny_data: Path, tmp_path: Path
 ) -> None:
     base = tmp_path / "ladder"
-    ours = flags(tiny_data, Path("unused"))
+    common = flags(tiny_data, Path("unused"))
     for flag in ("--run-dir", "--optim.lr-peak", "--sample.every"):  # which the sweep sets
-        while flag in ours:
-            del ours[ours.index(flag) : ours.index(flag) + 2]
-    words = ["ladder", "--cluster", "slurm", *SHAPE, "--wait", "--run-dir", str(base), *ours]
+        while flag in common:
+            del common[common.index(flag) : common.index(flag) + 2]
+    words = ["ladder", "--cluster", "slurm", *SHAPE, "--wait", "--run-dir", str(base), *common]
     done = cluster.run("python", "launch/sweep.py", *words)
     assert done.returncode == 0, done.stderr
     jobs = jobs_in(cluster, done.stdout)
@@ -141,8 +141,8 @@ def test_one_command_from_pages_to_a_model(cluster: Cluster, tmp_path: Path) -> 
     run_dir = tmp_path / "run"
     words = ["--prep", "--prep-tasks", "2", "--prep-sbatch", "cpus-per-task=1", f"--prep-flags={shlex.join(prep)}"]
     words.append("--wait")
-    said = submit(cluster, *SHAPE, *words, arguments=flags(tmp_path / "data", run_dir))
-    assert status(run_dir) == {"state": "done", "step": STEPS, "reason": None, "attempt": 1}, said
+    output = submit(cluster, *SHAPE, *words, arguments=flags(tmp_path / "data", run_dir))
+    assert status(run_dir) == {"state": "done", "step": STEPS, "reason": None, "attempt": 1}, output
     assert rows(run_dir)[-1]["val_loss"] < 5.0
     again = cluster.run(
         "python", "launch/submit.py", "gpt2-small", *SHAPE, *words, "--", *flags(tmp_path / "data", run_dir)

@@ -1,4 +1,4 @@
-"""The run that all jobs here train, and the one that nothing happened to."""
+"""The run that all jobs here train, and the same run without Slurm and without interruptions."""
 
 from pathlib import Path
 
@@ -13,9 +13,10 @@ STEPS = 50
 
 
 def flags(data: Path, run_dir: Path, *more: str) -> list[str]:
-    """Flags after gpt2_small.sh: steps of a tenth of a second, so that one can be struck in a run of a few seconds.
+    """Return the flags after gpt2_small.sh.
 
-    The learning rate is constant after its warm-up: runs of different lengths begin alike.
+    Steps take a tenth of a second, so that a run of a few seconds can be hit in the middle. The learning rate is
+    constant after its warm-up, so that runs of different lengths begin alike.
     """
     return [
         *tiny_flags(data, run_dir)[1:],
@@ -26,7 +27,7 @@ def flags(data: Path, run_dir: Path, *more: str) -> list[str]:
 
 
 def train_plainly(world: int, data: Path, run_dir: Path, *more: str) -> Path:
-    """The same run in `world` processes of this machine, without Slurm and without an end before its last step."""
+    """Train the same run in `world` processes of this machine, without Slurm, to its last step."""
     config = parse(["gpt2-small", *flags(data, run_dir, *more)], PRESETS)
     run_on_ranks(world, _run, config)
     return run_dir
@@ -37,7 +38,10 @@ def _run(group: ProcessGroup, config: Config) -> None:
 
 
 def assert_same_curve(run_dir: Path, plain: Path) -> None:
-    """Bit for bit, as far as this run goes: losses, norms, rates and validations, without those of its last step."""
+    """Assert that losses, norms, rates and validations are bitwise equal as far as this run goes.
+
+    Validations of its last step are left out.
+    """
     ours, whole = curve(run_dir), curve(plain)
     assert ours == whole[: len(ours)]
     last = ours[-1][0]
@@ -49,7 +53,7 @@ def assert_same_curve(run_dir: Path, plain: Path) -> None:
 
 
 def assert_close_losses(run_dir: Path, plain: Path) -> None:
-    """As close as the order of addition lets another number of processes come (DESIGN section 4)."""
+    """Assert that losses are as close as the order of addition allows with another number of processes."""
     gap = (losses(run_dir) - losses(plain)).abs()
     assert len(gap) == STEPS
     assert gap[0] <= 2e-6 and gap.max() <= 1e-5, gap

@@ -1,4 +1,4 @@
-"""A job's copy of the code: what is in it, that it runs itself, and that a changed one is not run."""
+"""A job's copy of the code: which files it holds, that it runs itself, and that a changed copy does not run."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ from train.run.directory import SNAPSHOT_FILE
 
 @pytest.fixture
 def checkout(tmp_path: Path) -> Path:
-    """A small clone in which something has happened since."""
+    """A small clone with a changed, a new, a removed and an ignored file."""
     root = tmp_path / "checkout"
     for name in ("train/main.py", "train/__init__.py", "launch/gone.py", "slurm/job.sh"):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
@@ -38,14 +38,11 @@ def git(root: Path, *args: str) -> str:
     return subprocess.run(["git", "-C", str(root), *args], check=True, capture_output=True, text=True).stdout
 
 
-def names_in(code: Path) -> list[str]:
-    return sorted(str(path.relative_to(code)) for path in code.rglob("*") if path.is_file())
-
-
-def test_tracked_changed_and_new_files_are_taken_and_nothing_else(checkout: Path, tmp_path: Path) -> None:
+def test_tracked_changed_and_new_files_are_copied_and_nothing_else(checkout: Path, tmp_path: Path) -> None:
     code = take(checkout, tmp_path / "run")
     tracked = [".gitignore", "slurm/job.sh", "train/__init__.py", "train/main.py", "train/new one.py"]
-    assert names_in(code) == sorted([snapshot.RECORD, *tracked])
+    copied = sorted(str(path.relative_to(code)) for path in code.rglob("*") if path.is_file())
+    assert copied == sorted([snapshot.RECORD, *tracked])
     assert (code / "train" / "main.py").read_text() == "# changed\n"
     assert (code / "slurm" / "job.sh").stat().st_mode & 0o777 == 0o555
     record = json.loads((code / snapshot.RECORD).read_text())
@@ -53,31 +50,27 @@ def test_tracked_changed_and_new_files_are_taken_and_nothing_else(checkout: Path
     assert "+# changed" in record["changes"] and "deleted file" in record["changes"]
 
 
-def test_the_same_code_is_kept_once_and_another_beside_it(checkout: Path, tmp_path: Path) -> None:
+def test_the_same_code_is_kept_once_and_other_code_beside_it(checkout: Path, tmp_path: Path) -> None:
     first = take(checkout, tmp_path / "run")
     assert take(checkout, tmp_path / "run") == first
     (checkout / "train" / "new one.py").chmod(0o755)
     second = take(checkout, tmp_path / "run")
     assert second != first and check(first) == first
     assert {path.name for path in (tmp_path / "run" / "code").iterdir()} == {first.name, second.name}
-
-
-def test_a_run_directory_in_the_checkout_is_not_copied_into_itself(checkout: Path) -> None:
-    run_dir = checkout / "not_ignored"
-    first = take(checkout, run_dir)
-    assert take(checkout, run_dir) == first
+    inside = checkout / "not_ignored"  # a run directory is not copied into itself
+    assert take(checkout, inside) == take(checkout, inside)
 
 
 @pytest.mark.parametrize("damage", ["edited", "removed", "added", "record", "no record", "another name"])
 def test_code_that_is_not_what_was_submitted_does_not_run(checkout: Path, tmp_path: Path, damage: str) -> None:
     code = take(checkout, tmp_path / "run")
-    changed, record = code / "train" / "main.py", code / snapshot.RECORD
+    changed_file, record = code / "train" / "main.py", code / snapshot.RECORD
     line = "train/main.py is not what was submitted; remove it, submit again"
     if damage == "edited":
-        changed.chmod(0o644)
-        changed.write_text("# changes\n")
+        changed_file.chmod(0o644)
+        changed_file.write_text("# changes\n")
     elif damage == "removed":
-        changed.unlink()
+        changed_file.unlink()
     elif damage == "added":
         (code / "torch.py").touch()
         (code / "train" / "__pycache__").mkdir()
@@ -97,7 +90,7 @@ def test_code_that_is_not_what_was_submitted_does_not_run(checkout: Path, tmp_pa
     assert line in str(caught.value)
 
 
-def test_what_is_no_clone_or_holds_data_is_refused(
+def test_a_folder_that_is_no_clone_or_holds_data_is_refused(
     checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
@@ -107,11 +100,11 @@ def test_what_is_no_clone_or_holds_data_is_refused(
     with (checkout / "tokens.bin").open("wb") as file:
         file.truncate(65 << 20)
     with pytest.raises(
-        InputError, match=r"65 MB to copy for the job, most of it tokens.bin; above 64 MB it is no code"
+        InputError, match=r"65 MB to copy for the job, most of it tokens.bin; above 64 MB it is not code"
     ):
         take(checkout, tmp_path / "run")
     monkeypatch.setenv("PATH", "")
-    with pytest.raises(InputError, match=r"no git on \S+, which knows the files to copy for a job; install it"):
+    with pytest.raises(InputError, match=r"no git on \S+, which lists the files to copy for a job; install it"):
         take(checkout, tmp_path / "run")
     assert not list((tmp_path / "run").rglob("*.*"))
     shell = called(snapshot.main, "take", str(tmp_path / "run"), "--job", "7")
@@ -120,18 +113,18 @@ def test_what_is_no_clone_or_holds_data_is_refused(
     )
 
 
-@pytest.mark.long(reason="a whole copy that trains")
-def test_a_full_copy_of_ours_trains_itself_and_says_which_it_is(tiny_data: Path, tmp_path: Path) -> None:
-    """Through a link that is named after the job, started in another folder."""
+@pytest.mark.long(reason="an interpreter that imports torch from a whole copy")
+def test_a_copy_of_the_whole_checkout_runs_its_own_files_and_says_so(tmp_path: Path) -> None:
+    """Started through the link that is named after the job, in another folder."""
     done = called(snapshot.main, "take", str(tmp_path / "run"), "--job", "7")
     link = tmp_path / "run" / "code" / "job_7"
     assert done.stdout == f"{link.resolve()}\n" and link.is_symlink(), done.stderr
     assert called(snapshot.main, "check", str(link)).stdout == done.stdout
     script = f"import sys; sys.argv = ['{link}/train/main.py']; import runpy; m = runpy.run_path(sys.argv[0]); "
-    script += "import json, train.run_dir as r; print(json.dumps([r.__file__, r._code()]))"
+    script += "import json, train.run.directory as r; print(json.dumps([r.__file__, r._code()]))"
     ran = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     path, code = json.loads(ran.stdout)
-    assert path == f"{link.resolve()}/train/run_dir.py"
+    assert path == f"{link.resolve()}/train/run/directory.py"
     assert code["code"] == str(link.resolve())
     head = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     assert code["commit"] == (head.stdout.strip() or None)

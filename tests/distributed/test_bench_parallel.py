@@ -1,4 +1,4 @@
-"""The benchmark of our step when the model is spread: the bare loop that it is held against sends what ours does."""
+"""The benchmark of a step in several processes: its bare loop sends the same as ours."""
 
 from collections import Counter
 from pathlib import Path
@@ -20,7 +20,7 @@ OPTIONS = Options(sequences=8, micro_batch=2, rounds=2, block=1)
 
 
 class Sent(TorchDispatchMode):
-    """What is sent meanwhile: collectives by name and bytes, without those that only add up a few numbers."""
+    """Collectives by name and bytes, without those that only add up a few numbers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -37,16 +37,16 @@ class Sent(TorchDispatchMode):
 def measured(
     group: ProcessGroup, ways: dict[str, Config]
 ) -> tuple[dict[str, Any], dict[str, list[Counter[tuple[str, int]]]]]:
-    """How long the last way takes; what a step of ours and a bare one send in each."""
+    """Return the times of the last mode, and in each mode the collectives of our step and of a bare one."""
     sent = dict[str, list[Counter[tuple[str, int]]]]()
     for name, config in ways.items():
         with opened_run(config, group) as (run, ours):
-            sent[name] = [what_is_sent(step) for step in (ours, bare_step(config, run.processes.parallel_plan, group))]
+            sent[name] = [collectives_of(step) for step in (ours, bare_step(config, run.processes.parallel_plan, group))]
     return {name: measure(OPTIONS, config, group)}, sent
 
 
-def what_is_sent(step: Step) -> Counter[tuple[str, int]]:
-    """In the third step, since DDP lays out its buckets in the second."""
+def collectives_of(step: Step) -> Counter[tuple[str, int]]:
+    """Return the collectives of the third step, since DDP lays out its buckets in the second."""
     step()
     step()
     with Sent() as sent:
@@ -55,18 +55,18 @@ def what_is_sent(step: Step) -> Counter[tuple[str, int]]:
 
 
 @pytest.mark.slow
-def test_every_way_is_timed_against_a_bare_loop_that_sends_the_same(tmp_path: Path) -> None:
+def test_every_mode_is_timed_against_a_bare_loop_that_sends_the_same(tmp_path: Path) -> None:
     ways = ways_of(OPTIONS, tmp_path)
-    assert list(ways) == ["ddp", "fsdp whole", "fsdp sharded"]
-    found, sent = run_on_ranks(2, measured, ways)[0]
+    assert list(ways) == ["ddp", "fsdp step", "fsdp micro_batch"]
+    times, sent = run_on_ranks(2, measured, ways)[0]
     for ours, bare in sent.values():
         assert ours == bare
     assert len({frozenset(ours.items()) for ours, _ in sent.values()} - {frozenset()}) == len(ways)
-    assert found["fsdp sharded"]["ours_step_ms"] > 0 and found["fsdp sharded"]["bare_step_ms"] > 0
-    assert table(found).splitlines()[1].startswith("fsdp sharded  ")
+    assert times["fsdp micro_batch"]["ours_step_ms"] > 0 and times["fsdp micro_batch"]["bare_step_ms"] > 0
+    assert table(times).splitlines()[1].startswith("fsdp micro_batch  ")
 
 
-def test_what_cannot_be_timed(tmp_path: Path) -> None:
+def test_runs_that_cannot_be_timed_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="give --micro-batch"):
         ways_of(Options(preset="gpt2-medium"), tmp_path)
     with pytest.raises(InputError, match="there are gpt2-small, "):

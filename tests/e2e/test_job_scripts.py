@@ -1,0 +1,60 @@
+"""The job scripts as far as they go without Slurm; tests/cluster has one."""
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+from tests.helpers.runs import ROOT
+from train.config import parse
+from train.presets import PRESETS
+
+JOBS = sorted(path for path in (ROOT / "slurm").glob("*.sh") if path.name not in ("body.sh", "site.sh"))
+
+
+def bash(*args: str, cwd: Path = ROOT) -> "subprocess.CompletedProcess[str]":
+    env = {name: value for name, value in os.environ.items() if not name.startswith("SLURM_")}
+    return subprocess.run(["bash", *args], cwd=cwd, env=env, capture_output=True, text=True, check=False)
+
+
+def test_without_slurm_each_script_says_what_to_do(tmp_path: Path) -> None:
+    for path in JOBS:
+        done = bash(str(path))
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+        assert done.stderr.startswith("slurm: this is no Slurm job: give the script to sbatch, or use torchrun")
+        elsewhere = bash(str(path), cwd=tmp_path)
+        assert elsewhere.returncode == 2
+        assert elsewhere.stderr == "slurm: ./slurm/body.sh is not there: submit from the root of the checkout\n"
+
+
+def test_the_shell_and_the_trainer_agree_on_the_run_directory() -> None:
+    body = (ROOT / "slurm" / "body.sh").read_text()
+    function = re.search(r"^run_dir_of\(\) \{.*?^\}", body, re.MULTILINE | re.DOTALL)
+    assert function is not None
+    for flags in (
+        [],
+        ["--run-dir", "runs/hot"],
+        ["--seed", "7", "--run-dir=/scratch/a b", "--optim.lr-peak", "1e-3"],
+        ["--run_dir", "elsewhere"],
+        ["--run_dir=elsewhere", "--run-dir", "last"],
+    ):
+        done = bash("-c", f'{function[0]}\nrun_dir_of "$@"', "-", "gpt2-small", *flags)
+        assert done.stdout == f"{parse(['gpt2-small', *flags], PRESETS).directory}\n"
+
+
+def test_prepare_asks_the_controller_again_and_drops_an_outer_jobs_variables(tmp_path: Path) -> None:
+    """Functions stand in for scontrol and sleep; tests/cluster has the real ones."""
+    record = "JobId=12 ArrayJobId=9 ArrayTaskId=3 JobName=x JobState=RUNNING Restarts=2 Priority=1"
+    cases = ((record, "9_3", "3"), (record.replace("ArrayJobId=9 ArrayTaskId=3 ", ""), "12", "none"))
+    for number, (answer, job, task) in enumerate(cases):
+        asked = tmp_path / f"asked_{number}"
+        script = f"""
+          scontrol() {{ [ -e {asked} ] && echo "JobId=11 x Restarts=7 y" && echo "{answer}" && return
+            touch {asked}; return 1; }}
+          sleep() {{ :; }}
+          export SLURM_SUBMIT_DIR={tmp_path} SLURM_JOB_ID=12 SLURM_ARRAY_JOB_ID=9 SLURM_ARRAY_TASK_ID=3
+          export SLURM_NTASKS=8 RANK=1
+          . slurm/body.sh; prepare
+          echo "$job $SLURM_RESTART_COUNT ${{SLURM_ARRAY_TASK_ID:-none}} ${{SLURM_NTASKS:-none}} ${{RANK:-none}}" """
+        done = bash("-c", script)
+        assert done.stdout == f"{job} 2 {task} none none\n", done.stderr
