@@ -41,7 +41,9 @@ def measured(
     sent = dict[str, list[Counter[tuple[str, int]]]]()
     for name, config in ways.items():
         with opened_run(config, group) as (run, ours):
-            sent[name] = [collectives_of(step) for step in (ours, bare_step(config, run.processes.parallel_plan, group))]
+            sent[name] = [
+                collectives_of(step) for step in (ours, bare_step(config, run.processes.parallel_plan, group))
+            ]
     return {name: measure(OPTIONS, config, group)}, sent
 
 

@@ -17,7 +17,7 @@ import numpy
 import torch
 
 from common.errors import InputError, reading_from, writing_to
-from common.files import write_json_atomically
+from common.files import ROOT, write_json_atomically
 from data_prep.tokenizer import load_tokenizer
 from model.checkpoint import list_checkpoints
 from model.config import with_current_names
@@ -38,7 +38,6 @@ IDENTITY = (
     "optim",
 )
 
-ROOT = Path(__file__).resolve().parents[1]
 STATUS_FILE = "status.json"
 SNAPSHOT_FILE = "SNAPSHOT.json"
 SECONDS_TO_SEE = 30.0  # a network file system may show a new file late

@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import functools
 import io
 import json
 import math
@@ -168,7 +167,10 @@ def test_a_patch_is_a_pass_with_one_activation_of_the_clean_prompt(
     for stream, t in ((0, 4), (1, 4), (1, 7), (2, 11), (L, 11), (L, 3)):
         reader = hooks.stream_readers(model)[stream]
         clean_BTD, _ = run_with_hook(model, reader, clean_T[None])
-        patch = functools.partial(torch.where, (torch.arange(12) == t)[:, None], clean_BTD)
+
+        def patch(x_BTD: Tensor, t: int = t, clean_BTD: Tensor = clean_BTD) -> Tensor:
+            return torch.where((torch.arange(12) == t)[:, None], clean_BTD, x_BTD)
+
         _, expected = run_with_hook(model, reader, corrupt_T[None], patch)
         close(patched[stream, t], expected[0, -1])
     close(patched[0, 4], clean_V)

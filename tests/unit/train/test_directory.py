@@ -159,6 +159,7 @@ def test_the_run_directory_holds_what_is_promised(tiny_data: Path, tmp_path: Pat
     files = "config.json metrics.jsonl log.txt checkpoints status.json provenance.json tokenizer"
     assert names == set(files.split())
     made_by = json.loads((tmp_path / "run" / "provenance.json").read_text())
+    assert made_by["code"] == str(ROOT)
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert made_by["commit"] == (head.stdout.strip() or None)
     assert made_by["torch"] == torch.__version__ and made_by["threads"] == 1
