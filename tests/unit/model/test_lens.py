@@ -87,6 +87,7 @@ def token_losses(logits_BTV: Tensor, targets_BT: Tensor) -> Tensor:
 def test_attention_weights_are_those_of_the_heads_outputs(switches: dict[str, Any]) -> None:
     """Of any attention: written out, fused or flex, the outputs are the weights times the values."""
     model, tokens_BT = moved(switched(**switches)), some_tokens()
+    tokens_BT[:, 6] = FLEX["eot_id"]  # Flex attends within documents, so there must be two.
     for layer, weights_BHTT in enumerate(attention_of(model, tokens_BT)):
         attention, values = hooks.parts_of(model, layer).attention, list[Tensor]()
         with attention.register_forward_pre_hook(
@@ -167,11 +168,10 @@ def test_a_patch_is_a_pass_with_one_activation_of_the_clean_prompt(
     for stream, t in ((0, 4), (1, 4), (1, 7), (2, 11), (L, 11), (L, 3)):
         reader = hooks.stream_readers(model)[stream]
         clean_BTD, _ = run_with_hook(model, reader, clean_T[None])
-
-        def patch(x_BTD: Tensor, t: int = t, clean_BTD: Tensor = clean_BTD) -> Tensor:
-            return torch.where((torch.arange(12) == t)[:, None], clean_BTD, x_BTD)
-
-        _, expected = run_with_hook(model, reader, corrupt_T[None], patch)
+        is_patched_T1 = (torch.arange(12) == t)[:, None].float()
+        _, expected = run_with_hook(
+            model, reader, corrupt_T[None], functools.partial(torch.lerp, end=clean_BTD, weight=is_patched_T1)
+        )
         close(patched[stream, t], expected[0, -1])
     close(patched[0, 4], clean_V)
     close(patched[L, 11], clean_V)
