@@ -10,7 +10,7 @@
     block    residuals, norms and an MLP around the heads
     gpt      many blocks in a row: model/gpt.py
 
-The last command takes three seconds on a CPU. For Tiny Shakespeare it prints 65 characters and a validation loss of
+The last command takes two seconds on a CPU. For Tiny Shakespeare it prints 65 characters and a validation loss of
 2.4819 for the counted bigram. The course is docs/ladder.md. The shape letters are those of model/gpt.py; the
 vocabulary has no padding here.
 """

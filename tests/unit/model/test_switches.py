@@ -310,7 +310,7 @@ def test_with_flex_a_token_sees_only_its_own_document() -> None:
 # --- Every switch -----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("switches", ONE_BY_ONE, ids=named)
+@pytest.mark.parametrize("switches", [{}, *ONE_BY_ONE], ids=named)
 def test_a_switch_keeps_causality_learns_and_changes_no_other_initial_value(switches: dict[str, Any]) -> None:
     config = switched(**switches)
     assert config.faults() == []
