@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 
+from data_prep.tokenizer import BpeTokenizer, CharTokenizer
 from model.checkpoint import load_model
-from model.generate import main, sample_generator
+from model.generate import encode_prompt, main, sample_generator
 from model.gpt import GPT
 from tests.helpers.runs import called, tiny_config
 from train.main import run
@@ -88,6 +89,13 @@ def test_a_loaded_model_is_ready_to_use(trained_run: Path) -> None:
     assert trained.step == 100 and not trained.model.training
     assert isinstance(trained.model, GPT) and trained.model.is_tied
     assert trained.model.lm_head.weight is trained.model.transformer["wte"].weight
+
+
+def test_a_prompt_begins_a_document_and_is_never_empty() -> None:
+    pairs = BpeTokenizer({bytes([i]): i for i in range(256)}, name="bytes")
+    assert encode_prompt(pairs, "a") == [256, 97] and encode_prompt(pairs, "") == [256]
+    letters = CharTokenizer("\nab")
+    assert encode_prompt(letters, "a") == [1] and encode_prompt(letters, "") == [0]
 
 
 def test_every_sample_has_its_own_random_numbers() -> None:
