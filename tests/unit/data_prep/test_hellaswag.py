@@ -130,11 +130,11 @@ def test_the_file_is_downloaded_once(
     assert prepare(Options()) == 2
     assert names(tmp_path / "data") == ["downloads", "hellaswag"]
     assert len(server.asked) == 2
-    before = (tmp_path / "data/hellaswag/val.jsonl").stat()
+    before = (tmp_path / "data/hellaswag/val.jsonl").stat().st_mtime_ns
     (tmp_path / "data/downloads/file.bin").unlink()
     again = called(main)
     assert again.stdout == "data/hellaswag: 2 items, already complete, nothing to do\n"
-    assert (tmp_path / "data/hellaswag/val.jsonl").stat() == before
+    assert (tmp_path / "data/hellaswag/val.jsonl").stat().st_mtime_ns == before
     assert len(server.asked) == 2
     server.content = b"something else"
     lied = called(main, "--overwrite")
@@ -166,13 +166,11 @@ DAMAGED: list[tuple[bytes, str]] = [
     (LINES.replace(b'he"', b'h\xe9"', 1), "1: not UTF-8 (byte 0xe9)"),
     (LINES + text_of({name: ROW[name] for name in ROW if name != "ctx_b"}), "3: no field ctx_b; is this"),
     (LINES + changed(endings=ROW["endings"][:3]), "3: 3 endings, must be a list of 4"),
-    (LINES + changed(endings="four"), "3: endings 'four', must be a list of 4"),
     (LINES + changed(endings=["a", "b", 3, "d"]), "3: endings[2] is 3, must be a str"),
     (LINES + changed(endings=["a", "b", " ", "d"]), "3: endings[2] is empty"),
     (LINES + changed(ctx=""), "3: ctx is empty"),
     (LINES + changed(ctx_b=None), "3: ctx_b is None, must be a string"),
     (LINES + changed(label=4), "3: label is 4, must be an integer from 0 to 3"),
-    (LINES + changed(label="3"), "3: label is '3', must be an integer from 0 to 3"),
     (LINES + changed(label=True), "3: label is True, must be an integer"),
     (LINES + changed(ind="1"), "3: ind is '1', must be an integer"),
     (LINES + text_of(OTHER), "3: repeats the item of line 2 (ind 25)"),
