@@ -61,9 +61,10 @@ def print_error(program: str, error: BaseException) -> None:
 def one_line_errors(program: str) -> Iterator[None]:
     """Turn an InputError into one line on stderr and exit status 2, and Ctrl-C into one line and exit status 130.
 
-    Every other exception keeps its traceback, since it is a bug of ours. That includes a bare OSError: code that opens
-    what the user named wraps it in `reading_from` or `writing_to`. Under torchrun every rank raises the same
-    InputError, so only rank 0 prints it. A character that the console cannot show is printed as its escape.
+    A closed pipe ends the command quietly. Every other exception keeps its traceback, since it is a bug of ours. That
+    includes a bare OSError: code that opens what the user named wraps it in `reading_from` or `writing_to`. Under
+    torchrun every rank raises the same InputError, so only rank 0 prints it. A character that the console cannot show
+    is printed as its escape.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -73,3 +74,6 @@ def one_line_errors(program: str) -> Iterator[None]:
         if os.environ.get("RANK", "0") == "0":
             print_error(program, error)
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
+    except BrokenPipeError:  # nobody reads stdout any more, as in `generate.py RUN | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's last flush succeeds
+        sys.exit(141)  # 128 + SIGPIPE, as the shell reports a command that a closed pipe ended
