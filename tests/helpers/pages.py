@@ -1,4 +1,4 @@
-"""Generated pages in FineWeb-Edu's schema, with everything that makes trouble in them."""
+"""Generated pages in FineWeb-Edu's schema, among them every kind of page that makes trouble."""
 
 import random
 from pathlib import Path
@@ -24,7 +24,7 @@ COPIES = ["the same page, word for word", "another that is there \u00e9 twice an
 
 
 def make_pages(count: int, seed: int) -> list[Text]:
-    """Pages of 20 to 600 characters; among them TROUBLE, and COPIES that other seeds have too."""
+    """Return pages of 20 to 600 characters, with TROUBLE and COPIES (the same for every seed) among them."""
     rng = random.Random(seed)
     text = make_text(count * 400, seed)
     pages: list[Text] = []
@@ -37,7 +37,7 @@ def make_pages(count: int, seed: int) -> list[Text]:
 
 
 def write_pages(path: Path, pages: list[Text], *, rows_per_group: int = 25, column: str = "text") -> Path:
-    """A parquet file of them with FineWeb-Edu's columns; bytes are written as they are, UTF-8 or not."""
+    """Write a parquet file with FineWeb-Edu's columns. Pages of bytes are written as they are, UTF-8 or not."""
     path.parent.mkdir(parents=True, exist_ok=True)
     raw = [page.encode("utf-8") if isinstance(page, str) else page for page in pages]
     rows = range(len(pages))
@@ -60,6 +60,12 @@ def write_pages(path: Path, pages: list[Text], *, rows_per_group: int = 25, colu
 
 
 def as_texts(pages: list[Text]) -> list[str]:
-    """What of them is tokenized: text, without nulls and empty ones, U+FFFD for each byte that is not UTF-8."""
+    """Return the texts that are tokenized: no null or empty ones, U+FFFD for each byte that is not UTF-8."""
     texts = [page.decode("utf-8", "surrogateescape") if isinstance(page, bytes) else page for page in pages]
     return ["".join("\ufffd" if "\ud800" <= c <= "\udfff" else c for c in text) for text in texts if text]
+
+
+def write_ranks(path: Path, gpt2: Path, count: int = 1000) -> str:
+    """Write GPT-2's first ranks as a tokenizer of its own, because loading all 50,257 takes most of a test's time."""
+    path.write_bytes(b"".join(gpt2.read_bytes().splitlines(keepends=True)[:count]))
+    return str(path)

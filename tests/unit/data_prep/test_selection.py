@@ -1,7 +1,8 @@
-"""The choice of documents against a few lines of plain Python, for any partition of the hashes and any parts."""
+"""Selection against plain Python, for any partition of the hashes and any division into parts."""
 
 import hashlib
 import random
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -13,45 +14,41 @@ from data_prep.pipeline.encode import Part, Tally, write_part
 from data_prep.pipeline.pack import documents_in_order
 from data_prep.pipeline.selection import Order, Rules, mix_keys, select
 
-ROUNDS = 12
+Documents = list[tuple[bytes, list[int]]]  # (text hash, ids)
 
 
-def make_documents(rng: random.Random, count: int) -> list[tuple[bytes, list[int]]]:
-    """(hash, ids), many of them several times; ids begin with 0, which nothing else in them is."""
+def make_documents(rng: random.Random, count: int) -> Documents:
+    """Return documents with many copies. Ids begin with 0, which occurs nowhere else."""
     distinct = [(n, [0, *(1 + (n * 7 + k) % 999 for k in range(rng.randrange(30)))]) for n in range(count)]
-    chosen = rng.choices(distinct, k=count)
-    return [(hashlib.sha256(str(n).encode()).digest()[:16], ids) for n, ids in chosen]
+    return [(hashlib.sha256(str(n).encode()).digest()[:16], ids) for n, ids in rng.choices(distinct, k=count)]
 
 
-def make_parts(folder: Path, documents: list[tuple[bytes, list[int]]], rng: random.Random) -> list[Part]:
-    """Parts of any size, empty ones too."""
+def make_parts(folder: Path, documents: Documents, rng: random.Random) -> list[Part]:
+    """Write the documents as parts of random sizes, some of them empty."""
     folder.mkdir()
     cuts = sorted(rng.choices(range(len(documents) + 1), k=5))
-    bounds = list(zip([0, *cuts], [*cuts, len(documents)], strict=True))
-    return [
-        write_part(
-            folder / str(number),
-            {},
-            [(np.array(ids, dtype=np.uint16), [len(ids)], [text_hash]) for text_hash, ids in documents[begin:end]],
-            Tally(),
-        )
-        for number, (begin, end) in enumerate(bounds)
-    ]
+    parts = []
+    for number, (begin, end) in enumerate(zip([0, *cuts], [*cuts, len(documents)], strict=True)):
+        batches = [(np.array(ids, np.uint16), [len(ids)], [text_hash]) for text_hash, ids in documents[begin:end]]
+        parts.append(write_part(folder / str(number), {}, batches, Tally()))
+    return parts
 
 
-def stream(order: Order, parts: list[Part]) -> tuple[list[int], list[int]]:
-    """(all ids, places at which documents begin) of the order."""
+def stream(order: Order, parts: list[Part]) -> list[int]:
+    """Return all ids of the order, having checked where its documents begin."""
     ids: list[int] = []
     starts: list[int] = []
-    for tokens, places in documents_in_order(order, parts):
-        starts += [len(ids) + int(place) for place in places]
+    for tokens, offsets in documents_in_order(order, parts):
+        starts += [len(ids) + int(offset) for offset in offsets]
         ids += tokens.tolist()
-    return ids, starts
+    assert starts == [offset for offset, index in enumerate(ids) if index == 0]
+    assert len(ids) == order.tokens
+    return ids
 
 
-def oracle(documents: list[tuple[bytes, list[int]]], rules: Rules) -> tuple[list[list[int]], list[list[int]]]:
-    """(train, val) as lists of documents."""
-    kept: list[tuple[bytes, list[int]]] = []
+def oracle(documents: Documents, rules: Rules) -> tuple[list[list[int]], list[list[int]]]:
+    """Return (train, val) as lists of documents, by plain Python."""
+    kept: Documents = []
     for text_hash, ids in documents:
         if rules.drop_duplicates and text_hash in {other for other, _ in kept}:
             continue
@@ -66,90 +63,69 @@ def oracle(documents: list[tuple[bytes, list[int]]], rules: Rules) -> tuple[list
         keys = np.array([int.from_bytes(text_hash[:8], "big") for text_hash, _ in kept], dtype=np.uint64)
         by_key = mix_keys(keys, rules.shuffle_seed).tolist()
         kept = [kept[index] for index in sorted(range(len(kept)), key=by_key.__getitem__)]
-    train = [ids for text_hash, ids in kept if text_hash not in val]
-    return train, [ids for text_hash, ids in kept if text_hash in val]
-
-
-def joined(documents: list[list[int]]) -> list[int]:
-    return [index for ids in documents for index in ids]
+    return [ids for text_hash, ids in kept if text_hash not in val], [ids for h, ids in kept if h in val]
 
 
 @pytest.mark.parametrize("partition", [5, 1_000])
 @pytest.mark.parametrize("shuffle_seed", [None, 3])
 @pytest.mark.parametrize("drop_duplicates", [True, False])
-def test_split_by_hash_is_what_plain_python_says(
+def test_split_by_hash_equals_plain_python(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, partition: int, shuffle_seed: int | None, drop_duplicates: bool
 ) -> None:
     monkeypatch.setattr(selection, "PARTITION_DOCUMENTS", partition)
     monkeypatch.setattr(selection, "BLOCK_DOCUMENTS", 7)
-    for number in range(ROUNDS):
+    for number in range(8):
         rng = random.Random(f"{partition}{shuffle_seed}{drop_duplicates}{number}")
         monkeypatch.setattr(pack, "BLOCK_TOKENS", rng.choice([1, 50, 10_000]))
         documents = make_documents(rng, 60)
-        folder = tmp_path / str(number)
-        parts = make_parts(folder, documents, rng)
+        parts = make_parts(tmp_path / str(number), documents, rng)
         rules = Rules(drop_duplicates, rng.choice([None, 300, 500]), "hash", rng.choice([1, 40, 150]), shuffle_seed)
-        chosen = select(parts, rules, folder)
-        train, val = oracle(documents, rules)
-        for order, expected in ((chosen.train, train), (chosen.val, val)):
-            ids, starts = stream(order, parts)
-            assert ids == joined(expected)
-            assert starts == [place for place, index in enumerate(ids) if index == 0]
-            assert (order.documents, order.tokens) == (len(expected), len(ids))
-        looked_at = documents[: len(documents) - chosen.documents_beyond]
-        assert chosen.duplicates == (len(looked_at) - len(set(hashes_of(looked_at))) if drop_duplicates else 0)
-        total = chosen.train.documents + chosen.val.documents + chosen.duplicates + chosen.documents_beyond
-        assert total == len(documents)
+        selected = select(parts, rules, tmp_path)
+        for order, expected in zip((selected.train, selected.val), oracle(documents, rules), strict=True):
+            assert stream(order, parts) == list(chain(*expected))
+            assert order.documents == len(expected)
+        read = [text_hash for text_hash, _ in documents[: len(documents) - selected.documents_beyond]]
+        assert selected.duplicates == (len(read) - len(set(read)) if drop_duplicates else 0)
+        assert selected.train.documents + selected.val.documents + selected.duplicates == len(read)
 
 
-def hashes_of(documents: list[tuple[bytes, list[int]]]) -> list[bytes]:
-    return [text_hash for text_hash, _ in documents]
-
-
-def test_the_first_shard_is_cut_at_its_very_token(tmp_path: Path) -> None:
+def test_the_first_shard_is_cut_at_exactly_its_token(tmp_path: Path) -> None:
     rng = random.Random(1)
     documents = make_documents(rng, 40)
     parts = make_parts(tmp_path / "parts", documents, rng)
-    whole = joined([ids for _, ids in documents])
+    whole = list(chain(*(ids for _, ids in documents)))
     ends = set(np.cumsum([len(ids) for _, ids in documents]).tolist())
     for count in sorted({*range(1, len(whole), 11), *ends, *(end + 1 for end in ends)} - {len(whole), len(whole) + 1}):
-        rules = Rules(False, None, "first-shard", count, None)
-        chosen = select(parts, rules, tmp_path)
-        val, val_starts = stream(chosen.val, parts)
-        train, train_starts = stream(chosen.train, parts)
-        assert (val, train) == (whole[:count], whole[count:])
-        assert (chosen.train.skip > 0) == (count not in ends)
-        assert val_starts == [place for place, index in enumerate(val) if index == 0]
-        assert train_starts == [place for place, index in enumerate(train) if index == 0]
+        selected = select(parts, Rules(False, None, "first-shard", count, None), tmp_path)
+        assert (stream(selected.val, parts), stream(selected.train, parts)) == (whole[:count], whole[count:])
+        assert (selected.train.skip > 0) == (count not in ends)
 
 
 def test_the_shuffle_depends_on_texts_and_seed_alone(tmp_path: Path) -> None:
     rng = random.Random(2)
-    documents = list({text_hash: (text_hash, ids) for text_hash, ids in make_documents(rng, 300)}.values())
+    documents = list(dict(make_documents(rng, 300)).items())
     streams = []
     for number, seed in enumerate((0, 0, 1)):
         rng.shuffle(documents)
         parts = make_parts(tmp_path / str(number), documents, rng)
-        chosen = select(parts, Rules(True, None, "hash", 100, seed), tmp_path)
-        streams.append((stream(chosen.train, parts)[0], stream(chosen.val, parts)[0]))
-    assert streams[0] == streams[1]
-    assert streams[0] != streams[2]
+        selected = select(parts, Rules(True, None, "hash", 100, seed), tmp_path)
+        streams.append((stream(selected.train, parts), stream(selected.val, parts)))
+    assert streams[0] == streams[1] != streams[2]
     assert sorted(streams[0][0]) == sorted(streams[2][0])
 
 
-def test_mixing_is_a_permutation_that_scatters_neighbours() -> None:
+def test_mix_keys_is_a_permutation_that_scatters_neighbours() -> None:
     keys = np.arange(100_000, dtype=np.uint64)
-    found = mix_keys(keys, 5)
-    assert len(np.unique(found)) == len(keys)
-    assert abs(float(found.mean()) / 2**63 - 1) < 0.01
-    rises = (found[1:] > found[:-1]).mean()
-    assert 0.49 < rises < 0.51
-    assert not np.array_equal(np.argsort(found), np.argsort(mix_keys(keys, 6)))
+    mixed = mix_keys(keys, 5)
+    assert len(np.unique(mixed)) == len(keys)
+    assert abs(float(mixed.mean()) / 2**63 - 1) < 0.01
+    assert 0.49 < (mixed[1:] > mixed[:-1]).mean() < 0.51
+    assert not np.array_equal(np.argsort(mixed), np.argsort(mix_keys(keys, 6)))
 
 
-@pytest.mark.parametrize(("split", "count", "flag"), [("hash", 10_000, "--val-tokens"), ("first-shard", 10_000, "")])
-def test_a_split_that_would_be_empty_is_refused(tmp_path: Path, split: str, count: int, flag: str) -> None:
+@pytest.mark.parametrize(("split", "flag"), [("hash", "--val-tokens"), ("first-shard", "--shard-tokens")])
+def test_an_empty_split_is_refused(tmp_path: Path, split: selection.Split, flag: str) -> None:
     rng = random.Random(3)
     parts = make_parts(tmp_path / "parts", make_documents(rng, 20), rng)
-    with pytest.raises(InputError, match=flag or "--shard-tokens"):
-        select(parts, Rules(True, None, split, count, 0), tmp_path)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=flag):
+        select(parts, Rules(True, None, split, 10_000, 0), tmp_path)
