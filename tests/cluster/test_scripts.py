@@ -11,9 +11,9 @@ import pytest
 from data_prep import fineweb
 from tests.cluster.slurm import SCRIPT, Cluster, Job, script
 from tests.cluster.tiny import flags
+from tests.helpers.data_dirs import contents
 from tests.helpers.pages import make_pages, write_pages
 from tests.helpers.runs import ROOT, called
-from tests.unit.data_prep.test_textfiles import contents
 
 JOBS = sorted(path.name for path in (ROOT / "slurm").glob("*.sh") if path.name not in ("body.sh", "site.sh"))
 

@@ -20,7 +20,7 @@ from data_prep.hub.corpora import CORPORA, Corpus, RemoteFile
 from data_prep.hub.download import fetch
 from data_prep.pipeline.workers import Progress
 from data_prep.textfiles import main, parse
-from tests.unit.data_prep.test_textfiles import decoded, names
+from tests.helpers.data_dirs import decoded, names
 
 CONTENT = random.Random(0).randbytes(300_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()

@@ -8,11 +8,11 @@ import pytest
 from data_prep import fineweb, fineweb_plan
 from data_prep.hub.files import PINNED
 from data_prep.manifest import read_manifest
+from tests.helpers.data_dirs import contents, names
 from tests.helpers.pages import make_pages, write_pages
 from tests.helpers.runs import called
 from tests.unit.data_prep.test_fineweb import refusal
 from tests.unit.data_prep.test_hub import DATASET, MAIN, FakeHub, Fault, pauses, server
-from tests.unit.data_prep.test_textfiles import contents, names
 
 __all__ = ["pauses", "server"]  # fixtures, used by name
 
