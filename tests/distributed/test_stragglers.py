@@ -75,4 +75,4 @@ def test_a_warm_up_is_no_step_and_a_world_of_one_measures_nothing() -> None:
     many.begin_step()
     many.end_step()
     many.record(1)
-    assert not many._parts and many._num_steps == 1
+    assert not many._unread and many._num_steps == 1

@@ -12,7 +12,7 @@ import time
 from train.processes import parent_watch
 parent_watch.remember()
 print("started", flush=True)
-with parent_watch.needed():
+with parent_watch.exit_with_launcher():
     time.sleep(100)
 """
 # Dies as soon as its worker has started.

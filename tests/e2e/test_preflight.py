@@ -79,7 +79,7 @@ def with_rank(ranks: list[Rank], number: int, **changes: object) -> list[Rank]:
         (
             [dataclasses.replace(rank, fault="Read-only file system") for rank in cpus(5)],
             [
-                "runs/x cannot be written from n1, n2, n3 and 2 more (Read-only file system): mend that, or change "
+                "runs/x cannot be written from n1, n2, n3 and 2 more (Read-only file system): fix that, or change "
                 "--run-dir"
             ],
         ),
@@ -168,7 +168,7 @@ def test_a_run_directory_that_cannot_be_written_is_a_reason_like_others(tmp_path
     (tmp_path / "blocked").write_text("a file where the run directory should be")
     outcomes = run_on_ranks(2, look_from_hosts, tmp_path / "blocked", 1)
     assert {outcome[-1] for outcome in outcomes} == {
-        f"preflight: unfit: {tmp_path / 'blocked'} cannot be written from n1, n2 (File exists): mend that, or change "
+        f"preflight: unfit: {tmp_path / 'blocked'} cannot be written from n1, n2 (File exists): fix that, or change "
         "--run-dir"
     }
     assert [path.name for path in tmp_path.iterdir()] == ["blocked"]
@@ -214,6 +214,6 @@ def test_an_unfit_world_begins_no_run(tiny_data: Path, tmp_path: Path) -> None:
     assert done.returncode == 2
     host = socket.gethostname()
     assert done.stderr == (
-        f"train: preflight: unfit: {tmp_path / 'blocked'} cannot be written from {host} (File exists): mend that, or "
+        f"train: preflight: unfit: {tmp_path / 'blocked'} cannot be written from {host} (File exists): fix that, or "
         "change --run-dir\n"
     )

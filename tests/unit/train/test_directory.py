@@ -65,7 +65,7 @@ def test_on_another_host_the_heartbeat_decides(
 ) -> None:
     path = tmp_path / "lock.json"
     path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": "5", "job": "77"}))
-    monkeypatch.setattr(lock, "SECONDS_BETWEEN_LOOKS", 0.01)
+    monkeypatch.setattr(lock, "SECONDS_BETWEEN_CHECKS", 0.01)
     beating = threading.Timer(0.3, lambda: os.utime(path))
     beating.start()
     with pytest.raises(InputError, match="pid 1 on elsewhere, job 77"):

@@ -71,7 +71,7 @@ def test_every_launcher_is_understood(environ: dict[str, str], place: RankInfo) 
             SRUN | {"RANK": "0", "WORLD_SIZE": "1"},
             "srun started rank 5 of 7, but RANK=0 and WORLD_SIZE=1 are set; unset",
         ),
-        ({"RANK": "3", "WORLD_SIZE": "2"}, "rank 3 of 2, 3 of 2 on its host: that cannot be; unset RANK, WORLD_SIZE"),
+        ({"RANK": "3", "WORLD_SIZE": "2"}, "rank 3 of 2, 3 of 2 on its host: impossible; unset RANK, WORLD_SIZE"),
         ({"WORLD_SIZE": "8"}, "cannot tell this process's rank from the environment: KeyError('RANK')"),
         ({"RANK": "3"}, "cannot tell this process's rank from the environment: KeyError('WORLD_SIZE')"),
         ({"RANK": "x", "WORLD_SIZE": "2"}, "cannot tell this process's rank from the environment: ValueError"),
