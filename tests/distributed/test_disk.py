@@ -9,7 +9,6 @@ import resource
 import shutil
 import struct
 import subprocess
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -100,14 +99,20 @@ def assert_same_run(run_dir: Path, whole: Path) -> None:
     assert_same_tensors(final_tensors(run_dir), final_tensors(whole))
 
 
-def fill_up_during_a_save(can_mount: bool, data: Path, whole: Path, folder: Path) -> None:
-    disk, run_dir, usage = Disk(folder, can_mount), folder / "run", shutil.disk_usage
+def train_on_a_disk_that_fills_up(can_mount: bool, data: Path, whole: Path, folder: Path) -> None:
+    """Fill the disk during a save, then between saves, and start on a full disk; free it and train to the end."""
+    disk, run_dir, usage, take_step = Disk(folder, can_mount), folder / "run", shutil.disk_usage, loop.take_step
     cut_back(whole, run_dir, step=10)
 
     def fill_after_the_check(path: Any) -> Any:
         free = usage(path)
         disk.fill(leaving=60_000)
         return free
+
+    def fill_before_step_13(run: loop.Run) -> loop.StepResult:
+        if run.state.progress.step == 12:
+            disk.fill(leaving=0)
+        return take_step(run)
 
     shutil.disk_usage = fill_after_the_check
     refused = called(main, *flags(data, run_dir))
@@ -117,78 +122,47 @@ def fill_up_during_a_save(can_mount: bool, data: Path, whole: Path, folder: Path
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_00000010"]
     assert status(run_dir)["state"] == "failed" and "not saved" in status(run_dir)["reason"]
     assert len(rows(run_dir)) == 21 and not (run_dir / "lock.json").exists()
+
     disk.free()
-    assert called(main, *flags(data, run_dir)).returncode == 0
-    assert_same_run(run_dir, whole)
-
-
-def fill_up_between_saves(can_mount: bool, data: Path, whole: Path, folder: Path) -> None:
-    disk, run_dir, take_step = Disk(folder, can_mount), folder / "run", loop.take_step
-    cut_back(whole, run_dir, step=10)
-    line = flags(data, run_dir, "--save.every", "100")
-
-    def filling(run: loop.Run) -> loop.StepResult:
-        if run.state.progress.step == 12:
-            disk.fill(leaving=0)
-        return take_step(run)
-
-    loop.take_step = filling
-    refused = called(main, *line)
+    loop.take_step = fill_before_step_13
+    refused = called(main, *flags(data, run_dir, "--save.every", "100"))
     loop.take_step = take_step
     warning, error = refused.stderr.splitlines()
     assert refused.returncode == 2 and warning == f"warning: {run_dir}/status.json still says running"
     assert error.startswith(f"train: {run_dir}: cannot be written ([Errno ")
     assert error.endswith("; make room there, then give the same command again")
-    assert status(run_dir)["step"] == 10 and status(run_dir)["attempt"] == 2
+    assert status(run_dir)["step"] == 10 and status(run_dir)["attempt"] == 3
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
     assert 12 <= len(lines) < 30, "it must stop at once, not at the next save"
     assert not (run_dir / "lock.json").exists() and fault_of(list_checkpoints(run_dir)[-1]) is None
 
     before = contents(run_dir)
-    refused = called(main, *line)
+    refused = called(main, *flags(data, run_dir))
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
     assert f"train: {run_dir}: cannot be written" in refused.stderr and "make room" in refused.stderr
     assert contents(run_dir) == before
     disk.free()
-    assert called(main, *line).returncode == 0
+    assert called(main, *flags(data, run_dir)).returncode == 0
     assert_same_run(run_dir, whole)
-    assert status(run_dir) == {"state": "done", "step": 30, "reason": None, "attempt": 3}
+    assert status(run_dir) == {"state": "done", "step": 30, "reason": None, "attempt": 4}
 
 
-@pytest.mark.parametrize("train", [fill_up_during_a_save, fill_up_between_saves])
-def test_a_full_disk_ends_the_run_with_its_checkpoints_intact(
-    tiny_data: Path, whole: Path, tmp_path: Path, train: Callable[..., None]
-) -> None:
-    run_with_own_mounts(train, tiny_data, whole, tmp_path / "small")
+def test_a_full_disk_ends_the_run_with_its_checkpoints_intact(tiny_data: Path, whole: Path, tmp_path: Path) -> None:
+    run_with_own_mounts(train_on_a_disk_that_fills_up, tiny_data, whole, tmp_path / "small")
 
 
 def train_with_read_only_folders(can_mount: bool, data: Path, run_dir: Path, blocked: Path) -> None:
-    make_read_only(blocked, can_mount)
-    make_read_only(data, can_mount)
+    """Train on read-only data, beside a checkpoint that cannot be deleted, and in a read-only run directory."""
+    for folder in (blocked, data, run_dir / "checkpoints" / "step_00000010"):
+        make_read_only(folder, can_mount)
     before = contents(blocked)
     refused = called(main, *flags(data, blocked))
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
     assert f"train: {blocked}: cannot be written" in refused.stderr
     assert contents(blocked) == before
-    assert called(main, *flags(data, run_dir)).returncode == 0
     assert called(verify.main, str(data)).returncode == 0
 
-
-def test_a_read_only_run_directory_is_refused_and_read_only_data_suffices(
-    tiny_data: Path, whole: Path, tmp_path: Path
-) -> None:
-    data = shutil.copytree(tiny_data, tmp_path / "data")
-    cut_back(whole, tmp_path / "blocked", step=20)
-    cut_back(whole, tmp_path / "run", step=20)
-    run_with_own_mounts(train_with_read_only_folders, data, tmp_path / "run", tmp_path / "blocked")
-    assert_same_run(tmp_path / "run", whole)
-
-
-def train_with_an_undeletable_checkpoint(can_mount: bool, data: Path, run_dir: Path) -> None:
-    """Train; the checkpoint to delete is read-only, and as a mount point it cannot be renamed either."""
-    make_read_only(run_dir / "checkpoints" / "step_00000010", can_mount)
-    line = flags(data, run_dir, "--save.keep", "1")
-    first, again = called(main, *line), called(main, *line)
+    first, again = (called(main, *flags(data, run_dir, "--save.keep", "1")) for _ in range(2))
     assert first.returncode == 0 and "step_00000010 could not be deleted: [Errno " in first.stderr, first.stderr
     assert first.stderr.count("\n") == 1
     assert (again.returncode, again.stderr) == (0, "") and "done at step 30" in again.stdout
@@ -196,11 +170,11 @@ def train_with_an_undeletable_checkpoint(can_mount: bool, data: Path, run_dir: P
     assert list_checkpoints(run_dir)[-2:] == kept and [fault_of(path) for path in kept] == [None, None]
 
 
-def test_a_checkpoint_that_cannot_be_deleted_only_causes_a_warning(
-    tiny_data: Path, whole: Path, tmp_path: Path
-) -> None:
-    cut_back(whole, tmp_path / "run", step=20)
-    run_with_own_mounts(train_with_an_undeletable_checkpoint, tiny_data, tmp_path / "run")
+def test_only_the_run_directory_must_be_writable(tiny_data: Path, whole: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    for name in ("blocked", "run"):
+        cut_back(whole, tmp_path / name, step=20)
+    run_with_own_mounts(train_with_read_only_folders, data, tmp_path / "run", tmp_path / "blocked")
     assert_same_run(tmp_path / "run", whole)
 
 

@@ -95,20 +95,50 @@ def on_a_host(name: str) -> None:
     socket.gethostname = lambda: name
 
 
-def check_from_hosts(group: ProcessGroup, run_dir: Path, ranks_each: int) -> list[str]:
-    on_a_host(f"n{1 + group.rank // ranks_each}")
-    return outcome_of(group, run_dir)
+def check_from_hosts(group: ProcessGroup, folder: Path) -> list[list[str]]:
+    """Return the outcomes on two hosts: a new run directory, one in use, one not writable, and one not shared."""
+    preflight.SECONDS_TO_SEE = 0.5
+    host = f"n{1 + group.rank // 2}"
+    socket.gethostname = lambda: host
+    outcomes = [outcome_of(group, folder / name) for name in ("new/run", "used", "blocked")]
+    (folder / host).mkdir(exist_ok=True)
+    os.chdir(folder / host)
+    return [*outcomes, outcome_of(group, Path("runs/x"))]
 
 
-def test_healthy_hosts_are_fit_and_no_file_stays(tmp_path: Path) -> None:
-    outcomes = run_on_ranks(4, check_from_hosts, tmp_path / "new" / "run", 2)
-    assert outcomes[1:] == [["no error"]] * 3, "only rank 0 logs"
-    titles, first, second, verdict, end = outcomes[0]
+def test_a_fit_world_is_listed_and_each_bad_run_directory_is_reported(tmp_path: Path) -> None:
+    run_dir = tmp_path / "used"
+    (run_dir / "checkpoints").mkdir(parents=True)
+    (run_dir / "config.json").write_text("{}")
+    (tmp_path / "blocked").write_text("a file instead of the run directory")
+    lock = RunLock(run_dir)
+    lock.acquire()
+    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    outcomes = run_on_ranks(3, check_from_hosts, tmp_path)
+    after = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
+    lock.release()
+
+    titles, first, second, verdict, end = outcomes[0][0]
     assert (verdict, end) == ("preflight: fit to train", "no error")
     assert titles.split()[:3] == ["host", "ranks", "device"]
-    assert first.startswith("n1    0-1    CPU process") and second.startswith("n2    2-3    CPU process")
+    assert first.startswith("n1    0-1    CPU process") and second.startswith("n2    2      CPU process")
     assert float(first.split()[-1]) > 0
-    assert list(tmp_path.iterdir()) == []
+    assert [outcome[0] for outcome in outcomes[1:]] == [["no error"]] * 2, "only rank 0 logs"
+
+    assert {outcome[1][-1] for outcome in outcomes} == {"no error"}
+    assert {path for path in after if after[path] != before.get(path)} <= {run_dir / "lock.json"}, "its heartbeat"
+    assert after.keys() == before.keys()
+
+    assert {outcome[2][-1] for outcome in outcomes} == {
+        f"preflight: unfit: {tmp_path / 'blocked'} cannot be written from n1, n2 (File exists): fix that, or change "
+        "--run-dir"
+    }
+    assert {outcome[3][-1] for outcome in outcomes} == {
+        "preflight: unfit: runs/x is not shared, n1 does not see what n2 writes, n2 does not see what n1 writes: "
+        "choose a --run-dir that all hosts share"
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["blocked", "n1", "n2", "used"], "no file may stay"
+    assert not list((tmp_path / "n1").iterdir()) and not list((tmp_path / "n2").iterdir())
 
 
 def test_the_command_alone_checks_one_process(tmp_path: Path) -> None:
@@ -118,67 +148,17 @@ def test_the_command_alone_checks_one_process(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def check_on_local_disks(group: ProcessGroup, folder: Path) -> list[str]:
-    preflight.SECONDS_TO_SEE = 0.5
-    on_a_host(f"n{1 + group.rank // 2}")
-    own = folder / f"disk_{group.rank // 2}"
-    own.mkdir(exist_ok=True)
-    os.chdir(own)
-    return outcome_of(group, Path("runs/x"))
-
-
-def test_a_run_directory_that_is_not_shared_is_reported_with_both_hosts(tmp_path: Path) -> None:
-    outcomes = run_on_ranks(3, check_on_local_disks, tmp_path)
-    assert {outcome[-1] for outcome in outcomes} == {
-        "preflight: unfit: runs/x is not shared, n1 does not see what n2 writes, n2 does not see what n1 writes: "
-        "choose a --run-dir that all hosts share"
-    }
-    assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["disk_0", "disk_1"], "no file may stay on either"
-
-
-def test_a_run_directory_that_cannot_be_written_is_reported(tmp_path: Path) -> None:
-    (tmp_path / "blocked").write_text("a file instead of the run directory")
-    outcomes = run_on_ranks(2, check_from_hosts, tmp_path / "blocked", 1)
-    assert {outcome[-1] for outcome in outcomes} == {
-        f"preflight: unfit: {tmp_path / 'blocked'} cannot be written from n1, n2 (File exists): fix that, or change "
-        "--run-dir"
-    }
-    assert [path.name for path in tmp_path.iterdir()] == ["blocked"]
-
-
-def test_a_run_in_the_directory_is_not_disturbed(tmp_path: Path) -> None:
-    """A process holds the lock; its files stay as they are."""
-    run_dir = tmp_path / "run"
-    (run_dir / "checkpoints").mkdir(parents=True)
-    (run_dir / "config.json").write_text("{}")
-    lock = RunLock(run_dir)
-    lock.acquire()
-    before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
-    outcomes = run_on_ranks(2, outcome_of, run_dir)
-    assert {outcome[-1] for outcome in outcomes} == {"no error"}
-    after = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
-    lock.release()
-    assert {path for path in after if after[path] != before.get(path)} <= {run_dir / "lock.json"}, (
-        "only its own heartbeat"
-    )
-    assert after.keys() == before.keys()
-
-
-def test_the_flag_checks_before_a_run(tiny_data: Path, tmp_path: Path) -> None:
+def test_with_the_flag_a_run_starts_only_if_fit(tiny_data: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     done = called(main.main, *tiny_flags(tiny_data, run_dir), "--train.steps", "2", "--preflight")
     assert done.returncode == 0, done.stderr
     assert done.stdout.index("preflight: fit to train\n") < done.stdout.index("done at step 2")
     assert status(run_dir)["state"] == "done" and rows(run_dir)
     assert [path.name for path in run_dir.iterdir() if "preflight" in path.name] == []
-
-
-def test_with_the_flag_an_unfit_world_starts_no_run(tiny_data: Path, tmp_path: Path) -> None:
     (tmp_path / "blocked").write_text("a file instead of the run directory")
     done = called(main.main, *tiny_flags(tiny_data, tmp_path / "blocked"), "--preflight")
     assert done.returncode == 2
-    host = socket.gethostname()
     assert done.stderr == (
-        f"train: preflight: unfit: {tmp_path / 'blocked'} cannot be written from {host} (File exists): fix that, or "
-        "change --run-dir\n"
+        f"train: preflight: unfit: {tmp_path / 'blocked'} cannot be written from {socket.gethostname()} (File exists): "
+        "fix that, or change --run-dir\n"
     )

@@ -1,4 +1,4 @@
-"""A request to stop is honoured in the warm-up, in sampling, in the last validation and by the clock."""
+"""A request to stop is honoured in the warm-up, in sampling and by the clock."""
 
 import dataclasses
 import os
@@ -17,12 +17,11 @@ from tests.helpers.groups import run_on_ranks
 from tests.helpers.runs import assert_same_tensors, curve, final_tensors, rows, status, tiny_config
 from train import loop
 from train.config import Config, SampleConfig
-from train.evals import samples, validation
+from train.evals import samples
 from train.main import run
 from train.metrics.meters import Startup
 from train.processes import stop_requests
 from train.processes.group import ProcessGroup
-from train.processes.stop_requests import StopRequests
 
 ALONE = ProcessGroup(0, 1, torch.device("cpu"))
 
@@ -133,25 +132,6 @@ def test_ranks_that_draw_different_samples_do_not_wait_for_each_other(tiny_data:
     run_on_ranks(2, sample_differently, config)
     assert status(tmp_path / "run")["state"] == "done"
     assert (tmp_path / "run" / "samples.jsonl").read_text().count("\n") == 2
-
-
-def test_a_stop_in_the_last_validation_leaves_it_to_the_next_start(
-    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config, validate = tiny_config(tiny_data, tmp_path / "run", steps=5), validation.validate
-
-    def stopping(*args: Any, stop_requests: StopRequests, **kwargs: Any) -> Any:
-        if any(row["step"] == 5 for row in rows(tmp_path / "run")):
-            stop_requests.reason = "test"
-        return validate(*args, stop_requests=stop_requests, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(validation, "validate", stopping)
-        run(config, ALONE)
-    assert status(tmp_path / "run")["state"] == "stopped" and status(tmp_path / "run")["step"] == 5
-    run(config, ALONE)
-    assert status(tmp_path / "run")["state"] == "done"
-    assert [row["step"] for row in rows(tmp_path / "run") if "val_loss" in row] == [0, 5]
 
 
 def test_two_signals_are_one_stop_and_the_handlers_come_back(tiny_data: Path, tmp_path: Path) -> None:

@@ -1,6 +1,5 @@
-"""Ranks that stop or block: the others exit and name them, and the same command continues the run."""
+"""A rank that stops: the others exit and name it, and the same command continues the run."""
 
-import dataclasses
 import faulthandler
 import json
 import os
@@ -15,7 +14,6 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from tests.helpers.groups import run_on_ranks, start_on_ranks
 from tests.helpers.runs import (
@@ -29,7 +27,6 @@ from tests.helpers.runs import (
 )
 from train import loop
 from train.config import Config, ParallelConfig, parse
-from train.data import BatchPlan, TrainingSequences
 from train.guards import watchdog
 from train.guards.watchdog import Watchdog, verdict
 from train.main import run
@@ -38,31 +35,28 @@ from train.processes.group import LATER_SECONDS, ProcessGroup
 from train.run.directory import RunDirectory
 
 WORLD = 3
-STEPS = 24  # The runs hang at steps 13 to 16, after a save at 10.
+STEPS = 24  # The run hangs in step 16, after a save at 10.
 LIMIT_SECONDS = 4.0
 HOST = socket.gethostname()
 ALONE = ProcessGroup(0, 1, torch.device("cpu"))
 
 
-def flags(data: Path, run_dir: Path) -> list[str]:
-    return [*tiny_flags(data, run_dir), "--train.steps", str(STEPS), "--parallel.timeout-seconds", str(LIMIT_SECONDS)]
-
-
 def configured(data: Path, run_dir: Path) -> Config:
-    return parse(flags(data, run_dir), PRESETS)
+    limit = ["--parallel.timeout-seconds", str(LIMIT_SECONDS)]
+    return parse([*tiny_flags(data, run_dir), "--train.steps", str(STEPS), *limit], PRESETS)
 
 
-def wait_in_step_13_then_lose_rank_0(group: ProcessGroup, config: Config, folder: Path) -> None:
-    """Train; wait in step 13 for the file `go`, so that the test can suspend all; rank 0 stops before step 16."""
+def lose_rank_1_after_a_suspension(group: ProcessGroup, config: Config, folder: Path) -> None:
+    """Train; wait in step 13 for the file `go`, so that the test can suspend all; rank 1 stops before step 16."""
     watchdog.GRACE_SECONDS = 2.0
     take_step = loop.take_step
 
     def stopping(run: loop.Run) -> loop.StepResult:
-        if run.state.progress.step == 12 and group.rank == 0:
+        if run.state.progress.step == 12 and group.is_main:
             (folder / "reached").touch()
             while not (folder / "go").exists():
                 time.sleep(0.01)
-        if run.state.progress.step == 15 and group.rank == 0:
+        if run.state.progress.step == 15 and group.rank == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
         return take_step(run)
 
@@ -70,110 +64,31 @@ def wait_in_step_13_then_lose_rank_0(group: ProcessGroup, config: Config, folder
     run(config, group)
 
 
-def block_in_a_read_of_rank_2(group: ProcessGroup, config: Config) -> None:
-    micro_batches = TrainingSequences.micro_batches
-
-    def a_read_that_blocks(self: TrainingSequences, position: int, plan: BatchPlan, rank: int) -> Any:
-        if rank == 2 and position // plan.sequences == 12:
-            threading.Event().wait()
-        return micro_batches(self, position, plan, rank)
-
-    TrainingSequences.micro_batches = a_read_that_blocks  # type: ignore[method-assign]
-    run(config, group)
-
-
-@dataclasses.dataclass
-class Hung:
-    """Run directories that hung, and the exit codes of the ranks that were not stopped."""
-
-    silent: Path
-    blocked: Path
-    silent_codes: list[int | None]
-    blocked_codes: list[int | None]
-
-
-HANGS = pytest.mark.long(reason="six processes that hang for seconds; verdicts are in `make test`")
-
-
-@pytest.fixture(scope="module")
-def hung(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Hung]:
-    """Two runs at once, since they mostly wait."""
-    folder = tmp_path_factory.mktemp("hung")
-    silent, blocked = folder / "silent", folder / "blocked"
-    for name in ("meet_silent", "meet_blocked"):
-        (folder / name).mkdir()
-    first = start_on_ranks(
-        WORLD, str(folder / "meet_silent"), wait_in_step_13_then_lose_rank_0, configured(tiny_data, silent), folder
-    )
-    second = start_on_ranks(
-        WORLD, str(folder / "meet_blocked"), block_in_a_read_of_rank_2, configured(tiny_data, blocked)
-    )
+def hang(config: Config, folder: Path) -> None:
+    """Train on three ranks; suspend all for longer than the limit; wait until the ranks but rank 1 have exited."""
+    (folder / "meet").mkdir()
+    context = start_on_ranks(WORLD, str(folder / "meet"), lose_rank_1_after_a_suspension, config, folder)
     try:
-        suspend_all(first, folder)
-        codes = exit_codes(first, range(1, WORLD)), exit_codes(second, range(WORLD))
-        assert (silent / "lock.json").exists(), "rank 0 is alive and holds the lock"
-        first.processes[0].kill()
-        first.processes[0].join()
-        yield Hung(silent, blocked, *codes)
+        while not (folder / "reached").exists():
+            assert all(process.is_alive() for process in context.processes)
+            time.sleep(0.01)
+        for number, seconds in ((signal.SIGSTOP, LIMIT_SECONDS + 1.5), (signal.SIGCONT, 0)):
+            for pid in context.pids():
+                os.kill(pid, number)
+            time.sleep(seconds)
+        (folder / "go").touch()
+        for rank in (0, 2):
+            context.processes[rank].join(60)
+            assert context.processes[rank].exitcode == 1
     finally:
-        for process in [*first.processes, *second.processes]:
+        for process in context.processes:
             process.kill()
             process.join()
-
-
-def suspend_all(processes: mp.ProcessContext, folder: Path) -> None:
-    """Suspend all ranks in the middle of a step, for longer than the limit."""
-    while not (folder / "reached").exists():
-        assert all(process.is_alive() for process in processes.processes)
-        time.sleep(0.01)
-    for pid in processes.pids():
-        os.kill(pid, signal.SIGSTOP)
-    time.sleep(LIMIT_SECONDS + 1.5)
-    for pid in processes.pids():
-        os.kill(pid, signal.SIGCONT)
-    (folder / "go").touch()
-
-
-def exit_codes(processes: mp.ProcessContext, ranks: range) -> list[int | None]:
-    for rank in ranks:
-        processes.processes[rank].join(60)
-    return [processes.processes[rank].exitcode for rank in ranks]
 
 
 def report_of(run_dir: Path, rank: int) -> tuple[dict[str, Any], str]:
     header, _, stacks = (run_dir / "hang" / "attempt_1" / f"rank_{rank:05}.txt").read_text().partition("\n")
     return json.loads(header), stacks
-
-
-@HANGS
-def test_a_stopped_rank_is_named_and_the_others_leave_their_stacks_but_a_suspension_is_no_hang(hung: Hung) -> None:
-    assert hung.silent_codes == [1, 1]
-    ended = status(hung.silent)
-    reason = ended["reason"]
-    assert ended["state"] == "failed" and ended["step"] == 10
-    assert reason.startswith(f'hang: rank 0 on {HOST} gave no sign, stopped or gone, while rank 1 waited at "step')
-    assert reason.endswith(f"every rank's stacks are in {hung.silent}/hang/attempt_1")
-    assert reason in (hung.silent / "log.txt").read_text()
-    for rank in (1, 2):
-        report, stacks = report_of(hung.silent, rank)
-        assert (report["rank"], report["host"]) == (rank, HOST)
-        assert report["silent_seconds"] > 0 and "step 16" in report["where"]
-        assert "in accumulate_gradients" in stacks and "watchdog.py" in stacks, "the stacks of every thread"
-        recorded = json.loads((hung.silent / "hang" / "attempt_1" / f"rank_{rank:05}.gloo.json").read_text())
-        assert "gloo:all_reduce" in {entry["profiling_name"] for entry in recorded["entries"]}
-        assert report["collectives"] == 1 + recorded["entries"][-1]["record_id"]
-    assert not (hung.silent / "hang" / "attempt_1" / "rank_00000.txt").exists()
-
-
-@HANGS
-def test_a_rank_that_waits_for_its_data_is_furthest_behind(hung: Hung) -> None:
-    assert hung.blocked_codes == [1, 1, 1]
-    reason = status(hung.blocked)["reason"]
-    assert reason.startswith(f'hang: rank 2 on {HOST} is furthest behind, at "step 13, waiting for its data"')
-    assert 'rank 0 is at "step 13"' in reason
-    _, stacks = report_of(hung.blocked, 2)
-    assert "in a_read_that_blocks" in stacks and "in take" in stacks
-    assert not (hung.blocked / "lock.json").exists(), "rank 0 released it"
 
 
 def train_and_read_timeouts(group: ProcessGroup, configs: list[Config]) -> list[float]:
@@ -184,18 +99,34 @@ def train_and_read_timeouts(group: ProcessGroup, configs: list[Config]) -> list[
     return [each._get_backend(torch.device("cpu")).options._timeout.total_seconds() for each in groups]  # type: ignore[union-attr]
 
 
-@HANGS
-def test_the_same_command_then_continues_to_the_bits_of_a_run_that_never_hung(
-    hung: Hung, tiny_data: Path, tmp_path: Path
+@pytest.mark.long(reason="processes that hang for seconds; verdicts are in `make test`")
+def test_a_stopped_rank_is_named_with_stacks_and_the_same_command_continues_bitwise(
+    tiny_data: Path, tmp_path: Path
 ) -> None:
-    whole, *others = runs = [tmp_path / "whole", hung.silent, hung.blocked]
-    timeouts = run_on_ranks(WORLD, train_and_read_timeouts, [configured(tiny_data, run_dir) for run_dir in runs])
-    for run_dir in others:
-        assert "continuing from" in (run_dir / "log.txt").read_text()
-        assert status(run_dir) == {"state": "done", "step": STEPS, "reason": None, "attempt": 2}
-        assert curve(run_dir) == curve(whole)
-        assert_same_tensors(final_tensors(run_dir), final_tensors(whole))
+    hung, whole = configured(tiny_data, tmp_path / "hung"), configured(tiny_data, tmp_path / "whole")
+    hang(hung, tmp_path)
+    ended, folder = status(hung.directory), hung.directory / "hang" / "attempt_1"
+    assert ended["state"] == "failed" and ended["step"] == 10
+    silent = f"hang: rank 1 on {HOST} gave no sign, stopped or gone"
+    assert ended["reason"].startswith(f'{silent}, while rank 0 waited at "step 16')
+    assert ended["reason"].endswith(f"every rank's stacks are in {folder}")
+    assert ended["reason"] in (hung.directory / "log.txt").read_text()
+    assert not (hung.directory / "lock.json").exists(), "rank 0 released it"
+    for rank in (0, 2):
+        report, stacks = report_of(hung.directory, rank)
+        assert (report["rank"], report["host"]) == (rank, HOST) and report["silent_seconds"] > 0
+        assert "in accumulate_gradients" in stacks and "watchdog.py" in stacks, "the stacks of every thread"
+        recorded = json.loads((folder / f"rank_{rank:05}.gloo.json").read_text())
+        assert "gloo:all_reduce" in {entry["profiling_name"] for entry in recorded["entries"]}
+        assert report["collectives"] == 1 + recorded["entries"][-1]["record_id"]
+    assert not (folder / "rank_00001.txt").exists()
+
+    timeouts = run_on_ranks(WORLD, train_and_read_timeouts, [whole, hung])
     assert timeouts == [[LIMIT_SECONDS + LATER_SECONDS] * 2] * WORLD
+    assert "continuing from" in (hung.directory / "log.txt").read_text()
+    assert status(hung.directory) == {"state": "done", "step": STEPS, "reason": None, "attempt": 2}
+    assert curve(hung.directory) == curve(whole.directory)
+    assert_same_tensors(final_tensors(hung.directory), final_tensors(whole.directory))
 
 
 def test_the_long_limit_holds_until_the_first_step_is_done(

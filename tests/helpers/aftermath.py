@@ -37,6 +37,7 @@ def snapshot_of(run_dir: Path) -> Snapshot:
 
 
 def check(attempt: Attempt, episode: Episode, struck: Struck, before: Snapshot, after: Snapshot) -> None:
+    """Raise AssertionError for anything in the run directory that the fault does not explain."""
     check_checkpoints(attempt.run_dir, episode, before, after)
     check_attempts(attempt, struck, before, after)
     if after.status is None:
@@ -54,7 +55,7 @@ def check(attempt: Attempt, episode: Episode, struck: Struck, before: Snapshot, 
 
 
 def check_checkpoints(run_dir: Path, episode: Episode, before: Snapshot, after: Snapshot) -> None:
-    """Every checkpoint must be sound, and none lost."""
+    """Check that every checkpoint is sound and none is lost."""
     for path in list_checkpoints(run_dir):
         assert (fault := fault_of(path)) is None, fault
     ever = sorted({*before.checkpoints, *after.checkpoints})
@@ -64,7 +65,7 @@ def check_checkpoints(run_dir: Path, episode: Episode, before: Snapshot, after: 
 
 
 def check_attempts(attempt: Attempt, struck: Struck, before: Snapshot, after: Snapshot) -> None:
-    """Every start that claimed the directory must be counted, and no other."""
+    """Check that every start that claimed the directory was counted, and no other."""
     claimed = len(list(attempt.control.glob("claimed_*")))
     counted = after.attempt - before.attempt
     num_struck_before_the_mark = sum(not fault.stays for fault in struck.faults)
@@ -78,7 +79,7 @@ def is_something_left(run_dir: Path) -> bool:
 
 
 def check_state(attempt: Attempt, episode: Episode, struck: Struck, before: Snapshot, after: Snapshot) -> None:
-    """status.json must name the newest checkpoint, and an end that the strikes explain."""
+    """Check that status.json names the newest checkpoint and an end that the strikes explain."""
     assert after.status is not None
     state, step, reason = after.status["state"], after.status["step"], after.status["reason"]
     kinds = {strike.kind for strike in struck.strikes}

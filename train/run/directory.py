@@ -165,9 +165,9 @@ class RunDirectory:
         content = {"config": self._config.to_json(), "data": self._fingerprint, "found": self.found}
         self._write("config.json", content)
 
-    def record(self, found: dict[str, Any]) -> None:
+    def record(self, measured: dict[str, Any]) -> None:
         """Keep in config.json what set-up measured (parallel/auto_micro_batch.py), for later attempts."""
-        self.found = found
+        self.found = measured
         self._group.on_main(self._write_config)
 
     def forget(self) -> None:
