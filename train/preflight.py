@@ -94,12 +94,12 @@ def with_files_exchanged(rank: Rank, group: ProcessGroup, run_dir: Path) -> Rank
     The first rank of each host writes a file, and every rank reads all of them. A missing directory is made; afterwards
     everything is as it was.
     """
-    path, made, fault = run_dir / f".preflight_{secrets.token_hex(8)}", list[Path](), None
+    path, new_folders, fault = run_dir / f".preflight_{secrets.token_hex(8)}", list[Path](), None
     is_first = group.gather(rank.host).index(rank.host) == group.rank
     try:
         if is_first:
             try:
-                made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+                new_folders = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
                 run_dir.mkdir(parents=True, exist_ok=True)
                 path.write_text(path.name, encoding="ascii")
             except OSError as error:
@@ -117,7 +117,7 @@ def with_files_exchanged(rank: Rank, group: ProcessGroup, run_dir: Path) -> Rank
             with contextlib.suppress(OSError):
                 path.unlink()
     group.barrier()
-    for folder in made:  # Innermost first. Another host may have removed or filled a folder already.
+    for folder in new_folders:  # Innermost first. Another host may have removed or filled a folder already.
         with contextlib.suppress(OSError):
             folder.rmdir()
     return replace(rank, fault=fault, unseen=tuple(unseen.values()))
