@@ -1,13 +1,13 @@
-"""Is this world fit to train? Versions, GPUs, memory and the shared run directory of all hosts, looked over.
+"""Check hosts before a run: versions, GPUs, free memory and the shared run directory.
 
     torchrun --nproc_per_node=8 train/preflight.py --run-dir runs/x
     srun --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 python train/preflight.py --run-dir runs/x
-    torchrun --nproc_per_node=8 train/main.py --preflight   # the same before a run, which does not begin if unfit
+    torchrun --nproc_per_node=8 train/main.py --preflight   # the same before a run, which starts only if fit
 
-Takes a second after the start of the processes; half a minute where the run directory is not shared. Expect a row for
-each host and `preflight: fit to train` (exit status 0) or `preflight: unfit: ...` with what was found, where, and what
-to do (2). Nothing is left in the run directory, whose lock is not touched: a run that is going on there is not
-disturbed. Speeds of the network are measured by nccl-tests, clocks are kept by chrony.
+It takes a second after the start of the processes, and half a minute if the run directory is not shared. Expect a row
+for each host and `preflight: fit to train` (exit status 0), or `preflight: unfit: ...` with each fault, its host and
+its remedy (2). Nothing stays in the run directory, and its lock is not touched: a run in it is not disturbed. Network
+speed is not measured (use nccl-tests), and clocks are not compared (use chrony).
 """
 
 import contextlib
@@ -38,46 +38,46 @@ from train.processes.group import ProcessGroup, open_process_group
 from train.run.card import CPU
 from train.run.directory import SECONDS_TO_SEE
 
-LEAST_FREE = 0.5  # of the median of the other GPUs' free memory
+MIN_FREE = 0.5  # of the median of the other GPUs' free memory
 DRIVER_VERSION = Path("/sys/module/nvidia/version")
 
 
 @dataclass(frozen=True)
 class Rank:
-    """What one process knows of itself; "-" where there is nothing to know."""
+    """What one process reports of itself; "-" stands for a version that does not exist there."""
 
     host: str
     device: str
     index: int | None
-    """Of its GPU, as the process counts them; None on a CPU."""
+    """The GPU's index within this process; None on a CPU."""
     driver: str
     cuda: str
     torch: str
     python: str
     free_bytes: int
     fault: str | None = None
-    """Why its host cannot write into the run directory."""
+    """Why the host cannot write into the run directory; None: it can, or another rank of the host tried."""
     unseen: tuple[str, ...] = ()
-    """Hosts whose file in the run directory it cannot read."""
+    """Hosts whose files in the run directory this process cannot read."""
 
 
-def preflight(group: ProcessGroup, run_dir: Path, say: Callable[[str], None]) -> None:
-    """Look over the world; rank 0 says what it is like. InputError on every rank if it is unfit. Collective."""
+def preflight(group: ProcessGroup, run_dir: Path, log: Callable[[str], None]) -> None:
+    """Check all ranks; rank 0 logs a table and the verdict. Raise InputError on every rank if unfit. Collective."""
     ranks = group.gather(with_files_exchanged(describe(group.device), group, run_dir))
 
     def judge() -> None:
         for line in table_of_hosts(ranks):
-            say(line)
+            log(line)
         reasons = unfit_because(ranks, run_dir)
         if reasons:
             raise InputError(f"preflight: unfit: {'; '.join(reasons)}")
-        say("preflight: fit to train")
+        log("preflight: fit to train")
 
     group.on_main(judge)
 
 
 def describe(device: torch.device) -> Rank:
-    """Return the facts of this process."""
+    """Return this process's report."""
     host, python, cuda = socket.gethostname(), platform.python_version(), torch.version.cuda or "-"
     if device.type != "cuda":
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
@@ -89,14 +89,17 @@ def describe(device: torch.device) -> Rank:
 
 
 def with_files_exchanged(rank: Rank, group: ProcessGroup, run_dir: Path) -> Rank:
-    """Let the first rank of each host write a file into the run directory and every rank read all of them; return the
-    rank with what went wrong. The directory is made where it is missing, and is as it was afterwards. Collective."""
-    path, made, fault = run_dir / f".preflight_{secrets.token_hex(8)}", list[Path](), None
+    """Return the rank with `fault` and `unseen`, found by exchanging files in the run directory. Collective.
+
+    The first rank of each host writes a file, and every rank reads all of them. A missing directory is made; afterwards
+    everything is as it was.
+    """
+    path, new_folders, fault = run_dir / f".preflight_{secrets.token_hex(8)}", list[Path](), None
     is_first = group.gather(rank.host).index(rank.host) == group.rank
     try:
         if is_first:
             try:
-                made = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
+                new_folders = [folder for folder in (run_dir, *run_dir.parents) if not folder.exists()]
                 run_dir.mkdir(parents=True, exist_ok=True)
                 path.write_text(path.name, encoding="ascii")
             except OSError as error:
@@ -114,14 +117,14 @@ def with_files_exchanged(rank: Rank, group: ProcessGroup, run_dir: Path) -> Rank
             with contextlib.suppress(OSError):
                 path.unlink()
     group.barrier()
-    for folder in made:  # innermost first; one that another host's first rank has removed already, or fills, is left
+    for folder in new_folders:  # Innermost first. Another host may have removed or filled a folder already.
         with contextlib.suppress(OSError):
             folder.rmdir()
     return replace(rank, fault=fault, unseen=tuple(unseen.values()))
 
 
 def is_readable(path: Path) -> bool:
-    """Has the file its whole content, as seen from here?"""
+    """Return whether this host sees the file with its whole content."""
     try:
         return path.read_text(encoding="ascii") == path.name
     except OSError:
@@ -129,7 +132,7 @@ def is_readable(path: Path) -> bool:
 
 
 def unfit_because(ranks: Sequence[Rank], run_dir: Path) -> list[str]:
-    """Return one clause for each thing that is wrong: what, where, what to do."""
+    """Return a clause for each fault: what is wrong, where, and what to do."""
     reasons = []
     versions = [f"torch {rank.torch} with CUDA {rank.cuda}" for rank in ranks]
     if len(set(versions)) > 1:
@@ -139,17 +142,17 @@ def unfit_because(ranks: Sequence[Rank], run_dir: Path) -> list[str]:
         reasons.append(f"{who_has(devices)}: ask for one kind of GPU (--gpus-per-node TYPE:N)")
     gpus = [number for number, rank in enumerate(ranks) if rank.index is not None]
     free: list[float] = [ranks[number].free_bytes for number in gpus]
-    for place, number in enumerate(gpus if len(gpus) > 1 else []):
-        median = median_of_others(free, place)
-        if free[place] < LEAST_FREE * median:
+    for index, number in enumerate(gpus if len(gpus) > 1 else []):
+        median = median_of_others(free, index)
+        if free[index] < MIN_FREE * median:
             reasons.append(
-                f"rank {number} on {ranks[number].host} has {free[place] / 2**30:.1f} GiB free on GPU "
+                f"rank {number} on {ranks[number].host} has {free[index] / 2**30:.1f} GiB free on GPU "
                 f"{ranks[number].index}, the others' median is {median / 2**30:.1f} GiB: end the other process "
                 "that fills it (nvidia-smi lists it), or leave the host out"
             )
     for fault in sorted({rank.fault for rank in ranks if rank.fault is not None}):
         hosts = list(dict.fromkeys(rank.host for rank in ranks if rank.fault == fault))
-        reasons.append(f"{run_dir} cannot be written from {some(hosts)} ({fault}): mend that, or change --run-dir")
+        reasons.append(f"{run_dir} cannot be written from {some(hosts)} ({fault}): fix that, or change --run-dir")
     unseen = dict.fromkeys(f"{rank.host} does not see what {host} writes" for rank in ranks for host in rank.unseen)
     if unseen:
         reasons.append(f"{run_dir} is not shared, {some(list(unseen))}: choose a --run-dir that all hosts share")
@@ -157,21 +160,21 @@ def unfit_because(ranks: Sequence[Rank], run_dir: Path) -> list[str]:
 
 
 def who_has(values: Sequence[str]) -> str:
-    """Return each value with the ranks that have it."""
+    """Return each distinct value with the ranks that have it."""
     ranks_of = {value: [rank for rank, other in enumerate(values) if other == value] for value in dict.fromkeys(values)}
     return ", ".join(f"{value} on rank{'s' * (len(ranks) > 1)} {spans(ranks)}" for value, ranks in ranks_of.items())
 
 
 def spans(numbers: Iterable[int]) -> str:
-    """Return ascending numbers as 0-3, 6."""
+    """Return ascending numbers in short form: 0-3, 6."""
     groups = itertools.groupby(enumerate(numbers), key=lambda item: item[1] - item[0])
     runs = [[number for _, number in group] for _, group in groups]
     return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def some(texts: Sequence[str], most: int = 3) -> str:
-    """Return the first texts and the number of the others: a line stays a line in a world of a thousand hosts."""
-    return ", ".join(texts[:most]) + (f" and {len(texts) - most} more" if len(texts) > most else "")
+def some(texts: Sequence[str]) -> str:
+    """Return the first three texts and the number of the others: a line must stay short with a thousand hosts."""
+    return ", ".join(texts[:3]) + (f" and {len(texts) - 3} more" if len(texts) > 3 else "")
 
 
 def table_of_hosts(ranks: Sequence[Rank]) -> list[str]:
@@ -179,22 +182,22 @@ def table_of_hosts(ranks: Sequence[Rank]) -> list[str]:
     rows: list[Sequence[str]] = [("host", "ranks", "device", "driver", "CUDA", "torch", "Python", "free GiB")]
     for host in dict.fromkeys(rank.host for rank in ranks):
         numbers = [number for number, rank in enumerate(ranks) if rank.host == host]
-        here = [ranks[number] for number in numbers]
-        texts = [(rank.device, rank.driver, rank.cuda, rank.torch, rank.python) for rank in here]
+        local = [ranks[number] for number in numbers]
+        texts = [(rank.device, rank.driver, rank.cuda, rank.torch, rank.python) for rank in local]
         columns = [" / ".join(dict.fromkeys(column)) for column in zip(*texts, strict=True)]
-        rows.append((host, spans(numbers), *columns, f"{min(rank.free_bytes for rank in here) / 2**30:.1f}"))
+        rows.append((host, spans(numbers), *columns, f"{min(rank.free_bytes for rank in local) / 2**30:.1f}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return ["  ".join(map(str.ljust, row, widths)).rstrip() for row in rows]
 
 
 @dataclass(frozen=True)
 class Options:
-    """Is this world fit to train? Exit status 0 if so, 2 with the reasons if not."""
+    """Check the hosts of a run: exit status 0 if they are fit to train, 2 with the reasons if not."""
 
     run_dir: Path
-    """Directory in which the run will be; nothing is left there."""
+    """Directory of the planned run; nothing stays in it."""
     timeout_seconds: float = 300.0
-    """A host that does not answer for so long ends this."""
+    """Longest wait for a host that does not answer, in seconds."""
 
 
 def main(args: Sequence[str] | None = None) -> None:

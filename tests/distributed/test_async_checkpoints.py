@@ -1,7 +1,6 @@
-"""Checkpoints written while training goes on, by one and by two processes: the same bits, all or nothing."""
+"""Checkpoints written during training, on one and on two processes: the same bits, complete or absent."""
 
 import dataclasses
-import shutil
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,6 +11,7 @@ import torch
 
 from common.errors import InputError
 from model.checkpoint import fault_of, list_checkpoints, step_of
+from tests.distributed.test_exact import train_all
 from tests.helpers.groups import run_on_ranks
 from tests.helpers.runs import assert_same_tensors, curve, rows, status, tensors_of, tiny_config, with_save
 from train import loop
@@ -25,7 +25,7 @@ STEPS = 30
 
 
 def train_both_ways(group: ProcessGroup, sync: Config, asynchronous: Config) -> dict[int, int]:
-    """Train synchronously, then asynchronously with slow writes: by step of a save, the step reached meanwhile."""
+    """Train with synchronous, then with slow asynchronous saves; return the step reached during each of the latter."""
     run(sync, group)
     reached, seal = {}, checkpoints._seal
 
@@ -44,13 +44,13 @@ def train_both_ways(group: ProcessGroup, sync: Config, asynchronous: Config) -> 
 
 
 @pytest.mark.parametrize("world", [1, 2])
-def test_training_goes_on_meanwhile_and_what_is_written_is_the_step_it_began_at(
+def test_training_goes_on_and_the_checkpoint_is_of_the_step_at_which_it_began(
     tiny_data: Path, tmp_path: Path, world: int
 ) -> None:
-    sync = with_save(tiny_config(tiny_data, tmp_path / "sync", steps=STEPS), every=7)
-    other = with_save(tiny_config(tiny_data, tmp_path / "async", steps=STEPS), every=7, mode="async")
+    sync = with_save(tiny_config(tiny_data, tmp_path / "sync", steps=STEPS), every=14)
+    other = with_save(tiny_config(tiny_data, tmp_path / "async", steps=STEPS), every=14, mode="async")
     reached = run_on_ranks(world, train_both_ways, sync, other)[0]
-    assert list(reached) == [7, 14, 21, 28, 30]
+    assert list(reached) == [14, 28, 30]
     assert all(now >= min(step + 2, STEPS) for step, now in reached.items())
     assert curve(other.directory) == curve(sync.directory)
     assert status(other.directory)["state"] == "done"
@@ -61,16 +61,17 @@ def test_training_goes_on_meanwhile_and_what_is_written_is_the_step_it_began_at(
         assert_same_tensors(tensors_of(left), tensors_of(right))
 
 
-def train_with_a_save_that_fails_on_one_rank(group: ProcessGroup, config: Config, fault: Exception) -> str:
-    sound, calls = checkpoints.dcp.FileSystemWriter.write_data, iter(range(100))
+def fail_to_save_on_one_rank(group: ProcessGroup, config: Config, fault: Exception) -> str:
+    """Train with a second save that fails on the last rank; return the error that this rank raises."""
+    write_data, calls = checkpoints.dcp.FileSystemWriter.write_data, iter(range(100))
 
-    def write_data(self: Any, *args: Any) -> Any:
+    def failing(self: Any, *args: Any) -> Any:
         if next(calls) == 1 and group.rank == group.world - 1:
             raise fault
-        return sound(self, *args)
+        return write_data(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints.dcp.FileSystemWriter, "write_data", write_data)
+        patch.setattr(checkpoints.dcp.FileSystemWriter, "write_data", failing)
         try:
             run(config, group)
         except InputError as error:
@@ -78,31 +79,25 @@ def train_with_a_save_that_fails_on_one_rank(group: ProcessGroup, config: Config
     return "no error"
 
 
-@pytest.mark.parametrize(
-    ("world", "fault"), [(1, KeyError("odd")), (2, OSError(28, "No space left on device"))], ids=["one", "two"]
-)
-def test_what_one_rank_cannot_write_ends_all_and_is_no_checkpoint(
+@pytest.mark.parametrize(("world", "fault"), [(1, KeyError("odd")), (2, OSError(28, "No space left on device"))])
+def test_a_save_that_fails_on_one_rank_ends_all_and_leaves_no_checkpoint(
     tiny_data: Path, tmp_path: Path, world: int, fault: Exception
 ) -> None:
     config = with_save(tiny_config(tiny_data, tmp_path / "run", steps=STEPS), every=10, mode="async")
-    outcomes = run_on_ranks(world, train_with_a_save_that_fails_on_one_rank, config, fault)
-    assert len(set(outcomes)) == 1
-    assert "step_00000020: not saved; rank 0: " in outcomes[0] and str(fault) in outcomes[0]
-    assert "\n" not in outcomes[0]
+    errors = run_on_ranks(world, fail_to_save_on_one_rank, config, fault)
+    assert len(set(errors)) == 1
+    assert "step_00000020: not saved; rank 0: " in errors[0] and str(fault) in errors[0]
+    assert "\n" not in errors[0]
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000010"]
-    assert status(tmp_path / "run")["state"] == "failed"
+    assert status(tmp_path / "run")["state"] == "failed" and "not saved" in status(tmp_path / "run")["reason"]
     assert 20 <= curve(tmp_path / "run")[-1][0] < STEPS
-    run_on_ranks(world, run_again, config)
+    run_on_ranks(world, train_all, [config])
     assert status(tmp_path / "run")["state"] == "done"
 
 
-def run_again(group: ProcessGroup, config: Config) -> None:
-    run(config, group)
-
-
 def stop_while_saving(group: ProcessGroup, config: Config) -> None:
-    """Rank 0 hears a stop while the checkpoint of step 50 is being written."""
-    seal, sound = checkpoints._seal, StopRequests.wanted
+    """Train; rank 0 is asked to stop while the checkpoint of step 50 is being written."""
+    seal, wanted = checkpoints._seal, StopRequests.wanted
     is_sealing: list[bool] = []
 
     def seal_slowly(*args: Any) -> None:
@@ -110,28 +105,27 @@ def stop_while_saving(group: ProcessGroup, config: Config) -> None:
         time.sleep(0.2)
         seal(*args)
 
-    def wanted(self: StopRequests) -> bool:
+    def wanted_while_sealing(self: StopRequests) -> bool:
         self.reason = self.reason or ("test" if is_sealing else None)
-        return sound(self)
+        return wanted(self)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoints, "_seal", seal_slowly)
-        patch.setattr(StopRequests, "wanted", wanted)
+        patch.setattr(StopRequests, "wanted", wanted_while_sealing)
         run(config, group)
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_a_stop_finishes_the_save_under_way_and_makes_its_own(tiny_data: Path, tmp_path: Path, world: int) -> None:
+def test_a_stop_finishes_the_pending_save_and_makes_its_own(tiny_data: Path, tmp_path: Path) -> None:
     config = with_save(tiny_config(tiny_data, tmp_path / "run", steps=1000), every=50, mode="async")
-    run_on_ranks(world, stop_while_saving, config)
-    found = status(tmp_path / "run")
-    assert (found["state"], found["reason"]) == ("stopped", "test")
-    assert [step_of(path) for path in list_checkpoints(tmp_path / "run")] == [50, found["step"]]
+    run_on_ranks(2, stop_while_saving, config)
+    ended = status(tmp_path / "run")
+    assert (ended["state"], ended["reason"]) == ("stopped", "test")
+    assert [step_of(path) for path in list_checkpoints(tmp_path / "run")] == [50, ended["step"]]
     assert all(fault_of(path) is None for path in list_checkpoints(tmp_path / "run"))
 
 
 def save_by_the_clock(group: ProcessGroup, config: Config) -> None:
-    """With a clock that strikes once a step on rank 0, and that always says it is late on the others."""
+    """Train with a clock that advances by a second a step on rank 0, and that is always far ahead on the others."""
     take_step, ticks = loop.take_step, [0]
 
     def ticking(this: loop.Run) -> loop.StepResult:
@@ -145,31 +139,20 @@ def save_by_the_clock(group: ProcessGroup, config: Config) -> None:
         run(config, group)
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_saves_by_the_clock_of_rank_0(tiny_data: Path, tmp_path: Path, world: int) -> None:
+def test_saves_follow_the_clock_of_rank_0(tiny_data: Path, tmp_path: Path) -> None:
     config = tiny_config(tiny_data, tmp_path / "run", steps=40)
     config = dataclasses.replace(config, validate=dataclasses.replace(config.validate, every=None))
-    run_on_ranks(world, save_by_the_clock, with_save(config, every=1000, every_seconds=10))
-    # Step 10 says that it is time; the host knows that after step 11 and saves after step 12, and so on.
+    run_on_ranks(2, save_by_the_clock, with_save(config, every=1000, every_seconds=10))
+    # A save is due in step 10; the host reads that after step 11 and saves after step 12, and so on.
     assert [step_of(path) for path in list_checkpoints(tmp_path / "run")] == [12, 24, 36, 40]
     assert [row["step"] for row in rows(tmp_path / "run")] == list(range(1, 41))
 
 
-def test_a_stage_left_unwritten_by_a_kill_is_cleared_away(tiny_data: Path, tmp_path: Path) -> None:
-    config = with_save(tiny_config(tiny_data, tmp_path / "run", steps=10), every=5, mode="async")
-    run(config, ProcessGroup(0, 1, torch.device("cpu")))
-    newest = list_checkpoints(tmp_path / "run")[-1]
-    shutil.move(newest, newest.with_name(f".{newest.name}.writing"))  # sealed, and killed before the rename
-    run(config, ProcessGroup(0, 1, torch.device("cpu")))
-    assert fault_of(list_checkpoints(tmp_path / "run")[-1]) is None
-    assert len(list((tmp_path / "run" / "checkpoints").iterdir())) == 2
-
-
-def test_a_run_that_fails_gives_its_directory_up_only_when_its_thread_is_done(
+def test_a_run_that_fails_releases_its_directory_only_after_its_thread_is_done(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever starts the same run next must meet no writer."""
-    take_step, seal, done = loop.take_step, checkpoints._seal, []
+    """Otherwise the next start of the run would meet another writer."""
+    take_step, seal, was_locked = loop.take_step, checkpoints._seal, []
 
     def failing(this: loop.Run) -> loop.StepResult:
         if this.state.progress.step == 7:
@@ -179,12 +162,12 @@ def test_a_run_that_fails_gives_its_directory_up_only_when_its_thread_is_done(
     def seal_slowly(*args: Any) -> None:
         time.sleep(0.3)
         seal(*args)
-        done.append((tmp_path / "run" / "lock.json").exists())
+        was_locked.append((tmp_path / "run" / "lock.json").exists())
 
     monkeypatch.setattr(loop, "take_step", failing)
     monkeypatch.setattr(checkpoints, "_seal", seal_slowly)
     config = with_save(tiny_config(tiny_data, tmp_path / "run", steps=10), every=5, mode="async")
     with pytest.raises(RuntimeError, match="out of luck"):
         run(config, ProcessGroup(0, 1, torch.device("cpu")))
-    assert done == [True]
+    assert was_locked == [True]
     assert not (tmp_path / "run" / "lock.json").exists()

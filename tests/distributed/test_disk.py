@@ -1,6 +1,6 @@
-"""Disks that are full, read-only or hold on to files: real ones, which this process mounts for itself.
+"""Disks that are full, read-only or refuse a deletion: real ones, which a forked process mounts for itself.
 
-Where the system lets nobody mount, a limit on the size of files and missing permissions stand in for them.
+If the system does not allow mounts, a limit on file sizes and missing permissions take their place.
 """
 
 import ctypes
@@ -28,7 +28,7 @@ from train.main import main, run
 from train.presets import PRESETS
 from train.processes.group import ProcessGroup
 
-SMALL = "24m"  # a checkpoint of the tiny run, and what a save wants to be free beside it
+SMALL = "24m"  # room for a checkpoint of the tiny run and the spare bytes that a save requires
 
 
 def flags(data: Path, run_dir: Path, *more: str) -> list[str]:
@@ -37,7 +37,7 @@ def flags(data: Path, run_dir: Path, *more: str) -> list[str]:
 
 @pytest.fixture(scope="module")
 def whole(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """30 steps with checkpoints at 10, 20 and 30, and nothing in the way."""
+    """A run of 30 steps with checkpoints at 10, 20 and 30 on a good disk."""
     run_dir = tmp_path_factory.mktemp("disk") / "run"
     run(parse(flags(tiny_data, run_dir), PRESETS), ProcessGroup(0, 1, torch.device("cpu")))
     return run_dir
@@ -45,7 +45,7 @@ def whole(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass(frozen=True)
 class Disk:
-    """A small file system at `folder`, or, where nobody may mount one, a limit on the size of every file."""
+    """A small file system at `folder`; without mounts, a limit on the size of every file."""
 
     folder: Path
     can_mount: bool
@@ -56,7 +56,7 @@ class Disk:
             mount("-t", "tmpfs", "-o", f"size={SMALL}", "small", str(self.folder))
 
     def fill(self, leaving: int) -> None:
-        """As another program's files would, up to so many bytes."""
+        """Fill the disk up to `leaving` bytes, as another program's files would."""
         if not self.can_mount:
             resource.setrlimit(resource.RLIMIT_FSIZE, (leaving, resource.RLIM_INFINITY))
             return
@@ -85,7 +85,7 @@ def make_read_only(folder: Path, can_mount: bool) -> None:
         return
     for path in [folder, *folder.rglob("*")]:
         path.chmod(0o555)
-    # Permissions hold root back too, once it has given up its capabilities (capset(2), version 3).
+    # Permissions hold for root too, once it has given up its capabilities (capset(2), version 3).
     ctypes.CDLL(None).capset(struct.pack("Ii", 0x20080522, 0), bytes(24))
 
 
@@ -99,16 +99,22 @@ def assert_same_run(run_dir: Path, whole: Path) -> None:
     assert_same_tensors(final_tensors(run_dir), final_tensors(whole))
 
 
-def fills_up_during_a_save(can_mount: bool, data: Path, whole: Path, folder: Path) -> None:
-    disk, run_dir, usage = Disk(folder, can_mount), folder / "run", shutil.disk_usage
+def train_on_a_disk_that_fills_up(can_mount: bool, data: Path, whole: Path, folder: Path) -> None:
+    """Fill the disk during a save, then between saves, and start on a full disk; free it and train to the end."""
+    disk, run_dir, usage, take_step = Disk(folder, can_mount), folder / "run", shutil.disk_usage, loop.take_step
     cut_back(whole, run_dir, step=10)
 
-    def free_for_the_last_time(path: Any) -> Any:
-        found = usage(path)
+    def fill_after_the_check(path: Any) -> Any:
+        free = usage(path)
         disk.fill(leaving=60_000)
-        return found
+        return free
 
-    shutil.disk_usage = free_for_the_last_time
+    def fill_before_step_13(run: loop.Run) -> loop.StepResult:
+        if run.state.progress.step == 12:
+            disk.fill(leaving=0)
+        return take_step(run)
+
+    shutil.disk_usage = fill_after_the_check
     refused = called(main, *flags(data, run_dir))
     shutil.disk_usage = usage
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
@@ -116,84 +122,47 @@ def fills_up_during_a_save(can_mount: bool, data: Path, whole: Path, folder: Pat
     assert [path.name for path in (run_dir / "checkpoints").iterdir()] == ["step_00000010"]
     assert status(run_dir)["state"] == "failed" and "not saved" in status(run_dir)["reason"]
     assert len(rows(run_dir)) == 21 and not (run_dir / "lock.json").exists()
+
     disk.free()
-    assert called(main, *flags(data, run_dir)).returncode == 0
-    assert_same_run(run_dir, whole)
-
-
-def test_a_disk_that_fills_up_during_a_save_ends_the_run_in_one_line(
-    tiny_data: Path, whole: Path, tmp_path: Path
-) -> None:
-    run_with_own_mounts(fills_up_during_a_save, tiny_data, whole, tmp_path / "small")
-
-
-def fills_up_between_saves(can_mount: bool, data: Path, whole: Path, folder: Path) -> None:
-    disk, run_dir, take_step = Disk(folder, can_mount), folder / "run", loop.take_step
-    cut_back(whole, run_dir, step=10)
-    line = flags(data, run_dir, "--save.every", "100")
-
-    def filling(run: loop.Run) -> loop.StepResult:
-        if run.state.progress.step == 12:
-            disk.fill(leaving=0)
-        return take_step(run)
-
-    loop.take_step = filling
-    refused = called(main, *line)
+    loop.take_step = fill_before_step_13
+    refused = called(main, *flags(data, run_dir, "--save.every", "100"))
     loop.take_step = take_step
-    said = refused.stderr.splitlines()
-    assert refused.returncode == 2 and len(said) == 2, refused.stderr
-    assert said[0] == f"warning: {run_dir}/status.json still says running"
-    assert said[1].startswith(f"train: {run_dir}: cannot be written ([Errno ")
-    assert said[1].endswith("; make room there, then give the same command again")
-    assert status(run_dir)["step"] == 10 and status(run_dir)["attempt"] == 2
+    warning, error = refused.stderr.splitlines()
+    assert refused.returncode == 2 and warning == f"warning: {run_dir}/status.json still says running"
+    assert error.startswith(f"train: {run_dir}: cannot be written ([Errno ")
+    assert error.endswith("; make room there, then give the same command again")
+    assert status(run_dir)["step"] == 10 and status(run_dir)["attempt"] == 3
     lines = (run_dir / "metrics.jsonl").read_text().splitlines()
-    assert 12 <= len(lines) < 30, "it stopped at once, not at the next save"
+    assert 12 <= len(lines) < 30, "it must stop at once, not at the next save"
     assert not (run_dir / "lock.json").exists() and fault_of(list_checkpoints(run_dir)[-1]) is None
 
     before = contents(run_dir)
-    refused = called(main, *line)
+    refused = called(main, *flags(data, run_dir))
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1
     assert f"train: {run_dir}: cannot be written" in refused.stderr and "make room" in refused.stderr
     assert contents(run_dir) == before
     disk.free()
-    assert called(main, *line).returncode == 0
+    assert called(main, *flags(data, run_dir)).returncode == 0
     assert_same_run(run_dir, whole)
-    assert status(run_dir) == {"state": "done", "step": 30, "reason": None, "attempt": 3}
+    assert status(run_dir) == {"state": "done", "step": 30, "reason": None, "attempt": 4}
 
 
-def test_a_disk_that_is_full_between_saves_ends_the_run_and_a_start_on_it_changes_nothing(
-    tiny_data: Path, whole: Path, tmp_path: Path
-) -> None:
-    run_with_own_mounts(fills_up_between_saves, tiny_data, whole, tmp_path / "small")
+def test_a_full_disk_ends_the_run_with_its_checkpoints_intact(tiny_data: Path, whole: Path, tmp_path: Path) -> None:
+    run_with_own_mounts(train_on_a_disk_that_fills_up, tiny_data, whole, tmp_path / "small")
 
 
-def is_read_only(can_mount: bool, data: Path, run_dir: Path, blocked: Path) -> None:
-    make_read_only(blocked, can_mount)
-    make_read_only(data, can_mount)
+def train_with_read_only_folders(can_mount: bool, data: Path, run_dir: Path, blocked: Path) -> None:
+    """Train on read-only data, beside a checkpoint that cannot be deleted, and in a read-only run directory."""
+    for folder in (blocked, data, run_dir / "checkpoints" / "step_00000010"):
+        make_read_only(folder, can_mount)
     before = contents(blocked)
     refused = called(main, *flags(data, blocked))
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
     assert f"train: {blocked}: cannot be written" in refused.stderr
     assert contents(blocked) == before
-    assert called(main, *flags(data, run_dir)).returncode == 0
     assert called(verify.main, str(data)).returncode == 0
 
-
-def test_a_read_only_run_directory_is_refused_and_read_only_data_trained_on(
-    tiny_data: Path, whole: Path, tmp_path: Path
-) -> None:
-    data = shutil.copytree(tiny_data, tmp_path / "data")
-    cut_back(whole, tmp_path / "blocked", step=20)
-    cut_back(whole, tmp_path / "run", step=20)
-    run_with_own_mounts(is_read_only, data, tmp_path / "run", tmp_path / "blocked")
-    assert_same_run(tmp_path / "run", whole)
-
-
-def holds_on_to_a_checkpoint(can_mount: bool, data: Path, run_dir: Path) -> None:
-    """One that is to be deleted is read-only and, being a mount point, cannot be renamed either."""
-    make_read_only(run_dir / "checkpoints" / "step_00000010", can_mount)
-    line = flags(data, run_dir, "--save.keep", "1")
-    first, again = called(main, *line), called(main, *line)
+    first, again = (called(main, *flags(data, run_dir, "--save.keep", "1")) for _ in range(2))
     assert first.returncode == 0 and "step_00000010 could not be deleted: [Errno " in first.stderr, first.stderr
     assert first.stderr.count("\n") == 1
     assert (again.returncode, again.stderr) == (0, "") and "done at step 30" in again.stdout
@@ -201,14 +170,16 @@ def holds_on_to_a_checkpoint(can_mount: bool, data: Path, run_dir: Path) -> None
     assert list_checkpoints(run_dir)[-2:] == kept and [fault_of(path) for path in kept] == [None, None]
 
 
-def test_a_checkpoint_that_cannot_be_deleted_disturbs_nothing(tiny_data: Path, whole: Path, tmp_path: Path) -> None:
-    cut_back(whole, tmp_path / "run", step=20)
-    run_with_own_mounts(holds_on_to_a_checkpoint, tiny_data, tmp_path / "run")
+def test_only_the_run_directory_must_be_writable(tiny_data: Path, whole: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(tiny_data, tmp_path / "data")
+    for name in ("blocked", "run"):
+        cut_back(whole, tmp_path / name, step=20)
+    run_with_own_mounts(train_with_read_only_folders, data, tmp_path / "run", tmp_path / "blocked")
     assert_same_run(tmp_path / "run", whole)
 
 
-def cannot_write_on_rank_0(group: ProcessGroup, config: Config) -> str:
-    """From step 12 on no file of rank 0 may grow beyond what metrics.jsonl has then; rank 1 notices nothing of it."""
+def lose_the_disk_on_rank_0(group: ProcessGroup, config: Config) -> str:
+    """Train; from step 12 on no file of rank 0 may grow beyond the size that metrics.jsonl has then."""
     take_step, metrics = loop.take_step, config.directory / "metrics.jsonl"
 
     def limiting(run: loop.Run) -> loop.StepResult:
@@ -224,24 +195,24 @@ def cannot_write_on_rank_0(group: ProcessGroup, config: Config) -> str:
     return "trained on"
 
 
-def test_reports_that_rank_0_alone_cannot_write_end_every_rank(tiny_data: Path, whole: Path, tmp_path: Path) -> None:
+def test_rows_that_rank_0_cannot_write_end_every_rank(tiny_data: Path, whole: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     cut_back(whole, run_dir, step=10)
     config = parse(flags(tiny_data, run_dir, "--save.every", "100"), PRESETS)
-    first, second = run_on_ranks(2, cannot_write_on_rank_0, config)
+    first, second = run_on_ranks(2, lose_the_disk_on_rank_0, config)
     assert first == second and first.startswith(f"{run_dir}: cannot be written ([Errno ")
-    found = status(run_dir)
-    assert (found["state"], found["step"]) == ("failed", 10) and "cannot be written" in found["reason"]
+    ended = status(run_dir)
+    assert (ended["state"], ended["step"]) == ("failed", 10) and "cannot be written" in ended["reason"]
     assert [row["step"] for row in rows(run_dir) if "loss" in row] in ([*range(1, 12)], [*range(1, 13)])
     assert [path.name for path in list_checkpoints(run_dir)] == ["step_00000010"]
 
 
-@pytest.mark.parametrize("split", ["train", "val"])
-def test_a_shard_cut_short_is_named_before_the_first_step(tiny_data: Path, tmp_path: Path, split: str) -> None:
-    shutil.copytree(tiny_data, tmp_path / "data")
-    shard = tmp_path / "data" / f"{split}_000000.bin"
-    os.truncate(shard, shard.stat().st_size - 2)
-    done = called(main, *flags(tmp_path / "data", tmp_path / "run"))
-    assert done.returncode == 2 and done.stdout == ""
-    assert done.stderr.startswith(f"train: {shard}: truncated or altered: ") and done.stderr.count("\n") == 1
-    assert not (tmp_path / "run" / "checkpoints").exists()
+def test_a_truncated_shard_is_named_before_the_first_step(tiny_data: Path, tmp_path: Path) -> None:
+    for split in ("train", "val"):
+        data = shutil.copytree(tiny_data, tmp_path / split)
+        shard = data / f"{split}_000000.bin"
+        os.truncate(shard, shard.stat().st_size - 2)
+        done = called(main, *flags(data, tmp_path / "run"))
+        assert done.returncode == 2 and done.stdout == ""
+        assert done.stderr.startswith(f"train: {shard}: truncated or altered: ") and done.stderr.count("\n") == 1
+        assert not (tmp_path / "run" / "checkpoints").exists()

@@ -1,10 +1,11 @@
-"""A fault on one rank is every rank's fault, in one line, and nobody waits for the one that has gone."""
+"""An error on one rank ends every rank in one line, and nobody waits for a rank that has gone."""
 
 import dataclasses
 import os
 import socket
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -24,90 +25,84 @@ from train.run import directory
 from train.run.checkpoints import CheckpointWriter, Progress
 
 
-def outcome_of(function: Any, *args: Any) -> str:
+def error_of(function: Callable[[], object]) -> str:
     try:
-        function(*args)
+        function()
     except InputError as error:
         return str(error)
     return "no error"
 
 
-def train_where_one_rank_lacks_the_data(group: ProcessGroup, data: Path, folder: Path) -> list[str]:
-    elsewhere = folder / "not_here" if group.rank == 1 else data
-    missing = outcome_of(run, tiny_config(elsewhere, folder / "run"), group)
-    blocked = outcome_of(run, tiny_config(data, folder / "blocked"), group)
-    return [missing, blocked, str(group.gather(group.rank)), str(group.on_main(lambda: group.rank))]
-
-
-def train_with_other_settings(group: ProcessGroup, data: Path, folder: Path) -> str:
+def start_unlike_others(group: ProcessGroup, data: Path, folder: Path) -> list[str]:
+    """Return the errors if rank 1 lacks the data, if the run directory is a file, and if rank 2 has other settings."""
+    missing = tiny_config(folder / "not_here" if group.rank == 1 else data, folder / "run")
     config = tiny_config(data, folder / "run")
-    left_out = dataclasses.replace(config.data, skip_sequences=(7,) if group.rank == 2 else ())
-    config = dataclasses.replace(config, seed=1337 + group.rank // 2, data=left_out)
-    return outcome_of(run, config, group)
+    skipped = dataclasses.replace(config.data, skip_sequences=(7,) if group.rank == 2 else ())
+    other = dataclasses.replace(config, seed=1337 + group.rank // 2, data=skipped)
+    configs = [missing, tiny_config(data, folder / "blocked"), other]
+    assert group.gather(group.rank) == [0, 1, 2] and group.on_main(lambda: group.rank) == 0
+    return [error_of(lambda config=config: run(config, group)) for config in configs]  # type: ignore[misc]
 
 
-def test_ranks_that_were_started_differently_do_not_train(tiny_data: Path, tmp_path: Path) -> None:
-    outcomes = run_on_ranks(3, train_with_other_settings, tiny_data, tmp_path)
-    said = "rank 2 was started differently: --seed 1338 (rank 0: 1337); --data.skip-sequences (7,) (rank 0: ())"
-    assert set(outcomes) == {said}
-    assert not (tmp_path / "run").exists()
-
-
-def train_on_local_disks(group: ProcessGroup, data: Path, folder: Path) -> str:
-    directory.SECONDS_TO_SEE = 0.5
-    (folder / f"host_{group.rank}").mkdir()
-    os.chdir(folder / f"host_{group.rank}")
-    return outcome_of(run, tiny_config(data, Path("run")), group)
-
-
-def test_a_run_directory_that_is_not_shared_is_refused_at_the_start(tiny_data: Path, tmp_path: Path) -> None:
-    outcomes = run_on_ranks(2, train_on_local_disks, tiny_data, tmp_path)
-    assert outcomes[0] == outcomes[1] and "does not see what rank 0 writes; share --run-dir" in outcomes[0]
-    assert status(tmp_path / "host_0" / "run")["state"] == "failed"
-    assert not (tmp_path / "host_0" / "run" / "lock.json").exists()
-
-
-def save_on_local_disks(group: ProcessGroup, folder: Path) -> str:
-    directory.SECONDS_TO_SEE = 0.5
-    here = folder / f"disk_{group.rank}"
-    (here / "checkpoints" / ".step_00000000.writing_1").mkdir(parents=True)
-    model = build_model(ModelConfig(2, 2, 32, vocab_size=50, context_len=8), seed=1)
-    return outcome_of(
-        lambda: save(
-            CheckpointWriter(
-                here,
-                attempt=1,
-                model=model,
-                optimizer=build_optimizer(model, OptimConfig()),
-                config=SaveConfig(),
-                state={},
-                loaded=None,
-                group=group,
-            )
-        )
-    )
-
-
-def save(checkpoint_writer: CheckpointWriter) -> None:
-    checkpoint_writer.begin(Progress())
-    checkpoint_writer.finish()
-
-
-def test_a_checkpoint_without_the_other_ranks_files_is_never_committed(tmp_path: Path) -> None:
-    outcomes = run_on_ranks(2, save_on_local_disks, tmp_path)
-    assert all("__1_0.distcp of other ranks cannot be seen from rank 0" in outcome for outcome in outcomes)
-    assert list((tmp_path / "disk_0" / "checkpoints").iterdir()) == []
-
-
-def test_faults_of_one_rank_are_shared(tiny_data: Path, tmp_path: Path) -> None:
-    (tmp_path / "blocked").write_text("a file where the run directory should be")
-    outcomes = run_on_ranks(3, train_where_one_rank_lacks_the_data, tiny_data, tmp_path)
-    assert outcomes[0] == outcomes[1] == outcomes[2]
-    missing, blocked, ranks, main = outcomes[0]
+def test_an_error_on_one_rank_is_raised_on_all(tiny_data: Path, tmp_path: Path) -> None:
+    (tmp_path / "blocked").write_text("a file instead of the run directory")
+    errors = run_on_ranks(3, start_unlike_others, tiny_data, tmp_path)
+    assert errors[0] == errors[1] == errors[2]
+    missing, blocked, differing = errors[0]
     assert missing.startswith(f"rank 1: {tmp_path}/not_here: no such data directory")
     assert "File exists" in blocked and "\n" not in blocked
-    assert (ranks, main) == ("[0, 1, 2]", "0")
+    settings = "--seed 1338 (rank 0: 1337); --data.skip-sequences (7,) (rank 0: ())"
+    assert differing == f"rank 2 was started differently: {settings}"
     assert not (tmp_path / "run").exists()
+
+
+def leave_by_an_error(group: ProcessGroup, folder: Path, error: Exception) -> None:
+    sys.stderr = (folder / f"stderr_{group.rank}").open("w")
+    with group:
+        raise error
+
+
+@pytest.mark.parametrize("error", [InputError("no such data directory"), RuntimeError("a bug")])
+def test_bad_input_is_printed_once_with_status_2_and_a_bug_with_its_traceback(tmp_path: Path, error: Exception) -> None:
+    is_input_error = isinstance(error, InputError)
+    with pytest.raises(mp.ProcessExitedException) as caught:
+        run_on_ranks(2, leave_by_an_error, tmp_path, error)
+    assert caught.value.exit_code == (2 if is_input_error else 1)
+    printed = (tmp_path / f"stderr_{caught.value.error_index}").read_text()
+    if is_input_error:
+        assert printed == ("train: no such data directory\n" if caught.value.error_index == 0 else "")
+    else:
+        assert printed.startswith("Traceback") and printed.endswith("RuntimeError: a bug\n")
+
+
+def use_local_disks(group: ProcessGroup, data: Path, folder: Path) -> list[str]:
+    """Return the errors of a run and of a checkpoint on ranks that do not share a file system."""
+    directory.SECONDS_TO_SEE = 0.5
+    disk = folder / f"disk_{group.rank}"
+    (disk / "checkpoints" / ".step_00000000.writing_1").mkdir(parents=True)
+    os.chdir(disk)
+    model = build_model(ModelConfig(2, 2, 32, vocab_size=50, context_len=8), seed=1)
+    writer = CheckpointWriter(
+        disk,
+        attempt=1,
+        model=model,
+        optimizer=build_optimizer(model, OptimConfig()),
+        config=SaveConfig(),
+        state={},
+        loaded=None,
+        group=group,
+    )
+    writer.begin(Progress())
+    return [error_of(lambda: run(tiny_config(data, Path("run")), group)), error_of(writer.finish)]
+
+
+def test_without_shared_storage_no_run_starts_and_no_checkpoint_is_completed(tiny_data: Path, tmp_path: Path) -> None:
+    errors = run_on_ranks(2, use_local_disks, tiny_data, tmp_path)
+    assert errors[0][0] == errors[1][0] and "does not see what rank 0 writes; share --run-dir" in errors[0][0]
+    assert all("__1_0.distcp of other ranks cannot be seen from rank 0" in error for _, error in errors)
+    assert status(tmp_path / "disk_0" / "run")["state"] == "failed"
+    assert not (tmp_path / "disk_0" / "run" / "lock.json").exists()
+    assert list((tmp_path / "disk_0" / "checkpoints").iterdir()) == []
 
 
 def run_out_of_memory_on_rank_1(group: ProcessGroup, config: Config) -> None:
@@ -123,9 +118,9 @@ def run_out_of_memory_on_rank_1(group: ProcessGroup, config: Config) -> None:
         run(config, group)
 
 
-def test_the_rank_that_fails_says_so_not_the_one_that_misses_it(tiny_data: Path, tmp_path: Path) -> None:
+def test_status_has_the_error_of_the_rank_that_failed_first(tiny_data: Path, tmp_path: Path) -> None:
     with pytest.raises(mp.ProcessRaisedException, match=r"set --train.micro-batch 3 or "):
         run_on_ranks(2, run_out_of_memory_on_rank_1, tiny_config(tiny_data, tmp_path / "run"))
-    found = status(tmp_path / "run")
-    assert found["state"] == "failed"
-    assert found["reason"] == f"rank 1 on {socket.gethostname()}: OutOfMemoryError: CUDA out of memory"
+    ended = status(tmp_path / "run")
+    assert ended["state"] == "failed"
+    assert ended["reason"] == f"rank 1 on {socket.gethostname()}: OutOfMemoryError: CUDA out of memory"

@@ -1,4 +1,4 @@
-"""A worker whose launcher dies while the process group is still being made ends, instead of asking for half an hour."""
+"""A worker ends if its launcher dies before the process group exists, instead of waiting for half an hour."""
 
 import os
 import subprocess
@@ -12,10 +12,10 @@ import time
 from train.processes import parent_watch
 parent_watch.remember()
 print("started", flush=True)
-with parent_watch.needed():
+with parent_watch.exit_with_launcher():
     time.sleep(100)
 """
-# Dies as soon as its worker has started.
+# This launcher dies as soon as its worker has started.
 LAUNCHER = """
 import subprocess, sys
 worker = subprocess.Popen([sys.executable, "-c", sys.argv[1]], stdout=subprocess.PIPE)
@@ -23,11 +23,11 @@ worker.stdout.readline()
 """
 
 
-def test_a_worker_leaves_with_a_launcher_that_dies_before_there_is_a_process_group() -> None:
+def test_a_worker_ends_with_a_launcher_that_dies_before_there_is_a_process_group() -> None:
     env = os.environ | {"TORCHELASTIC_RUN_ID": "some"}
     command = [sys.executable, "-c", LAUNCHER, WORKER]
     done = subprocess.run(command, env=env, stderr=subprocess.PIPE, text=True, check=True, timeout=90, cwd=ROOT)
-    assert done.stderr == "train: the launcher died; leaving\n"  # read to its end: the worker held it too, and is gone
+    assert done.stderr == "train: the launcher died; leaving\n"  # The pipe ended, so the worker, which had it, is gone.
 
 
 def test_without_torchrun_there_is_no_launcher_to_miss() -> None:

@@ -1,4 +1,4 @@
-"""The verdict on worlds of every kind, and what is looked at between real processes."""
+"""What is wrong with worlds of every kind, and what preflight checks between real processes."""
 
 import dataclasses
 import os
@@ -6,15 +6,12 @@ import socket
 from pathlib import Path
 
 import pytest
-import torch
 
 from common.errors import InputError
 from tests.helpers.groups import run_on_ranks
-from tests.helpers.runs import called, rows, status, tiny_flags, torchrun
-from train import main
-from train import preflight as preflights
+from tests.helpers.runs import called, rows, status, tiny_flags
+from train import main, preflight
 from train.preflight import Rank, spans, unfit_because
-from train.preflight import preflight as look_over
 from train.processes.group import ProcessGroup
 from train.run.lock import RunLock
 
@@ -38,182 +35,130 @@ def with_rank(ranks: list[Rank], number: int, **changes: object) -> list[Rank]:
 @pytest.mark.parametrize(
     ("ranks", "expected"),
     [
-        (gpus(1, 1), []),
-        (gpus(4), []),
-        (cpus(3), []),
-        (with_rank(gpus(2), 3, python="3.12.1", driver="580.1"), []),
+        (gpus(1, 1), None),
+        (gpus(4), None),
+        (cpus(3), None),
+        (with_rank(gpus(2), 3, python="3.12.1", driver="580.1"), None),
+        (with_rank(gpus(2), 3, free_bytes=40 * GIB), None),
+        (with_rank(cpus(3), 2, free_bytes=GIB), None),
         (
             with_rank(gpus(2), 2, torch="2.12.0+cu128"),
-            [
-                "torch 2.13.0+cu128 with CUDA 12.8 on ranks 0-1, 3, torch 2.12.0+cu128 with CUDA 12.8 on rank 2: "
-                "start all ranks from one environment"
-            ],
+            "torch 2.13.0+cu128 with CUDA 12.8 on ranks 0-1, 3, torch 2.12.0+cu128 with CUDA 12.8 on rank 2: "
+            "start all ranks from one environment",
         ),
         (
             with_rank(gpus(1), 1, cuda="12.6"),
-            [
-                "torch 2.13.0+cu128 with CUDA 12.8 on rank 0, torch 2.13.0+cu128 with CUDA 12.6 on rank 1: "
-                "start all ranks from one environment"
-            ],
+            "torch 2.13.0+cu128 with CUDA 12.8 on rank 0, torch 2.13.0+cu128 with CUDA 12.6 on rank 1: "
+            "start all ranks from one environment",
         ),
         (
             with_rank(gpus(2), 3, device="NVIDIA A100"),
-            ["NVIDIA H100 on ranks 0-2, NVIDIA A100 on rank 3: ask for one kind of GPU (--gpus-per-node TYPE:N)"],
+            "NVIDIA H100 on ranks 0-2, NVIDIA A100 on rank 3: ask for one kind of GPU (--gpus-per-node TYPE:N)",
         ),
-        (with_rank(gpus(2), 3, free_bytes=40 * GIB), []),
         (
             with_rank(gpus(2), 3, free_bytes=38 * GIB),
-            [
-                "rank 3 on n2 has 38.0 GiB free on GPU 1, the others' median is 78.0 GiB: end the other process that "
-                "fills it (nvidia-smi lists it), or leave the host out"
-            ],
+            "rank 3 on n2 has 38.0 GiB free on GPU 1, the others' median is 78.0 GiB: end the other process that "
+            "fills it (nvidia-smi lists it), or leave the host out",
         ),
-        (with_rank(cpus(3), 2, free_bytes=GIB), []),
         (
             with_rank(with_rank(with_rank(gpus(2), 0, unseen=("n2",)), 2, unseen=("n1",)), 3, unseen=("n1",)),
-            [
-                "runs/x is not shared, n1 does not see what n2 writes, n2 does not see what n1 writes: "
-                "choose a --run-dir that all hosts share"
-            ],
+            "runs/x is not shared, n1 does not see what n2 writes, n2 does not see what n1 writes: "
+            "choose a --run-dir that all hosts share",
         ),
         (
             [dataclasses.replace(rank, fault="Read-only file system") for rank in cpus(5)],
-            [
-                "runs/x cannot be written from n1, n2, n3 and 2 more (Read-only file system): mend that, or change "
-                "--run-dir"
-            ],
+            "runs/x cannot be written from n1, n2, n3 and 2 more (Read-only file system): fix that, or change "
+            "--run-dir",
         ),
     ],
-    ids=[
-        "1",
-        "8",
-        "CPUs",
-        "Python and driver",
-        "torch",
-        "CUDA",
-        "GPUs",
-        "enough free",
-        "little free",
-        "a CPU's memory",
-        "not shared",
-        "read-only",
-    ],
 )
-def test_the_verdict(ranks: list[Rank], expected: list[str]) -> None:
-    assert unfit_because(ranks, RUN) == expected
+def test_each_fault_has_its_ranks_and_remedy(ranks: list[Rank], expected: str | None) -> None:
+    assert unfit_because(ranks, RUN) == ([] if expected is None else [expected])
 
 
-def test_ranks_in_a_row_are_written_short() -> None:
-    assert spans([0]) == "0"
+def test_consecutive_ranks_are_written_as_spans() -> None:
     assert spans([0, 1, 2, 5, 7, 8]) == "0-2, 5, 7-8"
 
 
 def outcome_of(group: ProcessGroup, run_dir: Path) -> list[str]:
-    """What this rank says, and last how it ends."""
-    said: list[str] = []
+    """Return the lines that this rank logs, and its error or "no error"."""
+    lines: list[str] = []
     try:
-        look_over(group, run_dir, said.append)
+        preflight.preflight(group, run_dir, lines.append)
     except InputError as error:
-        return [*said, str(error)]
-    return [*said, "no error"]
+        return [*lines, str(error)]
+    return [*lines, "no error"]
 
 
 def on_a_host(name: str) -> None:
-    """This process is on a host of that name from now on; for one that ends with its test."""
+    """Give this process another host name; it ends with its test."""
     socket.gethostname = lambda: name
 
 
-def look_from_hosts(group: ProcessGroup, run_dir: Path, ranks_each: int) -> list[str]:
-    on_a_host(f"n{1 + group.rank // ranks_each}")
-    return outcome_of(group, run_dir)
+def check_from_hosts(group: ProcessGroup, folder: Path) -> list[list[str]]:
+    """Return the outcomes on two hosts: a new run directory, one in use, one not writable, and one not shared."""
+    preflight.SECONDS_TO_SEE = 0.5
+    host = f"n{1 + group.rank // 2}"
+    socket.gethostname = lambda: host
+    outcomes = [outcome_of(group, folder / name) for name in ("new/run", "used", "blocked")]
+    (folder / host).mkdir(exist_ok=True)
+    os.chdir(folder / host)
+    return [*outcomes, outcome_of(group, Path("runs/x"))]
 
 
-def test_a_healthy_world_is_fit_and_nothing_is_left(tmp_path: Path) -> None:
-    outcomes = run_on_ranks(4, look_from_hosts, tmp_path / "new" / "run", 2)
-    assert outcomes[1:] == [["no error"]] * 3, "rank 0 alone says something"
-    titles, first, second, verdict, end = outcomes[0]
-    assert (verdict, end) == ("preflight: fit to train", "no error")
-    assert titles.split()[:3] == ["host", "ranks", "device"]
-    assert first.startswith("n1    0-1    CPU process") and second.startswith("n2    2-3    CPU process")
-    assert float(first.split()[-1]) > 0
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_world_of_one_is_fit(tmp_path: Path) -> None:
-    titles, _, *lines = outcome_of(ProcessGroup(0, 1, torch.device("cpu")), tmp_path / "run")
-    assert titles.startswith("host")
-    assert lines == ["preflight: fit to train", "no error"]
-    assert list(tmp_path.iterdir()) == []
-
-
-def look_on_local_disks(group: ProcessGroup, folder: Path) -> list[str]:
-    preflights.SECONDS_TO_SEE = 0.5
-    on_a_host(f"n{1 + group.rank // 2}")
-    own = folder / f"disk_{group.rank // 2}"
-    own.mkdir(exist_ok=True)
-    os.chdir(own)
-    return outcome_of(group, Path("runs/x"))
-
-
-def test_a_run_directory_that_is_not_shared_is_found_and_both_hosts_named(tmp_path: Path) -> None:
-    outcomes = run_on_ranks(3, look_on_local_disks, tmp_path)
-    assert {outcome[-1] for outcome in outcomes} == {
-        "preflight: unfit: runs/x is not shared, n1 does not see what n2 writes, n2 does not see what n1 writes: "
-        "choose a --run-dir that all hosts share"
-    }
-    assert [path.name for path in sorted(tmp_path.rglob("*"))] == ["disk_0", "disk_1"], "nothing is left on either"
-
-
-def test_a_run_directory_that_cannot_be_written_is_a_reason_like_others(tmp_path: Path) -> None:
-    (tmp_path / "blocked").write_text("a file where the run directory should be")
-    outcomes = run_on_ranks(2, look_from_hosts, tmp_path / "blocked", 1)
-    assert {outcome[-1] for outcome in outcomes} == {
-        f"preflight: unfit: {tmp_path / 'blocked'} cannot be written from n1, n2 (File exists): mend that, or change "
-        "--run-dir"
-    }
-    assert [path.name for path in tmp_path.iterdir()] == ["blocked"]
-
-
-def test_a_run_that_is_going_on_is_not_disturbed(tmp_path: Path) -> None:
-    """Another process holds the lock, and its files stay what they were."""
-    run_dir = tmp_path / "run"
+def test_a_fit_world_is_listed_and_each_bad_run_directory_is_reported(tmp_path: Path) -> None:
+    run_dir = tmp_path / "used"
     (run_dir / "checkpoints").mkdir(parents=True)
     (run_dir / "config.json").write_text("{}")
+    (tmp_path / "blocked").write_text("a file instead of the run directory")
     lock = RunLock(run_dir)
     lock.acquire()
     before = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
-    outcomes = run_on_ranks(2, outcome_of, run_dir)
-    assert {outcome[-1] for outcome in outcomes} == {"no error"}
+    outcomes = run_on_ranks(3, check_from_hosts, tmp_path)
     after = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
     lock.release()
-    assert {path for path in after if after[path] != before.get(path)} <= {run_dir / "lock.json"}, "its own heartbeat"
+
+    titles, first, second, verdict, end = outcomes[0][0]
+    assert (verdict, end) == ("preflight: fit to train", "no error")
+    assert titles.split()[:3] == ["host", "ranks", "device"]
+    assert first.startswith("n1    0-1    CPU process") and second.startswith("n2    2      CPU process")
+    assert float(first.split()[-1]) > 0
+    assert [outcome[0] for outcome in outcomes[1:]] == [["no error"]] * 2, "only rank 0 logs"
+
+    assert {outcome[1][-1] for outcome in outcomes} == {"no error"}
+    assert {path for path in after if after[path] != before.get(path)} <= {run_dir / "lock.json"}, "its heartbeat"
     assert after.keys() == before.keys()
 
+    assert {outcome[2][-1] for outcome in outcomes} == {
+        f"preflight: unfit: {tmp_path / 'blocked'} cannot be written from n1, n2 (File exists): fix that, or change "
+        "--run-dir"
+    }
+    assert {outcome[3][-1] for outcome in outcomes} == {
+        "preflight: unfit: runs/x is not shared, n1 does not see what n2 writes, n2 does not see what n1 writes: "
+        "choose a --run-dir that all hosts share"
+    }
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["blocked", "n1", "n2", "used"], "no file may stay"
+    assert not list((tmp_path / "n1").iterdir()) and not list((tmp_path / "n2").iterdir())
 
-@pytest.mark.long(reason="a start of torchrun; what it does on each rank is tested above")
-def test_alone_under_torchrun(tmp_path: Path) -> None:
-    process = torchrun(2, "--run-dir", str(tmp_path / "run"), script="train/preflight.py")
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0, output
-    assert output.count("preflight: fit to train\n") == 1 and output.count("free GiB") == 1, output
+
+def test_the_command_alone_checks_one_process(tmp_path: Path) -> None:
+    done = called(preflight.main, "--run-dir", str(tmp_path / "run"))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("host") and done.stdout.endswith("preflight: fit to train\n")
     assert list(tmp_path.iterdir()) == []
 
 
-def test_before_a_run(tiny_data: Path, tmp_path: Path) -> None:
+def test_with_the_flag_a_run_starts_only_if_fit(tiny_data: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     done = called(main.main, *tiny_flags(tiny_data, run_dir), "--train.steps", "2", "--preflight")
     assert done.returncode == 0, done.stderr
     assert done.stdout.index("preflight: fit to train\n") < done.stdout.index("done at step 2")
     assert status(run_dir)["state"] == "done" and rows(run_dir)
     assert [path.name for path in run_dir.iterdir() if "preflight" in path.name] == []
-
-
-def test_an_unfit_world_begins_no_run(tiny_data: Path, tmp_path: Path) -> None:
-    (tmp_path / "blocked").write_text("a file where the run directory should be")
+    (tmp_path / "blocked").write_text("a file instead of the run directory")
     done = called(main.main, *tiny_flags(tiny_data, tmp_path / "blocked"), "--preflight")
     assert done.returncode == 2
-    host = socket.gethostname()
     assert done.stderr == (
-        f"train: preflight: unfit: {tmp_path / 'blocked'} cannot be written from {host} (File exists): mend that, or "
-        "change --run-dir\n"
+        f"train: preflight: unfit: {tmp_path / 'blocked'} cannot be written from {socket.gethostname()} (File exists): "
+        "fix that, or change --run-dir\n"
     )

@@ -1,8 +1,9 @@
-"""A request to stop is honoured wherever it comes: before the first step, in sampling, when the time is over."""
+"""A request to stop is honoured in the warm-up, in sampling and by the clock."""
 
 import dataclasses
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,13 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from common.errors import InputError
 from model.checkpoint import list_checkpoints, step_of
 from tests.helpers.groups import run_on_ranks
 from tests.helpers.runs import assert_same_tensors, curve, final_tensors, rows, status, tiny_config
 from train import loop
 from train.config import Config, SampleConfig
-from train.config_checks import faults_of, parse_duration
 from train.evals import samples
 from train.main import run
 from train.metrics.meters import Startup
@@ -27,23 +26,7 @@ from train.processes.group import ProcessGroup
 ALONE = ProcessGroup(0, 1, torch.device("cpu"))
 
 
-@pytest.mark.parametrize(
-    ("text", "seconds"),
-    [("3h50m", 13_800), ("90m", 5400), ("1d12h", 129_600), ("45s", 45), ("1d2h3m4s", 93_784), ("0h5s", 5)],
-)
-def test_durations(text: str, seconds: int) -> None:
-    assert parse_duration(text) == seconds
-
-
-@pytest.mark.parametrize("text", ["", "0m", "50m3h", "3.5h", "2 h", "10", "-5m", "3h 50m", "1w"])
-def test_what_is_no_duration(text: str, tiny_data: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="is not a duration; write it like 3h50m"):
-        parse_duration(text)
-    config = dataclasses.replace(tiny_config(tiny_data, tmp_path), stop_after=text)
-    assert faults_of(config) == [f"--stop-after {text} is not a duration; write it like 3h50m, 90m, 1d12h or 45s"]
-
-
-def test_a_run_stops_when_its_time_is_over_and_goes_on_at_the_next_start(
+def test_a_run_stops_when_its_time_is_over_and_continues_at_the_next_start(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a clock on which a step takes 10 s."""
@@ -60,41 +43,40 @@ def test_a_run_stops_when_its_time_is_over_and_goes_on_at_the_next_start(
     )
     for attempt in (1, 2):
         run(config, ALONE, Startup(clock[0]))
-        # The seventh step knows that the time is over; the host hears it one step later.
-        found = {"state": "stopped", "step": 8 * attempt, "reason": "--stop-after 1m5s", "attempt": attempt}
-        assert status(tmp_path / "run") == found
+        # The time is over in the seventh step; the host reads that one step later.
+        expected = {"state": "stopped", "step": 8 * attempt, "reason": "--stop-after 1m5s", "attempt": attempt}
+        assert status(tmp_path / "run") == expected
         assert step_of(list_checkpoints(tmp_path / "run")[-1]) == 8 * attempt
 
 
-def hear_in_warm_up(group: ProcessGroup, config: Config) -> int:
-    """One rank hears SIGUSR1 in the first pass of the warm-up; how many passes there were."""
-    reduce_gradients, calls = loop.accumulate_gradients, []
+def stop_in_warm_up(group: ProcessGroup, config: Config) -> int:
+    """Train; the last rank gets SIGUSR1 in the first pass of the warm-up. Return the number of passes."""
+    accumulate, num_passes = loop.accumulate_gradients, [0]
 
-    def hearing(*args: Any) -> Any:
-        calls.append(group.rank)
-        if len(calls) == 1 and group.rank == group.world - 1:
+    def signalled(*args: Any) -> Any:
+        num_passes[0] += 1
+        if num_passes[0] == 1 and group.rank == group.world - 1:
             os.kill(os.getpid(), signal.SIGUSR1)
-        return reduce_gradients(*args)
+        return accumulate(*args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "accumulate_gradients", hearing)
+        patch.setattr(loop, "accumulate_gradients", signalled)
         run(config, group)
-    return len(calls)
+    return num_passes[0]
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_a_stop_in_warm_up_and_compilation_trains_nothing(tiny_data: Path, tmp_path: Path, world: int) -> None:
+def test_a_stop_in_the_warm_up_trains_nothing(tiny_data: Path, tmp_path: Path) -> None:
     config = tiny_config(tiny_data, tmp_path / "run", steps=5)
-    assert run_on_ranks(world, hear_in_warm_up, config) == [1] * world
+    assert run_on_ranks(2, stop_in_warm_up, config) == [1, 1]
     assert status(tmp_path / "run") == {"state": "stopped", "step": 0, "reason": "SIGUSR1", "attempt": 1}
     assert rows(tmp_path / "run") == [] and list_checkpoints(tmp_path / "run") == []
 
 
-def hear_in_sampling(group: ProcessGroup, interrupted: Config, whole: Config) -> int:
-    """One rank hears SIGTERM at the fifth token; then to the end; then a run that heard nothing. Tokens until then."""
+def stop_in_sampling(group: ProcessGroup, interrupted: Config, whole: Config) -> int:
+    """Train; stop the last rank at the fifth token; continue; train a whole run. Return the number of tokens drawn."""
     generate, drawn = samples.generate_rows, []
 
-    def hearing(*args: Any, **kwargs: Any) -> Any:
+    def signalled(*args: Any, **kwargs: Any) -> Any:
         for row in generate(*args, **kwargs):
             drawn.append(row)
             if len(drawn) == 5 and group.rank == group.world - 1:
@@ -102,25 +84,24 @@ def hear_in_sampling(group: ProcessGroup, interrupted: Config, whole: Config) ->
             yield row
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(samples, "generate_rows", hearing)
+        patch.setattr(samples, "generate_rows", signalled)
         run(interrupted, group)
     if group.is_main:
-        found = status(interrupted.directory)
-        assert (found["state"], found["step"], found["reason"]) == ("stopped", 10, "SIGTERM"), found
+        ended = status(interrupted.directory)
+        assert (ended["state"], ended["step"], ended["reason"]) == ("stopped", 10, "SIGTERM"), ended
         assert not (interrupted.directory / "samples.jsonl").exists()
     run(interrupted, group)
     run(whole, group)
     return len(drawn)
 
 
-@pytest.mark.parametrize("world", [1, 2])
-def test_a_stop_in_sampling_leaves_the_sample_to_the_next_start(tiny_data: Path, tmp_path: Path, world: int) -> None:
+def test_a_stop_in_sampling_leaves_the_sample_to_the_next_start(tiny_data: Path, tmp_path: Path) -> None:
     sample = SampleConfig(every=10, prompts=("The ",), tokens=40)
     interrupted, whole = (
         dataclasses.replace(tiny_config(tiny_data, tmp_path / name, steps=10), sample=sample)
         for name in ("interrupted", "whole")
     )
-    assert run_on_ranks(world, hear_in_sampling, interrupted, whole) == [5] * world
+    assert run_on_ranks(2, stop_in_sampling, interrupted, whole) == [5, 5]
     assert status(tmp_path / "interrupted")["state"] == "done"
     assert curve(tmp_path / "interrupted") == curve(tmp_path / "whole")
     assert_same_tensors(final_tensors(tmp_path / "interrupted"), final_tensors(tmp_path / "whole"))
@@ -128,8 +109,8 @@ def test_a_stop_in_sampling_leaves_the_sample_to_the_next_start(tiny_data: Path,
     assert both[0] == both[1] and both[0].count("\n") == 1
 
 
-def sample_unequally(group: ProcessGroup, config: Config) -> None:
-    """Rank 1 draws other tokens, as another rounding of its logits may have it; its samples end with them."""
+def sample_differently(group: ProcessGroup, config: Config) -> None:
+    """Train; rank 1 draws other tokens, as other rounding may cause, and its samples end with them."""
     generate = samples.generate_rows
 
     def differing(*args: Any, **kwargs: Any) -> Any:
@@ -148,6 +129,26 @@ def sample_unequally(group: ProcessGroup, config: Config) -> None:
 def test_ranks_that_draw_different_samples_do_not_wait_for_each_other(tiny_data: Path, tmp_path: Path) -> None:
     sample = SampleConfig(every=5, prompts=("The ",), tokens=10)
     config = dataclasses.replace(tiny_config(tiny_data, tmp_path / "run", steps=10), sample=sample)
-    run_on_ranks(2, sample_unequally, config)
+    run_on_ranks(2, sample_differently, config)
     assert status(tmp_path / "run")["state"] == "done"
     assert (tmp_path / "run" / "samples.jsonl").read_text().count("\n") == 2
+
+
+def test_two_signals_are_one_stop_and_the_handlers_come_back(tiny_data: Path, tmp_path: Path) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+
+    def send() -> None:
+        path = tmp_path / "run" / "metrics.jsonl"
+        while not path.exists() or path.read_bytes().count(b"\n") < 10:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGHUP)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    run(tiny_config(tiny_data, tmp_path / "run", steps=2000), ALONE)
+    sender.join()
+    ended = status(tmp_path / "run")
+    assert ended["state"] == "stopped" and ended["reason"] in ("SIGHUP", "SIGTERM")
+    assert list_checkpoints(tmp_path / "run")[-1].name == f"step_{ended['step']:08d}"
+    assert signal.getsignal(signal.SIGTERM) is before

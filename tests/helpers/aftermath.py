@@ -1,4 +1,4 @@
-"""What must be true of a run directory after a fault, whatever it was: nothing lost, nothing claimed that is not so."""
+"""What must be true of a run directory after any fault: nothing is lost, and status.json tells the truth."""
 
 import json
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ KEEP = 3
 
 
 @dataclass(frozen=True)
-class Look:
-    """A run directory, looked at while nobody writes to it."""
+class Snapshot:
+    """The state of a run directory while nobody writes to it."""
 
     status: dict[str, Any] | None
     checkpoints: tuple[int, ...]
@@ -31,12 +31,13 @@ class Look:
         return self.status["attempt"] if self.status is not None else 0
 
 
-def look_at(run_dir: Path) -> Look:
-    there = (run_dir / "status.json").exists()
-    return Look(status(run_dir) if there else None, tuple(step_of(path) for path in list_checkpoints(run_dir)))
+def snapshot_of(run_dir: Path) -> Snapshot:
+    has_status = (run_dir / "status.json").exists()
+    return Snapshot(status(run_dir) if has_status else None, tuple(step_of(path) for path in list_checkpoints(run_dir)))
 
 
-def check(attempt: Attempt, episode: Episode, struck: Struck, before: Look, after: Look) -> None:
+def check(attempt: Attempt, episode: Episode, struck: Struck, before: Snapshot, after: Snapshot) -> None:
+    """Raise AssertionError for anything in the run directory that the fault does not explain."""
     check_checkpoints(attempt.run_dir, episode, before, after)
     check_attempts(attempt, struck, before, after)
     if after.status is None:
@@ -53,7 +54,8 @@ def check(attempt: Attempt, episode: Episode, struck: Struck, before: Look, afte
     check_state(attempt, episode, struck, before, after)
 
 
-def check_checkpoints(run_dir: Path, episode: Episode, before: Look, after: Look) -> None:
+def check_checkpoints(run_dir: Path, episode: Episode, before: Snapshot, after: Snapshot) -> None:
+    """Check that every checkpoint is sound and none is lost."""
     for path in list_checkpoints(run_dir):
         assert (fault := fault_of(path)) is None, fault
     ever = sorted({*before.checkpoints, *after.checkpoints})
@@ -62,8 +64,8 @@ def check_checkpoints(run_dir: Path, episode: Episode, before: Look, after: Look
         assert episode.in_place or step != before.newest, f"step {step} was deleted, which this attempt had loaded"
 
 
-def check_attempts(attempt: Attempt, struck: Struck, before: Look, after: Look) -> None:
-    """Every start that claimed the directory was counted, and no other."""
+def check_attempts(attempt: Attempt, struck: Struck, before: Snapshot, after: Snapshot) -> None:
+    """Check that every start that claimed the directory was counted, and no other."""
     claimed = len(list(attempt.control.glob("claimed_*")))
     counted = after.attempt - before.attempt
     num_struck_before_the_mark = sum(not fault.stays for fault in struck.faults)
@@ -71,44 +73,44 @@ def check_attempts(attempt: Attempt, struck: Struck, before: Look, after: Look) 
 
 
 def is_something_left(run_dir: Path) -> bool:
-    """After the last step: its validation or its samples, out of which it was stopped."""
+    """Return whether the last step's validation or samples are still to be done."""
     done = {name: [row for row in rows(run_dir, name) if row["step"] == STEPS] for name in KEPT_FILES}
     return not done[SAMPLES_FILE] or not any("val_loss" in row for row in done[METRICS_FILE])
 
 
-def check_state(attempt: Attempt, episode: Episode, struck: Struck, before: Look, after: Look) -> None:
-    """status.json tells the truth: what it says of the checkpoints, and that it ended so because of what was done."""
+def check_state(attempt: Attempt, episode: Episode, struck: Struck, before: Snapshot, after: Snapshot) -> None:
+    """Check that status.json names the newest checkpoint and an end that the strikes explain."""
     assert after.status is not None
     state, step, reason = after.status["state"], after.status["step"], after.status["reason"]
     kinds = {strike.kind for strike in struck.strikes}
     aimed = all(fault.stays for fault in struck.faults) and not stood_beside_the_loop(episode, struck)
     is_stop = kinds <= {*STOPS, PAUSE} and bool(kinds - {PAUSE})
     code = attempt.process.returncode
-    told = f"status.json says {after.status}, and the newest checkpoint is of step {after.newest}"
+    summary = f"status.json says {after.status}, and the newest checkpoint is of step {after.newest}"
     if before.checkpoints and state in ("done", "stopped"):
         line = f"continuing from {attempt.run_dir}/checkpoints/step_{before.newest:08d}"
         assert line in (attempt.run_dir / "log.txt").read_text(), f"not in the log: {line}"
     if state == "done":
-        assert after.newest == step == STEPS and reason is None, told
+        assert after.newest == step == STEPS and reason is None, summary
         if not struck.strikes or kinds == {PAUSE} or episode.in_place:
             assert code == 0, f"torchrun ended with {code} though the run was done"
         if is_stop and struck.all_heard and aimed:
             assert struck.rows >= STEPS - 1, f"asked to stop at row {struck.rows}, it went on to the end"
         return
-    assert struck.strikes, f"nothing was done to it: {told}"
+    assert struck.strikes, f"nothing was done to it: {summary}"
     if state == "stopped":
-        assert after.newest == step, told
-        assert step < STEPS or is_something_left(attempt.run_dir), f"nothing was left to do: {told}"
-        assert reason in {STOPS.get(kind) for kind in kinds} - {None}, told
+        assert after.newest == step, summary
+        assert step < STEPS or is_something_left(attempt.run_dir), f"nothing was left to do: {summary}"
+        assert reason in {STOPS.get(kind) for kind in kinds} - {None}, summary
         assert not (attempt.run_dir / "STOP").exists() or kinds - {"STOP file"}, "the STOP file is still there"
         if aimed:
-            assert step <= max(struck.rows, before.newest) + 5, f"asked at row {struck.rows}: {told}"
+            assert step <= max(struck.rows, before.newest) + 5, f"asked at row {struck.rows}: {summary}"
         if is_stop and struck.all_heard and kinds <= {"STOP file", "SIGTERM rank", "SIGUSR1 rank", PAUSE}:
             assert code == 0, f"torchrun ended with {code} though the run was stopped in order"
         return
-    assert step <= after.newest, told
-    assert kinds & {*KILLS, FREEZE} or not struck.all_heard, f"a stop was not honoured: {told}"
+    assert step <= after.newest, summary
+    assert kinds & {*KILLS, FREEZE} or not struck.all_heard, f"a stop was not honoured: {summary}"
     if state == "running":
-        assert any(killed_rank_0(strike) for strike in struck.strikes) or not struck.all_heard, told
+        assert any(killed_rank_0(strike) for strike in struck.strikes) or not struck.all_heard, summary
     else:
-        assert state == "failed" and reason, told
+        assert state == "failed" and reason, summary

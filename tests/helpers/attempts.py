@@ -1,4 +1,4 @@
-"""A real torchrun of tests/helpers/faulty_train.py, its processes, and the blows that fall on them."""
+"""A real torchrun of tests/helpers/faulty_train.py, its processes, and the faults inflicted on them."""
 
 import contextlib
 import json
@@ -12,25 +12,26 @@ from pathlib import Path
 from tests.helpers.faults import PAUSE, SIGNALS, WORLD, Episode, Strike
 from tests.helpers.runs import torchrun
 
-SECONDS_TO_REACH = 240.0  # a place, or the end, on a machine with much else to do
-SECONDS_TO_END = 240.0  # after the last strike, for every process; the watchdog and torchrun take a minute
+SECONDS_TO_REACH = 240.0  # to reach a place or the end, on a busy machine
+SECONDS_TO_END = 240.0  # for every process, after the last strike; the watchdog and torchrun take a minute
 
 
 class StuckError(AssertionError):
-    """Something did not come to pass, however long it was waited for."""
+    """Something did not happen within its time."""
 
 
 def processes_of(control: Path) -> list[int]:
-    """Every living process that was started with this control folder, whoever its parent is now."""
-    wanted, found = f"SOAK_CONTROL={control}".encode(), []
+    """Return every running process that was started with this control folder, whoever its parent is now."""
+    variable, pids = f"SOAK_CONTROL={control}".encode(), []
     for environ in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
-            if wanted in environ.read_bytes().split(b"\0") and is_running(int(environ.parent.name)):
-                found.append(int(environ.parent.name))
-    return found
+            if variable in environ.read_bytes().split(b"\0") and is_running(int(environ.parent.name)):
+                pids.append(int(environ.parent.name))
+    return pids
 
 
 def is_running(pid: int) -> bool:
+    """Return whether the process exists and is no zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except (FileNotFoundError, ProcessLookupError):
@@ -68,12 +69,12 @@ class Attempt:
         end = time.monotonic() + seconds
         while not condition():
             if time.monotonic() > end:
-                self.ask_where_they_are()
+                self.dump_stacks()
                 raise StuckError(f"{what}: not after {seconds:.0f} s")
             time.sleep(tick_seconds)
 
-    def ask_where_they_are(self) -> None:
-        """Let every rank write its stack into the output."""
+    def dump_stacks(self) -> None:
+        """Make every rank write its stack into the output."""
         for pid in self.ranks():
             if is_running(pid):
                 send(pid, signal.SIGUSR2)
@@ -83,27 +84,27 @@ class Attempt:
         return [int(path.read_text()) for path in self.control.glob("pid_*")]
 
     def living(self) -> list[int]:
-        """Of a process that is dying the kernel shows no environment any more, so ranks are looked at by id, too."""
+        """Return the running processes. Ranks are found by pid, too: a dying process has no environment any more."""
         return [*processes_of(self.control), *filter(is_running, self.ranks())]
 
     def has(self, mark: str) -> bool:
         return (self.control / mark).exists()
 
     def reaches(self, mark: str) -> bool:
-        """Wait until a process makes the mark; False if the run ended instead."""
+        """Wait until a process makes the mark; return False if the run ends instead."""
         self.wait_for(lambda: self.has(mark) or self.process.poll() is not None, mark, SECONDS_TO_REACH)
         return self.has(mark)
 
     def is_under_way(self, start: int) -> bool:
-        """Wait until every rank of this start is there; False if the attempt is over."""
+        """Wait until every rank of this start runs; return False if the attempt is over."""
         return all(self.reaches(f"pid_{start}_{rank}") for rank in range(WORLD)) and self.process.poll() is None
 
     def strike(self, start: int, strike: Strike) -> bool:
-        """Do it; True if whoever should hear it was listening (a kill needs no ear)."""
+        """Inflict the strike; return whether every process that it addresses was listening for signals."""
         pids = [int((self.control / f"pid_{start}_{rank}").read_text()) for rank in range(WORLD)]
-        hearers = [strike.rank] if strike.kind.endswith(" rank") else range(WORLD)
-        listening = all(self.has(f"listening_{start}_{rank}") for rank in hearers)
-        what, _, whom = strike.kind.partition(" ")
+        targets = [strike.rank] if strike.kind.endswith(" rank") else range(WORLD)
+        listening = all(self.has(f"listening_{start}_{rank}") for rank in targets)
+        name, _, target = strike.kind.partition(" ")
         match strike.kind:
             case "kill rank":
                 send(pids[strike.rank], signal.SIGKILL)
@@ -124,7 +125,7 @@ class Attempt:
                     time.sleep(0.5)
                     send(pids[strike.rank], signal.SIGCONT)
             case _:
-                send(self.process.pid if whom == "launcher" else pids[strike.rank], SIGNALS[what])
+                send(self.process.pid if target == "launcher" else pids[strike.rank], SIGNALS[name])
         return listening
 
     def wait_for_the_end(self) -> None:

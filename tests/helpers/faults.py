@@ -1,4 +1,4 @@
-"""What the soak does to a run: kinds of faults, the places they strike in, and how they are drawn."""
+"""The faults of the soak: their kinds, the places where they strike, and how they are drawn."""
 
 import random
 import signal
@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 WORLD = 2
 
-# How the visit that is struck is drawn: at most so many; and which rank may stand still there.
+# For each place: the largest number of the visit that is struck, and which rank may wait there.
 PLACES: dict[str, tuple[int, str]] = {
     "start": (1, "any"),
     "process group": (1, "any"),
@@ -25,16 +25,16 @@ PLACES: dict[str, tuple[int, str]] = {
     "deleting": (2, "main"),
     "leaving": (1, "any"),
 }
-# Where a thread stands still: the loop does not wait for it, or not if saves are asynchronous.
+# Places of the saving thread, for which the loop does not wait; for the second list, only if saves are asynchronous.
 BESIDE_THE_LOOP = ("purge", "deleting")
 BESIDE_THE_LOOP_IF_ASYNC = ("save", "writing", "commit")
 ASYNC_SAVES = ("--save.mode", "async")
-SHARDED = ("--parallel.mode", "fsdp")  # in two processes bit for bit what DDP trains
+SHARDED = ("--parallel.mode", "fsdp")  # on two processes, bit for bit what DDP trains
 RESTART_PLACES = ("start", "process group", "claim", "find start", "load", "warm-up")
 
 KILLS = ("kill rank", "kill ranks", "kill everything")
 SIGNALS = {"SIGTERM": signal.SIGTERM, "SIGINT": signal.SIGINT, "SIGHUP": signal.SIGHUP, "SIGUSR1": signal.SIGUSR1}
-STOPS = {  # kind -> the reason that status.json gives
+STOPS = {  # kind: the reason in status.json
     "SIGTERM launcher": "SIGTERM",
     "SIGINT launcher": "SIGINT",
     "SIGHUP launcher": "SIGHUP",
@@ -43,21 +43,21 @@ STOPS = {  # kind -> the reason that status.json gives
     "STOP file": "STOP file",
     "kill launcher": "launcher died",
 }
-PAUSE = "pause rank"  # SIGSTOP, then SIGCONT: nothing may come of it
-FREEZE = "freeze rank"  # SIGSTOP for good: the others must leave, and torchrun must end the stopped one
+PAUSE = "pause rank"  # SIGSTOP, then SIGCONT: the run must continue
+FREEZE = "freeze rank"  # SIGSTOP for good: the other rank must exit, and torchrun must end the stopped one
 
 
 @dataclass(frozen=True)
 class Strike:
     kind: str
-    rank: int = 0  # for kinds that hit one
+    rank: int = 0  # for kinds that hit one rank
 
 
 @dataclass(frozen=True)
 class Fault:
-    """One strike, or two shortly after each other, at a visit to a place.
+    """One strike, or two in quick succession, at a visit to a place.
 
-    stays: the process stands still at the place until struck; else it goes on, and is struck at some moment after.
+    `stays`: the process waits at the place until it is struck; otherwise it goes on and is struck some time later.
     """
 
     place: str
@@ -69,17 +69,17 @@ class Fault:
     pause_seconds: float = 0.0  # between two strikes
 
     def __str__(self) -> str:
-        where = f"{self.place} {self.visit} of rank {self.holder}" + (
+        location = f"{self.place} {self.visit} of rank {self.holder}" + (
             "" if self.stays else f" +{self.delay_seconds:.2f} s"
         )
         one_rank = (*KILLS[:1], "SIGTERM rank", "SIGUSR1 rank", PAUSE, FREEZE)
         kinds = [f"{strike.kind} {strike.rank}" if strike.kind in one_rank else strike.kind for strike in self.strikes]
-        return f"{f' +{self.pause_seconds:.2f} s '.join(kinds)} at {where}"
+        return f"{f' +{self.pause_seconds:.2f} s '.join(kinds)} at {location}"
 
 
 @dataclass(frozen=True)
 class Episode:
-    """One start of torchrun: one fault, or with in-place restarts one for each of its attempts."""
+    """One start of torchrun with one fault, or with in-place restarts one for each of its attempts."""
 
     faults: tuple[Fault, ...]
     in_place: bool = False
@@ -94,10 +94,10 @@ class Episode:
 
 @dataclass
 class Struck:
-    """What was done in an episode, as far as what must come of it depends on it."""
+    """What was done in an episode, as far as the checks depend on it."""
 
     strikes: list[Strike] = field(default_factory=list)
-    faults: list[Fault] = field(default_factory=list)  # those that were reached
+    faults: list[Fault] = field(default_factory=list)  # the faults that were reached
     all_heard: bool = True
     rows: int = 0  # in metrics.jsonl at the strike
 
@@ -113,14 +113,17 @@ def at(struck: Struck, *places: str) -> bool:
 
 
 def stood_beside_the_loop(episode: Episode, struck: Struck) -> bool:
-    """Was it a thread that stood still, so that the loop went on and heard of a stop some steps later?"""
+    """Return whether only the saving thread waited, so that the loop went on and noticed a stop some steps later."""
     places = (*BESIDE_THE_LOOP, *(BESIDE_THE_LOOP_IF_ASYNC if episode.flags[:2] == ASYNC_SAVES else ()))
     return at(struck, *places)
 
 
 def draw(rng: random.Random) -> Episode:
-    """One in two saves asynchronously, one in two shares the model out, one in eight restarts in place, one in twelve
-    freezes a rank."""
+    """Return a random episode.
+
+    One in two saves asynchronously, one in two shards the model, one in eight restarts in place, and one in twelve
+    freezes a rank.
+    """
     flags = (*(ASYNC_SAVES if rng.random() < 0.5 else ()), *(SHARDED if rng.random() < 0.5 else ()))
     if rng.random() < 0.12:
         faults = tuple(draw_fault(rng, KILLS[:2]) for _ in range(rng.randint(1, 3)))
@@ -134,7 +137,7 @@ def draw(rng: random.Random) -> Episode:
 
 
 def draw_fault(rng: random.Random, kinds: tuple[str, ...], places: tuple[str, ...] | None = None) -> Fault:
-    """In one of four cases at some moment, else in a place, of those named; one in four stops is struck again."""
+    """Return a random fault: one in four at some moment, the others in a place; one in four stops is struck again."""
     stays, delay_seconds = places is not None or rng.random() < 0.75, 0.0
     if not stays:
         place, delay_seconds = rng.choice([("start", rng.uniform(0, 8)), ("step", rng.uniform(0, 0.5))])

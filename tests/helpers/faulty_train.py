@@ -94,7 +94,7 @@ def wrap_engine() -> None:
     from train.processes import stop_requests
     from train.run import checkpoints, directory, resume
 
-    visit_before(main, "open_mesh", "process group")
+    visit_before(main, "open_process_group", "process group")
     visit_before(directory, "provenance", "claim")  # the lock is held, status.json still the last attempt's
     visit_before(resume, "find_start", "find start")
     visit_before(resume, "read_tensors", "load")

@@ -1,11 +1,11 @@
-"""The soak: a run that is struck again and again, by real signals in chosen places, is the run that never was.
+"""The soak: a run that real signals strike again and again must be bit for bit the uninterrupted run.
 
-    python tests/helpers/soak.py --seed 7 --faults 100    # 20 minutes on two cores; a seed draws the same faults
+    python tests/helpers/soak.py --seed 7 --faults 100    # 20 minutes on two cores; a seed always draws the same faults
 
-Each episode starts the same real torchrun of two processes (of helpers/faulty_train.py, which stands still where the
-fault is aimed), strikes, waits until the last process is gone, and holds what is left against what must be: sound
-checkpoints, none lost, a truthful status.json, a lock that the next start may take. A run that reaches its end is
-compared bit for bit with the uninterrupted one, and the next is begun.
+Each episode starts the same real torchrun of two processes of helpers/faulty_train.py, which waits where the fault is
+aimed. The soak strikes, waits until the last process is gone, and checks what is left: sound checkpoints, none lost, a
+truthful status.json, a lock that the next start may take. A run that reaches its end is compared bit for bit with the
+uninterrupted one, and the next run begins. Expect `... runs finished, each bitwise the uninterrupted one`.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from tests.helpers.aftermath import KEEP, STEPS, check, look_at
+from tests.helpers.aftermath import KEEP, STEPS, check, snapshot_of
 from tests.helpers.attempts import Attempt
 from tests.helpers.faults import PLACES, WORLD, Episode, Struck, draw
 from tests.helpers.groups import run_on_ranks
@@ -45,18 +45,18 @@ from train.metrics.logger import SAMPLES_FILE
 from train.presets import PRESETS
 from train.processes.group import ProcessGroup
 
-SECONDS_BETWEEN_LOOKS = 1.2  # of the engine at the STOP file and at its launcher, and a little more
+SECONDS_BETWEEN_CHECKS = 1.2  # between the engine's checks of the STOP file and of its launcher, and a little more
 
 
 class SoakError(AssertionError):
-    """What is not as it must be after a fault; with the seed and all that happened, to do it again."""
+    """A check that failed after a fault, with the seed and all episodes, to reproduce it."""
 
 
 class Soak:
-    """Strikes one run after the other. `episodes` and `table` tell what was done so far."""
+    """Strikes one run after the other; `episodes` and `table` record what was done so far."""
 
-    def __init__(self, folder: Path, data: Path, *, seed: int = 0, say: Callable[[str], None] = print) -> None:
-        self.folder, self.data, self.seed, self.say = folder, data, seed, say
+    def __init__(self, folder: Path, data: Path, *, seed: int = 0, log: Callable[[str], None] = print) -> None:
+        self.folder, self.data, self.seed, self.log = folder, data, seed, log
         self.whole = folder / "whole"
         self.episodes: list[Episode] = []
         self.table: Counter[tuple[str, str]] = Counter()
@@ -73,23 +73,23 @@ class Soak:
         return self.folder / f"run_{self.num_finished}"
 
     def soak(self, num_faults: int) -> None:
-        """Random episodes until so many faults were met; the last run is led to its end."""
+        """Do random episodes until `num_faults` faults were reached; then let the last run finish."""
         while self.num_faults < num_faults:
             rng = random.Random(f"{self.seed}:{len(self.episodes)}")
             self.do(draw(rng))
-        if look_at(self.run_dir).status is not None:
+        if snapshot_of(self.run_dir).status is not None:
             self.do(Episode(()))
 
     def do(self, episode: Episode) -> dict[str, Any] | None:
-        """One start of torchrun, struck and checked; status.json afterwards. SoakError says what is wrong."""
+        """Start torchrun once, strike and check; return status.json afterwards. Raise SoakError if a check fails."""
         self.episodes.append(episode)
-        run_dir, before, began = self.run_dir, look_at(self.run_dir), time.monotonic()
+        run_dir, before, began = self.run_dir, snapshot_of(self.run_dir), time.monotonic()
         (run_dir / "STOP").unlink(missing_ok=True)  # as launchers do before a start
         attempt = Attempt(self.folder / f"control_{len(self.episodes)}", episode, run_dir, self.flags(run_dir))
         try:
             struck = self.strike_all(attempt, episode)
             attempt.wait_for_the_end()
-            after = look_at(run_dir)
+            after = snapshot_of(run_dir)
             check(attempt, episode, struck, before, after)
             state = after.status["state"] if after.status is not None else "not begun"
             if state == "done":
@@ -102,15 +102,16 @@ class Soak:
         self.ends[state] += 1
         for fault in struck.faults:
             self.table[" + ".join(strike.kind for strike in fault.strikes), fault.place if fault.stays else "any"] += 1
-        seconds, way = time.monotonic() - began, f"step {before.newest:3} -> {after.newest:3}"
-        met = "" if struck.faults else "not met: "
-        self.say(f"{self.num_faults:4} faults  {seconds:5.1f} s  {way}  {state:9}  {met}{episode}".rstrip())
+        seconds, steps = time.monotonic() - began, f"step {before.newest:3} -> {after.newest:3}"
+        prefix = "" if struck.faults else "not met: "
+        self.log(f"{self.num_faults:4} faults  {seconds:5.1f} s  {steps}  {state:9}  {prefix}{episode}".rstrip())
         if state == "done":
             self.num_finished += 1
         shutil.rmtree(attempt.control)
         return after.status
 
     def strike_all(self, attempt: Attempt, episode: Episode) -> Struck:
+        """Strike at each place that the processes reach; return what was done."""
         struck = Struck()
         for start, fault in enumerate(episode.faults):
             if not attempt.reaches(f"reached_{start}"):
@@ -126,26 +127,27 @@ class Soak:
                 struck.all_heard &= attempt.strike(start, strike)
                 struck.strikes.append(strike)
             if {"STOP file", "kill launcher"} & {strike.kind for strike in fault.strikes}:
-                time.sleep(SECONDS_BETWEEN_LOOKS)
+                time.sleep(SECONDS_BETWEEN_CHECKS)
             (attempt.control / f"released_{start}").touch()
         return struck
 
     def account(self, attempt: Attempt, error: BaseException) -> str:
+        """Return the error with all episodes, the files of the run and the end of its output."""
         history = "\n".join(f"  {number:3} {episode}" for number, episode in enumerate(self.episodes, start=1))
         tail = "\n".join(attempt.output.read_text(errors="replace").splitlines()[-80:])
         kept = "\n".join(
             f"  {path.relative_to(attempt.run_dir)}"
             for path in sorted(attempt.run_dir.glob("*")) + sorted(attempt.run_dir.glob("checkpoints/*"))
         )
-        told = status(attempt.run_dir) if (attempt.run_dir / "status.json").exists() else None
+        last_status = status(attempt.run_dir) if (attempt.run_dir / "status.json").exists() else None
         return (
             f"{error}\nseed {self.seed}, run {self.num_finished}, episodes, the last of which failed:\n{history}\n"
-            f"status.json: {told}\n{attempt.run_dir}:\n{kept}\noutput:\n{tail}"
+            f"status.json: {last_status}\n{attempt.run_dir}:\n{kept}\noutput:\n{tail}"
         )
 
     def report(self) -> Iterator[str]:
-        """The table: kinds of faults by places, and the sums."""
-        places = [place for place in (*PLACES, "any") if any(at == place for _, at in self.table)]
+        """Return the lines of a table, kinds of faults by places, and the totals."""
+        places = [place for place in (*PLACES, "any") if any(place == other for _, other in self.table)]
         kinds = sorted({kind for kind, _ in self.table}, key=lambda kind: (" + " in kind, kind))
         yield "| fault | " + " | ".join(places) + " | all |"
         yield "|---" * (len(places) + 2) + "|"
@@ -172,7 +174,7 @@ def num_rows(run_dir: Path) -> int:
 
 
 def compare(run_dir: Path, whole: Path) -> None:
-    """Bit for bit, but for timings."""
+    """Raise AssertionError unless both runs are bitwise equal, except for timings."""
     assert curve(run_dir) == curve(whole), "the training rows differ from the uninterrupted run's"
     assert validations(run_dir) == validations(whole), "the validation rows differ from the uninterrupted run's"
     assert rows(run_dir, SAMPLES_FILE) == rows(whole, SAMPLES_FILE), "the samples differ from the uninterrupted run's"
@@ -191,7 +193,7 @@ def main() -> None:
             Path(folder),
             make_tiny_data(Path(folder)),
             seed=args.seed,
-            say=lambda line: print(line, flush=True),
+            log=lambda line: print(line, flush=True),
         )
         try:
             soak.soak(args.faults)

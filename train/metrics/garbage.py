@@ -1,4 +1,4 @@
-"""Python's cycle collector, run between steps only."""
+"""Python's garbage collector, run between steps only."""
 
 import contextlib
 import gc
@@ -7,10 +7,10 @@ from collections.abc import Callable, Iterator
 
 @contextlib.contextmanager
 def collected_between_steps() -> Iterator[Callable[[int], int]]:
-    """Switch automatic collections off, and yield the function that collects up to a generation, 0 to 2.
+    """Switch automatic collections off; yield the function that collects up to a generation, 0 to 2.
 
-    A collection in the middle of a step stops one rank, and so all ranks, for tens of milliseconds. Objects made before
-    this (the model, the modules) are left out of every collection.
+    A collection in the middle of a step stops one rank, and so all ranks, for tens of milliseconds. Objects that exist
+    on entry (the model, imported modules) are left out of every collection.
     """
     gc.collect()
     gc.freeze()

@@ -1,4 +1,4 @@
-"""Who am I among how many, on which device, and the few collectives that the engine itself needs."""
+"""This process's rank, world size and device, and the few collectives that the engine itself needs."""
 
 import datetime
 import os
@@ -18,21 +18,25 @@ from common.errors import InputError, print_error
 from train.processes import flight_recorder, parent_watch
 from train.processes.ranks import take_rank
 
-LATER_SECONDS = 60.0  # than the watchdog (train/guards/watchdog.py), which strikes first, since it names the culprit
+# Collectives time out so much later than the watchdog (train/guards/watchdog.py) acts, since it names the culprit.
+LATER_SECONDS = 60.0
 
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """One process's place. With one process every collective here is a no-op, and there is no process group but where
-    `need_group` made one."""
+    """One process among `world`. With one process every collective here is a no-op.
+
+    One process has no process group of torch's unless `need_group` made one. As a context it takes the group down at
+    the end; after an error, it prints the error and exits hard.
+    """
 
     rank: int
     world: int
     device: torch.device
     program: str = "train"
-    """What its error messages begin with."""
+    """The word with which error messages begin."""
 
     def __enter__(self) -> "ProcessGroup":
         return self
@@ -44,7 +48,7 @@ class ProcessGroup:
             if dist.is_initialized():
                 dist.destroy_process_group()
             return
-        # Tearing down a group whose peers may be gone hangs: say what happened, then leave hard.
+        # Tearing down a group whose peers may be gone hangs, so the process prints the error and exits hard.
         is_input_error = issubclass(kind, InputError)
         if not is_input_error:
             traceback.print_exception(kind, error, trace)
@@ -65,7 +69,7 @@ class ProcessGroup:
         return tensor
 
     def any(self, flag: bool) -> bool:
-        """Does any rank say so? Waits on the host until every rank is here."""
+        """Return whether the flag is set on any rank. The host waits until every rank has called this."""
         if self.world == 1:
             return flag
         total = torch.full((1,), float(flag))
@@ -73,12 +77,12 @@ class ProcessGroup:
         return bool(total.item())
 
     def barrier(self) -> None:
-        """Wait on the host until every rank is here."""
+        """Make the host wait until every rank has called this."""
         if self.world > 1:
             dist.all_reduce(torch.zeros(1))
 
     def gather(self, value: Any) -> list[Any]:
-        """Every rank's plain value, in rank order, on every rank."""
+        """Return every rank's picklable value in rank order, on every rank."""
         if self.world == 1:
             return [value]
         values = [None] * self.world
@@ -86,14 +90,15 @@ class ProcessGroup:
         return values
 
     def on_all(self, function: Callable[[], Result]) -> Result:
-        """Run `function` on every rank; if it raises InputError or OSError on any, all raise it. Not for collectives.
+        """Run `function` on every rank; if any raises InputError or OSError, all raise InputError with its text.
 
-        So that a rank that alone cannot read a file does not leave the others waiting for it.
+        Otherwise a rank that alone cannot read a file would leave the others waiting. `function` must not be
+        collective.
         """
-        result: list[Result] = []
+        results: list[Result] = []
         fault: str | None = None
         try:
-            result.append(function())
+            results.append(function())
         except (InputError, OSError) as error:
             if self.world == 1:
                 raise
@@ -101,10 +106,10 @@ class ProcessGroup:
         for rank, text in enumerate(self.gather(fault)):
             if text is not None:
                 raise InputError(text if rank == 0 else f"rank {rank}: {text}")
-        return result[0]
+        return results[0]
 
     def on_main(self, function: Callable[[], Result]) -> Result:
-        """Run `function` on rank 0 alone; every rank returns its result or raises its InputError or OSError."""
+        """Run `function` on rank 0 alone; every rank returns its result or raises its error as InputError."""
         if self.world == 1:
             return function()
         outcome: list[Any] = [None, None]
@@ -122,17 +127,18 @@ class ProcessGroup:
         return result
 
     def need_group(self) -> None:
-        """A process group for one process too: what spreads a model asks for one."""
+        """Make a process group for a single process too, since FSDP2 needs one."""
         if not dist.is_initialized():
             dist.init_process_group(backend_of(self.device), store=dist.HashStore(), rank=self.rank, world_size=1)
 
     def set_timeout(self, seconds: float) -> None:
-        """From now on a collective of any group may last so long, and a little longer."""
+        """Let collectives of all groups last `seconds` and LATER_SECONDS more from now on."""
         for group in dist.distributed_c10d._world.pg_map:
             dist.distributed_c10d._set_pg_timeout(group_timeout(seconds), group)
 
 
 def backend_of(device: torch.device) -> str:
+    """Return the backends of a process group: gloo for tensors on the CPU, NCCL for those on a GPU."""
     return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
 
 
@@ -141,19 +147,19 @@ def group_timeout(seconds: float) -> datetime.timedelta:
 
 
 def open_process_group(timeout_seconds: float, run_dir: Path, *, program: str = "train") -> ProcessGroup:
-    """The world of this process (train/processes/ranks.py).
+    """Return the group of this process (train/processes/ranks.py): CUDA and NCCL if there are GPUs, else CPU and gloo.
 
-    CUDA and NCCL where there are GPUs, else the CPU and gloo. A collective may last `timeout_seconds`, until
-    `set_timeout` says otherwise; the flight recorder's files of one that lasted longer go to `run_dir`.
+    Collectives may last `timeout_seconds` until `set_timeout` changes that. The flight recorder writes its files of one
+    that lasted longer to `run_dir`. Raise InputError if this process has no GPU on a host with GPUs.
     """
     refuse_broken_restarts()
-    place = take_rank()
-    rank, world, local_rank = place.rank, place.world, place.local_rank
+    rank_info = take_rank()
+    rank, world, local_rank = rank_info.rank, rank_info.world, rank_info.local_rank
     device = torch.device("cpu")
     if torch.cuda.is_available():
         if local_rank >= torch.cuda.device_count():
             fault = f"process {local_rank} of this host has no GPU: there are {torch.cuda.device_count()}"
-            if local_rank == torch.cuda.device_count():  # rank 0 has its GPU and cannot say it
+            if local_rank == torch.cuda.device_count():  # rank 0 has a GPU and cannot print this
                 advice = f"torchrun --nproc_per_node={local_rank} or srun --ntasks-per-node={local_rank}"
                 print(f"{program}: {fault}; use {advice}, and --gpus-per-node", file=sys.stderr, flush=True)
             raise InputError(fault)
@@ -161,7 +167,7 @@ def open_process_group(timeout_seconds: float, run_dir: Path, *, program: str = 
         torch.cuda.set_device(device)
     if world > 1:
         flight_recorder.turn_on(run_dir)
-        with parent_watch.needed():
+        with parent_watch.exit_with_launcher():
             dist.init_process_group(
                 backend_of(device),
                 timeout=group_timeout(timeout_seconds),
@@ -171,7 +177,10 @@ def open_process_group(timeout_seconds: float, run_dir: Path, *, program: str = 
 
 
 def refuse_broken_restarts() -> None:
-    """torch 2.13: a restarted attempt that shares the agent's store reads the last attempt's keys and hangs."""
+    """Raise InputError for torchrun's restarts with a shared store: an attempt would read the last one's keys and hang.
+
+    Seen in torch 2.13.
+    """
     restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
     if restarts > 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         raise InputError(

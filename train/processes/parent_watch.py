@@ -1,6 +1,7 @@
-"""torchrun's agent, which started this process. Nobody ends a worker whose launcher is gone: it leaves by itself.
+"""Detects that torchrun's agent, which started this process, has died: nothing else ends its workers then.
 
-Before the process group there is nothing to save: the process ends. After it, stop_requests.py stops the run.
+Before the process group exists there is nothing to save, and the process exits. After that, stop_requests.py stops the
+run with a checkpoint.
 """
 
 import contextlib
@@ -9,37 +10,37 @@ import sys
 import threading
 from collections.abc import Iterator
 
-SECONDS_BETWEEN_LOOKS = 1.0
+SECONDS_BETWEEN_CHECKS = 1.0
 
-_pid: int | None = None
+_launcher_pid: int | None = None
 
 
 def remember() -> None:
-    """Call this before the slow imports: the launcher may die in those seconds, and cannot be known afterwards."""
-    global _pid
-    if _pid is None and "TORCHELASTIC_RUN_ID" in os.environ:
-        _pid = os.getppid()
+    """Remember the launcher's pid. Call this before slow imports: the launcher may die during them."""
+    global _launcher_pid
+    if _launcher_pid is None and "TORCHELASTIC_RUN_ID" in os.environ:
+        _launcher_pid = os.getppid()
 
 
 def is_gone() -> bool:
-    """Has the launcher died? False without one."""
-    return _pid is not None and os.getppid() != _pid
+    """Return whether the launcher has died; False if there was none."""
+    return _launcher_pid is not None and os.getppid() != _launcher_pid
 
 
 @contextlib.contextmanager
-def needed() -> Iterator[None]:
-    """End the process (exit status 1) if the launcher dies in here: its store would be asked for half an hour."""
-    over = threading.Event()
-    threading.Thread(target=_watch, args=(over,), name="launcher", daemon=True).start()
+def exit_with_launcher() -> Iterator[None]:
+    """Exit with status 1 if the launcher dies inside this context: torch would wait for its store for half an hour."""
+    is_over = threading.Event()
+    threading.Thread(target=_watch, args=(is_over,), name="launcher", daemon=True).start()
     try:
         yield
     finally:
-        over.set()
+        is_over.set()
 
 
-def _watch(over: threading.Event) -> None:
-    while not over.is_set():
+def _watch(is_over: threading.Event) -> None:
+    while not is_over.is_set():
         if is_gone():
             print("train: the launcher died; leaving", file=sys.stderr, flush=True)
             os._exit(1)
-        over.wait(SECONDS_BETWEEN_LOOKS)
+        is_over.wait(SECONDS_BETWEEN_CHECKS)

@@ -1,6 +1,6 @@
-"""Which process am I among how many? torchrun says it, srun with a task for each process, or submitit; else: alone.
+"""Rank and world size of this process, from the environment that torchrun, srun or submitit leaves; else one process.
 
-Needs no torch and no Python newer than 3.9: launch/requeue.py reads it on nodes that have nothing else.
+This module needs no torch and runs on Python 3.9: launch/requeue.py uses it on nodes that have nothing else.
 """
 
 from __future__ import annotations
@@ -12,62 +12,62 @@ from dataclasses import dataclass
 
 from common.errors import InputError
 
-# Below those that the kernel gives to any program that asks: 32768 and up (ip_local_port_range in ip(7)).
+# Below the ports that the kernel gives to any program: 32768 and up (ip_local_port_range in ip(7)).
 FIRST_PORT, NUM_PORTS = 12000, 18000
 
 
 @dataclass(frozen=True)
 class RankInfo:
-    """One process of `world`, and of the `local_world` that share its host."""
+    """One process: its rank of `world`, and its local rank of the `local_world` that share its host."""
 
     rank: int = 0
     world: int = 1
     local_rank: int = 0
     local_world: int = 1
     host: str = "localhost"
-    """Of rank 0, where all meet; with its port, from MASTER_ADDR and MASTER_PORT if they are set."""
+    """Host of rank 0, where all ranks meet: MASTER_ADDR if set. `port` likewise: MASTER_PORT."""
     port: int = FIRST_PORT
 
     def __post_init__(self) -> None:
         if not (0 <= self.rank < self.world and 0 <= self.local_rank < self.local_world <= self.world):
             raise InputError(
-                f"rank {self.rank} of {self.world}, {self.local_rank} of {self.local_world} on its host: that cannot "
-                "be; unset RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, or set them all"
+                f"rank {self.rank} of {self.world}, {self.local_rank} of {self.local_world} on its host: impossible; "
+                "unset RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE, or set them all"
             )
 
 
 def take_rank(environ: MutableMapping[str, str] = os.environ, *, is_plan: bool = False) -> RankInfo:
-    """This process's place; of several, also in the environment as torchrun leaves it, where torch looks for it."""
-    place = find_rank(environ, is_plan=is_plan)
-    if place.world > 1:
+    """Return this process's rank; with several processes, also set the variables in which torch looks for it."""
+    rank_info = find_rank(environ, is_plan=is_plan)
+    if rank_info.world > 1:
         environ.update(
-            RANK=str(place.rank),
-            WORLD_SIZE=str(place.world),
-            LOCAL_RANK=str(place.local_rank),
-            LOCAL_WORLD_SIZE=str(place.local_world),
-            MASTER_ADDR=place.host,
-            MASTER_PORT=str(place.port),
+            RANK=str(rank_info.rank),
+            WORLD_SIZE=str(rank_info.world),
+            LOCAL_RANK=str(rank_info.local_rank),
+            LOCAL_WORLD_SIZE=str(rank_info.local_world),
+            MASTER_ADDR=rank_info.host,
+            MASTER_PORT=str(rank_info.port),
         )
-    return place
+    return rank_info
 
 
 def find_rank(environ: Mapping[str, str], *, is_plan: bool = False) -> RankInfo:
-    """InputError if two launchers contradict each other, or the variables themselves.
+    """Return this process's rank. `is_plan`: nothing will be trained, so WORLD_SIZE=8 alone means eight processes.
 
-    is_plan: nothing will be trained, so WORLD_SIZE=8 alone may stand for eight processes.
+    Raise InputError if two launchers contradict each other, or the variables of one are incomplete or impossible.
     """
     try:
-        place = _of_slurm_step(environ)
+        rank_info = _of_slurm_step(environ)
         if "RANK" in environ or "WORLD_SIZE" in environ:
-            its = _of_torchrun({"RANK": "0", **environ} if is_plan else environ)
-            is_torchruns = "TORCHELASTIC_RUN_ID" in environ
-            if place.world > 1 and not is_torchruns and (its.rank, its.world) != (place.rank, place.world):
+            torch_rank = _of_torchrun({"RANK": "0", **environ} if is_plan else environ)
+            is_same = (torch_rank.rank, torch_rank.world) == (rank_info.rank, rank_info.world)
+            if rank_info.world > 1 and "TORCHELASTIC_RUN_ID" not in environ and not is_same:
                 raise InputError(
-                    f"srun started rank {place.rank} of {place.world}, but RANK={its.rank} and WORLD_SIZE={its.world} "
-                    "are set; unset RANK, WORLD_SIZE and LOCAL_RANK"
+                    f"srun started rank {rank_info.rank} of {rank_info.world}, but RANK={torch_rank.rank} and "
+                    f"WORLD_SIZE={torch_rank.world} are set; unset RANK, WORLD_SIZE and LOCAL_RANK"
                 )
-            return its
-        return place if place.world > 1 else _of_submitit(environ)
+            return torch_rank
+        return rank_info if rank_info.world > 1 else _of_submitit(environ)
     except (KeyError, ValueError) as error:
         if isinstance(error, InputError):
             raise
@@ -87,7 +87,7 @@ def _of_torchrun(environ: Mapping[str, str]) -> RankInfo:
 
 
 def _of_slurm_step(environ: Mapping[str, str]) -> RankInfo:
-    """A task of srun. Not asked of SLURM_NTASKS, which stands in the batch script's own environment, too."""
+    """Return the rank of a task of srun. SLURM_NTASKS would not do: the batch script has it, too."""
     if "SLURM_STEP_NUM_TASKS" not in environ:
         return RankInfo()
     return RankInfo(
@@ -101,7 +101,7 @@ def _of_slurm_step(environ: Mapping[str, str]) -> RankInfo:
 
 
 def _of_submitit(environ: Mapping[str, str]) -> RankInfo:
-    """A task of submitit's local executor, all on this host."""
+    """Return the rank of a task of submitit's local executor, whose tasks all run on this host."""
     world = int(environ.get("SUBMITIT_LOCAL_NTASKS", 1))
     if world == 1:
         return RankInfo()
@@ -111,12 +111,12 @@ def _of_submitit(environ: Mapping[str, str]) -> RankInfo:
 
 
 def port_of(job: int, start: int) -> int:
-    """A port for one start of a job, another one than its neighbours have and than the start before."""
+    """Return a port for one start of a job, unlike the ports of neighbouring jobs and of the start before."""
     return FIRST_PORT + (job * 13 + start) % NUM_PORTS
 
 
 def tasks_per_node(text: str) -> list[int]:
-    """Slurm's "4(x2),3": [4, 4, 3]."""
+    """Return the tasks of each node: [4, 4, 3] for Slurm's "4(x2),3"."""
     counts = []
     for number, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", text):
         counts += [int(number)] * int(times or 1)
@@ -124,12 +124,12 @@ def tasks_per_node(text: str) -> list[int]:
 
 
 def first_host(nodes: str) -> str:
-    """The first of Slurm's "r[1-2]n[07-12],login": r1n07."""
+    """Return the first host of a list: r1n07 for Slurm's "r[1-2]n[07-12],login"."""
     return re.sub(r"\[(\w+)[^]]*\]", r"\1", re.match(r"(?:\[[^]]*\]|[^,[])+", nodes)[0])  # type: ignore[index]
 
 
 def slurm_job(environ: Mapping[str, str]) -> str | None:
-    """What Slurm's commands call this job, None outside of one. An array's task has its own name."""
+    """Return the job id that Slurm's commands use, such as 9 or, for a task of an array, 9_3; None outside a job."""
     if "SLURM_ARRAY_TASK_ID" in environ:
         return f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
     return environ.get("SLURM_JOB_ID")

@@ -1,8 +1,7 @@
-"""Requests to stop: SIGTERM, SIGINT, SIGUSR1, SIGHUP (unless nohup has it ignored), the STOP file, a dead launcher, and
-the end of the time that --stop-after gives.
+"""Requests to stop a run: a signal, the STOP file, --stop-after, or a dead launcher.
 
-A request is noticed by one rank and acted on by all: the loop adds `wanted()` up in each step's one
-all-reduce, so that every rank stops after the same step.
+The signals are SIGTERM, SIGINT, SIGUSR1 and SIGHUP, unless nohup has SIGHUP ignored. One rank notices a request and all
+act on it: the loop adds up `wanted()` in each step's one all-reduce, so that every rank stops after the same step.
 """
 
 import signal
@@ -16,11 +15,11 @@ from train.processes import parent_watch
 
 FILE_NAME = "STOP"
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP)
-SECONDS_BETWEEN_LOOKS = 1.0  # at the file system, which may be shared and slow
+SECONDS_BETWEEN_CHECKS = 1.0  # of the file system, which may be shared and slow
 
 
-def is_there(path: Path) -> bool:
-    """Does the file exist? Not for now, where a file server stumbles: the next look may come through."""
+def file_exists(path: Path) -> bool:
+    """Return whether the file exists; False if the file server fails now, since the caller checks again later."""
     try:
         return path.exists()
     except OSError:
@@ -28,10 +27,10 @@ def is_there(path: Path) -> bool:
 
 
 class StopRequests:
-    """Install with `with`; the previous handlers come back at the end. `reason` is None until there is one.
+    """Notices requests to stop between entry and exit; `reason` is None until there is one.
 
-    `run_dir` None: there is no file to look for. `after`: a duration as --stop-after has it, from the moment `started`
-    of time.perf_counter().
+    On exit the previous signal handlers come back. `run_dir` None: no STOP file is looked for. `after`: a duration in
+    the form of --stop-after, counted from `started`, a reading of time.perf_counter().
     """
 
     def __init__(self, run_dir: Path | None, *, is_main: bool, after: str | None = None, started: float = 0.0) -> None:
@@ -40,11 +39,11 @@ class StopRequests:
         self._deadline = None if after is None else started + parse_duration(after)
         self._file = None if run_dir is None else run_dir / FILE_NAME
         self._is_main = is_main
-        self._next_look = 0.0
+        self._next_check = 0.0
 
     def __enter__(self) -> "StopRequests":
-        heard = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        self._previous = {number: signal.signal(number, self._handle) for number in heard}
+        handled = [number for number in SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+        self._previous = {number: signal.signal(number, self._handle) for number in handled}
         return self
 
     def __exit__(
@@ -54,10 +53,10 @@ class StopRequests:
             signal.signal(number, handler)
 
     def wanted(self) -> bool:
-        """Has anything asked this rank to stop? Cheap enough for every step."""
-        if self.reason is None and time.monotonic() >= self._next_look:
-            self._next_look = time.monotonic() + SECONDS_BETWEEN_LOOKS
-            if self._is_main and self._file is not None and is_there(self._file):
+        """Return whether this rank has been asked to stop. Cheap enough for every step."""
+        if self.reason is None and time.monotonic() >= self._next_check:
+            self._next_check = time.monotonic() + SECONDS_BETWEEN_CHECKS
+            if self._is_main and self._file is not None and file_exists(self._file):
                 self.reason = f"{FILE_NAME} file"
             elif self._is_main and self._deadline is not None and time.perf_counter() >= self._deadline:
                 self.reason = f"--stop-after {self._after}"
@@ -66,7 +65,7 @@ class StopRequests:
         return self.reason is not None
 
     def remove_file(self) -> None:
-        """So that the next start runs. For rank 0."""
+        """Remove the STOP file, so that the next start runs. For rank 0."""
         if self._file is not None:
             with writing_to(self._file):
                 self._file.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
-"""When a checkpoint is written, and the order that a kill at any moment needs.
+"""Decides when a checkpoint is written, and keeps the order of writes that a kill at any moment requires.
 
-Rows are on disk before the checkpoint that they lead up to. status.json names a step only once its checkpoint has its
-name.
+Metrics rows are on disk before the checkpoint of their step. status.json names a step only after its checkpoint has its
+final name.
 """
 
 from dataclasses import replace
@@ -15,10 +15,10 @@ from train.run.directory import RunDirectory
 
 
 class CheckpointSchedule:
-    """Saves at every interval of --save.every, when --save.every-seconds have passed, and at the end.
+    """Saves every --save.every steps, after --save.every-seconds, and at the end.
 
-    `is_requested` and `is_written` are set by the loop, alike on every rank: a save is wanted now; every rank has
-    written its part of the checkpoint under way.
+    The loop sets two flags, alike on every rank. `is_requested`: a save is wanted now. `is_written`: every rank has
+    written its part of the pending checkpoint.
     """
 
     def __init__(
@@ -42,10 +42,11 @@ class CheckpointSchedule:
         self._watchdog = watchdog
 
     def is_due(self, step: int) -> bool:
+        """Return whether to save after this step."""
         return step % self._every == 0 or self.is_requested or step == self._last_step
 
     def save(self, progress: Progress) -> None:
-        """Begin a checkpoint, and finish it at once unless saves are asynchronous. Collective."""
+        """Begin a checkpoint; finish it at once unless saves are asynchronous. Collective."""
         if self.writer.is_under_way:
             self._logger.log("warning: the checkpoint before this one is still being written; waiting for it")
         self.finish(progress)
@@ -57,7 +58,7 @@ class CheckpointSchedule:
             self.finish(progress)
 
     def finish(self, progress: Progress) -> None:
-        """Give the checkpoint under way, if there is one, its name once every rank has written its part. Collective."""
+        """Wait for the pending checkpoint, if any, and give it its final name. Collective."""
         self._watchdog.heartbeat(f"finishing a save before step {progress.step + 1}")
         step = self.writer.finish()
         self.is_written = False
@@ -65,7 +66,7 @@ class CheckpointSchedule:
             self._directory.report(step)
 
     def save_at_the_end(self, progress: Progress) -> None:
-        """Leave a checkpoint of `progress`, unless there is one already or no step has been made. Collective."""
+        """Save `progress`, unless it is saved already or no step has been made. Collective."""
         self.finish(progress)
         if progress.step not in (0, self.writer.saved_step):
             self.save(progress)

@@ -1,8 +1,8 @@
-"""The write side of checkpoints. The format is described in model/checkpoint.py, the way back in train/run/resume.py.
+"""Writes checkpoints. model/checkpoint.py describes their format; train/run/resume.py loads them.
 
-A checkpoint is staged, written and sealed (hashes, all of it on disk) under a temporary name by a thread of each rank,
-which talk to each other over a gloo group of their own. Only when every rank's part is written does rank 0 give it its
-name, at a step boundary that all ranks agree on: a kill at any moment leaves the one before.
+A thread of each rank stages, writes and seals (hashes and fsyncs) the checkpoint under a temporary name. The threads
+communicate over a gloo group of their own. When every rank's part is written, rank 0 gives the checkpoint its final
+name, at a step boundary that all ranks agree on. So a kill at any moment leaves the checkpoint before it intact.
 """
 
 import base64
@@ -47,7 +47,7 @@ SPARE_BYTES = 16 * 2**20  # for state.json, .metadata and the file system's own 
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run stands: optimizer steps done, sequences consumed, tokens seen, seconds of training."""
+    """How far a run has got: optimizer steps, sequences consumed, tokens seen, seconds of training."""
 
     step: int = 0
     position: int = 0
@@ -55,31 +55,33 @@ class Progress:
     seconds: float = 0.0
 
     def advanced(self, *, sequences: int, tokens: int) -> "Progress":
+        """Return the progress after one more step."""
         return replace(self, step=self.step + 1, position=self.position + sequences, tokens=self.tokens + tokens)
 
 
 @dataclass(frozen=True)
 class PendingCheckpoint:
-    """A checkpoint under way. `staged`: when its tensors are out of the GPU, None if they are; `written`: this rank's
-    part of it, or what went wrong there."""
+    """A checkpoint being written."""
 
     step: int
     temporary: Path
     final: Path
     staged: torch.cuda.Event | None
+    """Recorded when the tensors are copied out of the GPU; None: nothing is left to copy."""
     written: Future[None]
+    """This rank's part: done, or the error that writing it met."""
 
 
 class CheckpointWriter:
     """Writes a run's checkpoints: `begin`, then `finish` at once (--save.mode sync) or some steps later (async).
 
-    What several ranks hold alike is shared out among them. Synchronously the tensors are written where they lie, and
-    nothing may change them until `finish` returns. Asynchronously they are copied first: on a CPU in `begin`, on a GPU
-    beside the next step's forward and backward passes, before whose update `wait_until_staged` must be called.
+    Each rank writes a share of the tensors that several ranks hold alike. Synchronous saves write the tensors in place,
+    so nothing may change them until `finish` returns. Asynchronous saves copy them first: on a CPU in `begin`; on a GPU
+    during the next step's forward and backward passes, so call `wait_until_staged` before that step's update.
 
-    `attempt` makes the temporary name this start's own; `state`: what state.json holds beside progress and random
-    state; `loaded`: the checkpoint that this run continued from, which is kept. Leaving it as a context waits for the
-    thread, unless other ranks may be gone that it waits for.
+    `attempt` makes temporary names unique to this start. `state` is what state.json holds beside progress and random
+    state. `loaded` is the checkpoint that this run continued from; it is never deleted. As a context, the writer waits
+    for its thread at the end, except after an error in a world of several: the thread may wait for ranks that are gone.
     """
 
     def __init__(
@@ -96,7 +98,7 @@ class CheckpointWriter:
         group: ProcessGroup,
     ) -> None:
         self.is_async = config.mode == "async" or (config.mode == "auto" and group.device.type == "cuda")
-        self.saved_step = None if loaded is None else step_of(loaded)  # of the newest checkpoint
+        self.saved_step = None if loaded is None else step_of(loaded)  # the newest checkpoint's
         self._run_dir = run_dir
         self._attempt = attempt
         self._parts = model, optimizer, loss_scale
@@ -104,10 +106,10 @@ class CheckpointWriter:
         self._state = state
         self._loaded = loaded
         self._group = group
-        self._save: PendingCheckpoint | None = None
+        self._pending: PendingCheckpoint | None = None
         self._undeletable: set[Path] = set()
         self._last_begin = time.monotonic()
-        # The current device is each thread's own, and DCP copies out of the current one.
+        # Each thread has its own current CUDA device, and DCP copies from the current one.
         on_gpu = functools.partial(torch.cuda.set_device, group.device) if group.device.type == "cuda" else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saves", initializer=on_gpu)
         self._purging: Future[None] | None = None
@@ -117,11 +119,11 @@ class CheckpointWriter:
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
     def begin(self, progress: Progress) -> None:
-        """Start writing step_N. Collective; all that the device was given must be done.
+        """Start writing step_N. Collective; all earlier work on the device must be done.
 
-        Raises InputError when there is no room, leaving every earlier checkpoint as it was.
+        Raise InputError if the disk has too little room; earlier checkpoints stay as they are.
         """
-        assert self._save is None, "one at a time"
+        assert self._pending is None, "finish the pending checkpoint first"
         self._last_begin = time.monotonic()
         folder = self._run_dir / CHECKPOINTS
         final = folder / f"step_{progress.step:08d}"
@@ -133,10 +135,10 @@ class CheckpointWriter:
         if self.is_async:
             own, staged = self._copy(own)
         written = self._thread.submit(self._write, own, staged, temporary, content)
-        self._save = PendingCheckpoint(progress.step, temporary, final, staged, written)
+        self._pending = PendingCheckpoint(progress.step, temporary, final, staged, written)
 
     def _copy(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
-        """The tensors in host memory, which is taken once; and when they will be there, None for now."""
+        """Copy tensors to host memory, allocated once; return the copies and the event of their end (None: copied)."""
         for name, tensor in tensors.items():
             if name not in self._copies:
                 self._copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=self._stream is not None)
@@ -153,47 +155,49 @@ class CheckpointWriter:
         return self._copies, staged
 
     def wait_until_staged(self) -> None:
-        """Before tensors change: let the GPU wait until those of a save under way are copied. The host does not."""
-        if self._save is not None and self._save.staged is not None:
-            torch.cuda.current_stream().wait_event(self._save.staged)
+        """Make the GPU, not the host, wait for the pending save's copies. Call before tensors change."""
+        if self._pending is not None and self._pending.staged is not None:
+            torch.cuda.current_stream().wait_event(self._pending.staged)
 
     @property
     def is_under_way(self) -> bool:
-        return self._save is not None
+        return self._pending is not None
 
     def has_written(self) -> bool:
-        """Is there a save under way, and this rank's part of it done, well or not?"""
-        return self._save is not None and self._save.written.done()
+        """Return whether a save is pending and this rank's part of it has ended, successfully or not."""
+        return self._pending is not None and self._pending.written.done()
 
     def is_overdue(self) -> bool:
-        """Have --save.every-seconds passed since the last save began? By rank 0's clock."""
+        """Return whether --save.every-seconds have passed since the last save began. False on ranks other than 0."""
         seconds = self._config.every_seconds
-        if seconds is None or self._save is not None or not self._group.is_main:
+        if seconds is None or self._pending is not None or not self._group.is_main:
             return False
         return time.monotonic() - self._last_begin >= seconds
 
     def finish(self) -> int | None:
-        """Give the save under way its name once all of it is written, then delete what is no longer kept. Collective.
+        """Wait for the pending save, give it its final name and delete old checkpoints. Collective.
 
-        Returns its step; None if there was none. Raises what any rank met as InputError: then it is not there.
+        Return its step, or None if none is pending. If any rank's part failed, remove the save and raise InputError.
         """
-        if self._save is None:
+        if self._pending is None:
             return None
-        save, self._save = self._save, None
-        error = save.written.exception()  # whatever it is, all ranks raise it together
-        errors: dict[str, int] = {}  # every distinct one, by the first rank that met it
+        save, self._pending = self._pending, None
+        error = save.written.exception()  # Whatever it is, all ranks raise it together.
+        errors: dict[str, int] = {}  # each distinct error, with the first rank that had it
         for rank, text in enumerate(self._group.gather(None if error is None else last_line_of(error))):
             if text is not None:
                 errors.setdefault(text, rank)
         if errors:
             self._group.on_main(lambda: shutil.rmtree(save.temporary, ignore_errors=True))
-            said = "; ".join(f"rank {rank}: {text}" for text, rank in errors.items())
-            raise InputError(f"{save.final}: not saved; {said}; mend that, then give the same command again") from error
+            reasons = "; ".join(f"rank {rank}: {text}" for text, rank in errors.items())
+            raise InputError(
+                f"{save.final}: not saved; {reasons}; fix that, then give the same command again"
+            ) from error
         self._group.on_main(lambda: _rename(save.temporary, save.final))
         self.saved_step = save.step
         if self._group.is_main:
-            held = {save.final} | ({self._loaded} if self._loaded else set())
-            self._purging = self._thread.submit(self._purge, held)
+            protected = {save.final} | ({self._loaded} if self._loaded else set())
+            self._purging = self._thread.submit(self._purge, protected)
         return save.step
 
     def __enter__(self) -> "CheckpointWriter":
@@ -205,6 +209,7 @@ class CheckpointWriter:
         self._thread.shutdown(wait=kind is None or self._group.world == 1)
 
     def _make_room(self, folder: Path, temporary: Path, tensors: dict[str, Tensor]) -> None:
+        """Make the temporary folder. Raise InputError if the whole checkpoint does not fit on the disk."""
         if self._purging is not None:
             self._purging.result()
         with writing_to(folder):
@@ -224,7 +229,7 @@ class CheckpointWriter:
     def _write(
         self, own: dict[str, Tensor], staged: torch.cuda.Event | None, temporary: Path, state: dict[str, Any]
     ) -> None:
-        """This rank's part, in the thread; rank 0's is done when everything is."""
+        """Write this rank's part, in the thread; rank 0 ends last, since it seals the whole."""
         if staged is not None:
             staged.synchronize()
         writer = dcp.FileSystemWriter(temporary)
@@ -232,11 +237,11 @@ class CheckpointWriter:
         if self._group.is_main:
             _seal(temporary, state)
 
-    def _purge(self, held: set[Path]) -> None:
-        """Delete what is no longer kept, in the thread; what cannot be deleted is said once."""
+    def _purge(self, protected: set[Path]) -> None:
+        """Delete old checkpoints, in the thread; warn once of each that cannot be deleted."""
         for checkpoint in list_checkpoints(self._run_dir)[: -self._config.keep]:
             is_nth = self._config.keep_every is not None and step_of(checkpoint) % self._config.keep_every == 0
-            if checkpoint in held or is_nth:
+            if checkpoint in protected or is_nth:
                 continue
             doomed = checkpoint.with_name(f".{checkpoint.name}.deleting")
             try:
@@ -252,7 +257,7 @@ class CheckpointWriter:
 def checkpoint_tensors(
     model: LanguageModel, optimizer: torch.optim.Optimizer, loss_scale: LossScale | None = None
 ) -> dict[str, Tensor]:
-    """Every tensor of a checkpoint by name: model.NAME, optimizer.NAME.KEY, loss_scale.NAME; views of the live ones."""
+    """Return the live tensors of a checkpoint by name: model.NAME, optimizer.NAME.KEY, loss_scale.NAME."""
     tensors = model_tensors(model)
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
@@ -261,10 +266,10 @@ def checkpoint_tensors(
 
 
 def share_of(tensors: dict[str, Tensor], group: ProcessGroup) -> dict[str, Tensor]:
-    """Return what this rank writes, the largest first, by who has least so far: a tensor that all ranks hold alike is
-    one rank's, a sharded one that of one replica's ranks, each its own shard.
+    """Return the tensors that this rank writes: the largest are assigned first, to the ranks with the least so far.
 
-    DCP would share out as evenly by itself, but only after each rank had copied everything into host memory.
+    One rank writes a tensor that all hold alike. The ranks of one replica write a sharded tensor, each its own shard.
+    DCP would divide as evenly by itself, but only after each rank had copied everything into host memory.
     """
     loads = [0.0] * group.world
     own = {}
@@ -281,12 +286,12 @@ def holders_of(tensor: Tensor, group: ProcessGroup) -> list[list[int]]:
     """Return every set of ranks that together hold a whole copy of the tensor."""
     if not isinstance(tensor, DTensor):
         return [[rank] for rank in range(group.world)]
-    shards = tensor.device_mesh.size(-1)  # the last dimension is what a replica is spread over
+    shards = tensor.device_mesh.size(-1)  # A replica is spread over the mesh's last dimension.
     return tensor.device_mesh.mesh.reshape(-1, shards).tolist()
 
 
 def _seal(temporary: Path, state: dict[str, Any]) -> None:
-    """Add state.json and the hashes of all files. InputError if another rank's cannot be seen from here."""
+    """Add state.json and the hashes of all files. Raise InputError if a file of another rank is not visible here."""
     end = time.monotonic() + run_dirs.SECONDS_TO_SEE
     while missing := data_files_of(temporary) - {path.name for path in temporary.iterdir()}:
         if time.monotonic() < end:
@@ -303,14 +308,14 @@ def _seal(temporary: Path, state: dict[str, Any]) -> None:
 
 def _rename(temporary: Path, final: Path) -> None:
     with writing_to(final):
-        if final.exists():  # an unsound one of the same step, passed over when this run started
+        if final.exists():  # a damaged checkpoint of this step, which this start passed over
             shutil.rmtree(final)
         temporary.rename(final)
         fsync_directory(final.parent)
 
 
 def _random_state(device: torch.device) -> dict[str, str]:
-    """Rank 0's generators. Nothing in training draws from them today; what will must find them as they were."""
+    """Return the states of this rank's random generators. Training does not draw from them yet; future code may."""
     states = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         states["cuda"] = torch.cuda.get_rng_state(device)

@@ -1,4 +1,4 @@
-"""A run directory's own files: config.json, provenance.json, status.json, the tokenizer and the lock."""
+"""The run directory's own files: config.json, provenance.json, status.json, the tokenizer and the lock."""
 
 import contextlib
 import json
@@ -26,7 +26,7 @@ from train.processes.group import ProcessGroup
 from train.processes.ranks import slurm_job
 from train.run.lock import RunLock
 
-# What makes two runs the same run. Everything else (processes, micro-batch, compilation, intervals) may change.
+# Settings that identify a run. All others (processes, micro-batch, compilation, intervals) may change on the way.
 IDENTITY = (
     "seed",
     "from_checkpoint",
@@ -44,10 +44,10 @@ SECONDS_TO_SEE = 30.0  # a network file system may show a new file late
 
 
 class RunDirectory:
-    """Claimed with `with`: locked, then `running` in status.json; at the end `failed` unless told otherwise.
+    """A claimed run directory: as a context, locked and `running`; on exit `failed`, unless `end` was called.
 
-    Only rank 0 writes, but for how a run failed: that says whichever rank met it. `forget` and `fail` are for one rank
-    alone; the other methods are called by every rank, and raise InputError on every rank when rank 0 cannot write.
+    Only rank 0 writes, except that the rank with an error writes how the run failed. One rank alone may call `forget`
+    and `fail`. Every rank calls the other methods, which raise InputError on every rank if rank 0 cannot write.
     """
 
     def __init__(self, config: Config, fingerprint: str, group: ProcessGroup) -> None:
@@ -57,11 +57,11 @@ class RunDirectory:
         self._group = group
         self.attempt = 1
         self._step = 0
-        self._state = "running"  # what status.json says
+        self._state = "running"  # as in status.json
         self._ended = False
         self._lock = RunLock(self.path)
-        self._claimed = self._lock.text  # rank 0's, on every rank once entered
-        self.found: dict[str, Any] = {}  # known to rank 0, as is the next
+        self._claimed = self._lock.text  # after entry: the text of rank 0's lock, on every rank
+        self.found: dict[str, Any] = {}  # on rank 0 only, like provenance
         self.provenance: dict[str, Any] = {}
 
     def __enter__(self) -> "RunDirectory":
@@ -74,7 +74,7 @@ class RunDirectory:
         return self
 
     def _check_shared(self) -> None:
-        """Every rank must see rank 0's lock: a checkpoint is written by all of them into one directory."""
+        """Raise InputError unless this rank sees rank 0's lock: all ranks write checkpoints into one directory."""
         end = time.monotonic() + SECONDS_TO_SEE
         while not self._sees_lock():
             if time.monotonic() > end:
@@ -93,7 +93,7 @@ class RunDirectory:
         try:
             if kind is not None and not self._ended:
                 self._report_error(kind, error)
-        except InputError:  # what ended the run is to be reported, most often the same full disk
+        except InputError:  # The error that ended the run matters more; often both are the same full disk.
             print(f"warning: {self.path / STATUS_FILE} still says {self._state}", file=sys.stderr)
         finally:
             if self._group.is_main:
@@ -104,21 +104,21 @@ class RunDirectory:
                         raise InputError(f"{self.path}: its lock cannot be given up ({fault}); remove it") from fault
 
     def _report_error(self, kind: type[BaseException], error: BaseException | None) -> None:
-        """In status.json, by the rank that met it first: the others only meet that it has gone.
+        """Write the error into status.json, if this rank is the first: later ranks only notice that others are gone.
 
-        An InputError all ranks meet together, and rank 0 says it.
+        All ranks raise an InputError together, so rank 0 writes that one.
         """
         if not self._group.is_main and issubclass(kind, InputError):
             return
         status = read_status(self.path)
         if status is not None and status["state"] == "failed" and status["attempt"] == self.attempt:
             return
-        who = "" if self._group.is_main else f"rank {self._group.rank} on {socket.gethostname()}: "
-        reason = str(error).strip().splitlines()
-        self._write_status("failed", f"{who}{kind.__name__}: {reason[0] if reason else ''}")
+        prefix = "" if self._group.is_main else f"rank {self._group.rank} on {socket.gethostname()}: "
+        first_line = str(error).strip().partition("\n")[0]
+        self._write_status("failed", f"{prefix}{kind.__name__}: {first_line}")
 
     def _claim(self) -> tuple[str, int, int]:
-        """Lock the directory and put its files in place; the lock's text, the attempt and the step it begins with."""
+        """Lock the directory and write its files; return the lock's text, the attempt and its first step."""
         with writing_to(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self._lock.acquire()
@@ -139,20 +139,18 @@ class RunDirectory:
         return self._lock.text, self.attempt, self._step
 
     def check_start(self) -> None:
-        """InputError if what is there is another run, or one that --no-resume does not want. Nothing is written."""
+        """Raise InputError if the directory holds another run, or a run with --no-resume. Write nothing."""
         path = self.path / "config.json"
         with reading_from(path):
             if not path.is_file() or not list_checkpoints(self.path):
-                return  # nothing of another run to protect
-            content = path.read_bytes()
+                return  # there is no other run to protect
+            text = path.read_bytes()
         try:
-            before = json.loads(content)
-            old, old_data, self.found = before["config"], before["data"], before["found"]
+            content = json.loads(text)
+            old, old_data, self.found = content["config"], content["data"], content["found"]
             old = old | {"model": with_current_names(old["model"])}
         except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"{path}: damaged ({error}); the run cannot be compared with what was asked for"
-            ) from error
+            raise InputError(f"{path}: damaged ({error}); the run cannot be compared with these settings") from error
         differences = differing(old, self._config.to_json())
         if old_data != self._fingerprint:
             differences.append(
@@ -172,31 +170,31 @@ class RunDirectory:
         content = {"config": self._config.to_json(), "data": self._fingerprint, "found": self.found}
         self._write("config.json", content)
 
-    def record(self, found: dict[str, Any]) -> None:
-        """Keep in config.json what set-up found out (parallel/auto_micro_batch.py), for later attempts."""
-        self.found = found
+    def record(self, measured: dict[str, Any]) -> None:
+        """Keep in config.json what set-up measured (parallel/auto_micro_batch.py), for later attempts."""
+        self.found = measured
         self._group.on_main(self._write_config)
 
     def forget(self) -> None:
-        """Drop that again, from an error that this rank may be alone with: not collective, and rank 0's only."""
+        """Drop from config.json what `record` kept. Not collective, since one rank may be alone with its error."""
         self.found = {}
         if self._group.is_main:
             with contextlib.suppress(InputError):
                 self._write_config()
 
     def report(self, step: int) -> None:
-        """Note in status.json that the run lives and where it stands."""
+        """Write into status.json that the run is running and that its newest checkpoint is of this step."""
         self._step = step
         self._group.on_main(lambda: self._write_status("running", None))
 
     def end(self, state: str, step: int, reason: str | None) -> None:
-        """The run ended well: `done`, or `stopped` for a reason."""
+        """Write that the run ended in order: `done`, or `stopped` for a reason."""
         self._step = step
         self._group.on_main(lambda: self._write_status(state, reason))
         self._ended = True
 
     def fail(self, reason: str) -> None:
-        """Any rank, alone: the run ends here and now. The lock is given up if it is this rank's."""
+        """Write that the run failed, from any rank alone, and release the lock if this rank holds it."""
         self._write_status("failed", reason)
         self._lock.release()
 
@@ -206,14 +204,14 @@ class RunDirectory:
         self._state = state
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
-        """Only under our own lock: whoever was stopped, and taken for dead, must not spoil the run of who took over."""
+        """Write only while rank 0's lock is in place: after a takeover the directory belongs to another process."""
         with writing_to(self.path):
             if self._lock.reads(self._claimed):
                 write_json_atomically(self.path / name, content)
 
 
 def read_status(run_dir: Path) -> dict[str, Any] | None:
-    """status.json: {state: running|stopped|done|failed, step, reason, attempt}; None before the first start."""
+    """Return status.json: {state: running|stopped|done|failed, step, reason, attempt}; None before the first start."""
     path = run_dir / STATUS_FILE
     with reading_from(path):
         try:
@@ -226,27 +224,29 @@ def read_status(run_dir: Path) -> dict[str, Any] | None:
 
 
 def refuse_disagreement(config: Config, fingerprint: str, group: ProcessGroup) -> None:
-    """InputError on every rank if any has other settings, other data or another torch than rank 0. Collective."""
-    mine = flat(config.to_json()) | {"data fingerprint": fingerprint, "torch version": torch.__version__}
-    first, *others = group.gather(mine)
-    for rank, its in enumerate(others, start=1):
-        found = [f"{name} {its.get(name)} (rank 0: {first[name]})" for name in first if its.get(name) != first[name]]
-        if found:
-            raise InputError(f"rank {rank} was started differently: {'; '.join(found)}")
+    """Raise InputError on all ranks if settings, data or torch differ between ranks. Collective."""
+    settings = flat(config.to_json()) | {"data fingerprint": fingerprint, "torch version": torch.__version__}
+    first, *others = group.gather(settings)
+    for rank, other in enumerate(others, start=1):
+        differences = [
+            f"{name} {other.get(name)} (rank 0: {value})" for name, value in first.items() if other.get(name) != value
+        ]
+        if differences:
+            raise InputError(f"rank {rank} was started differently: {'; '.join(differences)}")
 
 
 def flat(values: dict[str, Any], prefix: str = "--") -> dict[str, Any]:
-    """Nested settings by the names of their flags."""
-    found: dict[str, Any] = {}
+    """Return nested settings by the names of their flags."""
+    settings: dict[str, Any] = {}
     for name, value in values.items():
         flag = prefix + name.replace("_", "-")
-        found |= flat(value, flag + ".") if isinstance(value, dict) else {flag: value}
-    return found
+        settings |= flat(value, flag + ".") if isinstance(value, dict) else {flag: value}
+    return settings
 
 
 def differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Each identity field that differs between two configurations: its flag, the new value and the old."""
-    found = []
+    """Return the flag, new value and old value of each identity field that differs between two configurations."""
+    differences = []
     for name in IDENTITY:
         was, now = _lookup(old, name), _lookup(new, name)
         pairs = {name: (was, now)}
@@ -255,8 +255,8 @@ def differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
             pairs = {f"{name}.{key}": (_lookup(was, key), now.get(key)) for key in sorted(keys)}
         for field, (before, after) in pairs.items():
             if before != after:
-                found.append(f"--{field.replace('_', '-')} {after} (was {before})")
-    return found
+                differences.append(f"--{field.replace('_', '-')} {after} (was {before})")
+    return differences
 
 
 def _lookup(values: Any, name: str) -> Any:
@@ -266,7 +266,7 @@ def _lookup(values: Any, name: str) -> Any:
 
 
 def provenance(config: Config) -> dict[str, Any]:
-    """What made this run: commit and uncommitted changes, command, host, versions, precision and threads."""
+    """Return what made this run: commit, uncommitted changes, command, host, versions, precision, threads."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": shlex.join([sys.executable, *sys.argv]),
@@ -289,7 +289,7 @@ def provenance(config: Config) -> dict[str, Any]:
 
 
 def _code() -> dict[str, Any]:
-    """Which code runs: a checkout's, or that of a job's snapshot (launch/snapshot.py), which lies in no repository."""
+    """Return the commit and changes of this checkout, or those recorded in a job's snapshot (launch/snapshot.py)."""
     try:
         record = json.loads((ROOT / SNAPSHOT_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""One writer per run directory: a lock file with host, pid, job and a heartbeat."""
+"""Lets one process write into a run directory: a lock file with host, pid, job and a heartbeat."""
 
 import json
 import os
@@ -15,15 +15,16 @@ from train.processes.ranks import slurm_job
 
 FILE_NAME = "lock.json"
 HEARTBEAT_SECONDS = 10.0
-SECONDS_BETWEEN_LOOKS = 1.0
-DEAD_AFTER_SECONDS = 60.0  # without a heartbeat, for a holder on another host
+SECONDS_BETWEEN_CHECKS = 1.0
+DEAD_AFTER_SECONDS = 60.0  # A holder on another host counts as dead after so long without a heartbeat.
 
 
 class RunLock:
-    """Held by rank 0 from `acquire` to `release`. A dead holder's lock is taken over, a living one's never.
+    """The lock that rank 0 holds from `acquire` to `release`. Only a dead holder's lock is taken over.
 
-    On the same host a holder lives while its pid runs (and was started when the lock says, since pids are used
-    again); on another host while its heart beats: for up to a minute, by the file server's clock, one waits to see.
+    A holder on this host is alive while its pid runs and has the start time in the lock, since pids are reused. A
+    holder on another host is alive while its heartbeats come: `acquire` waits up to a minute, by the file server's
+    clock, to see one.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -40,20 +41,20 @@ class RunLock:
         self.text = json.dumps(self._me) + "\n"
 
     def acquire(self) -> None:
-        """Take the lock, or raise InputError that names the holder."""
-        first: tuple[str, float] | None = None  # what the lock of another host said, and its heartbeat, at first sight
+        """Take the lock; raise InputError with the holder's name if it is alive."""
+        first: tuple[str, float] | None = None  # text and heartbeat of another host's lock when first read
         while not self._create():
             try:
                 text, heartbeat = self._path.read_text(encoding="utf-8"), self._path.stat().st_mtime
             except FileNotFoundError:
-                continue  # released meanwhile
+                continue  # It was released meanwhile.
             is_alive = _is_alive_here(text)
             if is_alive is None and self._now - heartbeat < DEAD_AFTER_SECONDS:
                 if first is None or first[0] != text:
                     first = text, heartbeat
                     print(f"{self._path}: waiting to see whether {_describe(text)} lives", file=sys.stderr, flush=True)
                 if first[1] == heartbeat:
-                    time.sleep(SECONDS_BETWEEN_LOOKS)
+                    time.sleep(SECONDS_BETWEEN_CHECKS)
                     continue
                 is_alive = True
             if is_alive:
@@ -64,25 +65,26 @@ class RunLock:
         threading.Thread(target=self._beat, name="lock-heartbeat", daemon=True).start()
 
     def release(self) -> None:
-        """Give the lock up, if it is still ours."""
+        """Remove the lock, if it is still ours."""
         self._stop.set()
         with self._changing:
             if self.reads(self.text):
                 self._path.unlink()
 
     def reads(self, text: str) -> bool:
-        """Is this what the lock file says?"""
+        """Return whether the lock file has this text."""
         try:
             return self._path.read_text(encoding="utf-8") == text
         except FileNotFoundError:
             return False
 
     def _create(self) -> bool:
+        """Write the lock; return False if there is one already."""
         mine = self._path.with_name(f".{FILE_NAME}.{self._me['host']}.{self._me['pid']}")
         try:
             mine.write_text(self.text, encoding="utf-8")
-            self._now = mine.stat().st_mtime  # by the clock of the file server, which also dates the other's heartbeat
-            os.link(mine, self._path)  # atomic, with its content, also on NFS
+            self._now = mine.stat().st_mtime  # the file server's clock, which also dates heartbeats
+            os.link(mine, self._path)  # atomic, together with the content, also on NFS
         except FileExistsError:
             return False
         finally:
@@ -90,7 +92,7 @@ class RunLock:
         return True
 
     def _remove_dead(self, text: str) -> None:
-        """Move the dead lock aside; if a rival has put a new one in its place meanwhile, give that one back."""
+        """Remove the dead lock; if a rival has replaced it meanwhile, put the rival's lock back."""
         aside = self._path.with_name(f".{FILE_NAME}.dead.{self._me['host']}.{self._me['pid']}")
         try:
             self._path.rename(aside)
@@ -108,14 +110,14 @@ class RunLock:
                 try:
                     is_ours = self._is_still_ours()
                 except OSError:
-                    continue  # a file server that stumbles; the next beat may come through
+                    continue  # The file server fails now; the next heartbeat may succeed.
             if not is_ours:
-                # Silent for a minute, so another took over: writing on would spoil its run.
+                # After a minute of silence another process took over: writing on would spoil its run.
                 print(f"{self._path}: taken over by another process; leaving", file=sys.stderr, flush=True)
                 os._exit(1)
 
     def _is_still_ours(self) -> bool:
-        """Show that we live; put the lock back if somebody removed it. False if another holds it."""
+        """Renew the heartbeat, or the lock if somebody removed it; return False if another process holds it."""
         if self.reads(self.text):
             os.utime(self._path)
             return True
@@ -123,7 +125,7 @@ class RunLock:
 
 
 def living_holder(run_dir: Path) -> str | None:
-    """Who trains in the run directory, as far as can be told without waiting; None if nobody does."""
+    """Return who trains in the run directory, as far as is known without waiting; None if nobody does."""
     path = run_dir / FILE_NAME
     try:
         text, heartbeat = path.read_text(encoding="utf-8"), path.stat().st_mtime
@@ -136,7 +138,7 @@ def living_holder(run_dir: Path) -> str | None:
 
 
 def _file_time(folder: Path) -> float:
-    """Now, by the clock of the file server, which dates heartbeats; by ours where nothing can be written."""
+    """Return the time of the file server's clock, which dates heartbeats; of ours if the folder is not writable."""
     try:
         with tempfile.TemporaryFile(dir=folder) as file:
             return os.fstat(file.fileno()).st_mtime
@@ -145,7 +147,7 @@ def _file_time(folder: Path) -> float:
 
 
 def _is_alive_here(text: str) -> bool | None:
-    """None for a holder on another host, and for what is no lock of ours: its heartbeat decides."""
+    """Return whether the holder runs on this host; None, if it is elsewhere or unreadable: the heartbeat decides."""
     try:
         holder = json.loads(text)
         if holder["host"] == socket.gethostname():
@@ -156,9 +158,10 @@ def _is_alive_here(text: str) -> bool | None:
 
 
 def _start_time(pid: int) -> str | None:
-    """When a process of this host started, in the kernel's ticks; None if there is no such process.
+    """Return when a process of this host started, in the kernel's ticks; None if there is no such process.
 
-    Field 22 of /proc/PID/stat (proc(5)); a zombie counts as gone. Without /proc, a fixed mark while it runs.
+    This is field 22 of /proc/PID/stat (proc(5)); a zombie counts as gone. Without /proc, return a constant while it
+    runs.
     """
     try:
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()
@@ -176,6 +179,7 @@ def _start_time(pid: int) -> str | None:
 
 
 def _describe(text: str) -> str:
+    """Return the holder that a lock's text names, or the text if it is no lock of ours."""
     try:
         holder = json.loads(text)
         job = f", job {holder['job']}" if holder["job"] else ""

@@ -1,4 +1,4 @@
-"""Where a run begins: its newest sound checkpoint, another run's weights, or nothing."""
+"""Finds where a run begins: its newest sound checkpoint, another run's weights, or new weights; and loads them."""
 
 import base64
 import json
@@ -32,22 +32,22 @@ from train.parallel.precision import LossScale
 from train.processes.group import ProcessGroup
 from train.run.checkpoints import checkpoint_tensors
 
-# What a model may be told otherwise and still be what its weights were trained for.
-NOT_IN_WEIGHTS = ("attention", "zero_init_projections", "eot_id")
+# Settings that may differ from those with which the weights were trained.
+FREE_SETTINGS = ("attention", "zero_init_projections", "eot_id")
 
 
 def find_start(run_dir: Path, *, group: ProcessGroup) -> tuple[Path | None, list[str]]:
-    """The checkpoint to continue from, if any, with a line for each broken one passed over. Collective."""
+    """Return the checkpoint to continue from, or None, and a line for each damaged one passed over. Collective."""
 
-    def look() -> tuple[Path | None, list[str]]:
-        for leftover in (run_dir / CHECKPOINTS).glob(".step_*"):  # of saves and deletions cut short by a kill
+    def find() -> tuple[Path | None, list[str]]:
+        for leftover in (run_dir / CHECKPOINTS).glob(".step_*"):  # left by saves and deletions that a kill interrupted
             shutil.rmtree(leftover, ignore_errors=True)
         checkpoint, faults = newest_sound(run_dir)
         if checkpoint is None and faults:
             raise InputError(f"{run_dir}: has no sound checkpoint ({'; '.join(faults)}); move it away to start afresh")
         return checkpoint, faults
 
-    return group.on_main(look)
+    return group.on_main(find)
 
 
 def load(
@@ -58,7 +58,7 @@ def load(
     loss_scale: LossScale | None = None,
     group: ProcessGroup,
 ) -> dict[str, Any]:
-    """Put a checkpoint's tensors into the live ones and its random state back; its state.json. Collective."""
+    """Load a checkpoint into the live tensors and random generators; return its state.json. Collective."""
     state = group.on_all(lambda: read_state(checkpoint))
     read_tensors(checkpoint, checkpoint_tensors(model, optimizer, loss_scale))
     _restore_random_state(state["random"], group.device)
@@ -66,10 +66,10 @@ def load(
 
 
 def settle_origin(config: Config) -> Config:
-    """--from-checkpoint as PATH@STEP, with the path absolute: what RUN's newest is changes, what a run began with not.
-    A Hugging Face folder has no steps, and is its path.
+    """Return the config with --from-checkpoint as an absolute PATH@STEP, or PATH for a Hugging Face folder.
 
-    What this run's config.json says stays, as long as the command line names the same run or folder.
+    A run's newest checkpoint changes, but the weights that this run began with do not. So the step in this run's
+    config.json stays, as long as the command line names the same run or folder.
     """
     if config.from_checkpoint is None:
         return config
@@ -79,27 +79,27 @@ def settle_origin(config: Config) -> Config:
         origin = f"{named.parents[1]}@{step_of(named)}"
     elif at and step.isdigit():
         origin = f"{named}@{int(step)}"
-    elif (kept := kept_origin(config.directory, named)) is not None:
-        origin = kept
+    elif (recorded := recorded_origin(config.directory, named)) is not None:
+        origin = recorded
     else:
         origin = str(named) if is_hugging_face(named) else f"{named}@{step_of(find_checkpoint(named))}"
     return replace(config, from_checkpoint=origin)
 
 
-def kept_origin(run_dir: Path, named: Path) -> str | None:
-    """What config.json says `run_dir` began with, if that is run or folder `named`."""
+def recorded_origin(run_dir: Path, named: Path) -> str | None:
+    """Return the origin in the config.json of `run_dir`, if it is the run or folder `named`; else None."""
     try:
-        kept = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))["config"]["from_checkpoint"]
+        origin = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))["config"]["from_checkpoint"]
     except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        return None  # a damaged file is reported where the run is compared with it
-    return kept if kept is not None and str(named) in (kept, kept.rpartition("@")[0]) else None
+        return None  # RunDirectory.check_start reports a damaged file.
+    return origin if origin is not None and str(named) in (origin, origin.rpartition("@")[0]) else None
 
 
 def load_weights(name: str, model: LanguageModel, tokenizer: Tokenizer, group: ProcessGroup) -> str:
-    """Put the weights of RUN's newest sound checkpoint, of RUN@STEP or of a Hugging Face folder into a model of the
-    same shape; which they were. Collective.
+    """Load RUN's newest sound checkpoint, RUN@STEP or a Hugging Face folder into the model. Collective.
 
-    InputError, naming what differs, for another shape or another tokenizer: its ids would mean other text.
+    Return which weights these were. Raise InputError, naming the differences, if the shape or the tokenizer differs:
+    another tokenizer's ids mean other text.
     """
     if group.on_main(lambda: is_hugging_face(Path(name))):
         return group.on_all(lambda: _load_folder(Path(name), model, tokenizer))
@@ -116,9 +116,9 @@ def load_weights(name: str, model: LanguageModel, tokenizer: Tokenizer, group: P
 
 
 def _load_folder(path: Path, model: LanguageModel, tokenizer: Tokenizer) -> str:
-    """Every rank reads the folder and keeps what is its own.
+    """Load a Hugging Face folder: every rank reads it and keeps its own shards.
 
-    A context shorter than the folder's takes the first of its positions, with which the model is what it was there.
+    A model with a shorter context takes the folder's first positions, which leaves its outputs unchanged.
     """
     folder, ours = open_folder(path), model.config
     if ours.context_len > folder.config.context_len:
@@ -127,7 +127,7 @@ def _load_folder(path: Path, model: LanguageModel, tokenizer: Tokenizer) -> str:
             f"set --train.seq-len {folder.config.context_len} or less (it is {ours.context_len})"
         )
     theirs = replace(folder.config, context_len=ours.context_len, vocab_multiple=ours.vocab_multiple)
-    if theirs.resolved_mlp_width == ours.resolved_mlp_width:  # which None and a number can both say
+    if theirs.resolved_mlp_width == ours.resolved_mlp_width:  # None and a number can mean the same width.
         theirs = replace(theirs, mlp_width=ours.mlp_width)
     _refuse_misfit(str(path), theirs, folder.tokenizer, ours, tokenizer)
     for name, parameter in model.named_parameters():
@@ -137,18 +137,17 @@ def _load_folder(path: Path, model: LanguageModel, tokenizer: Tokenizer) -> str:
 
 
 def _refuse_misfit(
-    name: str, theirs: ModelConfig, their_codec: Tokenizer, ours: ModelConfig, tokenizer: Tokenizer
+    name: str, theirs: ModelConfig, their_tokenizer: Tokenizer, ours: ModelConfig, tokenizer: Tokenizer
 ) -> None:
-    there, here = asdict(theirs), asdict(ours)
-    found = [
-        f"{key} {there[key]} (this run: {here[key]})"
-        for key in here
-        if there[key] != here[key] and key not in NOT_IN_WEIGHTS
+    """Raise InputError with each difference between the weights' model and this run's."""
+    old, new = asdict(theirs), asdict(ours)
+    differences = [
+        f"{key} {old[key]} (this run: {new[key]})" for key in new if old[key] != new[key] and key not in FREE_SETTINGS
     ]
-    if not gives_same_ids(their_codec, tokenizer):
-        found.append("another tokenizer")
-    if found:
-        raise InputError(f"--from-checkpoint {name}: its model does not fit this run: {', '.join(found)}")
+    if not gives_same_ids(their_tokenizer, tokenizer):
+        differences.append("another tokenizer")
+    if differences:
+        raise InputError(f"--from-checkpoint {name}: its model does not fit this run: {', '.join(differences)}")
 
 
 def _restore_random_state(states: dict[str, str], device: torch.device) -> None:

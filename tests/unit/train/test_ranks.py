@@ -1,4 +1,4 @@
-"""Rank and world from what torchrun, srun and submitit leave in the environment; tests/cluster has the real ones."""
+"""Rank and world size from the variables of torchrun, srun and submitit; tests/cluster has the real launchers."""
 
 import pytest
 
@@ -24,13 +24,9 @@ SRUN = {
     **{"SLURM_LOCALID": "0", "SLURM_NODEID": "2", "SLURM_STEP_TASKS_PER_NODE": "3,2(x2)"},
     **{"SLURM_STEP_NODELIST": "n[03-05]", "SLURM_NTASKS": "7"},
 }
-BATCH_SCRIPT = {
-    "SLURM_JOB_ID": "70",
-    "SLURM_PROCID": "0",
-    "SLURM_NTASKS": "8",
-    "SLURM_LOCALID": "0",
-    "SLURM_NODEID": "0",
-}
+BATCH_SCRIPT = {"SLURM_JOB_ID": "70", "SLURM_NTASKS": "8"} | dict.fromkeys(
+    ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"), "0"
+)
 SUBMITIT = {
     **{"SUBMITIT_LOCAL_JOB_ID": "4711", "SUBMITIT_LOCAL_NTASKS": "3", "SUBMITIT_LOCAL_GLOBALID": "2"},
     **{"SUBMITIT_LOCAL_LOCALID": "2"},
@@ -38,7 +34,7 @@ SUBMITIT = {
 
 
 @pytest.mark.parametrize(
-    ("environ", "place"),
+    ("environ", "expected"),
     [
         ({}, RankInfo()),
         (TORCHRUN, RankInfo(5, 8, 1, 4, "n1", 12345)),
@@ -51,17 +47,13 @@ SUBMITIT = {
         (SUBMITIT, RankInfo(2, 3, 2, 3, "localhost", port_of(4711, 0))),
         (SUBMITIT | {"SUBMITIT_LOCAL_NTASKS": "1", "SUBMITIT_LOCAL_GLOBALID": "0"}, RankInfo()),
     ],
-    ids=[
-        *("alone", "torchrun", "by hand", "srun", "srun, port given", "batch", "torchrun in batch"),
-        *("torchrun in srun", "local", "local, one"),
-    ],
 )
-def test_every_launcher_is_understood(environ: dict[str, str], place: RankInfo) -> None:
-    assert find_rank(environ) == place
-    taken = dict(environ)
-    assert take_rank(taken) == place
-    assert find_rank(taken) == place, "also a second time"
-    assert ("RANK" in taken) == (place.world > 1 or "RANK" in environ)
+def test_every_launcher_is_understood(environ: dict[str, str], expected: RankInfo) -> None:
+    assert find_rank(environ) == expected
+    changed = dict(environ)
+    assert take_rank(changed) == expected
+    assert find_rank(changed) == expected, "also a second time"
+    assert ("RANK" in changed) == (expected.world > 1 or "RANK" in environ)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +63,7 @@ def test_every_launcher_is_understood(environ: dict[str, str], place: RankInfo) 
             SRUN | {"RANK": "0", "WORLD_SIZE": "1"},
             "srun started rank 5 of 7, but RANK=0 and WORLD_SIZE=1 are set; unset",
         ),
-        ({"RANK": "3", "WORLD_SIZE": "2"}, "rank 3 of 2, 3 of 2 on its host: that cannot be; unset RANK, WORLD_SIZE"),
+        ({"RANK": "3", "WORLD_SIZE": "2"}, "rank 3 of 2, 3 of 2 on its host: impossible; unset RANK, WORLD_SIZE"),
         ({"WORLD_SIZE": "8"}, "cannot tell this process's rank from the environment: KeyError('RANK')"),
         ({"RANK": "3"}, "cannot tell this process's rank from the environment: KeyError('WORLD_SIZE')"),
         ({"RANK": "x", "WORLD_SIZE": "2"}, "cannot tell this process's rank from the environment: ValueError"),
@@ -83,30 +75,20 @@ def test_contradictions_are_refused(environ: dict[str, str], line: str) -> None:
     assert str(caught.value).startswith(line)
 
 
-def test_a_plan_may_be_for_so_many_processes() -> None:
+def test_a_plan_may_be_for_several_processes() -> None:
     assert find_rank({"WORLD_SIZE": "8"}, is_plan=True) == RankInfo(0, 8, 0, 8)
     assert find_rank(TORCHRUN, is_plan=True) == find_rank(TORCHRUN)
 
 
-@pytest.mark.parametrize(
-    ("nodes", "host"),
-    [("n1", "n1"), ("n1,m2", "n1"), ("n[07-12,20]", "n07"), ("r[1-2]n[07-12],login", "r1n07"), ("a-b[3]x,c", "a-b3x")],
-)
-def test_the_first_host_of_slurms_lists(nodes: str, host: str) -> None:
-    assert first_host(nodes) == host
-
-
-def test_tasks_per_node_as_slurm_writes_them() -> None:
-    assert tasks_per_node("4") == [4]
-    assert tasks_per_node("2(x3),1,3(x2)") == [2, 2, 2, 1, 3, 3]
-
-
-def test_ports_of_neighbours_and_restarts_differ_and_stay_below_the_kernels() -> None:
-    ports = [port_of(job, start) for job in range(2_000_000, 2_000_100) for start in range(10)]
-    assert len(set(ports)) == len(ports) and min(ports) >= FIRST_PORT and max(ports) < FIRST_PORT + NUM_PORTS <= 32768
-
-
-def test_a_task_of_an_array_is_not_the_array() -> None:
+def test_slurms_notations_are_read() -> None:
+    hosts = {"n1": "n1", "n1,m2": "n1", "n[07-12,20]": "n07", "r[1-2]n[07-12],login": "r1n07", "a-b[3]x,c": "a-b3x"}
+    assert {nodes: first_host(nodes) for nodes in hosts} == hosts
+    assert tasks_per_node("4") == [4] and tasks_per_node("2(x3),1,3(x2)") == [2, 2, 2, 1, 3, 3]
     assert slurm_job({}) is None
     assert slurm_job({"SLURM_JOB_ID": "9"}) == "9"
     assert slurm_job({"SLURM_JOB_ID": "9", "SLURM_ARRAY_JOB_ID": "9", "SLURM_ARRAY_TASK_ID": "3"}) == "9_3"
+
+
+def test_ports_of_neighbouring_jobs_and_restarts_differ_and_stay_below_the_kernels() -> None:
+    ports = [port_of(job, start) for job in range(2_000_000, 2_000_100) for start in range(10)]
+    assert len(set(ports)) == len(ports) and min(ports) >= FIRST_PORT and max(ports) < FIRST_PORT + NUM_PORTS <= 32768

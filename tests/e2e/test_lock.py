@@ -1,0 +1,107 @@
+"""The lock of a run directory between real processes; unit/train/test_directory.py has it within one process."""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from common.errors import InputError
+from tests.helpers.runs import ROOT
+from train.run import lock
+from train.run.lock import RunLock
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from train.run import lock
+lock.HEARTBEAT_SECONDS = float(sys.argv[2])
+try:
+    lock.RunLock(Path(sys.argv[1])).acquire()
+    print("held", flush=True)
+except ValueError:
+    print("refused", flush=True)
+time.sleep(float(sys.argv[3]))
+"""
+
+
+def start_holder(run_dir: Path, *, heartbeat_seconds: float = 10, seconds: float = 60) -> "subprocess.Popen[str]":
+    """Start a process that takes the lock, prints whether it has it, and lives for some seconds."""
+    command = [sys.executable, "-c", HOLD, str(run_dir), str(heartbeat_seconds), str(seconds)]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def first_line_of(process: "subprocess.Popen[str]") -> str:
+    assert process.stdout is not None
+    return process.stdout.readline().strip()
+
+
+def test_the_lock_of_a_living_process_is_refused_and_of_a_dead_one_taken(tmp_path: Path) -> None:
+    holder = start_holder(tmp_path)
+    assert first_line_of(holder) == "held"
+    with pytest.raises(InputError, match=rf"another process is training here \(pid {holder.pid} on "):
+        RunLock(tmp_path).acquire()
+    holder.kill()
+    holder.communicate()
+    mine = RunLock(tmp_path)
+    mine.acquire()
+    assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
+    mine.release()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_holder_whose_lock_was_taken_over_exits_and_leaves_the_lock(tmp_path: Path) -> None:
+    holder = start_holder(tmp_path, heartbeat_seconds=0.05)
+    assert first_line_of(holder) == "held"
+    (tmp_path / "other").write_text("another's lock")
+    (tmp_path / "other").rename(tmp_path / "lock.json")
+    _, errors = holder.communicate(timeout=20)
+    assert holder.returncode == 1 and "taken over by another process" in errors
+    RunLock(tmp_path).release()
+    assert (tmp_path / "lock.json").read_text() == "another's lock"
+
+
+def test_only_one_of_several_processes_takes_a_dead_lock(tmp_path: Path) -> None:
+    dead = {"host": os.uname().nodename, "pid": 2**22, "started": "1", "job": None}
+    (tmp_path / "lock.json").write_text(json.dumps(dead))
+    takers = [start_holder(tmp_path, seconds=3) for _ in range(4)]
+    assert sorted(taker.communicate()[0].strip() for taker in takers) == ["held", "refused", "refused", "refused"]
+
+
+def test_the_heartbeat_decides_about_a_holder_on_another_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "lock.json"
+    path.write_text(json.dumps({"host": "elsewhere", "pid": 1, "started": "5", "job": "77"}))
+    monkeypatch.setattr(lock, "SECONDS_BETWEEN_CHECKS", 0.01)
+    threading.Timer(0.3, lambda: os.utime(path)).start()
+    with pytest.raises(InputError, match="pid 1 on elsewhere, job 77"):
+        RunLock(tmp_path).acquire()
+    assert "waiting to see whether pid 1 on elsewhere, job 77 lives" in capsys.readouterr().err
+    monkeypatch.setattr(lock, "DEAD_AFTER_SECONDS", 0.5)
+    mine = RunLock(tmp_path)
+    mine.acquire()  # after half a second without a heartbeat
+    mine.release()
+
+
+def test_a_holder_renews_its_heartbeat_and_a_lock_that_was_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lock, "HEARTBEAT_SECONDS", 0.02)
+    held = RunLock(tmp_path)
+    held.acquire()
+    os.utime(tmp_path / "lock.json", (0, 0))
+    end = time.monotonic() + 20
+    while (tmp_path / "lock.json").stat().st_mtime == 0:
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    (tmp_path / "lock.json").unlink()
+    while not held.reads(held.text):
+        assert time.monotonic() < end
+        time.sleep(0.01)
+    held.release()
+    assert not (tmp_path / "lock.json").exists()
