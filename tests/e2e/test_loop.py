@@ -133,7 +133,7 @@ def test_hellaswag_is_scored_at_its_own_interval_and_changes_nothing(tiny_data: 
     right = [min(range(4), key=lambda i: each[i][0]) == item.label for each, item in zip(sums, items, strict=True)]
     assert found[-1]["hellaswag_acc"] == pytest.approx(sum(right) / 12)
     log = (tmp_path / "run" / "log.txt").read_text()
-    assert "items.jsonl: 12 items, not the whole pinned set: compares with nobody's score" in log
+    assert "items.jsonl: 12 items, not the whole pinned set, so the score is not comparable" in log
     assert f"step      20  hellaswag acc {sum(right) / 12:.4f} +- 0.1" in log
 
 

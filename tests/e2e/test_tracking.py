@@ -52,7 +52,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., tuple[Tracking, list[str]]]]
             "tags": (),
             "config": {"seed": 1337},
             "provenance": {},
-            "say": said.append,
+            "log": said.append,
         }
         tracked = open_tracking(mode=mode, **(defaults | options))
         assert tracked is not None
@@ -352,7 +352,7 @@ from pathlib import Path
 from train.metrics.wandb_process import open_tracking
 signal.signal(signal.SIGINT, lambda number, frame: None)
 tracked = open_tracking(mode="offline", run_dir=Path("run"), run_id={id!r}, name="tiny", project="ladder", group=None,
-                        tags=(), config={{}}, provenance={{}}, say=print)
+                        tags=(), config={{}}, provenance={{}}, log=print)
 tracked.row({{"step": 1}})
 while not list(Path("run").glob("wandb/offline-run-*/*.wandb")):
     time.sleep(0.02)
@@ -377,7 +377,7 @@ def test_ctrl_c_does_not_reach_it_and_the_run_of_a_killed_trainer_is_ended(tmp_p
 def test_what_stops_it_from_starting_is_said(start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     options: dict[str, Any] = {"run_id": ID, "name": "n", "project": "p", "group": None, "tags": (), "config": {}}
-    options |= {"provenance": {}, "say": said.append}
+    options |= {"provenance": {}, "log": said.append}
     (tmp_path / "file").touch()
     assert open_tracking(mode="offline", run_dir=tmp_path / "file", **options) is None
     assert len(said) == 1 and said[0].startswith("warning: no W&B tracking: ")

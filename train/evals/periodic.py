@@ -1,6 +1,6 @@
 """Evaluations in the training loop: validation, HellaSwag and samples, each at its own interval.
 
-None changes the model or draws from a generator that training uses: a run with them is bitwise the run without.
+No evaluation changes the model or draws from training's random generators: a run is bitwise the same without them.
 """
 
 import math
@@ -56,7 +56,7 @@ class PeriodicEvaluation:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """What every evaluation needs; its methods make one PeriodicEvaluation each."""
+    """The parts of a run that every evaluation needs; each method returns one PeriodicEvaluation."""
 
     loss_model: LossModel
     last_step: int
