@@ -17,7 +17,7 @@ from model.hf_bridge import main as bridge
 from tests.helpers.corpus import make_text
 from tests.helpers.groups import run_on_ranks
 from tests.helpers.hellaswag_items import write_items
-from tests.helpers.runs import called, rows, tiny_config, torchrun
+from tests.helpers.runs import called, rows, tiny_config
 from train import validate
 from train.evals.validation import Validation
 from train.main import run
