@@ -8,6 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[1]  # of the code that runs: a checkout, or a job's copy of one
+
 
 def fsync_directory(directory: Path) -> None:
     """Make the renames and new names inside `directory` durable."""

@@ -153,7 +153,9 @@ def memory_advice(run: Run, *, is_auto: bool) -> str:
         "--parallel.reshard-after-forward": parallel_plan.is_sharded and not parallel_plan.reshard_after_forward,
         "--parallel.reduce-gradients micro_batch": parallel_plan.is_sharded and parallel_plan.whole_gradients,
     }
-    advice = " or ".join(flag for flag, helps in flags.items() if helps) or "a smaller --train.seq-len or a smaller model"
+    advice = (
+        " or ".join(flag for flag, helps in flags.items() if helps) or "a smaller --train.seq-len or a smaller model"
+    )
     tried = f"out of memory with --train.micro-batch {batch_plan.micro_batch} and --train.seq-len {train.seq_len}"
     start = "from its last checkpoint" if run.reports.checkpoints.writer.saved_step else "from the beginning"
     return f"{tried}: set {advice}; the same command then goes on {start}"

@@ -30,22 +30,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore"),  # of lm-eval, datasets and transformers about each other
 ]
 ALONE = ProcessGroup(0, 1, torch.device("cpu"))
+CHOICE = 'output_type: multiple_choice\ndoc_to_choice: "{{endings}}"\ndoc_to_target: label\n'
 TASKS = {
-    "tiny_choice": """
-output_type: multiple_choice
-doc_to_text: "{{ctx}}"
-doc_to_choice: "{{endings}}"
-doc_to_target: label
-metric_list: [{metric: acc}, {metric: acc_norm}]
-""",
-    "tiny_bare_choice": """
-output_type: multiple_choice
-doc_to_text: ""
-doc_to_choice: "{{endings}}"
-doc_to_target: label
-target_delimiter: ""
-metric_list: [{metric: acc}]
-""",
+    "tiny_choice": CHOICE + 'doc_to_text: "{{ctx}}"\nmetric_list: [{metric: acc}, {metric: acc_norm}]\n',
+    "tiny_bare_choice": CHOICE + 'doc_to_text: ""\ntarget_delimiter: ""\nmetric_list: [{metric: acc}]\n',
     "tiny_text": """
 output_type: loglikelihood_rolling
 doc_to_text: ""

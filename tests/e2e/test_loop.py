@@ -17,16 +17,7 @@ from model.checkpoint import load_model
 from tests.distributed.test_exact import cut_back
 from tests.helpers.groups import run_on_ranks
 from tests.helpers.hellaswag_items import plain_scores, write_items
-from tests.helpers.runs import (
-    assert_same_tensors,
-    called,
-    curve,
-    final_tensors,
-    rows,
-    status,
-    tiny_config,
-    tiny_flags,
-)
+from tests.helpers.runs import assert_same_tensors, called, curve, final_tensors, rows, status, tiny_config, tiny_flags
 from train import loop
 from train import losses as train_losses
 from train.config import Config, SampleConfig
@@ -114,9 +105,7 @@ def test_hellaswag_is_scored_at_its_own_interval_and_changes_nothing(tiny_data: 
     assert_same_tensors(final_tensors(tmp_path / "run"), final_tensors(tmp_path / "plain"))
     logged = scores(tmp_path / "run")
     assert [row["step"] for row in logged] == [8, 16, 20]
-    axes = ["step", "tokens", "seconds", "flops"]
-    names = ["acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "items", "pinned"]
-    assert list(logged[0]) == [*axes, *(f"hellaswag_{name}" for name in names)]
+    assert logged[0].keys() >= {f"hellaswag_{name}" for name in ("acc_stderr", "acc_norm", "items", "pinned")}
     trained = load_model(tmp_path / "run")
     items = open_items(tmp_path / "items.jsonl").items
     sums = plain_scores(trained.model, trained.tokenizer, items)
@@ -127,23 +116,28 @@ def test_hellaswag_is_scored_at_its_own_interval_and_changes_nothing(tiny_data: 
     assert f"step      20  hellaswag acc {sum(right) / 12:.4f} +- 0.1" in log
 
 
-def test_a_stop_while_hellaswag_is_scored_leaves_it_to_the_next_start(
-    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(("module", "name"), [(hellaswag, "ending_losses"), (validation, "validate")])
+def test_a_stop_during_an_evaluation_leaves_the_rest_to_the_next_start(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: Any, name: str
 ) -> None:
-    config = scoring(tiny_config(tiny_data, tmp_path / "run", steps=8), tmp_path, every=4)
-    sound = hellaswag.ending_losses
+    """The evaluations of step 8, in their order: validation, HellaSwag, samples."""
+    config = scoring(sampling(tiny_config(tiny_data, tmp_path / "run", steps=8), every=8), tmp_path, every=8)
+    evaluate = getattr(module, name)
 
     def interrupted(*args: Any, stop_requests: Any, **options: Any) -> Any:
-        stop_requests.reason = "test"
-        return sound(*args, stop_requests=stop_requests, **options)
+        if any(row["step"] == 8 for row in rows(tmp_path / "run")):
+            stop_requests.reason = "test"
+        return evaluate(*args, stop_requests=stop_requests, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(hellaswag, "ending_losses", interrupted)
+        patch.setattr(module, name, interrupted)
         run(config, ALONE)
-    assert status(tmp_path / "run") == {"state": "stopped", "step": 4, "reason": "test", "attempt": 1}
-    assert scores(tmp_path / "run") == []
+    assert status(tmp_path / "run") == {"state": "stopped", "step": 8, "reason": "test", "attempt": 1}
+    assert scores(tmp_path / "run") == [] and not (tmp_path / "run" / "samples.jsonl").exists()
     run(config, ALONE)
-    assert [row["step"] for row in scores(tmp_path / "run")] == [4, 8]
+    assert status(tmp_path / "run")["state"] == "done"
+    for logged in (scores(tmp_path / "run"), rows(tmp_path / "run", "samples.jsonl")):
+        assert [row["step"] for row in logged] == [8]
 
 
 def score_here(group: ProcessGroup, config: Config, folder: Path) -> None:
@@ -226,7 +220,7 @@ def test_samples_are_the_same_after_a_resume_and_do_not_touch_training(
     whole = sampling(tiny_config(tiny_data, tmp_path / "whole", steps=20))
     run(whole, ALONE)
     assert curve(tmp_path / "whole") == curve(tmp_path / "silent")
-    drawn = [json.loads(line) for line in (tmp_path / "whole" / "samples.jsonl").read_text().splitlines()]
+    drawn = rows(tmp_path / "whole", "samples.jsonl")
     assert [row["step"] for row in drawn] == [5, 10, 15, 20]
     assert [sample["prompt"] for sample in drawn[0]["samples"]] == ["The ", "a", ""]
     assert all(len(sample["text"]) == 12 for row in drawn for sample in row["samples"])
@@ -246,27 +240,6 @@ def test_samples_are_the_same_after_a_resume_and_do_not_touch_training(
     run(resumed, ALONE)
     samples = [(tmp_path / name / "samples.jsonl").read_bytes() for name in ("whole", "resumed")]
     assert samples[0] == samples[1]
-
-
-def test_a_stop_in_the_last_validation_leaves_the_last_samples_to_the_next_start(
-    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    config = sampling(tiny_config(tiny_data, tmp_path / "run", steps=20), every=20)
-    validate = validation.validate
-
-    def interrupted(*args: Any, stop_requests: Any, **options: Any) -> Any:
-        if any(row["step"] == 20 for row in rows(tmp_path / "run")):
-            stop_requests.reason = "test"
-        return validate(*args, stop_requests=stop_requests, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(validation, "validate", interrupted)
-        run(config, ALONE)
-    assert status(tmp_path / "run")["state"] == "stopped"
-    assert not (tmp_path / "run" / "samples.jsonl").exists()
-    run(config, ALONE)
-    assert status(tmp_path / "run")["state"] == "done"
-    assert [json.loads(line)["step"] for line in (tmp_path / "run" / "samples.jsonl").read_text().splitlines()] == [20]
 
 
 def test_rates_are_of_training_alone_and_data_wait_is_part_of_them(

@@ -21,7 +21,7 @@ from train.metrics.wandb_process import Tracking, open_tracking
 ROOT = Path(__file__).resolve().parents[2]
 ID = "abcd1234"
 BLOCK_BYTES = 32_768
-ROWS = [
+ROWS: list[dict[str, Any]] = [
     {"step": 1, "tokens": 10, "seconds": 0.5, "loss": 4.0, "mfu": None, "flops": 60},
     {"step": 2, "tokens": 20, "seconds": 0.9, "loss": 3.5, "mfu": None, "flops": 120},
     {"step": 2, "tokens": 20, "val_loss": 3.75, "val_bits_per_byte": 2.5},

@@ -45,16 +45,16 @@ def own_run(trained_run: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(trained_run, tmp_path / "run", ignore=shutil.ignore_patterns("evaluations")))
 
 
-def report_of(printed: str) -> dict[str, Any]:
-    report: dict[str, Any] = json.loads(printed.splitlines()[-1])
-    return report
-
-
 def evaluated(*args: str | Path) -> tuple[str, dict[str, Any]]:
     """Return the printed table and the report."""
     done = called(main, *map(str, args))
     assert (done.returncode, done.stderr) == (0, "")
-    return done.stdout.rpartition('{"model"')[0], report_of(done.stdout)
+    return done.stdout.rpartition('{"model"')[0], json.loads(done.stdout.splitlines()[-1])
+
+
+def check_refused(message: str, *args: str | Path) -> None:
+    done = called(main, *map(str, args))
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1) and message in done.stderr, (args, done.stderr)
 
 
 def logged(run_dir: Path, step: int) -> dict[str, Any]:
@@ -173,9 +173,7 @@ def test_a_result_of_another_form_or_key_is_refused_in_one_line(own_run: Path, t
         for content in contents:
             text = content if isinstance(content, str) else json.dumps(content)
             path.write_text(text, encoding="utf-8", errors="surrogateescape")
-            done = called(main, *args)
-            assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), (content, done.stderr)
-            assert f"{path}: not the result that its name says; remove the file" in done.stderr
+            check_refused(f"{path}: not the result that its name says; remove the file", *args)
         path.unlink()
         evaluated(*args)
 
@@ -207,12 +205,8 @@ def test_a_hugging_face_folder_scores_as_its_run_and_nothing_is_written_there(
     assert result["validation"]["loss"] == pytest.approx(wanted["validation"]["loss"], abs=1e-6)
     _, kept = evaluated(tmp_path / "folder", *flags, "--out", tmp_path / "kept")
     assert kept == result and len(list((tmp_path / "kept").iterdir())) == 2
-    for args, message in {
-        ("--step", "5"): "is no run directory",
-        (): "names no data; give --data or --hellaswag",
-    }.items():
-        done = called(main, str(tmp_path / "folder"), *args)
-        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1) and message in done.stderr
+    check_refused("is no run directory", tmp_path / "folder", "--step", "5")
+    check_refused("names no data; give --data or --hellaswag", tmp_path / "folder")
 
 
 def test_bad_input_is_one_line(own_run: Path, tiny_data: Path, tmp_path: Path) -> None:
@@ -226,35 +220,23 @@ def test_bad_input_is_one_line(own_run: Path, tiny_data: Path, tmp_path: Path) -
         (tmp_path / name).write_text(content + "\n")
     (tmp_path / "text.txt").write_text(make_text(5_000))
     prepare(Options(input=(str(tmp_path / "text.txt"),), out=tmp_path / "bytes", tokenizer="byte"))
-    cases = {
-        (str(tmp_path / "absent"),): "no such run directory or checkpoint",
-        (str(own_run), "--step", "7"): "no checkpoint of step 7; there are 10, 20, 30, 40, 50",
-        (str(own_run), "--items", "0"): "--items 0 must be at least 1",
-        (str(own_run), "--items", "3"): "--items counts HellaSwag's",
-        (str(own_run), "--split", "test"): "has no split 'test', only train, val",
-        (str(own_run), "--data", str(tmp_path / "absent")): "no such data directory",
-        (
-            str(own_run),
-            "--data",
-            str(tmp_path / "bytes"),
-        ): "its tokenizer is byte (256 ids, sha256 40aff2e9), the model's is",
-        (str(own_run), "--hellaswag", str(tmp_path / "absent")): "no such HellaSwag file or directory",
-        (str(own_run), "--hellaswag", str(tiny_data)): "not HellaSwag's",
-        (str(own_run), "--hellaswag", str(items), "--tokens", "9"): "with --hellaswag give --data too",
-        (str(own_run), "--hellaswag", str(tmp_path / "label.jsonl")): "label is 7",
-        (
-            str(own_run),
-            "--hellaswag",
-            str(tmp_path / "other.jsonl"),
-        ): "1 of 1 items cannot be encoded with this tokenizer",
-    }
-    for args, message in cases.items():
-        done = called(main, *args)
-        assert (done.returncode, len(done.stderr.splitlines())) == (2, 1), (args, done.stderr)
-        assert message in done.stderr
+    for flags, message in {
+        "--step 7": "no checkpoint of step 7; there are 10, 20, 30, 40, 50",
+        "--items 0": "--items 0 must be at least 1",
+        "--items 3": "--items counts HellaSwag's",
+        "--split test": "has no split 'test', only train, val",
+        f"--data {tmp_path}/absent": "no such data directory",
+        f"--data {tmp_path}/bytes": "its tokenizer is byte (256 ids, sha256 40aff2e9), the model's is",
+        f"--hellaswag {tmp_path}/absent": "no such HellaSwag file or directory",
+        f"--hellaswag {tiny_data}": "not HellaSwag's",
+        f"--hellaswag {items} --tokens 9": "with --hellaswag give --data too",
+        f"--hellaswag {tmp_path}/label.jsonl": "label is 7",
+        f"--hellaswag {tmp_path}/other.jsonl": "1 of 1 items cannot be encoded with this tokenizer",
+    }.items():
+        check_refused(message, own_run, *flags.split())
+    check_refused("no such run directory or checkpoint", tmp_path / "absent")
     shutil.rmtree(own_run / "tokenizer")
-    done = called(main, str(own_run))
-    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1) and "codec.json: missing" in done.stderr
+    check_refused("codec.json: missing", own_run)
     assert not (own_run / "evaluations").exists()
     shutil.move(own_run / "checkpoints", tmp_path / "elsewhere")
     assert called(main, str(own_run)).returncode == 2
@@ -302,5 +284,4 @@ def test_a_state_that_does_not_fit_is_refused(
     names = sorted(path.name for path in checkpoint.iterdir() if path.name != SUMS_FILE)
     sums = "".join(f"{sha256_of_file(checkpoint / name)}  {name}\n" for name in names)
     (checkpoint / SUMS_FILE).write_text(sums)
-    done = called(main, str(own_run))
-    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1) and message in done.stderr
+    check_refused(message, own_run)

@@ -22,7 +22,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
-ROOT = Path(__file__).resolve().parents[1]
+from common.files import ROOT
+
 LOG_FILE = "tracking.log"
 INIT_SECONDS = 30.0  # to reach the server, before the run is recorded offline
 UPLOAD_SECONDS = 20.0  # to upload the rest at the end
