@@ -157,7 +157,7 @@ EvaluationData = tuple[ValidationSet | None, HellaSwag | None, Sampler | None]
 
 
 def open_evaluation_data(config: Config, batch_plan: BatchPlan, tokenizer: Tokenizer) -> EvaluationData:
-    """Return what each evaluation reads; None for an evaluation that the config switches off."""
+    """Return the data of each evaluation; None for an evaluation that is switched off."""
     validation = hellaswag = sampler = None
     if config.validate.every is not None:
         validation = ValidationSet(

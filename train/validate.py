@@ -271,7 +271,7 @@ def main(args: Sequence[str] | None = None) -> None:
             group.barrier()  # launchers kill the rest when the first process exits
         if reasons:
             if group.is_main:
-                print(f"validate: stopped ({reasons[0]}); the same command does what is left", file=sys.stderr)
+                print(f"validate: stopped ({reasons[0]}); the same command continues", file=sys.stderr)
             sys.exit(1)
 
 

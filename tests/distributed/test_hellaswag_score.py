@@ -140,19 +140,6 @@ def test_there_are_few_shapes_and_each_batch_has_one(tmp_path: Path) -> None:
         assert (data.batch(data.num_batches)[1] == -100).all()
 
 
-def test_a_stop_ends_it(tmp_path: Path) -> None:
-    stop_requests = StopRequests(Path("none"), is_main=True)
-    stop_requests.reason = "test"
-    questions, _ = make_questions(items_of(tmp_path), ByteTokenizer(), CONTEXT)
-    data = HellaSwag(questions, context_len=CONTEXT, batch_tokens=1, fixed_shapes=True)
-    assert (
-        ending_losses(
-            LossModel(make(SMALL), chunked=False), data, group=ALONE, stop_requests=stop_requests, heartbeat=print
-        )
-        is None
-    )
-
-
 def test_shares_and_their_standard_errors(tmp_path: Path) -> None:
     questions, _ = make_questions(items_of(tmp_path, 5), ByteTokenizer(), CONTEXT)
     labels = torch.tensor([question.label for question in questions])

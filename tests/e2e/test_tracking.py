@@ -28,6 +28,11 @@ ROWS: list[dict[str, Any]] = [
     {"step": 5, "tokens": 50, "seconds": 2.5, "loss": 3.0, "mfu": 0.25, "flops": 300},
 ]
 
+OPTIONS: dict[str, Any] = {
+    **{"run_id": ID, "name": "tiny", "project": "ladder", "group": None, "tags": ()},
+    **{"config": {"seed": 1337}, "provenance": {}},
+}
+
 
 @pytest.fixture(autouse=True)
 def nobody_logged_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -43,18 +48,9 @@ def start(tmp_path: Path) -> Iterator[Callable[..., tuple[Tracking, list[str]]]]
 
     def started(mode: Any = "offline", **options: Any) -> tuple[Tracking, list[str]]:
         messages: list[str] = []
-        defaults: dict[str, Any] = {
-            "run_dir": tmp_path / "run",
-            "run_id": ID,
-            "name": "tiny",
-            "project": "ladder",
-            "group": None,
-            "tags": (),
-            "config": {"seed": 1337},
-            "provenance": {},
-            "log": messages.append,
-        }
-        tracked = open_tracking(mode=mode, **(defaults | options))
+        tracked = open_tracking(
+            mode=mode, **(OPTIONS | {"run_dir": tmp_path / "run", "log": messages.append} | options)
+        )
         assert tracked is not None
         opened.append(tracked)
         return tracked, messages
@@ -336,8 +332,7 @@ def test_ctrl_c_does_not_reach_it_and_the_run_of_a_killed_trainer_is_ended(tmp_p
 
 def test_a_tracker_that_cannot_start_warns(start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     messages: list[str] = []
-    options: dict[str, Any] = {"run_id": ID, "name": "n", "project": "p", "group": None, "tags": (), "config": {}}
-    options |= {"provenance": {}, "log": messages.append}
+    options = OPTIONS | {"log": messages.append}
     (tmp_path / "file").touch()
     assert open_tracking(mode="offline", run_dir=tmp_path / "file", **options) is None
     assert len(messages) == 1 and messages[0].startswith("warning: no W&B tracking: ")

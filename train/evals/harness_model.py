@@ -96,8 +96,8 @@ class LadderLM(TemplateLM):
         ids: list[int] = self.trained.tokenizer.encode(string).tolist()
         return ids
 
-    def _progress(self, num_requests: int, what: str, disable: bool) -> "tqdm[None]":
-        return tqdm(total=num_requests, desc=what, disable=disable or self.rank != 0 or None)
+    def _progress(self, num_requests: int, label: str, disable: bool) -> "tqdm[None]":
+        return tqdm(total=num_requests, desc=label, disable=disable or self.rank != 0 or None)
 
     @torch.no_grad()
     def _loglikelihood_tokens(

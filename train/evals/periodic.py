@@ -27,7 +27,7 @@ Row = dict[str, Any]
 class PeriodicEvaluation:
     """One evaluation: due every `every` steps, at the last step and, if `at_start`, at step 0.
 
-    `evaluate` returns the values to report, or None if a stop was asked for meanwhile. `done_steps`: the steps that
+    `evaluate` returns the values to report, or None if a stop is requested meanwhile. `done_steps`: the steps that
     have been reported, also before a restart. `shapes`: (rows, tokens) of the model's calls, to be compiled ahead.
     """
 
@@ -45,7 +45,7 @@ class PeriodicEvaluation:
         return step % self.every == 0 or step == self.last_step
 
     def run(self, progress: Progress) -> bool:
-        """Evaluate and report; return False, with nothing reported, if a stop was asked for meanwhile. Collective."""
+        """Evaluate and report; return False, with nothing reported, if a stop is requested meanwhile. Collective."""
         values = self.evaluate(progress)
         if values is None:
             return False

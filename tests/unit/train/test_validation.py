@@ -91,16 +91,6 @@ def test_the_standard_error_is_how_far_samples_of_sequences_spread() -> None:
     assert np.mean(np.array(errors, dtype=float)) == pytest.approx(means.std(), rel=0.03)
 
 
-def test_a_stop_ends_it(tiny_data: Path, model: GPT) -> None:
-    stop_requests = StopRequests(Path("none"), is_main=True)
-    stop_requests.reason = "test"
-    data = validation_set(tiny_data, 1, None)
-    assert (
-        validate(LossModel(model, chunked=False), data, group=ALONE, stop_requests=stop_requests, heartbeat=print)
-        is None
-    )
-
-
 def test_an_empty_split_is_refused(tiny_data: Path) -> None:
     shard = open_shard(next(iter(sorted(tiny_data.glob("val_*.bin")))))
     lone = TokenStream([type(shard)(shard.path, shard.tokens[:1], shard.vocab_size, None, 1)])
