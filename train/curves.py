@@ -1,15 +1,15 @@
-"""Loss curves of one or more runs as a PNG, and their results as a Markdown table. The PNG needs the extra `plots`.
+"""Draw loss curves of one or more runs as a PNG, and print their results as a Markdown table.
 
     python train/curves.py runs/A                         # into runs/A/curves.png
     python train/curves.py runs/A runs/B --x tokens       # into curves.png
 
-Takes a few seconds. Lines are training loss, dots validation loss. The table is printed and written beside the
-PNG as curves.md, one row per run:
+It takes a few seconds. The PNG needs the extra `plots`; lines are training loss, dots validation loss. The table is
+also written beside the PNG as curves.md, one row per run:
 
-    parameters   of the model in config.json, vocabulary padding left out
-    val loss     the last one, in nats per token, +- its standard error; `best` with the step it was seen at
-    train loss   mean of the last 5 rows; a step that was skipped counts, its loss is of the weights as they were
-    seconds      of training, validation and saving left out
+    parameters   of the model in config.json, without vocabulary padding
+    val loss     the last one, in nats per token, +- its standard error; `best` with its step
+    train loss   mean of the last 5 rows; a skipped step counts, with the loss before its update
+    seconds      of training, without validation and saving
     tokens/s     median of the training rows; MFU is the last row's
 """
 
@@ -60,14 +60,14 @@ class Options:
     runs: Annotated[tuple[Path, ...], tyro.conf.Positional]
     """Run directories."""
     x: Axis = "step"
-    """The horizontal axis."""
+    """Quantity on the horizontal axis."""
     out: Path | None = None
-    """Where to put the picture, the table beside it; None: curves.png in the run directory, of several runs here."""
+    """File for the picture, with the table beside it; None: RUN/curves.png, or ./curves.png for several runs."""
 
 
 @dataclass(frozen=True)
 class RunMetrics:
-    """What a run wrote, by kind of row."""
+    """A run's rows by kind, and the size of its model."""
 
     directory: Path
     label: str
@@ -77,7 +77,7 @@ class RunMetrics:
 
 
 def read_rows(run_dir: Path) -> list[Row]:
-    """The complete rows of a run's metrics.jsonl; a line that is still being written is left out."""
+    """Return the complete rows of a run's metrics.jsonl, without a line that is still being written."""
     path = run_dir / METRICS_FILE
     with reading_from(path):
         if not path.is_file():
@@ -93,7 +93,7 @@ def read_rows(run_dir: Path) -> list[Row]:
 
 
 def count_parameters_of(run_dir: Path) -> int | None:
-    """From config.json; None without one. One that this code does not understand costs a warning, not the curves."""
+    """Return the parameters of the model in config.json; None without one, or with a warning if it is unknown."""
     path = run_dir / "config.json"
     if not path.is_file():
         return None
@@ -107,11 +107,11 @@ def count_parameters_of(run_dir: Path) -> int | None:
 
 
 def labels_of(run_dirs: Sequence[Path]) -> list[str]:
-    """Directory names; those that are alike get as many parents as tell them apart."""
+    """Return directory names, with as many parents as distinguish equal names."""
     paths = [run_dir.resolve() for run_dir in run_dirs]
-    twice = next((path for path in paths if paths.count(path) > 1), None)
-    if twice is not None:
-        raise InputError(f"{twice}: given twice")
+    duplicate = next((path for path in paths if paths.count(path) > 1), None)
+    if duplicate is not None:
+        raise InputError(f"{duplicate}: given twice")
 
     def tail(path: Path, num_parts: int) -> tuple[str, ...]:
         return path.parts[-num_parts:]
@@ -136,12 +136,12 @@ def read_runs(run_dirs: Sequence[Path]) -> list[RunMetrics]:
 
 
 def values(rows: Sequence[Row], key: str) -> list[float]:
-    """The column `key` of those rows that have it and not as null. A NaN stays: a diverged run must look like one."""
+    """Return the non-null values under `key`. A NaN stays, so that a diverged run shows."""
     return [row[key] for row in rows if row.get(key) is not None]
 
 
 def points(run: RunMetrics, rows: Sequence[Row], x: Axis, loss: str) -> list[tuple[float, float]]:
-    """(x, loss) of the rows; InputError where one has no such x."""
+    """Return (x, loss) of each row. Raise InputError if a row has no such x."""
     for row in rows:
         if row.get(x) is None:
             kind = "validation" if loss == "val_loss" else "training"
@@ -153,17 +153,16 @@ def points(run: RunMetrics, rows: Sequence[Row], x: Axis, loss: str) -> list[tup
 
 
 def results(run: RunMetrics) -> tuple[str, ...]:
-    """A run's cells under COLUMNS."""
+    """Return a run's cells under COLUMNS."""
     rows = [*run.train_rows, *run.val_rows]
-    measured = run.val_rows
     last_val, best = ABSENT, ABSENT
-    if measured:
-        error = measured[-1].get("val_loss_stderr")
-        last_val = f"{measured[-1]['val_loss']:.4f}" + ("" if error is None else f" +- {error:.4f}")
-        lowest = min(measured, key=lambda row: math.inf if math.isnan(row["val_loss"]) else row["val_loss"])
+    if run.val_rows:
+        error = run.val_rows[-1].get("val_loss_stderr")
+        last_val = f"{run.val_rows[-1]['val_loss']:.4f}" + ("" if error is None else f" +- {error:.4f}")
+        lowest = min(run.val_rows, key=lambda row: math.inf if math.isnan(row["val_loss"]) else row["val_loss"])
         best = f"{lowest['val_loss']:.4f} at {lowest['step']}"
     losses, seconds, rates = values(run.train_rows, "loss"), values(rows, "seconds"), values(rows, "tokens_per_second")
-    bits_per_byte = values(measured[-1:], "val_bits_per_byte")
+    bits_per_byte = values(run.val_rows[-1:], "val_bits_per_byte")
     mfu = values(run.train_rows[-1:], "mfu")
     tokens = values(rows, "tokens")
     return (
@@ -182,12 +181,12 @@ def results(run: RunMetrics) -> tuple[str, ...]:
 
 
 def table(runs: Sequence[RunMetrics]) -> str:
-    """Markdown: names to the left, numbers to the right."""
+    """Return the Markdown table, with names on the left and numbers on the right."""
     return markdown([COLUMNS, *map(results, runs)], right_from=1)
 
 
 def plot(runs: Sequence[RunMetrics], x: Axis, out: Path) -> None:
-    """Draw every run into one picture at `out`."""
+    """Draw all runs into one picture at `out`."""
     figure = new_figure(figsize=(8, 5))
     axes = figure.subplots()
     for index, run in enumerate(runs):

@@ -1,17 +1,16 @@
-"""EleutherAI's lm-evaluation-harness on a model of ours. Needs lm-eval: pip install -e '.[eval]'.
+"""Run EleutherAI's lm-evaluation-harness on our own model. Needs lm-eval: pip install -e '.[eval]'.
 
     python train/harness.py runs/NAME --tasks hellaswag
     python train/harness.py runs/NAME@500 --tasks lambada_openai,piqa --num_fewshot 0 --batch_size 16 --limit 100
     python train/harness.py runs/NAME --tasks mine --include_path tasks --output_path results
     torchrun --nproc_per_node=8 train/harness.py runs/NAME --tasks hellaswag
 
-All after the model is for lm-eval's own command line, `lm_eval run`; --dtype alone is ours: fp32 (the default) or bf16.
-Tasks come from the Hub, but for your own of --include_path. The same numbers as `--model hf` has for the folder that
-model/hf_bridge.py exports, for any architecture and tokenizer that we have, and on as many processes as the smallest
-task has documents.
+All flags are those of `lm_eval run`, except --dtype: fp32 (the default) or bf16. Tasks come from the Hub, or from your
+own folder with --include_path. The numbers are those of `--model hf` on the folder that model/hf_bridge.py exports, for
+any architecture and tokenizer that we have. The smallest task needs as many documents as there are processes.
 
-The harness's HellaSwag rewrites the text and divides by an ending's characters: OpenAI's GPT-2 small has 0.2892 and
-0.3114 there (published with build-nanogpt, not measured here). train/validate.py has the other style.
+The harness's HellaSwag rewrites the text and divides a loss by the ending's characters. OpenAI's GPT-2 small has 0.2892
+and 0.3114 there (published with build-nanogpt, not measured here). train/validate.py has the completion style.
 """
 
 import json
@@ -32,18 +31,18 @@ from train.processes.group import open_process_group
 
 USAGE = f"usage: train/harness.py MODEL [--dtype fp32|bf16] --tasks TASK [lm-eval's flags]\n\n{__doc__}"
 BATCH_SIZE = "8"  # lm-eval's own is 1
-TIMEOUT_SECONDS = 3600.0  # one process's part of all tasks may take so much longer than another's
+TIMEOUT_SECONDS = 3600.0  # how much longer one process's share may take than another's
 
 
 def command_line(args: Sequence[str]) -> list[str]:
-    """lm-eval's for ours. JSON, since a path may hold commas."""
+    """Return lm-eval's command line for ours. Model arguments are JSON, since a path may hold commas."""
     model, *rest = args
     dtype = "fp32"
     words = [word for flag in rest for word in (flag.split("=", 1) if flag.startswith("--dtype=") else [flag])]
     if "--dtype" in words:
-        place = words.index("--dtype")
-        dtype = words[place + 1] if place + 1 < len(words) else ""
-        rest = [*words[:place], *words[place + 2 :]]
+        position = words.index("--dtype")
+        dtype = words[position + 1] if position + 1 < len(words) else ""
+        rest = [*words[:position], *words[position + 2 :]]
     if not any(flag.split("=")[0] in ("--batch_size", "-b", "--config", "-C") for flag in rest):
         rest += ["--batch_size", BATCH_SIZE]
     return [
@@ -59,12 +58,12 @@ def command_line(args: Sequence[str]) -> list[str]:
 
 def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors("harness"):
-        given = list(sys.argv[1:] if args is None else args)
-        wants_help = not given or bool({"-h", "--help"} & set(given))
+        arguments = list(sys.argv[1:] if args is None else args)
+        wants_help = not arguments or bool({"-h", "--help"} & set(arguments))
         if wants_help:
             print(USAGE)
-        elif given[0].startswith("-"):
-            raise InputError(f"{given[0]}: the model comes first: train/harness.py MODEL --tasks ...")
+        elif arguments[0].startswith("-"):
+            raise InputError(f"{arguments[0]}: the model comes first: train/harness.py MODEL --tasks ...")
         try:
             from lm_eval._cli import HarnessCLI
         except ImportError as error:
@@ -72,21 +71,21 @@ def main(args: Sequence[str] | None = None) -> None:
                 print("Its flags cannot be listed: it is not installed.")
                 return
             raise InputError("the harness needs lm-eval: pip install -e '.[eval]'") from error
-        before = sys.argv
+        own_argv = sys.argv
         try:
-            sys.argv = ["lm_eval", "run", "--help"] if wants_help else command_line(given)
+            sys.argv = ["lm_eval", "run", "--help"] if wants_help else command_line(arguments)
             parser = HarnessCLI()
             options = parser.parse_args()
             from train.evals import harness_model
 
             with open_process_group(TIMEOUT_SECONDS, Path(tempfile.gettempdir()), program="harness") as group:
                 harness_model.use(group)
-                if not any(flag.split("=")[0] == "--device" for flag in given):
-                    options.device = str(group.device)  # else lm-eval's default, a GPU, whether there is one or not
+                if not any(flag.split("=")[0] == "--device" for flag in arguments):
+                    options.device = str(group.device)  # lm-eval's default is a GPU, even without one
                 try:
                     parser.execute(options)
                 except InputError as error:
-                    if not group.is_main:  # it may be this process's alone, in its share of the requests
+                    if not group.is_main:  # only this process may have it, in its share of the requests
                         print(f"harness: rank {group.rank}: {error}", file=sys.stderr)
                     raise
                 except OSError as error:  # of lm-eval's downloads and output files
@@ -97,7 +96,7 @@ def main(args: Sequence[str] | None = None) -> None:
                     raise InputError(f"lm-eval: {first_line(error)}") from error
                 group.barrier()  # launchers kill the rest when the first process exits
         finally:
-            sys.argv = before
+            sys.argv = own_argv
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@
     python train/main.py shakespeare-char-cpu                       # 2 minutes on two cores; validation loss 1.89
     torchrun --nproc_per_node=8 train/main.py gpt2-small --optim.lr-peak 1e-3 --run-dir runs/hot --dry-run
 
-Presets: train/presets.py. Flags: `--help`. The same command line again continues the run.
+The presets are in train/presets.py; `--help` lists the flags. The same command line again continues the run.
 """
 
 import time
@@ -53,12 +53,12 @@ from train.state import Run
 
 def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors("train"):
-        given = sys.argv[1:] if args is None else args
-        place = take_rank(is_plan="--dry-run" in given)
-        config = parse(given, PRESETS)
+        arguments = sys.argv[1:] if args is None else args
+        rank_info = take_rank(is_plan="--dry-run" in arguments)
+        config = parse(arguments, PRESETS)
         if config.dry_run:
-            lines = planned(config, place)
-            if place.rank == 0:
+            lines = planned(config, rank_info)
+            if rank_info.rank == 0:
                 print("\n".join(lines))
             return
         startup = Startup(STARTED)
@@ -88,8 +88,8 @@ def planned(config: Config, rank_info: RankInfo) -> list[str]:
         open_sequences(config)
         open_evaluation_data(config, batch_plan, load_tokenizer(config.data.dir))
     saved = [f"continues from {path}" for path in list_checkpoints(config.directory)[-1:]]
-    idle = settings_without_effect(config, device.type, rank_info.world, parallel_plan.mode)
-    return [card(config, manifest, batch_plan, parallel_plan), *saved, *(f"warning: {line}" for line in idle)]
+    warnings = settings_without_effect(config, device.type, rank_info.world, parallel_plan.mode)
+    return [card(config, manifest, batch_plan, parallel_plan), *saved, *(f"warning: {line}" for line in warnings)]
 
 
 def run(config: Config, group: ProcessGroup, startup: Startup | None = None) -> None:
@@ -134,7 +134,7 @@ def run(config: Config, group: ProcessGroup, startup: Startup | None = None) -> 
                 logger.log(f"{state} at step {step}" + (f" ({reason})" if reason else ""))
         except torch.OutOfMemoryError as error:
             error.add_note(memory_advice(run, is_auto=config.train.micro_batch == "auto"))
-            directory.forget()  # the micro-batch that was found to fit does not
+            directory.forget()  # the recorded micro-batch of `auto` did not fit after all
             raise
         finally:
             run.data.batches.close()
@@ -142,7 +142,7 @@ def run(config: Config, group: ProcessGroup, startup: Startup | None = None) -> 
 
 
 def memory_advice(run: Run, *, is_auto: bool) -> str:
-    """Return the flags that make a step smaller, the cheapest first. `is_auto`: the micro-batch was found by itself."""
+    """Return the flags that make a step smaller, the cheapest first. `is_auto`: --train.micro-batch auto chose it."""
     train, batch_plan, parallel_plan = run.config.train, run.data.batch_plan, run.processes.parallel_plan
     smaller = max((n for n in divisors(batch_plan.sequences_per_rank) if n < batch_plan.micro_batch), default=None)
     flags = {
@@ -154,7 +154,9 @@ def memory_advice(run: Run, *, is_auto: bool) -> str:
         "--parallel.reshard-after-forward": parallel_plan.is_sharded and not parallel_plan.reshard_after_forward,
         "--parallel.reduce-gradients micro_batch": parallel_plan.is_sharded and parallel_plan.whole_gradients,
     }
-    advice = " or ".join(flag for flag, helps in flags.items() if helps) or "a smaller --train.seq-len or model"
+    advice = (
+        " or ".join(flag for flag, helps in flags.items() if helps) or "a smaller --train.seq-len or a smaller model"
+    )
     tried = f"out of memory with --train.micro-batch {batch_plan.micro_batch} and --train.seq-len {train.seq_len}"
     start = "from its last checkpoint" if run.reports.checkpoints.writer.saved_step else "from the beginning"
     return f"{tried}: set {advice}; the same command then goes on {start}"

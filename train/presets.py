@@ -1,6 +1,5 @@
-"""Named recipes. Every field a preset does not name keeps its default from config.py."""
+"""The presets: named recipes. A field that a preset does not set has its default from train/config.py."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from model.config import NAMED_SHAPES, ModelConfig
@@ -72,7 +71,7 @@ def gpt2_xl() -> Config:
 
 
 def gpt2_small_134m() -> Config:
-    """GPT-2 small with rotary positions, no biases and an own head for an own vocabulary of 32,000: 134.1M parameters.
+    """GPT-2 small with RoPE, no biases, an untied head and a vocabulary of 32,000: 134.1M parameters.
 
     10B tokens, rates and batch as gpt2-small. Data: data_prep/bpe.py --vocab-size 32000 on a part of the text, then
     data_prep/textfiles.py --tokenizer FOLDER on all of it.
@@ -86,10 +85,11 @@ def gpt2_small_134m() -> Config:
 
 
 def tinystories() -> Config:
-    """TinyStories with a vocabulary of 10,000: RMSNorm, RoPE, SwiGLU, no biases, an own head, 35.9M parameters.
+    """TinyStories with a vocabulary of 10,000: RMSNorm, RoPE, SwiGLU, no biases, an untied head, 35.9M parameters.
 
-    5,000 steps of 128 sequences of 256, 163.8M tokens, learning rate 2e-3: published as val 1.349 (1.45 is the usual
-    target). Data: data_prep/bpe.py --vocab-size 10000, then data_prep/textfiles.py --tokenizer FOLDER.
+    5,000 steps of 128 sequences of 256, 163.8M tokens, learning rate 2e-3. The published validation loss
+    is 1.349; 1.45 is the usual target. Data: data_prep/bpe.py --vocab-size 10000, then
+    data_prep/textfiles.py --tokenizer FOLDER.
     Cost: 3.2e16 FLOPs; some 3 minutes on an H100 at 20 % of its peak. Not measured.
     """
     return Config(
@@ -105,7 +105,7 @@ def tinystories() -> Config:
 
 
 def openwebtext_32k() -> Config:
-    """The same shape on OpenWebText with a vocabulary of 32,000: 58.5M parameters, 42.1M with --model.tie.
+    """The shape of tinystories on OpenWebText with a vocabulary of 32,000: 58.5M parameters, 42.1M with --model.tie.
 
     20,000 steps of 128 sequences of 512 tokens, 1.3B tokens. Data: data_prep/bpe.py --vocab-size 32000 on a part of the
     text, then data_prep/textfiles.py openwebtext --tokenizer FOLDER.
@@ -123,7 +123,7 @@ def openwebtext_32k() -> Config:
 
 
 def phase1() -> Config:
-    """A first model, on a CPU: Tiny Shakespeare by characters, 2 layers, 4 heads, 128 wide, 0.4M parameters, 10 epochs.
+    """A first model on a CPU: Tiny Shakespeare by characters, 2 layers, 4 heads, 128 wide, 0.4M parameters, 10 epochs.
 
     `python launch/sweep.py epochs` trains it and prints a row for each epoch: loss and sample.
     Cost: 2.9e13 FLOPs; 12 minutes of one core.
@@ -142,11 +142,11 @@ def phase1() -> Config:
 
 
 def phase2() -> Config:
-    """A second, on one GPU: 6 layers, 8 heads, 512 wide, GPT-2's vocabulary, 44.9M parameters, on 250 MB of text.
+    """A second model on one GPU: 6 layers, 8 heads, 512 wide, GPT-2's vocabulary, 44.9M parameters, on 250 MB of text.
 
-    Data: data_prep/fineweb.py --max-tokens 60000000 --out data/fineweb_edu_60M. Four epochs of it, since up to so many
+    Data: data_prep/fineweb.py --max-tokens 60000000 --out data/fineweb_edu_60M. Four epochs, since up to four
     are nearly as good as new text (Muennighoff et al. 2023): 3,660 steps of 65,536 tokens.
-    Cost: 6.9e16 FLOPs; 3 minutes on an H100 at 40 % of its peak. The third is gpt2-small, or phase3.
+    Cost: 6.9e16 FLOPs; 3 minutes on an H100 at 40 % of its peak. The third model is gpt2-small.
     """
     return Config(
         preset="phase2",
@@ -160,18 +160,13 @@ def phase2() -> Config:
     )
 
 
-def phase3() -> Config:
-    """The third is gpt2-small, as it is, in a run directory of its own."""
-    return replace(gpt2_small(), preset="phase3")
-
-
 def finetune() -> Config:
-    """GPT-2 small's own weights, trained further on own text: give --data.dir, tokenized with --tokenizer gpt2.
+    """GPT-2 small's own weights, trained further on your text: give --data.dir, tokenized with --tokenizer gpt2.
 
-    --from-checkpoint is the Hugging Face folder `gpt2` unless another is given (of another size with its
-    --model.num-layers, --model.num-heads and --model.width). 20 steps of 32 sequences of 1,024 at a constant 3e-5,
-    without warm-up: nanoGPT, config/finetune_shakespeare.py (there GPT-2 XL, on 2.2 epochs of Tiny Shakespeare). A
-    shorter --train.seq-len takes the folder's first positions. Not measured with OpenAI's weights.
+    --from-checkpoint is the Hugging Face folder `gpt2` unless given. Another size needs its --model.num-layers,
+    --model.num-heads and --model.width. 20 steps of 32 sequences of 1,024 at a constant 3e-5,
+    without warm-up: nanoGPT, config/finetune_shakespeare.py (there GPT-2 XL, on 2.2 epochs of Tiny Shakespeare). With a
+    shorter --train.seq-len, the folder's first positions are taken. Not measured with OpenAI's weights.
     Cost: 5.6e14 FLOPs; some seconds on a recent GPU.
     """
     return Config(
@@ -230,7 +225,7 @@ def shakespeare_char_cpu() -> Config:
 def stories_cpu() -> Config:
     """TinyStories on a CPU, for sweeps (launch/sweep.py): 4 layers, 4 heads, 128 wide, context 128, 150 steps.
 
-    A run takes about a minute on one core. Data: 2 MB of stories with an own vocabulary of 1,000.
+    A run takes about a minute on one core. Data: 2 MB of stories with a vocabulary of 1,000.
     """
     return Config(
         preset="stories-cpu",
@@ -246,7 +241,7 @@ def stories_cpu() -> Config:
 
 
 def quickstart() -> Config:
-    """The Makefile's first run: the text inside CPython by characters, two processes, a few minutes on 2 cores."""
+    """The run of `make quickstart`: the text inside CPython by characters, two processes, 3 minutes on 2 cores."""
     return Config(
         preset="quickstart",
         data=DataConfig(dir=Path("data/python-docs")),
@@ -270,7 +265,6 @@ PRESETS = {
         gpt2_small_134m(),
         phase1(),
         phase2(),
-        phase3(),
         tinystories(),
         openwebtext_32k(),
         finetune(),

@@ -62,10 +62,10 @@ def set_up(
     loss_scale = LossScale(group.device) if config.train.dtype == "fp16" else None
 
     loaded, faults = resume.find_start(directory.path, group=group)
-    progress, tracked_as, origin = Progress(), None, None
+    progress, saved_wandb_id, origin = Progress(), None, None
     if loaded is not None:
         saved = resume.load(loaded, model=loss_model.model, optimizer=optimizer, loss_scale=loss_scale, group=group)
-        progress, tracked_as = Progress(**saved["progress"]), saved["wandb_id"]
+        progress, saved_wandb_id = Progress(**saved["progress"]), saved["wandb_id"]
     elif config.from_checkpoint is not None:
         origin = resume.load_weights(config.from_checkpoint, loss_model.model, tokenizer, group)
 
@@ -76,7 +76,7 @@ def set_up(
         logger.log(f"warning: {line}")
     if origin is not None:
         logger.log(f"weights from {origin}")
-    wandb_id = group.on_main(lambda: tracked_as or secrets.token_hex(4))
+    wandb_id = group.on_main(lambda: saved_wandb_id or secrets.token_hex(4))
     if group.is_main:
         logger.tracking = start_tracking(config, wandb_id, directory, logger)
     stragglers = Stragglers(group, watchdog.hosts, logger.log)
@@ -132,7 +132,7 @@ def set_up(
                 rank=group.rank,
                 run_dir=directory.path,
                 device=group.device,
-                say=logger.log,
+                log=logger.log,
             ),
             checkpoints=CheckpointSchedule(
                 config.save,
@@ -157,7 +157,7 @@ EvaluationData = tuple[ValidationSet | None, HellaSwag | None, Sampler | None]
 
 
 def open_evaluation_data(config: Config, batch_plan: BatchPlan, tokenizer: Tokenizer) -> EvaluationData:
-    """Return what each evaluation reads; None for an evaluation that the config switches off."""
+    """Return the data of each evaluation; None for an evaluation that is switched off."""
     validation = hellaswag = sampler = None
     if config.validate.every is not None:
         validation = ValidationSet(
@@ -210,13 +210,13 @@ def warnings_of(config: Config, parallel_plan: ParallelPlan, data: EvaluationDat
     if group.device.type == "cuda" and device_peak_flops(config, group.device) is None:
         warnings.append(
             f"no peak is known for {torch.cuda.get_device_name(group.device)} at {config.train.dtype}, so there is no "
-            "MFU; give the card's dense figure as --track.peak-tflops"
+            "MFU; give the GPU's dense peak as --track.peak-tflops"
         )
     return warnings
 
 
 def start_tracking(config: Config, wandb_id: str, directory: RunDirectory, logger: RunLogger) -> Tracking | None:
-    """Return the W&B run, or None if tracking is disabled."""
+    """Return the W&B run; None if tracking is disabled or cannot start."""
     return open_tracking(
         mode=config.track.wandb,
         run_dir=config.directory,
@@ -227,7 +227,7 @@ def start_tracking(config: Config, wandb_id: str, directory: RunDirectory, logge
         tags=config.track.tags,
         config=config.to_json(),
         provenance=directory.provenance,
-        say=logger.log,
+        log=logger.log,
     )
 
 

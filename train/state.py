@@ -1,4 +1,4 @@
-"""What a run consists of, in four parts: state, data, processes and reports."""
+"""The parts of a run: state, data, processes and reports."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,11 +28,11 @@ from train.run.directory import RunDirectory
 
 @dataclass
 class TrainState:
-    """What a step changes.
+    """The state that a step changes.
 
-    `module` is what trains: `loss_model` itself, or DDP around it. `mean` turns a rank's sum of token losses into its
-    part of the global batch's mean. `loss_scale` is None but with fp16. `loaded`: the checkpoint this run continued
-    from, None for a new run.
+    `module` is the trained module: `loss_model` itself, or DDP around it. `mean` turns a rank's sum of token losses
+    into its part of the global batch's mean. `loss_scale` is None except for fp16. `loaded` is the checkpoint from
+    which the run continues, None for a new run.
     """
 
     model: LanguageModel
@@ -48,7 +48,7 @@ class TrainState:
 
 @dataclass(frozen=True)
 class RunData:
-    """What the run reads: batches, and the evaluations with their own data."""
+    """The data of the run: batches, and the evaluations with their own data."""
 
     batch_plan: BatchPlan
     batches: Prefetcher
@@ -57,7 +57,7 @@ class RunData:
 
 @dataclass(frozen=True)
 class Processes:
-    """Who trains, how the model is spread, and who watches over it."""
+    """The processes, the layout of the model, and the guards that watch them."""
 
     group: ProcessGroup
     parallel_plan: ParallelPlan
@@ -68,7 +68,7 @@ class Processes:
 
 @dataclass(frozen=True)
 class Reports:
-    """What the run leaves on disk and tells its reader."""
+    """The files and messages that the run writes."""
 
     directory: RunDirectory
     logger: RunLogger
@@ -80,7 +80,7 @@ class Reports:
 
 @dataclass
 class Run:
-    """A run, ready to train. `failure` is raised once the work done so far is saved."""
+    """A run, ready to train. `failure` is raised once the finished steps are saved."""
 
     config: Config
     state: TrainState

@@ -1,17 +1,17 @@
-"""What a trained model is worth: validation loss, perplexity, bits per byte, and HellaSwag.
+"""Evaluate a trained model: validation loss, perplexity, bits per byte, and HellaSwag.
 
     python train/validate.py runs/NAME                                     # on the run's own validation tokens
     python train/validate.py runs/NAME --step 500 --hellaswag data/hellaswag
     torchrun --nproc_per_node=8 train/validate.py runs/NAME --data data/other --tokens all --hellaswag data/hellaswag
-    python train/validate.py FOLDER --data data/mine --out results         # a Hugging Face folder of GPT-2's
+    python train/validate.py FOLDER --data data/mine --out results         # a Hugging Face folder of a GPT-2
 
-As its training loop does it, with the same numbers but for the rounding of another layout or of compilation (in bf16
-FSDP2 rounds the norms' weights too): on all processes, each with the whole model. Prints a table with
-standard errors, and all of it as JSON in the last line. Results are kept in RUN/evaluations (or --out), and not
-evaluated again. HellaSwag is scored in the completion style, which train/evals/hellaswag.py describes;
-train/harness.py has lm-evaluation-harness's.
+The numbers are the training loop's, up to the rounding of another layout or of compilation. In bf16, FSDP2 also rounds
+the norms' weights. Every process holds the whole model, and they share the work. The command prints a table with
+standard errors, and the whole report as JSON on the last line. Results are kept in RUN/evaluations (or --out) and not
+computed again. HellaSwag is scored in the completion style (see train/evals/hellaswag.py); train/harness.py has the
+style of lm-evaluation-harness.
 
-1,000 items of HellaSwag take a model of 4 layers x 128, with byte pairs of its own, half a minute of a CPU core.
+1,000 items of HellaSwag take half a minute of a CPU core with a model of 4 layers x 128 and its own byte pairs.
 """
 
 import sys
@@ -24,11 +24,10 @@ from train.processes import parent_watch
 
 parent_watch.remember()
 
-import functools
 import json
 import math
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
@@ -37,16 +36,13 @@ import tyro
 from common.errors import InputError, one_line_errors
 from data_prep.manifest import open_split, read_manifest
 from data_prep.tokenizer import gives_same_ids, load_tokenizer, name_of
-from model.checkpoint import TrainedModel, find_checkpoint, load_checkpoint, load_model, read_state
+from model.checkpoint import find_checkpoint
 from model.costs.gpu_peaks import DType
 from model.hf.folder import is_hugging_face
-from train.config import TrainConfig, ValidateConfig
 from train.evals.hellaswag import STYLE, HellaSwag, Score, ending_losses, open_hellaswag, score
-from train.evals.results import FOLDER, Key, file_name, fingerprint_of, read_result, write_result
+from train.evals.results import read_result, write_result
+from train.evals.subject import Subject, load_subject
 from train.evals.validation import Validation, ValidationSet, validate
-from train.losses import LossModel
-from train.parallel.apply import compile_parts
-from train.parallel.precision import COMPUTE_DTYPES, set_numerics
 from train.processes.group import ProcessGroup, open_process_group
 from train.processes.stop_requests import StopRequests
 
@@ -59,232 +55,89 @@ class Options:
     """Validation loss, perplexity and bits per byte of a trained model, and its HellaSwag score."""
 
     path: Annotated[str, tyro.conf.Positional]
-    """RUN directory, RUN@STEP, the path of one checkpoint, or a Hugging Face folder of GPT-2's."""
+    """RUN directory, RUN@STEP, the path of one checkpoint, or a Hugging Face folder of a GPT-2."""
     step: int | None = None
-    """Of the run, the checkpoint of this step; None: the newest."""
+    """Step of the checkpoint to load from the run; None: the newest."""
     data: Path | None = None
-    """Data directory to validate on; None: the run's own, or none at all with --hellaswag."""
+    """Data directory to validate on; None: the run's own, or no validation with --hellaswag."""
     split: str = "val"
-    """Of the data."""
+    """Split of the data to validate on."""
     tokens: int | Literal["all"] | None = None
     """Tokens to validate on, from the start of the split; None: as many as the run does, else 10,485,760."""
     hellaswag: Path | None = None
-    """Score HellaSwag, too: data_prep/hellaswag.py's directory, or a file in the original form."""
+    """Also score HellaSwag: the directory of data_prep/hellaswag.py, or a file in the original form."""
     items: int | None = None
-    """The first so many of its items; None: all."""
+    """Number of HellaSwag items to score, from the first on; None: all."""
     micro_batch: int | None = None
-    """Sequences of one forward pass; None: the run's, else 8."""
+    """Sequences in one forward pass; None: as many as in the run, else 8."""
     dtype: DType | None = None
-    """Of the products; None: what the run trained in, else fp32."""
+    """Precision of the matrix products; None: the run's, else fp32."""
     compile: bool = False
-    """torch.compile, block by block, as in training."""
+    """Compile the model block by block with torch.compile, as in training."""
     out: Path | None = None
-    """The directory that keeps results; None: RUN/evaluations, and for a Hugging Face folder nowhere."""
+    """Directory that keeps the results; None: RUN/evaluations, and nowhere for a Hugging Face folder."""
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How the run that a model is of computes and validates, or what stands for that where there was none."""
-
-    dtype: DType = "fp32"
-    micro_batch: int = 8
-    is_chunked: bool = True
-    deterministic: bool = False
-    tokens: int | None = ValidateConfig.tokens
-    data: Path | None = None
-    fingerprint: str | None = None
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The model, ready, and what its results are kept under."""
-
-    trained: TrainedModel
-    settings: Settings
-    loss_model: LossModel
-    out: Path | None
-    key: dict[str, Any]
-
-    def path_of(self, kind: str, key: Key) -> Path | None:
-        """Return the file that keeps the result of such an evaluation; None: it is not kept."""
-        return None if self.out is None else self.out / file_name(kind, self.trained.step, key)
-
-
-def settings_of(checkpoint: Path) -> Settings:
-    """From its state.json."""
-    try:
-        state = read_state(checkpoint)
-        config = state["config"]
-        train, tokens = config["train"], config["validate"]["tokens"]
-        micro_batch = Settings.micro_batch if train["micro_batch"] == "auto" else train["micro_batch"]
-        if (
-            train["dtype"] not in COMPUTE_DTYPES
-            or type(micro_batch) is not int
-            or type(tokens) not in (int, type(None))
-        ):
-            raise TypeError(f"{train['dtype']!r}, {micro_batch!r}, {tokens!r}")
-        return Settings(
-            dtype=train["dtype"],
-            micro_batch=micro_batch,
-            is_chunked=train["loss"] == "chunked",
-            deterministic=bool(train["deterministic"]),
-            tokens=tokens,
-            data=Path(config["data"]["dir"]),
-            fingerprint=state["data"],
-        )
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{checkpoint}: its state.json has no configuration of this code ({error!r})") from error
+class StoppedError(Exception):
+    """A signal came or the launcher died; raised on all ranks together."""
 
 
 def check(options: Options) -> None:
+    """Raise InputError for options that are out of range or do not go together."""
     for flag in ("tokens", "items", "micro_batch"):
         value = getattr(options, flag)
         if isinstance(value, int) and value < 1:
             raise InputError(f"--{flag.replace('_', '-')} {value} must be at least 1")
     if options.items is not None and options.hellaswag is None:
-        raise InputError("--items counts HellaSwag's; give --hellaswag too")
+        raise InputError("--items counts HellaSwag's items; give --hellaswag too")
     if options.hellaswag is not None and options.data is None and (options.tokens, options.split) != (None, "val"):
-        raise InputError("--tokens and --split are of the data to validate on; with --hellaswag give --data too")
+        raise InputError("--tokens and --split choose validation tokens; with --hellaswag give --data too")
 
 
-def find(options: Options) -> Path | None:
-    """The checkpoint to evaluate; None: a Hugging Face folder."""
+def choose_checkpoint(options: Options) -> Path | None:
+    """Return the checkpoint to evaluate, or None for a Hugging Face folder."""
     is_folder = is_hugging_face(Path(options.path))
-    if options.step is not None and (
-        is_folder or "@" in options.path or not Path(options.path, "checkpoints").is_dir()
-    ):
-        raise InputError(f"--step {options.step}: {options.path} is no run directory, of which there may be more steps")
-    if is_folder:
-        return None
-    return find_checkpoint(options.path if options.step is None else f"{options.path}@{options.step}")
-
-
-def prepare(options: Options, checkpoint: Path | None, group: ProcessGroup) -> Subject:
-    """Load the model. InputError for whatever is unusable; on each rank, without collectives."""
-    settings = Settings() if checkpoint is None else settings_of(checkpoint)
-    dtype = options.dtype or settings.dtype
-    set_numerics(TrainConfig(dtype=dtype, deterministic=settings.deterministic), group.device)
-    load = functools.partial(load_model if checkpoint is None else load_checkpoint, checkpoint or Path(options.path))
-    trained = load(device=group.device, dtype=COMPUTE_DTYPES[dtype])
-    loss_model = LossModel(trained.model, chunked=settings.is_chunked, compiled=options.compile)
-    if options.compile:
-        compile_parts(trained.model)
-    out = options.out
-    if out is None and checkpoint is not None:
-        out = checkpoint.resolve().parents[1] / FOLDER
-    key = {"weights": fingerprint_of(trained.model), "dtype": dtype}
-    return Subject(trained, settings, loss_model, out, key)
-
-
-def evaluate(options: Options, group: ProcessGroup, stop_requests: StopRequests) -> dict[str, Any]:
-    """All that was asked for. Collective. InputError, on all ranks, before anything is scored if some of it is bad."""
-    checkpoint = group.on_main(lambda: find(options))  # by one, while a run may be writing the next
-    subject = group.on_all(lambda: prepare(options, checkpoint, group))
-    if len(set(group.gather(subject.key["weights"]))) > 1:
-        raise InputError(f"{options.path}: the processes read different weights there; is it one directory for all?")
-    trained = subject.trained
-    validation = group.on_all(lambda: open_validation(options, subject))
-    hellaswag = group.on_all(lambda: open_items_for(options, subject))
-    at_step = "" if trained.step is None else f" at step {trained.step:,}"
-    say(group, f"{options.path}{at_step}, {subject.key['dtype']}, processes: {group.world}, {group.device.type}")
-    report = {"model": str(trained.checkpoint), "step": trained.step, **subject.key}
-    report |= {"validation": None, "hellaswag": None}
-    if validation is not None:
-        report["validation"] = validated(subject, *validation, group, stop_requests)
-    if hellaswag is not None:
-        report["hellaswag"] = answered(subject, hellaswag, group, stop_requests)
-    return report
-
-
-def say(group: ProcessGroup, text: str) -> None:
-    if group.is_main:
-        print(text, flush=True)
-
-
-# --- Validation -------------------------------------------------------------------------------------------------------
+    if options.step is not None:
+        if is_folder or "@" in options.path or not Path(options.path, "checkpoints").is_dir():
+            raise InputError(f"--step {options.step} needs a run directory; {options.path} is no run directory")
+        return find_checkpoint(f"{options.path}@{options.step}")
+    return None if is_folder else find_checkpoint(options.path)
 
 
 def open_validation(options: Options, subject: Subject) -> tuple[ValidationSet, dict[str, Any]] | None:
-    """What to validate on and what it is; None: nothing was asked for."""
+    """Return the validation tokens and the part of the report that describes them; None: no validation."""
     directory = options.data
-    if directory is None and options.hellaswag is not None:
-        return None
     if directory is None:
+        if options.hellaswag is not None:
+            return None
         directory = subject.settings.data
         if directory is None:
-            raise InputError(f"{options.path}: says of no data; give --data or --hellaswag")
+            raise InputError(f"{options.path}: names no data; give --data or --hellaswag")
         if not directory.is_dir():
             raise InputError(f"{directory}: the data of this run is not here; give --data or --hellaswag")
     manifest, tokenizer = read_manifest(directory), load_tokenizer(directory)
     if options.data is None and manifest.fingerprint != subject.settings.fingerprint:
+        raise InputError(f"{directory}: the run was trained on other data; give --data {directory} to use it anyway")
+    models_tokenizer = subject.trained.tokenizer
+    if not gives_same_ids(tokenizer, models_tokenizer):
         raise InputError(
-            f"{directory}: other data than this run was trained on; --data {directory} takes it all the same"
-        )
-    ours = subject.trained.tokenizer
-    if not gives_same_ids(tokenizer, ours):
-        raise InputError(
-            f"--data {directory}: its tokenizer is {name_of(tokenizer)}, the model's is {name_of(ours)}; "
+            f"--data {directory}: its tokenizer is {name_of(tokenizer)}, the model's is {name_of(models_tokenizer)}; "
             "prepare the data with the model's"
         )
-    given = options.tokens if options.tokens is not None else subject.settings.tokens
+    tokens = subject.settings.tokens if options.tokens is None else options.tokens
     data = ValidationSet(
         open_split(directory, options.split),
         seq_len=subject.trained.model.config.context_len,
-        micro_batch=options.micro_batch or subject.settings.micro_batch,
-        num_tokens=None if given == "all" else given,
-        byte_lengths=ours.byte_lengths(),
+        micro_batch=subject.micro_batch,
+        num_tokens=None if tokens == "all" else tokens,
+        byte_lengths=models_tokenizer.byte_lengths(),
     )
-    about = {"data": manifest.fingerprint, "split": options.split, "tokens": data.num_tokens}
-    return data, {"directory": str(directory), **about}
+    source = {"data": manifest.fingerprint, "split": options.split, "tokens": data.num_tokens}
+    return data, {"directory": str(directory), **source}
 
 
-def validated(
-    subject: Subject, data: ValidationSet, about: Mapping[str, Any], group: ProcessGroup, stop_requests: StopRequests
-) -> dict[str, Any]:
-    """Return the report on the validation tokens, whose result is kept, or was."""
-    key = subject.key | {name: about[name] for name in ("data", "split", "tokens")}
-    path = subject.path_of("validation", key)
-    result = kept = group.on_main(lambda: read_result(path, key, Validation))
-    if result is None:
-        result = validate(
-            subject.loss_model, data, group=group, stop_requests=stop_requests, heartbeat=progress_of(group)
-        )
-    if result is None:
-        raise StoppedError
-    values = asdict(result) | with_perplexity(result)
-    say(group, f"validation  {about['directory']}, {about['split']}{'' if kept is None else f'; from {path}'}")
-    say(group, table_of({name: (values[name], values[error]) for name, error in VALIDATION_ROWS.items()}))
-    say(group, f"  {'tokens':<16}{result.tokens:>12,}")
-    if kept is None:  # after the table: the directory may be another's to write
-        group.on_main(lambda: write_result(path, key, asdict(result)))
-    return dict(about) | values
-
-
-VALIDATION_ROWS = {"loss": "stderr", "perplexity": "perplexity_stderr", "bits_per_byte": "bits_per_byte_stderr"}
-
-
-def with_perplexity(found: Validation) -> dict[str, float | None]:
-    """e^loss, and its standard error: that of the loss times the slope."""
-    perplexity = math.exp(found.loss) if not found.loss > LARGEST_EXPONENT else math.inf
-    return {
-        "perplexity": perplexity,
-        "perplexity_stderr": None if found.stderr is None else perplexity * found.stderr,
-    }
-
-
-def table_of(rows: Mapping[str, tuple[float, float | None]]) -> str:
-    """A line for each number and its standard error."""
-    lines = []
-    for name, (value, stderr) in rows.items():
-        error = "" if stderr is None else f" +- {stderr:.4f}"
-        lines.append(f"  {name.replace('_', ' ') if name != 'acc_norm' else name:<16}{value:>12.4f}{error}")
-    return "\n".join(lines)
-
-
-# --- HellaSwag --------------------------------------------------------------------------------------------------------
-
-
-def open_items_for(options: Options, subject: Subject) -> HellaSwag | None:
+def open_questions(options: Options, subject: Subject) -> HellaSwag | None:
+    """Return HellaSwag's questions in the model's tokens, or None without --hellaswag."""
     if options.hellaswag is None:
         return None
     context_len = subject.trained.model.config.context_len
@@ -292,52 +145,116 @@ def open_items_for(options: Options, subject: Subject) -> HellaSwag | None:
         options.hellaswag,
         subject.trained.tokenizer,
         context_len=context_len,
-        batch_tokens=(options.micro_batch or subject.settings.micro_batch) * context_len,
+        batch_tokens=subject.micro_batch * context_len,
         fixed_shapes=options.compile,
         most=options.items,
     )
 
 
-def answered(subject: Subject, data: HellaSwag, group: ProcessGroup, stop_requests: StopRequests) -> dict[str, Any]:
-    """Return the report on HellaSwag, whose result is kept, or was."""
+def evaluate(options: Options, group: ProcessGroup, stop_requests: StopRequests) -> dict[str, Any]:
+    """Return the report of all evaluations. Raise InputError on all ranks before any scoring. Collective."""
+    checkpoint = group.on_main(lambda: choose_checkpoint(options))  # by one rank: a run may be writing the next
+    subject = group.on_all(
+        lambda: load_subject(
+            checkpoint or options.path,
+            is_checkpoint=checkpoint is not None,
+            dtype=options.dtype,
+            micro_batch=options.micro_batch,
+            compiled=options.compile,
+            out=options.out,
+            device=group.device,
+        )
+    )
+    if len(set(group.gather(subject.key["weights"]))) > 1:
+        raise InputError(f"{options.path}: the processes read different weights there; is it one directory for all?")
+    trained = subject.trained
+    validation = group.on_all(lambda: open_validation(options, subject))
+    hellaswag = group.on_all(lambda: open_questions(options, subject))
+    at_step = "" if trained.step is None else f" at step {trained.step:,}"
+    log(group, f"{options.path}{at_step}, {subject.key['dtype']}, processes: {group.world}, {group.device.type}")
+    scoring: dict[str, Any] = {"group": group, "stop_requests": stop_requests, "heartbeat": progress_of(group)}
+    report = {"model": str(trained.checkpoint), "step": trained.step, **subject.key}
+    report |= {"validation": None, "hellaswag": None}
+    if validation is not None:
+        report["validation"] = report_validation(subject, *validation, scoring)
+    if hellaswag is not None:
+        report["hellaswag"] = report_hellaswag(subject, hellaswag, scoring)
+    return report
+
+
+def report_validation(
+    subject: Subject, data: ValidationSet, source: dict[str, Any], scoring: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the validation results, new or kept, after printing them."""
+    group = scoring["group"]
+    key = subject.key | {name: source[name] for name in ("data", "split", "tokens")}
+    path = subject.path_of("validation", key)
+    result = kept = group.on_main(lambda: read_result(path, key, Validation))
+    if result is None:
+        result = validate(subject.loss_model, data, **scoring)
+    if result is None:
+        raise StoppedError
+    perplexity = math.exp(result.loss) if not result.loss > LARGEST_EXPONENT else math.inf
+    perplexity_stderr = None if result.stderr is None else perplexity * result.stderr  # d exp(x) = exp(x) dx
+    rows = {
+        "loss": (result.loss, result.stderr),
+        "perplexity": (perplexity, perplexity_stderr),
+        "bits per byte": (result.bits_per_byte, result.bits_per_byte_stderr),
+    }
+    log(group, f"validation  {source['directory']}, {source['split']}{'' if kept is None else f'; from {path}'}")
+    log(group, table_of(rows, tokens=result.tokens))
+    if kept is None:  # after the table, since the directory may belong to somebody else
+        group.on_main(lambda: write_result(path, key, asdict(result)))
+    return source | asdict(result) | {"perplexity": perplexity, "perplexity_stderr": perplexity_stderr}
+
+
+def report_hellaswag(subject: Subject, data: HellaSwag, scoring: dict[str, Any]) -> dict[str, Any]:
+    """Return the HellaSwag score, new or kept, after printing it."""
+    group = scoring["group"]
     questions = {"questions": data.fingerprint()}
     key = subject.key | questions
     path = subject.path_of("hellaswag", key)
     result = kept = group.on_main(lambda: read_result(path, key, Score))
     if result is None:
-        losses_Q4 = ending_losses(
-            subject.loss_model, data, group=group, stop_requests=stop_requests, heartbeat=progress_of(group)
-        )
+        losses_Q4 = ending_losses(subject.loss_model, data, **scoring)
         if losses_Q4 is None:
             raise StoppedError
         result = score(data.questions, losses_Q4)
+    rows = {"acc": (result.acc, result.acc_stderr), "acc_norm": (result.acc_norm, result.acc_norm_stderr)}
+    log(group, f"hellaswag   {STYLE}{'' if kept is None else f'; from {path}'}")
+    log(group, "\n".join(f"  note: {remark}" for remark in data.remarks) or "  the whole pinned set")
+    log(group, table_of(rows, items=result.items))
     values = asdict(result) | {"style": STYLE, "remarks": list(data.remarks)}
-    say(group, f"hellaswag   {STYLE}{'' if kept is None else f'; from {path}'}")
-    say(group, "\n".join(f"  note: {remark}" for remark in data.remarks) or "  the whole pinned set")
-    say(
-        group, table_of({"acc": (result.acc, result.acc_stderr), "acc_norm": (result.acc_norm, result.acc_norm_stderr)})
-    )
-    say(group, f"  {'items':<16}{result.items:>12,}")
     if kept is None:
         group.on_main(lambda: write_result(path, key, values))
     return questions | values
 
 
+def table_of(rows: dict[str, tuple[float, float | None]], **counts: int) -> str:
+    """Return a line for each number with its standard error, and one for each count."""
+    lines = [
+        f"  {name:<16}{value:>12.4f}" + ("" if stderr is None else f" +- {stderr:.4f}")
+        for name, (value, stderr) in rows.items()
+    ]
+    return "\n".join([*lines, *(f"  {name:<16}{count:>12,}" for name, count in counts.items())])
+
+
+def log(group: ProcessGroup, text: str) -> None:
+    if group.is_main:
+        print(text, flush=True)
+
+
 def progress_of(group: ProcessGroup) -> Callable[[str], None]:
-    """Return what shows, where a person waits at a terminal, how far it is, on a line that the next one replaces."""
+    """Return a function that shows the progress at a terminal, on one line that it overwrites."""
     is_shown = group.is_main and sys.stderr.isatty()
-    return lambda where: print(f"  {where}", end="\r", file=sys.stderr, flush=True) if is_shown else None
+    return lambda text: print(f"  {text}", end="\r", file=sys.stderr, flush=True) if is_shown else None
 
 
 def null_where_not_finite(value: Any) -> Any:
-    """JSON has no word for infinity, nor for what is no number."""
+    """Return the report with None for infinity and NaN, which JSON does not have."""
     if isinstance(value, dict):
-        return {name: null_where_not_finite(each) for name, each in value.items()}
+        return {name: null_where_not_finite(inner) for name, inner in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-class StoppedError(Exception):
-    """By a signal, or because the launcher died; on all ranks together."""
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -348,13 +265,13 @@ def main(args: Sequence[str] | None = None) -> None:
         with open_process_group(TIMEOUT_SECONDS, Path(tempfile.gettempdir()), program="validate") as group:
             with StopRequests(None, is_main=group.is_main) as stop_requests:
                 try:
-                    say(group, json.dumps(null_where_not_finite(evaluate(options, group, stop_requests))))
+                    log(group, json.dumps(null_where_not_finite(evaluate(options, group, stop_requests))))
                 except StoppedError:
                     reasons = [reason for reason in group.gather(stop_requests.reason) if reason]
             group.barrier()  # launchers kill the rest when the first process exits
         if reasons:
             if group.is_main:
-                print(f"validate: stopped ({reasons[0]}); the same command does what is left", file=sys.stderr)
+                print(f"validate: stopped ({reasons[0]}); the same command continues", file=sys.stderr)
             sys.exit(1)
 
 

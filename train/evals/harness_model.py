@@ -1,8 +1,7 @@
-"""A model of ours as lm-evaluation-harness calls models; importing this registers it there as `gpt-ladder`.
+"""Our model behind lm-evaluation-harness's interface; importing this module registers it as `gpt-ladder`.
 
-What the harness does around it (prompts, splitting, metrics) is its own. Tokens, cuts and prefixes are what its `hf`
-model makes of the same model's Hugging Face folder: contexts are cut on the left; where there is no context, the
-end-of-text token stands for one.
+Prompts, splitting and metrics are the harness's own. Tokens, cuts and prefixes are those of its `hf` model on the
+exported Hugging Face folder: contexts are cut on the left, and the end-of-text token stands for an empty context.
 """
 
 import itertools
@@ -31,21 +30,21 @@ from model.hf.folder import is_hugging_face
 from train.losses import token_losses
 from train.processes.group import ProcessGroup
 
-DEFAULT_MAX_TOKENS = 256  # of a continuation whose task does not say: lm-eval's own
-UNDERSTOOD = {"do_sample", "temperature", "top_k", "top_p", "min_p"}
+DEFAULT_MAX_TOKENS = 256  # lm-eval's own default for a task that sets no limit
+KNOWN_SETTINGS = {"do_sample", "temperature", "top_k", "top_p", "min_p"}
 
 _group = ProcessGroup(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def use(group: ProcessGroup) -> None:
-    """The processes among which the harness shares out its requests: each has the whole model."""
+    """Set the processes that share the harness's requests; each holds the whole model."""
     global _group
     _group = group
 
 
 @register_model("gpt-ladder")
 class LadderLM(TemplateLM):
-    """`path`: what model/checkpoint.py loads. `dtype`: fp32 or bf16. The others: flags of the harness."""
+    """A run, checkpoint or Hugging Face folder (`path`) in fp32 or bf16; the other arguments are lm-eval's flags."""
 
     def __init__(
         self,
@@ -59,17 +58,19 @@ class LadderLM(TemplateLM):
         if dtype not in DTYPES:
             raise InputError(f"--dtype {dtype!r} must be {' or '.join(DTYPES)}")
         if not str(batch_size or 1).isdigit() or int(batch_size or 1) < 1:
-            raise InputError(f"--batch_size {batch_size} must be a number from 1: what fits is not looked for")
+            raise InputError(
+                f"--batch_size {batch_size} must be a number of at least 1; automatic batch sizes do not exist here"
+            )
         if max_batch_size is not None:
-            raise InputError(f"--max_batch_size {max_batch_size}: is of --batch_size auto, which this model has not")
+            raise InputError(f"--max_batch_size {max_batch_size} is for --batch_size auto, which does not exist here")
         check_device(device or "cpu")
         self._group = _group
         self._rank, self._world_size = _group.rank, _group.world
         self._device = torch.device(device) if device is not None else _group.device
-        found = self._group.on_main(lambda: path if is_hugging_face(Path(path)) else str(find_checkpoint(path)))
-        self.trained = load_model(found, device=self._device, dtype=DTYPES[dtype])
+        name = self._group.on_main(lambda: path if is_hugging_face(Path(path)) else str(find_checkpoint(path)))
+        self.trained = load_model(name, device=self._device, dtype=DTYPES[dtype])
         self.batch_size = int(batch_size or 1)
-        self._seeds = itertools.count(_group.rank, _group.world)  # of what is sampled: no two alike
+        self._seeds = itertools.count(_group.rank, _group.world)  # of samples: different for each, on all ranks
 
     @property
     def max_length(self) -> int:
@@ -77,43 +78,45 @@ class LadderLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """For the harness's cache of requests."""
+        """Return the tokenizer's name in the harness's cache of requests."""
         return str(self.trained.tokenizer.describe()["sha256"])
 
     @property
     def eot_token_id(self) -> int:
-        found = self.trained.tokenizer.eot_id
-        if found is None:
+        eot_id = self.trained.tokenizer.eot_id
+        if eot_id is None:
             kind = self.trained.tokenizer.describe()["kind"]
             raise InputError(
                 f"this task has text without a context, but the tokenizer ({kind}) has no end-of-text token"
             )
-        return found
+        return eot_id
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Nothing is added; what looks like a special token is text."""
+        """Return the text's ids; nothing is added, and special tokens are plain text."""
         ids: list[int] = self.trained.tokenizer.encode(string).tolist()
         return ids
 
-    def _progress(self, num_requests: int, what: str, disable: bool) -> "tqdm[None]":
-        return tqdm(total=num_requests, desc=what, disable=disable or self.rank != 0 or None)
+    def _progress(self, num_requests: int, label: str, disable: bool) -> "tqdm[None]":
+        return tqdm(total=num_requests, desc=label, disable=disable or self.rank != 0 or None)
 
     @torch.no_grad()
     def _loglikelihood_tokens(
         self, requests: list[tuple[Any, list[int], list[int]]], disable_tqdm: bool = False, **kwargs: Any
     ) -> list[tuple[float, bool]]:
-        """Of each continuation, and whether each of its tokens is the likeliest. Longest first, so that what does not
-        fit the memory shows at once."""
-        found: dict[int, tuple[float, bool]] = {}
+        """Return each continuation's log-likelihood, and whether all its tokens are the likeliest.
+
+        The longest go first, so that a lack of memory shows at once.
+        """
+        scores: dict[int, tuple[float, bool]] = {}
         order = sorted(range(len(requests)), key=lambda i: -len(requests[i][1]) - len(requests[i][2]))
         with self._progress(len(requests), "loglikelihood", disable_tqdm) as progress:
             for numbers in _batches(order, self.batch_size):
-                found |= zip(numbers, self._scored([requests[i][1:] for i in numbers]), strict=True)
+                scores |= zip(numbers, self._scored([requests[i][1:] for i in numbers]), strict=True)
                 progress.update(len(numbers))
                 for i in numbers:
                     if requests[i][0] is not None:
-                        self.cache_hook.add_partial("loglikelihood", requests[i][0], found[i])
-        return [found[i] for i in range(len(requests))]
+                        self.cache_hook.add_partial("loglikelihood", requests[i][0], scores[i])
+        return [scores[i] for i in range(len(requests))]
 
     def _scored(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
         model = self.trained.model
@@ -137,8 +140,8 @@ class LadderLM(TemplateLM):
         return [(-losses.sum().item(), bool(is_likeliest.all())) for losses, is_likeliest in parts]
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, in windows of the context, each token once; the first after end of text."""
-        found = []
+        """Return log-likelihoods of whole texts, in windows of the context; the first token follows end of text."""
+        totals = []
         with self._progress(len(requests), "loglikelihood_rolling", disable_tqdm) as progress:
             for request in requests:
                 (text,) = request.args
@@ -150,53 +153,55 @@ class LadderLM(TemplateLM):
                 )
                 pairs = [(None, *make_disjoint_window(window)) for window in windows]
                 scores = self._loglikelihood_tokens(pairs, disable_tqdm=True)
-                found.append(sum(loglikelihood for loglikelihood, _ in scores))
-                self.cache_hook.add_partial("loglikelihood_rolling", request.args, found[-1])
+                totals.append(sum(loglikelihood for loglikelihood, _ in scores))
+                self.cache_hook.add_partial("loglikelihood_rolling", request.args, totals[-1])
                 progress.update()
-        return found
+        return totals
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """Continuations up to end of text, to the first of the task's stop strings, or to its number of tokens."""
-        found: list[str] = []
+        """Return continuations up to end of text, a stop string of the task, or its number of tokens."""
+        texts: list[str] = []
         with self._progress(len(requests), "generate_until", disable_tqdm) as progress:
             for settings, group in itertools.groupby(requests, key=lambda request: request.args[1]):
                 for batch in _batches(list(group), self.batch_size):
-                    texts = self._continued([request.args[0] for request in batch], settings)
-                    for request, text in zip(batch, texts, strict=True):
+                    batch_texts = self._continued([request.args[0] for request in batch], settings)
+                    for request, text in zip(batch, batch_texts, strict=True):
                         self.cache_hook.add_partial("generate_until", request.args, text)
-                    found += texts
+                    texts += batch_texts
                     progress.update(len(batch))
-        return found
+        return texts
 
     def _continued(self, contexts: Sequence[str], settings: dict[str, Any]) -> list[str]:
-        asked = normalize_gen_kwargs(settings, DEFAULT_MAX_TOKENS)
-        stop_requests, max_tokens = [stop for stop in asked.pop("until") if stop], asked.pop("max_gen_toks")
-        odd = asked.keys() - UNDERSTOOD
-        if odd:
-            raise InputError(f"this task generates with {', '.join(sorted(odd))}, which this model has not")
+        options = normalize_gen_kwargs(settings, DEFAULT_MAX_TOKENS)
+        stop_strings, max_tokens = [stop for stop in options.pop("until") if stop], options.pop("max_gen_toks")
+        unknown = options.keys() - KNOWN_SETTINGS
+        if unknown:
+            raise InputError(f"this task generates with {', '.join(sorted(unknown))}, which this model does not have")
         room = self.max_length - max_tokens
         if room < 1:
             raise InputError(
                 f"this task generates {max_tokens} tokens, which the context of {self.max_length} has no room for; "
                 "set --gen_kwargs max_gen_toks=N"
             )
-        rows, said = [], []
+        rows, continuations = [], []
         for context in contexts:
             tokens = self.tok_encode(context)[-room:] or [self.prefix_token_id]
             rows.append(Row(tokens, torch.Generator().manual_seed(next(self._seeds))))
-            said.append(Continuation(self.trained.tokenizer, max_tokens=max_tokens, stop_requests=stop_requests))
+            continuations.append(
+                Continuation(self.trained.tokenizer, max_tokens=max_tokens, stop_requests=stop_strings)
+            )
         model = self.trained.model
         passes = CachedPasses(model, num_rows=len(rows)) if isinstance(model, GPT) else WholePasses(model)
-        temperature = asked.get("temperature", 1.0 if asked["do_sample"] else 0.0)
-        sampling = Sampling(temperature, asked.get("top_k"), asked.get("top_p"), asked.get("min_p"))
+        temperature = options.get("temperature", 1.0 if options["do_sample"] else 0.0)
+        sampling = Sampling(temperature, options.get("top_k"), options.get("top_p"), options.get("min_p"))
         for tokens_B in generate_rows(passes, rows, sampling=sampling):
-            for row, each, token in zip(rows, said, tokens_B, strict=True):
+            for row, continuation, token in zip(rows, continuations, tokens_B, strict=True):
                 if token is not None:
-                    each.add(token)
-                    row.is_done = each.stopped_by is not None
-        return [each.text for each in said]
+                    continuation.add(token)
+                    row.is_done = continuation.stopped_by is not None
+        return [continuation.text for continuation in continuations]
 
-    # How the harness brings its ranks' results together.
+    # The harness gathers its ranks' results through these three.
 
     def all_gather(self, tensor: Tensor) -> Tensor:
         return torch.stack(self._group.gather(tensor.cpu()))

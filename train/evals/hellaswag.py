@@ -1,7 +1,7 @@
 """HellaSwag in the completion style: which of four endings does the model find likeliest?
 
-A row is `ctx`, a space and an ending, its two parts tokenised apart, with nothing before it (no end-of-text token): as
-build-nanogpt and llm.c do it. Only the ending's tokens are scored:
+A row is `ctx`, a space and an ending, as in build-nanogpt and llm.c. Context and ending are tokenised separately, and
+no end-of-text token comes before them. Only the ending's tokens are scored:
 
     acc        the ending with the lowest summed loss is the right one
     acc_norm   the same by the mean loss per token
@@ -10,10 +10,10 @@ OpenAI's GPT-2 small has 0.2859 and 0.2955 in this style (published with build-n
 lm-evaluation-harness, which train/harness.py runs, rewrites the text first and divides by the ending's characters:
 0.2892 and 0.3114. Numbers of the two styles do not compare.
 
-For GPT-2's vocabulary the parts' ids are those of the whole text (of all 4,000 rows of the 1,000 items that the tests
-have); of bytes and characters always; of other byte pairs mostly. A row longer than the model's context + 1 (its last
-token is only predicted) loses tokens on its left: of the context first, then of the ending, and is counted. The first
-token of all is never predicted: it follows nothing.
+Tokenised separately, the parts have the ids of the whole text with GPT-2's vocabulary (in all 4,000 rows of the 1,000
+items in the tests), always with bytes and characters, and mostly with other byte pairs. A row may have one token more
+than the model's context, since its last token is only predicted. A longer row is cut on the left, first in the context,
+then in the ending, and is counted. A row's first token is never predicted.
 """
 
 import hashlib
@@ -29,18 +29,18 @@ from torch import Tensor
 from common.errors import InputError
 from data_prep.hellaswag import NUM_ENDINGS, Item, open_items
 from data_prep.tokenizer import Tokenizer
-from train.evals.validation import StopAskedError, scored_batches
+from train.evals.validation import StopRequestedError, scored_batches
 from train.losses import IGNORED, LossModel
 from train.processes.group import ProcessGroup
 from train.processes.stop_requests import StopRequests
 
-SHORTEST = 32  # tokens that a row is padded to at least
+SHORTEST = 32  # tokens; rows are padded at least to this length
 STYLE = "completion, as build-nanogpt's: acc_norm is by the mean loss per token"
 
 
 @dataclass(frozen=True)
 class Question:
-    """A context with each of its endings as token ids, how many at the end of each are scored, and which is right."""
+    """The token ids of a context with each ending, the number scored at each end, and the right ending."""
 
     rows: tuple[tuple[int, ...], ...]
     num_scored: tuple[int, ...]
@@ -53,8 +53,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Score:
-    """Shares of right answers, with standard errors as the harness has them: sqrt(p (1 - p) / (n - 1)), None of one
-    item. NaN where some loss is no number."""
+    """Shares of right answers, NaN if a loss is not finite, with lm-eval's standard errors, None for a single item."""
 
     acc: float
     acc_stderr: float | None
@@ -64,9 +63,9 @@ class Score:
 
 
 def make_questions(items: Sequence[Item], tokenizer: Tokenizer, context_len: int) -> tuple[list[Question], int]:
-    """The items as a model of such a context reads them, and of how many the context or an ending was cut.
+    """Return the items as token ids within a context, and the number of items that were cut.
 
-    InputError if the tokenizer cannot write some of them: what is right about the others would compare with nothing.
+    Raise InputError if the tokenizer cannot encode an item: a score of the others would compare with nothing.
     """
     questions, faults, num_cut = [], list[tuple[int, InputError]](), 0
     for number, item in enumerate(items, start=1):
@@ -83,8 +82,8 @@ def make_questions(items: Sequence[Item], tokenizer: Tokenizer, context_len: int
     if faults:
         number, fault = faults[0]
         raise InputError(
-            f"HellaSwag: {len(faults):,} of {len(items):,} items cannot be written with this tokenizer, first item "
-            f"{number}: {fault}; bytes and byte pairs write any text"
+            f"HellaSwag: {len(faults):,} of {len(items):,} items cannot be encoded with this tokenizer, first item "
+            f"{number}: {fault}; bytes and byte pairs encode any text"
         )
     short = next((number for number, question in enumerate(questions, start=1) if 0 in question.num_scored), None)
     if short is not None:
@@ -93,12 +92,12 @@ def make_questions(items: Sequence[Item], tokenizer: Tokenizer, context_len: int
 
 
 class HellaSwag:
-    """The questions in batches, longest first, padded on the right, where causality hides it.
+    """HellaSwag's questions in batches, longest first, padded on the right, which a causal model never sees.
 
-    As many at once as make up `batch_tokens`, but at least one. A compiled model wants few shapes: with `fixed_shapes`
-    rows are of context_len, a half of it, a quarter and so on, none under SHORTEST, and all batches of one length have
-    as many; without, they are as long as the batch's longest. `is_pinned`: these are all items of the
-    pinned set. `remarks`: what a reader of the score must know.
+    A batch has as many questions as fit into `batch_tokens`, but at least one. Rows are padded to the longest of their
+    batch. `fixed_shapes` is for a compiled model, which wants few shapes: rows have context_len tokens, a half, a
+    quarter and so on down to SHORTEST, and all batches of one length have equally many rows. `is_pinned`: these are
+    all items of the pinned set. `remarks` are for the reader of the score.
     """
 
     def __init__(
@@ -115,20 +114,20 @@ class HellaSwag:
         self.is_pinned = is_pinned
         self.remarks = remarks
         self._batches: list[tuple[int, int, list[int]]] = []  # rows, their length, questions
-        to_do = sorted(range(len(questions)), key=lambda number: -questions[number].num_inputs)
+        remaining = sorted(range(len(questions)), key=lambda number: -questions[number].num_inputs)
         T = context_len
-        while to_do:
-            needed = questions[to_do[0]].num_inputs
+        while remaining:
+            needed = questions[remaining[0]].num_inputs
             while max(needed, SHORTEST) <= T // 2:
                 T //= 2
             if not fixed_shapes:
                 T = needed
-            at_once = max(1, batch_tokens // (NUM_ENDINGS * T))
-            now, to_do = to_do[:at_once], to_do[at_once:]
-            self._batches.append((NUM_ENDINGS * (at_once if fixed_shapes else len(now)), T, now))
+            num_questions = max(1, batch_tokens // (NUM_ENDINGS * T))
+            batch, remaining = remaining[:num_questions], remaining[num_questions:]
+            self._batches.append((NUM_ENDINGS * (num_questions if fixed_shapes else len(batch)), T, batch))
 
     def fingerprint(self) -> str:
-        """Of what is scored, whatever file it came from: tokens and labels."""
+        """Return the hash of the tokens and labels, the same for any file with them."""
         digest = hashlib.sha256()
         for question in self.questions:
             digest.update(json.dumps([question.rows, question.num_scored, question.label]).encode())
@@ -140,20 +139,20 @@ class HellaSwag:
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
-        """Rows and their length, of all batches."""
+        """Return the distinct (rows, tokens) of the batches."""
         return sorted({(B, T) for B, T, _ in self._batches})
 
     def questions_of(self, index: int) -> list[int]:
-        """The numbers of a batch's questions; none beyond the last batch."""
+        """Return the indices of a batch's questions; none beyond the last batch."""
         return self._batches[index][2] if index < len(self._batches) else []
 
     def batch(self, index: int) -> tuple[Tensor, Tensor]:
         B, T, _ = self._batches[min(index, len(self._batches) - 1)]
         inputs_BT, targets_BT = torch.zeros(B, T, dtype=torch.int64), torch.full((B, T), IGNORED)
-        for place, number in enumerate(self.questions_of(index)):
+        for row_group, number in enumerate(self.questions_of(index)):
             question = self.questions[number]
             for b, (row, num_scored) in enumerate(
-                zip(question.rows, question.num_scored, strict=True), start=place * NUM_ENDINGS
+                zip(question.rows, question.num_scored, strict=True), start=row_group * NUM_ENDINGS
             ):
                 end = len(row) - 1
                 inputs_BT[b, :end] = torch.tensor(row[:-1])
@@ -170,12 +169,15 @@ def open_hellaswag(
     fixed_shapes: bool,
     most: int | None = None,
 ) -> HellaSwag:
-    """What is at `path` (data_prep/hellaswag.py's directory, or a file in the original form), or its first items."""
-    found = open_items(path, most=most)
-    questions, num_cut = make_questions(found.items, tokenizer, context_len)
+    """Return the items at `path`, or the first `most` of them.
+
+    `path` is the directory of data_prep/hellaswag.py, or a file in the original form.
+    """
+    loaded = open_items(path, most=most)
+    questions, num_cut = make_questions(loaded.items, tokenizer, context_len)
     remarks = []
-    if not found.is_pinned:
-        remarks.append(f"{path}: {len(questions):,} items, not the whole pinned set: compares with nobody's score")
+    if not loaded.is_pinned:
+        remarks.append(f"{path}: {len(questions):,} items, not the whole pinned set, so the score is not comparable")
     if num_cut:
         remarks.append(
             f"{path}: {num_cut:,} items are longer than the model's context of {context_len}: cut on the left"
@@ -185,7 +187,7 @@ def open_hellaswag(
         context_len=context_len,
         batch_tokens=batch_tokens,
         fixed_shapes=fixed_shapes,
-        is_pinned=found.is_pinned,
+        is_pinned=loaded.is_pinned,
         remarks=remarks,
     )
 
@@ -198,28 +200,30 @@ def ending_losses(
     stop_requests: StopRequests,
     heartbeat: Callable[[str], None],
 ) -> Tensor | None:
-    """Return the summed loss of each ending in nats, fp64 [questions, 4] on the CPU; None if a stop was asked for
-    meanwhile. Collective; the same at every world size."""
+    """Return the summed loss of each ending in nats, or None if a stop is requested meanwhile. Collective.
+
+    fp64 [questions, 4] on the CPU, the same at every world size.
+    """
     losses_Q4 = torch.zeros(len(data.questions), NUM_ENDINGS, dtype=torch.float64, device=group.device)
     try:
-        for number, _, losses_BT in scored_batches(
-            loss_model, data, what="HellaSwag", group=group, stop_requests=stop_requests, heartbeat=heartbeat
+        for index, _, losses_BT in scored_batches(
+            loss_model, data, name="HellaSwag", group=group, stop_requests=stop_requests, heartbeat=heartbeat
         ):
-            found_Q4 = losses_BT.double().sum(dim=1).view(-1, NUM_ENDINGS)
-            questions = data.questions_of(number)
-            losses_Q4[questions] = found_Q4[: len(questions)]
-    except StopAskedError:
+            sums_Q4 = losses_BT.double().sum(dim=1).view(-1, NUM_ENDINGS)
+            questions = data.questions_of(index)
+            losses_Q4[questions] = sums_Q4[: len(questions)]
+    except StopRequestedError:
         return None
     return group.sum_(losses_Q4).cpu()
 
 
 def score(questions: Sequence[Question], losses_Q4: Tensor) -> Score:
-    """Of the endings' summed losses; of equal ones the first is taken."""
+    """Return the score of the endings' summed losses; of equal losses the first counts as the answer."""
     num_scored_Q4 = torch.tensor([question.num_scored for question in questions])
     labels_Q = torch.tensor([question.label for question in questions])
     acc, acc_norm = (
-        (each_Q4.argmin(dim=1) == labels_Q).double().mean().item() if each_Q4.isfinite().all() else math.nan
-        for each_Q4 in (losses_Q4, losses_Q4 / num_scored_Q4)
+        (losses.argmin(dim=1) == labels_Q).double().mean().item() if losses.isfinite().all() else math.nan
+        for losses in (losses_Q4, losses_Q4 / num_scored_Q4)
     )
     return Score(
         acc=acc,
@@ -231,5 +235,5 @@ def score(questions: Sequence[Question], losses_Q4: Tensor) -> Score:
 
 
 def standard_error(share: float, num_items: int) -> float | None:
-    """Of a share of right answers: their sample standard deviation / sqrt(n)."""
+    """Return the standard error of a share p of n items, sqrt(p (1 - p) / (n - 1)); None for a single item."""
     return math.sqrt(share * (1 - share) / (num_items - 1)) if num_items > 1 else None

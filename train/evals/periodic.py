@@ -1,6 +1,6 @@
 """Evaluations in the training loop: validation, HellaSwag and samples, each at its own interval.
 
-None changes the model or draws from a generator that training uses: a run with them is bitwise the run without.
+No evaluation changes the model or draws from training's random generators: a run is bitwise the same without them.
 """
 
 import math
@@ -27,7 +27,7 @@ Row = dict[str, Any]
 class PeriodicEvaluation:
     """One evaluation: due every `every` steps, at the last step and, if `at_start`, at step 0.
 
-    `evaluate` returns the values to report, or None if a stop was asked for meanwhile. `done_steps`: the steps that
+    `evaluate` returns the values to report, or None if a stop is requested meanwhile. `done_steps`: the steps that
     have been reported, also before a restart. `shapes`: (rows, tokens) of the model's calls, to be compiled ahead.
     """
 
@@ -45,7 +45,7 @@ class PeriodicEvaluation:
         return step % self.every == 0 or step == self.last_step
 
     def run(self, progress: Progress) -> bool:
-        """Evaluate and report; return False, with nothing reported, if a stop was asked for meanwhile. Collective."""
+        """Evaluate and report; return False, with nothing reported, if a stop is requested meanwhile. Collective."""
         values = self.evaluate(progress)
         if values is None:
             return False
@@ -56,7 +56,7 @@ class PeriodicEvaluation:
 
 @dataclass(frozen=True)
 class Evaluator:
-    """What every evaluation needs; its methods make one PeriodicEvaluation each."""
+    """The parts of a run that every evaluation needs; each method returns one PeriodicEvaluation."""
 
     loss_model: LossModel
     last_step: int

@@ -1,10 +1,10 @@
-"""What evaluations leave on disk so that none is done twice.
+"""Results of evaluations on disk, so that none is computed twice.
 
     RUN/evaluations/validation_step_00000500_0123456789abcdef.json
     RUN/evaluations/hellaswag_step_00000500_0123456789abcdef.json
 
-The name ends in a hash of the key, which is all that the numbers depend on but for rounding: weights, tokens scored,
-dtype. Each file carries its key, too.
+A file's name ends in a hash of its key, and the file holds the key too. The key is everything that the numbers depend
+on, except for rounding: weights, tokens scored, dtype.
 """
 
 import hashlib
@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 def fingerprint_of(model: LanguageModel) -> str:
-    """Return the hash of a model's shape and weights, wherever they came from and on whatever device they are."""
+    """Return the hash of a model's shape and weights, the same on every device."""
     digest = hashlib.sha256(repr(model.config).encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
@@ -40,9 +40,9 @@ def file_name(kind: str, step: int | None, key: Key) -> str:
 
 
 def read_result(path: Path | None, key: Key, form: type[T]) -> T | None:
-    """Return what an earlier evaluation kept under this key, None if there was none.
+    """Return the result that an earlier evaluation kept under this key, or None.
 
-    `form`: the result's dataclass; a file may hold more than its fields. InputError for any other content.
+    `form` is the result's dataclass; a file may hold more than its fields. Raise InputError for any other content.
     """
     if path is None or not path.is_file():
         return None
@@ -56,12 +56,12 @@ def read_result(path: Path | None, key: Key, form: type[T]) -> T | None:
     except (ValueError, KeyError, TypeError, RecursionError):
         is_sound = False
     if not is_sound:
-        raise InputError(f"{path}: not the result that its name says; remove the file to evaluate anew")
+        raise InputError(f"{path}: not the result that its name says; remove the file to evaluate again")
     return form(**values)
 
 
 def write_result(path: Path | None, key: Key, result: Mapping[str, Any]) -> None:
-    """Keep a result, where it has a path. InputError, in one line, where the directory cannot be written."""
+    """Keep a result, if it has a path. Raise InputError if the directory cannot be written."""
     if path is None:
         return
     with writing_to(path.parent):

@@ -1,4 +1,4 @@
-"""What the model says to fixed prompts as it learns, with the same random numbers every time."""
+"""Samples: continuations of fixed prompts as the model learns, with the same random numbers every time."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,16 +14,16 @@ from train.losses import LossModel
 
 @dataclass(frozen=True)
 class Sample:
-    """One continuation: bytes that are no whole character are U+FFFD."""
+    """A prompt and its continuation, with U+FFFD for bytes that are no whole character."""
 
     prompt: str
     text: str
 
 
 class Sampler:
-    """Continues --sample.prompts together. InputError if the tokenizer cannot encode one of them.
+    """The sampler of --sample.prompts. Raises InputError if the tokenizer cannot encode a prompt.
 
-    `num_rows` None: as many as there are prompts; else the rows of the model's every call (see WholePasses).
+    `num_rows` is the batch size of every forward pass (see WholePasses); None: the number of prompts.
     """
 
     def __init__(self, config: SampleConfig, tokenizer: Tokenizer, *, seed: int, num_rows: int | None) -> None:
@@ -40,29 +40,32 @@ class Sampler:
             raise InputError(f"--sample.prompts {prompt!r}: {error}") from error
 
     def draw(self, loss_model: LossModel, is_stopped: Callable[[], bool]) -> list[Sample] | None:
-        """A sample for each prompt; None if `is_stopped`, asked at each token, says so. Every rank must draw: it calls
-        the model and asks equally often, whatever is drawn, so tokens after an end are drawn too, and cut off."""
+        """Return a sample for each prompt, or None if `is_stopped` returns True at some token. Collective.
+
+        All ranks must call the model and `is_stopped` equally often, whatever they draw. So tokens after an end of
+        text are drawn too, and cut off.
+        """
         loss_model.eval()
-        ends: list[list[int]] = []
+        continuations: list[list[int]] = []
         size = self._num_rows or len(self._prompts)
         for start in range(0, len(self._prompts), size):
             prompts = self._prompts[start : start + size]
             passes = WholePasses(loss_model, num_rows=self._num_rows or len(prompts))
             rows = [Row(list(prompt), sample_generator(self._seed, start + i)) for i, prompt in enumerate(prompts)]
             tokens_by_step = generate_rows(passes, rows, sampling=Sampling())
-            drawn: list[list[int]] = [[] for _ in prompts]
+            batch: list[list[int]] = [[] for _ in prompts]
             for _ in range(self._config.tokens):
                 if is_stopped():
                     loss_model.train()
                     return None
-                for end, token in zip(drawn, next(tokens_by_step), strict=True):
-                    assert token is not None, "no row was said to be done"
-                    end.append(token)
-            ends += drawn
+                for tokens, token in zip(batch, next(tokens_by_step), strict=True):
+                    assert token is not None, "no row is marked as done"
+                    tokens.append(token)
+            continuations += batch
         loss_model.train()
         return [
-            Sample(prompt, self._tokenizer.decode_bytes(self._until_end(end)).decode("utf-8", errors="replace"))
-            for prompt, end in zip(self._config.prompts, ends, strict=True)
+            Sample(prompt, self._tokenizer.decode_bytes(self._until_end(tokens)).decode("utf-8", errors="replace"))
+            for prompt, tokens in zip(self._config.prompts, continuations, strict=True)
         ]
 
     def _until_end(self, tokens: list[int]) -> list[int]:

@@ -1,4 +1,4 @@
-"""Validation loss and bits per byte on fixed tokens, shared among all ranks, the same at every world size."""
+"""Validation loss and bits per byte on fixed tokens, shared by all ranks, the same at every world size."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -21,8 +21,8 @@ from train.processes.stop_requests import StopRequests
 class Validation:
     """Mean loss in nats per token, bits per UTF-8 byte of exactly the tokens scored, and their standard errors.
 
-    The standard errors are over sequences, since the tokens of one sequence are not independent of each other.
-    Sequences of one document are not either, so the errors are a little low. They are None with one sequence.
+    The standard errors are over sequences, since the tokens of a sequence depend on each other. So do the sequences of
+    one document, which makes the errors a little low. They are None for a single sequence.
     """
 
     loss: float
@@ -32,18 +32,18 @@ class Validation:
     tokens: int
 
 
-class StopAskedError(Exception):
-    """Some rank was asked to stop before everything was scored."""
+class StopRequestedError(Exception):
+    """Some rank was asked to stop before everything was scored; raised on all ranks."""
 
 
 class Batches(Protocol):
-    """What is scored, cut into batches of few shapes."""
+    """Tokens to score, in batches of few shapes."""
 
     @property
     def num_batches(self) -> int: ...
 
     def batch(self, index: int) -> tuple[Tensor, Tensor]:
-        """inputs_BT, and targets_BT with IGNORED where nothing is scored: beyond the last batch everywhere."""
+        """Return inputs_BT and targets_BT, IGNORED where nothing is scored: everywhere beyond the last batch."""
         ...
 
 
@@ -51,38 +51,39 @@ def scored_batches(
     loss_model: LossModel,
     data: Batches,
     *,
-    what: str,
+    name: str,
     group: ProcessGroup,
     stop_requests: StopRequests,
     heartbeat: Callable[[str], None],
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """(its number, targets_BT, losses_BT) of this rank's batches, which the ranks take in turn.
+    """Yield (index, targets_BT, losses_BT) of each batch of this rank; the ranks take batches in turn.
 
-    Collective: every rank must take all that comes. Who has no batch left gets one without targets, so that all call
-    the model equally often. Raises StopAskedError on all ranks if any is asked to stop. `beat` hears what is next.
+    Collective: every rank must exhaust the iterator. A rank without a batch left gets one without targets, so that all
+    ranks call the model equally often. Raise StopRequestedError on all ranks if any rank is asked to stop. `heartbeat`
+    is called before each batch.
     """
     loss_model.eval()
-    asked: Tensor | None = None  # to stop, by any rank; read a batch late, so that no batch waits for it
+    stop: Tensor | None = None  # above 0: some rank must stop; read one batch late, so that no batch waits
     for first in range(0, data.num_batches, group.world):
-        heartbeat(f"{what}, batches from {first} of {data.num_batches}")
-        number = first + group.rank
+        heartbeat(f"{name}, batches from {first} of {data.num_batches}")
+        index = first + group.rank
         inputs_BT, targets_BT = (
-            pinned(tensor_BT, group.device).to(group.device, non_blocking=True) for tensor_BT in data.batch(number)
+            pinned(tensor_BT, group.device).to(group.device, non_blocking=True) for tensor_BT in data.batch(index)
         )
-        yield number, targets_BT, loss_model.token_losses(inputs_BT, targets_BT)
-        if asked is not None and asked.item():
+        yield index, targets_BT, loss_model.token_losses(inputs_BT, targets_BT)
+        if stop is not None and stop.item():
             break
-        asked = group.sum_(torch.full((), float(stop_requests.wanted()), device=group.device))
+        stop = group.sum_(torch.full((), float(stop_requests.wanted()), device=group.device))
     loss_model.train()
-    if asked is not None and asked.item():
-        raise StopAskedError
+    if stop is not None and stop.item():
+        raise StopRequestedError
 
 
 class ValidationSet:
-    """The first `num_tokens` predictions of a split (None: all), in sequences of seq_len.
+    """The first `num_tokens` predictions of a split (None: all), in sequences of `seq_len`.
 
-    The last sequence may be short; it is padded with ignored targets, so that every forward pass has one shape.
-    byte_lengths: int64 [vocab_size], UTF-8 bytes of each id.
+    A short last sequence is padded with ignored targets, so that every forward pass has one shape.
+    `byte_lengths`: int64 [vocab_size], UTF-8 bytes of each id.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class ValidationSet:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and tokens of every batch."""
+        """Return (rows, tokens) of every batch."""
         return self._micro_batch, self._seq_len
 
     @property
@@ -132,21 +133,22 @@ def validate(
     stop_requests: StopRequests,
     heartbeat: Callable[[str], None],
 ) -> Validation | None:
-    """Score the set on all ranks, batch i on rank i mod W; None if a stop was asked for meanwhile. Collective.
+    """Return the loss of the set, batch i on rank i mod W; None if a stop is requested meanwhile. Collective.
 
-    Each sequence is summed in fp32, the sequences in fp64: so sharing them out changes the loss by its rounding only.
+    Losses are summed in fp32 within a sequence and in fp64 over sequences, so that the number of ranks changes only the
+    rounding of the fp64 sums.
     """
     byte_lengths_V = torch.from_numpy(data.byte_lengths).to(group.device)
     totals = torch.zeros(2, 6, dtype=torch.float64, device=group.device)  # per token, per byte
     try:
         for _, targets_BT, losses_BT in scored_batches(
-            loss_model, data, what="validation", group=group, stop_requests=stop_requests, heartbeat=heartbeat
+            loss_model, data, name="validation", group=group, stop_requests=stop_requests, heartbeat=heartbeat
         ):
             is_scored_BT = targets_BT != IGNORED
             bytes_BT = byte_lengths_V[targets_BT.clamp(min=0)] * is_scored_BT
             losses_B = losses_BT.sum(dim=1).double()
             totals += torch.stack([sequence_sums(losses_B, each_BT.sum(dim=1)) for each_BT in (is_scored_BT, bytes_BT)])
-    except StopAskedError:
+    except StopRequestedError:
         return None
     per_token, per_byte = group.sum_(totals).tolist()
     loss, tokens, *_ = per_token
@@ -161,7 +163,10 @@ def validate(
 
 
 def sequence_sums(losses_B: Tensor, units_B: Tensor) -> Tensor:
-    """Sums over sequences of: loss l, units n (tokens or bytes), sequences with units, l^2, l n, n^2. fp64 [6]."""
+    """Return the sums over sequences of l, n, [n > 0], l^2, l n, n^2, as fp64 [6].
+
+    l is a sequence's loss, n its number of units (tokens or bytes).
+    """
     units_B = units_B.double()
     columns = (losses_B, units_B, (units_B > 0).double(), losses_B**2, losses_B * units_B, units_B**2)
     return torch.stack([column.sum() for column in columns])
@@ -170,7 +175,10 @@ def sequence_sums(losses_B: Tensor, units_B: Tensor) -> Tensor:
 def standard_error(
     loss: float, units: float, num_sequences: float, loss_squared: float, loss_units: float, units_squared: float
 ) -> float | None:
-    """Of the ratio loss / units, with sequences as the sample (Cochran 1977, "Sampling Techniques", chapter 6)."""
+    """Return the standard error of loss / units, with sequences as the sample; None for a single sequence.
+
+    Source: the ratio estimator of Cochran 1977, "Sampling Techniques", chapter 6.
+    """
     if num_sequences < 2:
         return None
     mean = loss / units

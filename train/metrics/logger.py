@@ -1,7 +1,7 @@
-"""Where reports go: the same record to metrics.jsonl, to W&B and, as one line, to the console and log.txt.
+"""The run's reports: each record goes to metrics.jsonl and W&B and, as one line, to the console and log.txt.
 
-A file that cannot be written, as on a full disk, ends the run: rank 0, which alone can see it, asks for a stop and
-writes no more, so that no row follows a gap; `make_durable`, before the stop's checkpoint, raises it on every rank.
+A file that cannot be written ends the run, as on a full disk. Rank 0 alone sees the error: it asks for a stop and
+writes no more, so that no row follows a gap. `make_durable`, before the stop's checkpoint, raises it on every rank.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from common.errors import InputError, writing_to
 from common.files import write_atomically
 
-if TYPE_CHECKING:  # they import torch, for which curves.py, which wants METRICS_FILE alone, would wait for seconds
+if TYPE_CHECKING:  # these import torch, which costs curves.py seconds
     from train.evals.samples import Sample
     from train.metrics.wandb_process import Tracking
     from train.processes.group import ProcessGroup
@@ -32,10 +32,10 @@ LOG_FILE = "log.txt"
 
 
 class RunLogger:
-    """Rank 0's reports; on other ranks every method does nothing. Opening drops the rows after `step`.
+    """The reports of rank 0; on other ranks every method does nothing.
 
-    A fresh start (`step` None) drops every row: they are of an attempt that ended before its first checkpoint.
-    `tracking` is W&B's run, set by whoever opened it; None for none.
+    Opening drops the rows after `step`. A fresh start (`step` None) drops every row, since they come from an attempt
+    that ended before its first checkpoint. `tracking` is the W&B run, set by the caller; None: no tracking.
     """
 
     def __init__(self, run_dir: Path, *, step: int | None, group: ProcessGroup, stop_requests: StopRequests) -> None:
@@ -59,7 +59,7 @@ class RunLogger:
         self.sampled_steps = {row["step"] for row in samples}
 
     def log(self, text: str) -> None:
-        """Text for people."""
+        """Write text for people to the console and log.txt."""
         if self._group.is_main:
             self._print(text)
             self._write(LOG_FILE, text)
@@ -72,13 +72,13 @@ class RunLogger:
             self._write(LOG_FILE, f"warning: the console is gone ({error}); this file goes on")
 
     def _open(self, name: str) -> FileIO:
-        """Without a buffer, or closing it would write again what could not be written."""
+        """Open without a buffer, since closing a buffer would write again what could not be written."""
         if name not in self._files:
             self._files[name] = (self._run_dir / name).open("ab", buffering=0)
         return self._files[name]
 
     def _write(self, name: str, line: str) -> None:
-        """A line to a file, at once; nothing after what could not be written."""
+        """Write a line at once, or nothing after an earlier line that could not be written."""
         rest = memoryview(f"{line}\n".encode())
         try:
             while rest and self._fault is None:
@@ -88,7 +88,7 @@ class RunLogger:
             self._stop_requests.reason = self._stop_requests.reason or f"{name} could not be written"
 
     def row(self, row: dict[str, Any]) -> None:
-        """A record for programs, and its line for people."""
+        """Write a record for programs, and its line for people."""
         if self._group.is_main:
             self._write(METRICS_FILE, json.dumps(row))
             self.log(line_of(row))
@@ -96,7 +96,7 @@ class RunLogger:
                 self.tracking.row(row)
 
     def samples(self, step: int, samples: list[Sample]) -> None:
-        """What the model said at `step`, to samples.jsonl and to people."""
+        """Write the samples of `step` to samples.jsonl and, as lines, for people."""
         if not self._group.is_main:
             return
         row = {"step": step, "samples": [asdict(sample) for sample in samples]}
@@ -107,14 +107,14 @@ class RunLogger:
             self.tracking.row(row)
 
     def note_nonfinite(self, row: dict[str, Any]) -> None:
-        """A step that was not finite: all its sequences, and those that are not finite by themselves. Never dropped."""
+        """Record a step that was not finite and its sequences. Such rows are never dropped."""
         if self._group.is_main:
             self._write(NONFINITE_FILE, json.dumps(row))
 
     def make_durable(self) -> None:
-        """Rows up to here survive a crash of the machine; called before each checkpoint and at the end. Collective.
+        """Flush all rows to the disk, so that they survive a crash of the machine. Collective.
 
-        InputError on every rank if any of them could not be written.
+        Call before each checkpoint and at the end. Raise InputError on every rank if a row could not be written.
         """
         self._group.on_main(self._synchronize)
 
@@ -140,7 +140,7 @@ class RunLogger:
 
 
 def drop_rows_after(path: Path, step: int | None) -> list[dict[str, Any]]:
-    """Rewrite a file of rows with those up to `step`, and return them."""
+    """Rewrite a file with its rows up to `step`, and return them."""
     if not path.exists():
         return []
     rows = kept_rows(path, step)
@@ -149,7 +149,7 @@ def drop_rows_after(path: Path, step: int | None) -> list[dict[str, Any]]:
 
 
 def kept_rows(path: Path, step: int | None) -> list[dict[str, Any]]:
-    """The rows of a file up to `step`; a last line cut short by a kill is dropped with the later ones."""
+    """Return a file's rows up to `step`, without a last line that a kill cut short."""
     if step is None or not path.is_file():
         return []
     rows = []
@@ -160,14 +160,14 @@ def kept_rows(path: Path, step: int | None) -> list[dict[str, Any]]:
         except json.JSONDecodeError as error:
             if number == len(lines):
                 break
-            raise InputError(f"{path}:{number}: damaged ({error}); mend or remove that line") from error
+            raise InputError(f"{path}:{number}: damaged ({error}); repair or remove that line") from error
         if row["step"] <= step:
             rows.append(row)
     return rows
 
 
 def line_of(row: dict[str, Any]) -> str:
-    """One report in fixed columns."""
+    """Return a record as one line in fixed columns."""
     if "val_loss" in row:
         stderr = "" if row["val_loss_stderr"] is None else f" +- {row['val_loss_stderr']:.4f}"
         return (
@@ -193,7 +193,7 @@ def line_of(row: dict[str, Any]) -> str:
 
 
 def duration(seconds: float) -> str:
-    """4:05 (minutes) or 27:04:05 (hours)."""
+    """Return seconds as 4:05 (minutes) or 27:04:05 (hours)."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     if hours:

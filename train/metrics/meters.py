@@ -1,4 +1,4 @@
-"""Loss, tokens/s, MFU, memory and data wait: what one metrics row says of its step."""
+"""Measurements of a run: tokens/s, MFU, memory, data wait, and the time to the first step."""
 
 import resource
 import sys
@@ -15,14 +15,14 @@ GIB = 2**30
 
 
 def device_peak_flops(config: Config, device: torch.device) -> float | None:
-    """One device's peak at the run's dtype: --track.peak-tflops, or a known GPU's; None: then MFU is null."""
+    """Return a device's peak FLOP/s at the run's dtype; None if it is unknown, so that MFU is null."""
     if config.track.peak_tflops is not None:
         return config.track.peak_tflops * 1e12
     return peak_flops(torch.cuda.get_device_name(device), config.train.dtype) if device.type == "cuda" else None
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory this process has used: allocated on its GPU, or resident on the host."""
+    """Return the most memory that this process has used on its GPU, or resident on the host."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     unit = 1 if sys.platform == "darwin" else 1024  # getrusage(2): kilobytes on Linux, bytes on macOS
@@ -30,15 +30,15 @@ def peak_memory_gib(device: torch.device) -> float:
 
 
 def memory_retries(device: torch.device) -> int | None:
-    """How often the GPU's allocator had to give memory back before it could allocate: above 0, memory is short."""
+    """Return how often the GPU's allocator freed its cache to allocate: above 0, memory is short."""
     return int(torch.cuda.memory_stats(device)["num_alloc_retries"]) if device.type == "cuda" else None
 
 
 class Startup:
-    """What passes between the start of the program and its first step, by phase."""
+    """The time from the start of the program to its first step, by phase."""
 
     def __init__(self, started: float) -> None:
-        """started: time.perf_counter() before anything slow was imported."""
+        """`started`: time.perf_counter() before the slow imports."""
         self._last = self.started = started
         self._phases: list[tuple[str, float]] = []
         self._is_over = False
@@ -49,7 +49,7 @@ class Startup:
         self._last = now
 
     def first_step(self) -> str | None:
-        """The account, when the first step is done; None ever after."""
+        """Return the line about all phases after the first step; None after later ones."""
         if self._is_over:
             return None
         self.done("first step")
@@ -59,7 +59,10 @@ class Startup:
 
 
 class Meters:
-    """Turns steps into metrics rows. Rates are means since the row before, validation and saving left out."""
+    """The clock of a run, which makes the metrics rows.
+
+    Rates are means since the row before, without validation and saving.
+    """
 
     def __init__(self, config: Config, *, device: torch.device, world: int, step: int, seconds: float) -> None:
         self._batch_tokens = config.train.batch_tokens
@@ -78,7 +81,7 @@ class Meters:
         self._since = time.perf_counter()
 
     def pause(self) -> None:
-        """What follows, until `start`, is not training."""
+        """Stop the clock of training until `start`."""
         self._elapsed, self._since = self.seconds, None
 
     def waited_for_data(self, seconds: float) -> None:
@@ -86,11 +89,11 @@ class Meters:
 
     @property
     def seconds(self) -> float:
-        """Seconds of training in all attempts."""
+        """Return the seconds of training in all attempts."""
         return self._elapsed + (time.perf_counter() - self._since if self._since is not None else 0.0)
 
     def axes(self, *, step: int, tokens: int, seconds: float) -> dict[str, Any]:
-        """What any record can be plotted against."""
+        """Return the values against which any record can be plotted."""
         return {
             "step": step,
             "tokens": tokens,
@@ -109,7 +112,7 @@ class Meters:
         lr: float,
         norm: float | None,
     ) -> dict[str, Any]:
-        """The record of the step that was done after `seconds` of training, and the start of the next lap."""
+        """Return the record of a step done after `seconds` of training, and start the next lap."""
         num_steps, lap_seconds = step - self._lap_step, seconds - self._lap_seconds
         tokens_per_second = num_steps * self._batch_tokens / lap_seconds
         row = self.axes(step=step, tokens=tokens, seconds=seconds) | {

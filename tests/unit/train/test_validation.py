@@ -38,7 +38,7 @@ def validation_set(data: Path, micro_batch: int, num_tokens: int | None) -> Vali
     )
 
 
-@pytest.mark.parametrize("num_tokens", [None, 1000, 31, 10**9, 960])
+@pytest.mark.parametrize("num_tokens", [None, 1000, 31, 960])
 @pytest.mark.parametrize("micro_batch", [1, 7])
 def test_equals_a_plain_loop(tiny_data: Path, model: GPT, micro_batch: int, num_tokens: int | None) -> None:
     stream = open_split(tiny_data, "val")
@@ -56,22 +56,26 @@ def test_equals_a_plain_loop(tiny_data: Path, model: GPT, micro_batch: int, num_
 
     data = validation_set(tiny_data, micro_batch, num_tokens)
     loss_model = LossModel(model, chunked=micro_batch == 7)
-    heard: list[str] = []
-    found = validate(
-        loss_model, data, group=ALONE, stop_requests=StopRequests(Path("none"), is_main=True), heartbeat=heard.append
+    heartbeats: list[str] = []
+    result = validate(
+        loss_model,
+        data,
+        group=ALONE,
+        stop_requests=StopRequests(Path("none"), is_main=True),
+        heartbeat=heartbeats.append,
     )
-    assert found is not None and found.tokens == scored
-    assert len(heard) == data.num_batches
-    assert found.loss == pytest.approx(loss_sum / scored, abs=1e-6)
-    assert found.bits_per_byte == pytest.approx(loss_sum / math.log(2) / len(text), abs=1e-6)
+    assert result is not None and result.tokens == scored
+    assert len(heartbeats) == data.num_batches
+    assert result.loss == pytest.approx(loss_sum / scored, abs=1e-6)
+    assert result.bits_per_byte == pytest.approx(loss_sum / math.log(2) / len(text), abs=1e-6)
     assert model.training
     if len(sequence_losses) < 2:
-        assert found.stderr is None
+        assert result.stderr is None
     elif scored % T == 0:
         means = np.array(sequence_losses) / T
-        assert found.stderr == pytest.approx(means.std(ddof=1) / math.sqrt(len(means)), rel=1e-4)
+        assert result.stderr == pytest.approx(means.std(ddof=1) / math.sqrt(len(means)), rel=1e-4)
     else:
-        assert found.stderr is not None and 0 < found.stderr < 0.1
+        assert result.stderr is not None and 0 < result.stderr < 0.1
 
 
 def test_the_standard_error_is_how_far_samples_of_sequences_spread() -> None:
@@ -79,22 +83,12 @@ def test_the_standard_error_is_how_far_samples_of_sequences_spread() -> None:
     generator = np.random.default_rng(1)
     tokens = np.where(generator.random((4000, 50)) < 0.1, 8.0, 32.0)
     losses = tokens * generator.normal(3.0, 0.5, (4000, 50))
-    found = [
+    errors = [
         standard_error(*sequence_sums(torch.from_numpy(ls), torch.from_numpy(ns)).tolist())
         for ls, ns in zip(losses, tokens, strict=True)
     ]
     means = losses.sum(axis=1) / tokens.sum(axis=1)
-    assert np.mean(np.array(found, dtype=float)) == pytest.approx(means.std(), rel=0.03)
-
-
-def test_a_stop_ends_it(tiny_data: Path, model: GPT) -> None:
-    stop_requests = StopRequests(Path("none"), is_main=True)
-    stop_requests.reason = "test"
-    data = validation_set(tiny_data, 1, None)
-    assert (
-        validate(LossModel(model, chunked=False), data, group=ALONE, stop_requests=stop_requests, heartbeat=print)
-        is None
-    )
+    assert np.mean(np.array(errors, dtype=float)) == pytest.approx(means.std(), rel=0.03)
 
 
 def test_an_empty_split_is_refused(tiny_data: Path) -> None:

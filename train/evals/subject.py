@@ -1,0 +1,95 @@
+"""The model that train/validate.py evaluates, with the settings of the run that trained it."""
+
+from dataclasses import dataclass
+from operator import index
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from common.errors import InputError
+from model.checkpoint import TrainedModel, load_checkpoint, load_model, read_state
+from model.costs.gpu_peaks import DType
+from train.config import TrainConfig, ValidateConfig
+from train.evals.results import FOLDER, Key, file_name, fingerprint_of
+from train.losses import LossModel
+from train.parallel.apply import compile_parts
+from train.parallel.precision import COMPUTE_DTYPES, set_numerics
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How the run of a model computes and validates; the defaults are for a model without a run."""
+
+    dtype: DType = "fp32"
+    micro_batch: int = 8
+    is_chunked: bool = True
+    deterministic: bool = False
+    tokens: int | None = ValidateConfig.tokens
+    data: Path | None = None
+    fingerprint: str | None = None
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A loaded model, the settings of its run, and the key and directory of its results."""
+
+    trained: TrainedModel
+    settings: Settings
+    loss_model: LossModel
+    micro_batch: int
+    out: Path | None
+    key: dict[str, Any]
+
+    def path_of(self, kind: str, key: Key) -> Path | None:
+        """Return the file that keeps a result, or None if results are not kept."""
+        return None if self.out is None else self.out / file_name(kind, self.trained.step, key)
+
+
+def settings_of(checkpoint: Path) -> Settings:
+    """Return the settings in a checkpoint's state.json. Raise InputError if this code does not know them."""
+    state = read_state(checkpoint)
+    try:
+        config = state["config"]
+        train, tokens = config["train"], config["validate"]["tokens"]
+        if train["dtype"] not in COMPUTE_DTYPES:
+            raise TypeError(f"dtype {train['dtype']!r}")
+        return Settings(
+            dtype=train["dtype"],
+            micro_batch=Settings.micro_batch if train["micro_batch"] == "auto" else index(train["micro_batch"]),
+            is_chunked=train["loss"] == "chunked",
+            deterministic=train["deterministic"],
+            tokens=None if tokens is None else index(tokens),
+            data=Path(config["data"]["dir"]),
+            fingerprint=state["data"],
+        )
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{checkpoint}: its state.json has no configuration of this code ({error!r})") from error
+
+
+def load_subject(
+    name: str | Path,
+    *,
+    is_checkpoint: bool,
+    dtype: DType | None,
+    micro_batch: int | None,
+    compiled: bool,
+    out: Path | None,
+    device: torch.device,
+) -> Subject:
+    """Return a sound checkpoint or a Hugging Face folder as a loaded model; None stands for its run's setting.
+
+    Raise InputError if anything is unusable. Needs no collectives.
+    """
+    settings = settings_of(Path(name)) if is_checkpoint else Settings()
+    dtype = dtype or settings.dtype
+    set_numerics(TrainConfig(dtype=dtype, deterministic=settings.deterministic), device)
+    load = load_checkpoint if is_checkpoint else load_model
+    trained = load(Path(name), device=device, dtype=COMPUTE_DTYPES[dtype])
+    loss_model = LossModel(trained.model, chunked=settings.is_chunked, compiled=compiled)
+    if compiled:
+        compile_parts(trained.model)
+    if out is None and is_checkpoint:
+        out = Path(name).resolve().parents[1] / FOLDER
+    key = {"weights": fingerprint_of(trained.model), "dtype": dtype}
+    return Subject(trained, settings, loss_model, micro_batch or settings.micro_batch, out, key)
