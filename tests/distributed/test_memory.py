@@ -16,7 +16,7 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks import bench_memory
 from model.config import ModelConfig
 from model.costs.activations import StepShape, block_shapes, count_block_activations, count_kept_by_norm
-from model.costs.memory import _reduced, memory
+from model.costs.memory import memory, reduction_bytes
 from model.gpt import build_model
 from tests.helpers.groups import run_on_ranks
 from tests.unit.model.test_switches import MODERN, ONE_BY_ONE, named
@@ -223,7 +223,9 @@ def test_the_peak_of_two_processes(spread: list[tuple[dict[str, Any], int]]) -> 
         counted = counted_peak(config, 2, accumulation)
         late = 0
         if options["mode"] == "fsdp":  # gloo's thread lets go of its copies some time after it has sent them
-            late = 2 * _reduced(block_shapes(config.model), StepShape(micro_batch=1, seq_len=1, mode="fsdp", shards=2))
+            late = 2 * reduction_bytes(
+                block_shapes(config.model), StepShape(micro_batch=1, seq_len=1, mode="fsdp", shards=2)
+            )
         for peak in peaks:
             assert 0.98 * counted <= peak <= 1.02 * counted + late, (options, accumulation, counted, peaks)
 
