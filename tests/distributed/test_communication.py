@@ -83,14 +83,13 @@ ON_512 = [
     *HSDP,
     Case("hsdp", 3, checkpointing=True),
     Case("fsdp", 3),
-    Case("fsdp", 3, reshard=False, model=SWITCHED, checkpointing=True),
 ]
 ON_GLOO = {
     2: [
         Case("ddp", 3, dtype="bf16"),
         Case("ddp", 1, model=WIDE),
         Case("ddp", 3, model=SWITCHED),
-        Case("fsdp", 3, reshard=False),
+        Case("fsdp", 3, reshard=False, model=SWITCHED, checkpointing=True),
         Case("fsdp", 3, reduce_gradients="micro_batch", dtype="bf16", model=SWITCHED),
     ],
     4: [HSDP[2]],

@@ -91,7 +91,7 @@ def test_a_run_stops_at_a_bad_step_with_everything_before_it_saved(
         "step 13: loss inf, gradient norm nan; its update was not made, and step 12 is saved."
     )
     assert f"Not finite by themselves: sequences {bad}; to read them: python data_prep/verify.py" in outcomes[0]
-    assert f"--seq-len 32 --sequence {bad}; to leave them out: --data.skip-sequences {bad};" in outcomes[0]
+    assert f"--seq-len 32 --sequence {bad}; to skip them: --data.skip-sequences {bad};" in outcomes[0]
     ended = status(tmp_path / "run")
     assert ended["state"] == "failed" and ended["step"] == 12 and "step 13: loss inf" in ended["reason"]
     assert [step_of(path) for path in list_checkpoints(tmp_path / "run")] == [10, 12]
@@ -145,7 +145,7 @@ def test_weights_that_are_not_finite_are_not_blamed_on_sequences(
             optimizer.param_groups[0]["params"][2].data[0, 0] = math.nan
 
     monkeypatch.setattr(optim, "update", spoil)
-    with pytest.raises(NonFiniteError, match=r"step 13: loss nan.* No sequence of it does that by itself"):
+    with pytest.raises(NonFiniteError, match=r"step 13: loss nan.* No sequence of it is the cause by itself"):
         run(tiny(tiny_data, tmp_path / "run"), ProcessGroup(0, 1, torch.device("cpu")))
     (noted,) = noted_steps(tmp_path / "run")
     assert noted["suspects"] == []
