@@ -1,5 +1,6 @@
 """Every precision and way to compute against an eager fp32 run, and fp16's steps that are not finite."""
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -53,33 +54,31 @@ def test_compiled_equals_eager_to_the_printed_digits(train: Callable[..., Path],
 
 def test_chunked_is_the_same_run(train: Callable[..., Path], plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(train_losses, "CHUNK_TOKENS", 50)
-    found = train(loss="chunked")
-    assert largest_difference(found, plain, first=1) <= 1e-6 and largest_difference(found, plain) <= 1e-5
-    assert np.array(validations(found)) == pytest.approx(np.array(validations(plain)), abs=1e-5)
+    chunked = train(loss="chunked")
+    assert largest_difference(chunked, plain, first=1) <= 1e-6 and largest_difference(chunked, plain) <= 1e-5
+    assert np.array(validations(chunked)) == pytest.approx(np.array(validations(plain)), abs=1e-5)
 
 
 def test_activation_checkpointing_is_bitwise_the_same_run(train: Callable[..., Path], plain: Path) -> None:
-    found = train(activation_checkpointing=True)
-    assert curve(found) == curve(plain)
-    assert_same_tensors(final_tensors(found), final_tensors(plain))
+    checkpointing = train(activation_checkpointing=True)
+    assert curve(checkpointing) == curve(plain)
+    assert_same_tensors(final_tensors(checkpointing), final_tensors(plain))
 
 
 def test_activation_checkpointing_compiles(train: Callable[..., Path], plain: Path) -> None:
     assert largest_difference(train(activation_checkpointing=True, compile=True), plain) <= 1e-5
 
 
-def test_deterministic_and_tf32_are_the_same_run_on_a_cpu(train: Callable[..., Path], plain: Path) -> None:
-    found = train(deterministic=True, dtype="tf32")
+def test_deterministic_and_tf32_are_the_same_run_on_a_cpu(
+    train: Callable[..., Path], plain: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    run_dir = train(deterministic=True, dtype="tf32")
     assert torch.are_deterministic_algorithms_enabled()
-    assert json.loads((found / "provenance.json").read_text())["deterministic"] is True
-    assert curve(found) == curve(plain)
-    assert "--train.dtype tf32 has no effect on a CPU" in (found / "log.txt").read_text()
-
-
-def test_determinism_does_not_outlive_its_run(train: Callable[..., Path], tiny_data: Path, tmp_path: Path) -> None:
-    train(deterministic=True)
+    assert json.loads((run_dir / "provenance.json").read_text())["deterministic"] is True
+    assert curve(run_dir) == curve(plain)
+    assert "--train.dtype tf32 has no effect on a CPU" in (run_dir / "log.txt").read_text()
     run(tiny_config(tiny_data, tmp_path / "next", steps=1), ALONE)
-    assert not torch.are_deterministic_algorithms_enabled()
+    assert not torch.are_deterministic_algorithms_enabled(), "the next run sets its own"
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
@@ -91,28 +90,20 @@ def test_half_precision_stays_close_to_fp32(train: Callable[..., Path], plain: P
         assert {row["loss_scale"] for row in rows(run_dir) if "loss" in row} == {65536.0}
 
 
-def poison(monkeypatch: pytest.MonkeyPatch, *, call: int, by: float) -> None:
-    """Multiply the scaled loss of one micro-batch, counted from 0 with the two of the warm-up."""
-    sound, calls = train_losses.plain_loss, iter(range(10**6))
-
-    def poisoned(*args: Any) -> torch.Tensor:
-        scaled_and_loss = sound(*args)
-        if next(calls) != call:
-            return scaled_and_loss
-        return scaled_and_loss * torch.tensor([by, 1.0])
-
-    monkeypatch.setattr(train_losses, "plain_loss", poisoned)
-
-
 def test_fp16_skips_what_overflows_and_halves_its_scale(
     train: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    poison(monkeypatch, call=2 + 2 * 12, by=math.inf)
-    found = {row["step"]: row for row in rows(train(dtype="fp16")) if "loss" in row}
-    assert len(found) == STEPS
-    assert found[13]["grad_norm"] is None and found[13]["loss_scale"] == 65536
-    assert found[14]["grad_norm"] > 0 and found[14]["loss_scale"] == 32768
-    assert all(math.isfinite(row["loss"]) for row in found.values())
+    bad_call = 2 + 2 * 12  # micro-batches, the two of the warm-up included: the first one of step 13
+    sound, calls = train_losses.plain_loss, itertools.count()
+
+    def poisoned(*args: Any) -> torch.Tensor:
+        return sound(*args) * torch.tensor([math.inf if next(calls) == bad_call else 1.0, 1.0])
+
+    monkeypatch.setattr(train_losses, "plain_loss", poisoned)
+    steps = {row["step"]: row for row in rows(train(dtype="fp16")) if "loss" in row}
+    assert len(steps) == STEPS and all(math.isfinite(row["loss"]) for row in steps.values())
+    assert steps[13]["grad_norm"] is None and steps[13]["loss_scale"] == 65536
+    assert steps[14]["grad_norm"] > 0 and steps[14]["loss_scale"] == 32768
 
 
 def test_fp16_resumes_bitwise_with_its_scale(
