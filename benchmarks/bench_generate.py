@@ -139,7 +139,7 @@ def load_transformers(model: GPT, dtype: torch.dtype) -> Any | str:
     except InputError as error:
         return str(error)
     config = model.config
-    theirs: Any = GPT2LMHeadModel(
+    hf_model: Any = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=config.vocab_size,
             n_positions=config.context_len,
@@ -155,20 +155,20 @@ def load_transformers(model: GPT, dtype: torch.dtype) -> Any | str:
             pad_token_id=None,
         )
     )
-    theirs.load_state_dict(to_hugging_face(model.state_dict(), config))
-    return theirs.to(dtype=dtype, device=next(model.parameters()).device).eval()
+    hf_model.load_state_dict(to_hugging_face(model.state_dict(), config))
+    return hf_model.to(dtype=dtype, device=next(model.parameters()).device).eval()
 
 
-def advancing_theirs(theirs: Any, prompts: list[list[int]]) -> tuple[Advance, Callable[[], list[list[int]]]]:
+def advancing_transformers(hf_model: Any, prompts: list[list[int]]) -> tuple[Advance, Callable[[], list[list[int]]]]:
     """Return the same two functions for transformers' generate, which goes on with the cache that it has filled."""
     from transformers import DynamicCache
 
-    cache = DynamicCache(config=theirs.config)
-    tokens_BT = torch.tensor(prompts, device=theirs.device)
+    cache = DynamicCache(config=hf_model.config)
+    tokens_BT = torch.tensor(prompts, device=hf_model.device)
 
     def advance(num_tokens: int) -> None:
         nonlocal tokens_BT
-        tokens_BT = theirs.generate(
+        tokens_BT = hf_model.generate(
             tokens_BT,
             attention_mask=torch.ones_like(tokens_BT),
             past_key_values=cache,
@@ -238,7 +238,7 @@ def prefill_seconds(model: GPT, passes: CachedPasses, num_rows: int, length: int
     return statistics.median(seconds[1:])
 
 
-def measure(options: Options, model: GPT, theirs: Any | None, num_rows: int, *, is_first: bool) -> dict[str, Any]:
+def measure(options: Options, model: GPT, hf_model: Any | None, num_rows: int, *, is_first: bool) -> dict[str, Any]:
     """Return the results at one batch, with those of every contestant by name."""
     device = next(model.parameters()).device
     prompts = some_prompts(model, num_rows, options.prompt_tokens)
@@ -247,8 +247,8 @@ def measure(options: Options, model: GPT, theirs: Any | None, num_rows: int, *, 
     runs = {"cached": advancing(cached, prompts)}
     if options.compile:
         runs["compiled"] = advancing(CachedPasses(model, num_rows=num_rows, compile_backend="inductor"), prompts)
-    if theirs is not None:
-        runs["transformers"] = advancing_theirs(theirs, prompts)
+    if hf_model is not None:
+        runs["transformers"] = advancing_transformers(hf_model, prompts)
     if options.whole and is_first:
         runs["whole"] = advancing(WholePasses(model), prompts)
     triad = Triad(device)
@@ -329,14 +329,14 @@ def main(args: list[str] | None = None) -> None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = model_of(options, device)
         check(options, model)
-        theirs = load_transformers(model, DTYPES[options.dtype])
-        if isinstance(theirs, str):
-            print(f"transformers left out: {theirs}")
-            theirs = None
+        hf_model = load_transformers(model, DTYPES[options.dtype])
+        if isinstance(hf_model, str):
+            print(f"transformers left out: {hf_model}")
+            hf_model = None
         make_ready(model)
         batches = dict[str, dict[str, Any]]()
         for index, num_rows in enumerate(options.batches):
-            batches[str(num_rows)] = measure(options, model, theirs, num_rows, is_first=index == 0)
+            batches[str(num_rows)] = measure(options, model, hf_model, num_rows, is_first=index == 0)
             print("\n".join(lines_of(num_rows, batches[str(num_rows)], options.prefill_tokens)), flush=True)
         conditions = {
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",

@@ -157,9 +157,9 @@ def test_a_killed_run_goes_on_bitwise_as_if_it_had_not_been(trained: Path, tiny_
 
 
 def test_the_loss_falls(trained: Path) -> None:
-    found = losses(trained)
-    assert abs(found[0] - math.log(33)) < 0.1  # 33 characters, none of them learnt yet
-    assert found[-5:].mean() < 2.0
+    curve_losses = losses(trained)
+    assert abs(curve_losses[0] - math.log(33)) < 0.1  # 33 characters, none of them learnt yet
+    assert curve_losses[-5:].mean() < 2.0
 
 
 def test_a_longer_list_of_skipped_sequences_changes_only_later_steps(tiny_data: Path, tmp_path: Path) -> None:

@@ -84,21 +84,21 @@ def test_the_norm_is_the_fp64_norm() -> None:
 @pytest.mark.parametrize("scale", [1.0, 1e-4], ids=["clipped", "not clipped"])
 def test_update_equals_torchs_clipping_and_adamw(scale: float) -> None:
     ours = with_gradients(scale)
-    theirs = copy.deepcopy(ours)
-    for mine, its in zip(ours.parameters(), theirs.parameters(), strict=True):
-        its.grad = None if mine.grad is None else mine.grad.clone()
-    decayed = [p for p in theirs.parameters() if p.dim() >= 2]
-    others = [p for p in theirs.parameters() if p.dim() < 2]
+    reference_model = copy.deepcopy(ours)
+    for mine, reference_parameter in zip(ours.parameters(), reference_model.parameters(), strict=True):
+        reference_parameter.grad = None if mine.grad is None else mine.grad.clone()
+    decayed = [p for p in reference_model.parameters() if p.dim() >= 2]
+    others = [p for p in reference_model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     reference = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
-    torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+    torch.nn.utils.clip_grad_norm_(reference_model.parameters(), 0.5)
     reference.step()
 
     norm = norm_of(ours)
     optimizer = build_optimizer(ours, CONFIG)
     update(optimizer, 1e-2, norm, torch.isfinite(norm), CONFIG.clip_norm)
-    for (name, mine), its in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(mine, its, rtol=0, atol=2e-7, msg=name)
+    for (name, mine), reference_parameter in zip(ours.named_parameters(), reference_model.parameters(), strict=True):
+        torch.testing.assert_close(mine, reference_parameter, rtol=0, atol=2e-7, msg=name)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
