@@ -1,24 +1,24 @@
-"""data_prep/fineweb.py in bytes of text per second, against bare encoders and the usual pattern in the same run.
+"""Time data_prep/fineweb.py in bytes of text per second, against bare encoders and the usual pattern.
 
     python benchmarks/bench_data_prep.py                              # 1 GB of text; 13 min on 2 CPU cores
     python benchmarks/bench_data_prep.py --data data/pages --workers 8
     python benchmarks/bench_data_prep.py --megabytes 100              # 3 min, and start-up most of it
 
 The aim, with W workers on W cores of their own: with tiktoken at least 0.85 x W x the bare encoder in one process, and
-at least 2 x the usual pattern; with gigatoken at least 7 x the usual pattern. Each is held or not in the table. Expect
-on 2 cores: bare 8 to 10 MB/s, usual 9 MB/s, ours 14 MB/s with tiktoken and 66 MB/s with gigatoken.
+at least 2 x the usual pattern; with gigatoken at least 7 x the usual pattern. The table says whether each one holds.
+Expect on 2 cores: bare 8 to 10 MB/s, usual 9 MB/s, ours 14 MB/s with tiktoken and 66 MB/s with gigatoken.
 
 bare      `encode_to_numpy` over documents that are already in memory, in one process; `bare gigatoken` likewise
-together  W of these at the same time: what the machine allows, whoever asks
+together  W bare encoders at the same time: the most that the machine allows
 usual     benchmarks/usual_pattern.py: a parent that iterates rows, a Pool.imap of W processes
 ours      `data_prep/fineweb.py --source local --workers W` from start to end: text read, encoded and hashed,
           duplicates found, documents shuffled, split and packed into shards, every byte verified
 
-In every round all cases take all files, in another order, with a bare measurement before and after each, and ratios
-are taken within a round. Start-up (imports, worker processes, the tokenizer) is the time that the same command takes
-for next to nothing, just before; it is taken off and reported apart. `encode` counts from the first part begun, when
-its worker has yet to import `datasets`, to the last one finished. Files come from the page cache. Memory is each
-process's VmHWM. Last line: JSON.
+In every round all cases read all files, each time in another order, with a bare measurement before and after each.
+Ratios are taken within a round. Start-up (imports, worker processes, the tokenizer) is the time that the same command
+takes on a tiny input just before; it is subtracted and reported separately. `encode` lasts from the start of the first
+part, when its worker has yet to import `datasets`, to the end of the last one. Files come from the page cache. Memory
+is each process's VmHWM. Last line: JSON.
 """
 
 import contextlib
@@ -56,7 +56,7 @@ from data_prep.pipeline.encode import Backend
 
 ROOT = Path(__file__).resolve().parents[1]
 MB = 10**6
-START_SECONDS = 120.0  # for bare encoders to meet
+START_SECONDS = 120.0  # time-out for bare encoders to meet
 WATCH_SECONDS = 0.05
 
 Tool = Literal["tiktoken", "gigatoken"]
@@ -64,27 +64,28 @@ Tool = Literal["tiktoken", "gigatoken"]
 
 @dataclass(frozen=True)
 class Options:
-    """data_prep/fineweb.py in bytes of text per second, against bare encoders and the usual pattern."""
+    """Options of the benchmark."""
 
     data: Path | None = None
-    """Folder of parquet files to read; None: generated ones, in a temporary folder (of TMPDIR)."""
+    """Folder of Parquet files to read; None: files generated in a temporary folder (under TMPDIR)."""
     megabytes: float = 1000.0
-    """Text to generate."""
+    """Megabytes of text to generate."""
     text: tuple[Path, ...] = ()
-    """UTF-8 files to generate it from; the Python documentation inside CPython unless given."""
+    """UTF-8 files to generate it from; none: the Python documentation inside CPython."""
     workers: int = 2
-    """Worker processes of every case."""
+    """Worker processes in every case."""
     backends: tuple[Backend, ...] = ("tiktoken", "gigatoken")
-    """Ours, with which encoders."""
+    """Encoders to time ours with."""
     rounds: int = 3
-    """Rounds over all cases."""
+    """Number of rounds over all cases."""
     files: int = 14
-    """Files to generate."""
+    """Number of files to generate."""
     slice_megabytes: float = 32.0
-    """Text of one bare measurement."""
+    """Megabytes of text in one bare measurement."""
 
 
 def check(options: Options) -> None:
+    """Raise InputError for options that cannot be measured."""
     for name in ("megabytes", "workers", "rounds", "files", "slice_megabytes"):
         if getattr(options, name) <= 0:
             raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)} must be above 0")
@@ -92,18 +93,19 @@ def check(options: Options) -> None:
         raise InputError("--backends: give one or more of tiktoken, gigatoken")
 
 
-# ---- bare encoders, in processes of their own
+# --- Bare encoders, in processes of their own -------------------------------------------------------------------------
 
-MEETING: list[Barrier] = []  # in a bare encoder: where they meet when they run together
+MEETING: list[Barrier] = []  # set in each pool process: the barrier for bare encoders that run together
 
 
 def enter_pool(meeting: Barrier) -> None:
+    """Keep the barrier for `bare_rate`. Runs once in each process of the pool."""
     MEETING.append(meeting)
 
 
 @functools.lru_cache(maxsize=1)
 def texts_of(path: Path, num_bytes: float) -> list[str]:
-    """The first documents of a file, about num_bytes."""
+    """Return the first documents of a file, of about `num_bytes` in all."""
     opened = pq.ParquetFile(path)
     texts: list[str] = []
     size = 0
@@ -119,18 +121,18 @@ def texts_of(path: Path, num_bytes: float) -> list[str]:
 
 @functools.cache
 def gigatoken(folder: Path) -> Any:
-    """One for all measurements of a process: the words that it keeps make it fast."""
+    """Return gigatoken's tokenizer, one for all measurements of a process since its cache of words makes it fast."""
     from gigatoken.gigatoken_rs import BPETokenizer
 
     from data_prep.tokenizer import FOLDER, RANKS_FILE, make_tokenizer
 
-    with tempfile.TemporaryDirectory(dir=folder) as own:
-        make_tokenizer("gpt2", "").save(Path(own))
-        return BPETokenizer.from_tiktoken(Path(own) / FOLDER / RANKS_FILE, "gpt2", None)
+    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+        make_tokenizer("gpt2", "").save(Path(temporary))
+        return BPETokenizer.from_tiktoken(Path(temporary) / FOLDER / RANKS_FILE, "gpt2", None)
 
 
 def bare_rate(tool: Tool, path: Path, num_bytes: float, folder: Path, *, together: bool) -> float:
-    """MB/s of one encoder over documents in memory. Runs in a process of the pool."""
+    """Return the MB/s of one encoder over documents in memory. Runs in a process of the pool."""
     texts = texts_of(path, num_bytes)
     encoded = [text.encode("utf-8") for text in texts]
     size = sum(map(len, encoded)) / MB
@@ -147,15 +149,17 @@ def bare_rate(tool: Tool, path: Path, num_bytes: float, folder: Path, *, togethe
     return size / (time.perf_counter() - started)
 
 
-# ---- whole commands, watched from outside
+# --- Whole commands, watched from outside -----------------------------------------------------------------------------
 
 
 @dataclass
 class Seen:
-    """A command's time and tokens; the moments at which its first part was begun, its last finished, its data whole.
+    """A command as watched from outside: its times, tokens and memory.
 
-    Moments are seconds after its start, None where they were not seen. Memory in bytes: its own process, and the
-    largest of its workers. cpu_seconds: of all its processes, which others on the machine change little.
+    `first_part`, `last_part` and `packed` are the seconds after the start when the first part was begun, the last one
+    finished and the data set named; None if that was not seen. `parent_bytes` and `worker_bytes` are the peaks of the
+    command's own process and of its largest worker. `cpu_seconds` are those of all its processes, which other load on
+    the machine changes little.
     """
 
     seconds: float = 0.0
@@ -169,7 +173,8 @@ class Seen:
     worker_bytes: int = 0
     _parts: int = field(default=0, repr=False)
 
-    def look(self, process: int, out: Path, seconds: float) -> None:
+    def observe(self, process: int, out: Path, seconds: float) -> None:
+        """Update memory and stages, `seconds` after the start."""
         self.parent_bytes = max(self.parent_bytes, peak_bytes(process))
         self.worker_bytes = max([self.worker_bytes, *map(peak_bytes, children_of(process))])
         parts = out.with_name(f".{out.name}.partial") / "parts"
@@ -184,7 +189,7 @@ class Seen:
 
 
 def peak_bytes(process: int) -> int:
-    """VmHWM of a process; 0 where there is none, or no /proc."""
+    """Return a process's VmHWM in bytes; 0 if the process or /proc does not exist."""
     with contextlib.suppress(OSError, ProcessLookupError):
         for line in Path(f"/proc/{process}/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -193,21 +198,22 @@ def peak_bytes(process: int) -> int:
 
 
 def children_of(process: int) -> list[int]:
-    found: list[int] = []
+    """Return the ids of a process's children."""
+    children: list[int] = []
     for path in Path(f"/proc/{process}/task").glob("*/children"):
         with contextlib.suppress(OSError, ProcessLookupError):
-            found += map(int, path.read_text().split())
-    return found
+            children += map(int, path.read_text().split())
+    return children
 
 
 def cpu_seconds_of_children() -> float:
-    """User and system time of all children that have ended, and of theirs."""
+    """Return the user and system time of all ended descendants."""
     usage = resource.getrusage(resource.RUSAGE_CHILDREN)
     return usage.ru_utime + usage.ru_stime
 
 
 def run_watched(command: Sequence[str], out: Path) -> tuple[Seen, str]:
-    """(what was seen, standard output). InputError with its last line where the command fails."""
+    """Run a command and return (its observations, its standard output). Raise InputError if it fails."""
     environment = os.environ | {"HF_HOME": str(out.parent / "huggingface"), "HF_HUB_OFFLINE": "1"}
     seen, is_over = Seen(), threading.Event()
     cpu_before = cpu_seconds_of_children()
@@ -218,28 +224,30 @@ def run_watched(command: Sequence[str], out: Path) -> tuple[Seen, str]:
 
         def watch() -> None:
             while not is_over.wait(WATCH_SECONDS):
-                seen.look(process.pid, out, time.perf_counter() - started)
+                seen.observe(process.pid, out, time.perf_counter() - started)
 
         watcher = threading.Thread(target=watch, daemon=True)
         watcher.start()
-        told, complaint = process.communicate()
+        output, errors = process.communicate()
         seen.seconds = time.perf_counter() - started
         is_over.set()
         watcher.join()
     seen.cpu_seconds = cpu_seconds_of_children() - cpu_before
     if process.returncode:
-        raise InputError(f"{command[0]} failed: {(complaint.strip().splitlines() or ['without a word'])[-1]}")
-    return seen, told
+        raise InputError(f"{command[0]} failed: {(errors.strip().splitlines() or ['no message'])[-1]}")
+    return seen, output
 
 
 def run_usual(paths: Sequence[Path], workers: int, out: Path) -> Seen:
+    """Run benchmarks/usual_pattern.py."""
     flags = ["--out", str(out), "--workers", str(workers), "--files", *map(str, paths)]
-    seen, told = run_watched(["benchmarks/usual_pattern.py", *flags], out)
-    seen.tokens = json.loads(told.splitlines()[-1])["tokens"]
+    seen, output = run_watched(["benchmarks/usual_pattern.py", *flags], out)
+    seen.tokens = json.loads(output.splitlines()[-1])["tokens"]
     return seen
 
 
 def run_ours(paths: Sequence[Path], workers: int, out: Path, backend: Backend) -> Seen:
+    """Run data_prep/fineweb.py, and count the tokens before duplicates are dropped."""
     flags = ["--source", "local", "--workers", str(workers), "--backend", backend, "--out", str(out)]
     seen, _ = run_watched(["data_prep/fineweb.py", *flags, "--data-files", *map(str, paths)], out)
     manifest = read_manifest(out)
@@ -249,12 +257,12 @@ def run_ours(paths: Sequence[Path], workers: int, out: Path, backend: Backend) -
     return seen
 
 
-# ---- rounds
+# --- Rounds -----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Round:
-    """What one round measured: rates in MB/s, and commands on all files and on next to nothing."""
+    """One round: bare rates in MB/s, commands on all files, and the same on a tiny input (`startups`)."""
 
     bare: list[float]
     bare_gigatoken: list[float]
@@ -264,6 +272,7 @@ class Round:
 
 
 def text_bytes_of(paths: Sequence[Path]) -> int:
+    """Return the bytes of text in Parquet files."""
     total = 0
     for path in paths:
         opened = pq.ParquetFile(path)
@@ -274,12 +283,13 @@ def text_bytes_of(paths: Sequence[Path]) -> int:
 
 
 class Bench:
-    """The pool of bare encoders, and rounds with it."""
+    """A pool of bare encoders, and the rounds that use it."""
 
     def __init__(self, options: Options, folder: Path, small: Sequence[Path], pool: ProcessPoolExecutor) -> None:
         self.options, self.folder, self.small, self.pool = options, folder, small, pool
 
     def bare(self, tool: Tool, paths: Sequence[Path], *, together: bool = False) -> list[float]:
+        """Return the MB/s of one bare encoder, or of W that run together."""
         count = self.options.workers if together else 1
         num_bytes = self.options.slice_megabytes * MB
         tasks = [
@@ -289,16 +299,18 @@ class Bench:
         return [task.result() for task in tasks]
 
     def command(self, case: str, paths: Sequence[Path]) -> Seen:
-        with tempfile.TemporaryDirectory(dir=self.folder) as own:
-            out = Path(own) / "out"
+        """Run one case on the files."""
+        with tempfile.TemporaryDirectory(dir=self.folder) as temporary:
+            out = Path(temporary) / "out"
             if case == "usual":
                 return run_usual(paths, self.options.workers, out)
             return run_ours(paths, self.options.workers, out, "gigatoken" if case == "gigatoken" else "tiktoken")
 
     def round(self, number: int, paths: Sequence[Path]) -> Round:
+        """Run all cases, in an order and on slices that depend on the round's number."""
         cases = ["usual", *self.options.backends]
         cases = cases[number % len(cases) :] + cases[: number % len(cases)]
-        paths = [*paths[number % len(paths) :], *paths[: number % len(paths)]]  # other slices for the bare encoders
+        paths = [*paths[number % len(paths) :], *paths[: number % len(paths)]]
         bare, bare_gigatoken, commands, startups = [], [], {}, {}
         for case in cases:
             bare += self.bare("tiktoken", paths)
@@ -313,7 +325,7 @@ class Bench:
 
 
 def check_results(commands: dict[str, Seen]) -> None:
-    """All made the same tokens, and both backends the same bytes: otherwise there is nothing to compare."""
+    """Raise InputError unless all cases made the same tokens, and both backends the same bytes."""
     tokens = {case: seen.tokens for case, seen in commands.items()}
     fingerprints = {seen.fingerprint for case, seen in commands.items() if case != "usual"}
     if len(set(tokens.values())) > 1 or len(fingerprints) > 1:
@@ -322,6 +334,7 @@ def check_results(commands: dict[str, Seen]) -> None:
 
 @contextlib.contextmanager
 def opened_bench(options: Options, folder: Path) -> Iterator[Bench]:
+    """Yield a Bench with its tiny input and its pool."""
     small = folder / "small"
     fineweb_like.make(
         fineweb_like.Options(small, megabytes=0.1, files=options.workers, rows_per_group=10, text=options.text)
@@ -332,10 +345,11 @@ def opened_bench(options: Options, folder: Path) -> Iterator[Bench]:
         yield Bench(options, folder, sorted(small.iterdir()), pool)
 
 
-# ---- results
+# --- Results ----------------------------------------------------------------------------------------------------------
 
 
 def spread(values: Sequence[float], digits: int = 2) -> dict[str, float]:
+    """Return the median and the range of values."""
     return {
         "median": round(statistics.median(values), digits),
         "low": round(min(values), digits),
@@ -344,35 +358,33 @@ def spread(values: Sequence[float], digits: int = 2) -> dict[str, float]:
 
 
 def rates_of(case: str, rounds: Sequence[Round], text_bytes: int) -> list[float]:
-    """MB/s of text of the whole command without its start-up, in every round."""
+    """Return the MB/s of text of the whole command without its start-up, for every round."""
     startup = statistics.median(one.startups[case].seconds for one in rounds)
     working = [one.commands[case].seconds - one.startups[case].seconds for one in rounds]
     if min(working) < startup:
-        print(
-            f"warning: {case} starts up in {startup:.1f} s and works for {min(working):.1f} s: too little --megabytes"
-        )
+        print(f"warning: {case} starts up in {startup:.1f} s and works for {min(working):.1f} s: raise --megabytes")
     return [text_bytes / MB / max(seconds, WATCH_SECONDS) for seconds in working]
 
 
 def limits(bare: list[float], rates: dict[str, list[float]]) -> list[dict[str, Any]]:
-    """Each ratio that is asked for, over the rounds; it holds if its median does. bare: W times the one encoder."""
-    asked = [
+    """Return each required ratio over the rounds, which holds if its median does. `bare`: W x one encoder."""
+    required = [
         ("tiktoken", "W x bare", bare, 0.85),
         ("tiktoken", "usual", rates["usual"], 2.0),
         ("gigatoken", "usual", rates["usual"], 7.0),
     ]
-    found = []
-    for backend, peer, rates_of_peer, needed in asked:
+    results = []
+    for backend, peer, rates_of_peer, needed in required:
         if backend in rates:
             ratios = [ours / other for ours, other in zip(rates[backend], rates_of_peer, strict=True)]
             limit: dict[str, Any] = {"ours": backend, "over": peer, "needed": needed, **spread(ratios, 3)}
             limit |= {"holds": limit["median"] >= needed, "rounds": [round(ratio, 3) for ratio in ratios]}
-            found.append(limit)
-    return found
+            results.append(limit)
+    return results
 
 
 def seconds_between(rounds: Sequence[Round], case: str, begin: str | None, end: str) -> dict[str, float] | None:
-    """Of a stage, between two moments of every round; None where they were not seen."""
+    """Return the seconds of a stage between two moments of every round; None if one was not seen."""
     pairs = [
         (0.0 if begin is None else getattr(one.commands[case], begin), getattr(one.commands[case], end))
         for one in rounds
@@ -383,6 +395,7 @@ def seconds_between(rounds: Sequence[Round], case: str, begin: str | None, end: 
 
 
 def summary(rounds: Sequence[Round], text_bytes: int, options: Options) -> dict[str, Any]:
+    """Return the results of all rounds, for the JSON line."""
     bare = [options.workers * statistics.median(one.bare) for one in rounds]
     rates = {case: rates_of(case, rounds, text_bytes) for case in ("usual", *options.backends)}
     commands: dict[str, Any] = {}
@@ -406,7 +419,7 @@ def summary(rounds: Sequence[Round], text_bytes: int, options: Options) -> dict[
                     ("verify", "packed", "seconds"),
                 )
             }
-    giga = [rate for one in rounds for rate in one.bare_gigatoken]
+    gigatoken_rates = [rate for one in rounds for rate in one.bare_gigatoken]
     return {
         "text_bytes": text_bytes,
         "tokens": rounds[0].commands["usual"].tokens,
@@ -414,34 +427,34 @@ def summary(rounds: Sequence[Round], text_bytes: int, options: Options) -> dict[
         "rounds": len(rounds),
         "bare_megabytes_per_second": spread([rate for one in rounds for rate in one.bare]),
         "bare_of_rounds": [[round(rate, 2) for rate in one.bare] for one in rounds],
-        "bare_gigatoken_megabytes_per_second": spread(giga) if giga else None,
+        "bare_gigatoken_megabytes_per_second": spread(gigatoken_rates) if gigatoken_rates else None,
         "together_over_w_bare": spread([one.together / w_bare for one, w_bare in zip(rounds, bare, strict=True)], 3),
         "commands": commands,
         "limits": limits(bare, rates),
     }
 
 
-def table(told: dict[str, Any]) -> Iterator[str]:
-    def rate(name: str, found: dict[str, float], remark: str = "") -> str:
-        return f"{name:<15} {found['median']:7.1f} MB/s ({found['low']:.1f} to {found['high']:.1f}){remark}"
+def table(results: dict[str, Any]) -> Iterator[str]:
+    """Yield the printed lines of a summary."""
 
-    yield rate("bare tiktoken", told["bare_megabytes_per_second"])
-    if told["bare_gigatoken_megabytes_per_second"]:
-        yield rate("bare gigatoken", told["bare_gigatoken_megabytes_per_second"])
-    together = told["together_over_w_bare"]
-    yield f"{told['workers']} bare together: {together['median']:.2f} x {told['workers']} x bare"
-    for case, found in told["commands"].items():
-        name = case if case == "usual" else f"ours, {case}"
-        yield rate(
-            name,
-            found["megabytes_per_second"],
-            f"  start-up {found['startup_seconds']['median']:.1f} s  peak {found['parent_peak_mb']:,} MB, "
-            f"each worker {found['worker_peak_mb']:,} MB",
+    def rate(name: str, spread: dict[str, float], remark: str = "") -> str:
+        return f"{name:<15} {spread['median']:7.1f} MB/s ({spread['low']:.1f} to {spread['high']:.1f}){remark}"
+
+    yield rate("bare tiktoken", results["bare_megabytes_per_second"])
+    if results["bare_gigatoken_megabytes_per_second"]:
+        yield rate("bare gigatoken", results["bare_gigatoken_megabytes_per_second"])
+    together = results["together_over_w_bare"]
+    yield f"{results['workers']} bare together: {together['median']:.2f} x {results['workers']} x bare"
+    for case, command in results["commands"].items():
+        remark = (
+            f"  start-up {command['startup_seconds']['median']:.1f} s  peak {command['parent_peak_mb']:,} MB, "
+            f"each worker {command['worker_peak_mb']:,} MB"
         )
-        if found.get("encode_seconds") and found["pack_seconds"]:
-            stages = [f"{stage} {found[f'{stage}_seconds']['median']:.1f} s" for stage in ("encode", "pack", "verify")]
+        yield rate(case if case == "usual" else f"ours, {case}", command["megabytes_per_second"], remark)
+        if command.get("encode_seconds") and command["pack_seconds"]:
+            stages = [f"{name} {command[f'{name}_seconds']['median']:.1f} s" for name in ("encode", "pack", "verify")]
             yield f"{'':<15} a round: {', '.join(stages)}"
-    for limit in told["limits"]:
+    for limit in results["limits"]:
         yield (
             f"{limit['ours']} / {limit['over']}: {limit['median']:.2f} ({limit['low']:.2f} to {limit['high']:.2f}), "
             f"needed {limit['needed']}: {'holds' if limit['holds'] else 'DOES NOT HOLD'}"
@@ -449,23 +462,24 @@ def table(told: dict[str, Any]) -> Iterator[str]:
 
 
 def measure(options: Options, folder: Path, data: Path) -> dict[str, Any]:
+    """Run all rounds on the Parquet files in `data`, print the table and return the results."""
     paths = sorted(data.glob("**/*.parquet"))
     if not paths:
-        raise InputError(f"{data}: no parquet file in it")
+        raise InputError(f"{data}: no parquet file in it; give --data a folder that has some")
     load_before = os.getloadavg()
     with opened_bench(options, folder) as bench:
         for tool in options.backends:
             bench.bare(tool, paths, together=True)  # warm-up
         rounds = [bench.round(number, paths) for number in range(options.rounds)]
-    told = summary(rounds, text_bytes_of(paths), options) | {
+    results = summary(rounds, text_bytes_of(paths), options) | {
         "files": len(paths),
         "load_before": [round(load, 2) for load in load_before],
         "cpus": os.cpu_count(),
         "python": platform.python_version(),
         "tiktoken": tiktoken.__version__,
     }
-    print("\n".join(table(told)))
-    return told
+    print("\n".join(table(results)))
+    return results
 
 
 def main(args: list[str] | None = None) -> None:

@@ -1,15 +1,16 @@
-"""Generation's speed: prefill and decode apart, by batch, against a pass over the window for each token, against
-transformers' generate with its own cache on the same weights, and against what memory can deliver.
+"""Time generation: prefill and decoding by batch, against an uncached loop, transformers, and memory bandwidth.
 
     python benchmarks/bench_generate.py                           # 4 layers x 384, 1,000 tokens; minutes on 2 cores
     python benchmarks/bench_generate.py runs/NAME --batches 1 16 --tokens 500 --no-whole
 
-All take the likeliest token. They go on in turn, a block of tokens each, so that a busy machine is as busy for one as
-for the other; the uncached loop, which sees no padding here, at the first batch only. A decoding step reads all weights
-but the embeddings and each row's keys and values: bytes that divided by its time are held against a triad's (a = b + s
-c; McCalpin 1995), measured between the blocks. Ratios are of seconds, and of CPU seconds, which other work on the
-machine changes less. Last line: JSON. Expect the uncached loop to take at least 5 times as long over 1,000 tokens, and
-transformers longer at every batch.
+The uncached loop passes over all tokens for each new one. transformers' generate uses its own cache and the same
+weights. All take the likeliest token and decode in turn, a block of tokens each, so that other load on the machine
+slows all of them alike. The uncached loop runs at the first batch only, without padding.
+
+A decoding step reads all weights but the embeddings, and each row's keys and values. These bytes divided by its time
+are compared with a triad (a = b + s c; McCalpin 1995), which is measured between the blocks. Ratios are of seconds, and
+of CPU seconds, which other load changes less. Last line: JSON. Expect the uncached loop to take at least 5 times as
+long over 1,000 tokens, and transformers longer at every batch.
 """
 
 import itertools
@@ -40,46 +41,46 @@ from model.gpt import GPT, build_model
 from model.hf.format import check_expressible, to_hugging_face
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-WARM_UP_TOKENS = 2  # a prefill and a step, which may be compiled
-TRIAD_BYTES = 2**26  # of one of its three arrays; more than caches hold
+WARM_UP_TOKENS = 2  # one prefill and one step, which may be compiled
+TRIAD_BYTES = 2**26  # of each of the three arrays; more than caches hold
 
-Advance = Callable[[int], None]
-"""So many more tokens for each row."""
+Advance = Callable[[int], None]  # decodes a number of tokens for each row
 
 
 @dataclass(frozen=True)
 class Options:
-    """Generation's speed."""
+    """Options of the benchmark."""
 
     path: Annotated[str | None, tyro.conf.Positional] = None
-    """RUN, RUN@STEP or a checkpoint; None: random weights of the shape below."""
+    """RUN, RUN@STEP or a checkpoint to load; None: random weights of the shape below."""
     num_layers: int = 4
-    """Blocks."""
+    """Number of blocks."""
     num_heads: int = 6
-    """Attention heads."""
+    """Number of attention heads."""
     width: int = 384
     """Size of the residual stream."""
     vocab_size: int = 50_257
-    """Tokens."""
+    """Tokens in the vocabulary."""
     batches: tuple[int, ...] = (1, 8)
-    """Rows that are decoded together."""
+    """Numbers of rows that are decoded together."""
     prompt_tokens: int = 16
-    """Of the prompts that are decoded from."""
+    """Length of the prompts before decoding."""
     tokens: int = 1000
-    """To decode."""
+    """Tokens to decode in each row."""
     block: int = 50
-    """Tokens timed together."""
+    """Tokens that are timed together."""
     prefill_tokens: int = 512
-    """Of the prompts that prefill is timed on."""
+    """Length of the prompts when prefill is timed."""
     whole: bool = True
-    """Time the uncached loop, too."""
+    """Also time the uncached loop."""
     compile: bool = False
-    """Time the compiled step, too."""
+    """Also time the compiled step."""
     dtype: Literal["fp32", "bf16"] = "fp32"
-    """Of products, keys and values."""
+    """Precision of products, keys and values."""
 
 
 def model_of(options: Options, device: torch.device) -> GPT:
+    """Return the model to time. Raise InputError for a shape that cannot be, or a model without a cache."""
     dtype = DTYPES[options.dtype]
     if options.path is None:
         config = ModelConfig(
@@ -98,6 +99,7 @@ def model_of(options: Options, device: torch.device) -> GPT:
 
 
 def some_prompts(model: GPT, num_rows: int, length: int) -> list[list[int]]:
+    """Return `num_rows` random prompts, the same on every call."""
     generator = torch.Generator().manual_seed(1)
     tokens_BT: list[list[int]] = torch.randint(
         model.config.vocab_size, (num_rows, length), generator=generator
@@ -110,11 +112,11 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-# --- Who takes part ---------------------------------------------------------------------------------------------------
+# --- The contestants --------------------------------------------------------------------------------------------------
 
 
 def advancing(passes: Passes, prompts: Sequence[Sequence[int]]) -> tuple[Advance, Callable[[], list[list[int]]]]:
-    """Our loop, and what it has said."""
+    """Return a function that advances our loop, and one that returns its tokens."""
     rows = [Row(list(prompt), torch.Generator()) for prompt in prompts]
     steps = generate_rows(passes, rows, sampling=Sampling(temperature=0.0))
 
@@ -126,7 +128,7 @@ def advancing(passes: Passes, prompts: Sequence[Sequence[int]]) -> tuple[Advance
 
 
 def load_transformers(model: GPT, dtype: torch.dtype) -> Any | str:
-    """The same weights as a GPT2LMHeadModel; or why there is none."""
+    """Return the same weights as a GPT2LMHeadModel, or the reason why this is not possible."""
     try:
         check_expressible(model.config)
         with warnings.catch_warnings():
@@ -137,7 +139,7 @@ def load_transformers(model: GPT, dtype: torch.dtype) -> Any | str:
     except InputError as error:
         return str(error)
     config = model.config
-    theirs: Any = GPT2LMHeadModel(
+    hf_model: Any = GPT2LMHeadModel(
         GPT2Config(
             vocab_size=config.vocab_size,
             n_positions=config.context_len,
@@ -153,20 +155,20 @@ def load_transformers(model: GPT, dtype: torch.dtype) -> Any | str:
             pad_token_id=None,
         )
     )
-    theirs.load_state_dict(to_hugging_face(model.state_dict(), config))
-    return theirs.to(dtype=dtype, device=next(model.parameters()).device).eval()
+    hf_model.load_state_dict(to_hugging_face(model.state_dict(), config))
+    return hf_model.to(dtype=dtype, device=next(model.parameters()).device).eval()
 
 
-def advancing_theirs(theirs: Any, prompts: list[list[int]]) -> tuple[Advance, Callable[[], list[list[int]]]]:
-    """transformers' generate, which goes on with the cache that it has filled."""
+def advancing_transformers(hf_model: Any, prompts: list[list[int]]) -> tuple[Advance, Callable[[], list[list[int]]]]:
+    """Return the same two functions for transformers' generate, which goes on with the cache that it has filled."""
     from transformers import DynamicCache
 
-    cache = DynamicCache(config=theirs.config)
-    tokens_BT = torch.tensor(prompts, device=theirs.device)
+    cache = DynamicCache(config=hf_model.config)
+    tokens_BT = torch.tensor(prompts, device=hf_model.device)
 
     def advance(num_tokens: int) -> None:
         nonlocal tokens_BT
-        tokens_BT = theirs.generate(
+        tokens_BT = hf_model.generate(
             tokens_BT,
             attention_mask=torch.ones_like(tokens_BT),
             past_key_values=cache,
@@ -177,11 +179,11 @@ def advancing_theirs(theirs: Any, prompts: list[list[int]]) -> tuple[Advance, Ca
     return advance, lambda: tokens_BT.tolist()
 
 
-# --- What is measured -------------------------------------------------------------------------------------------------
+# --- Measurements -----------------------------------------------------------------------------------------------------
 
 
 class Triad:
-    """a = b + s c, as torch does it."""
+    """The memory bandwidth of a = b + s c, computed by torch."""
 
     def __init__(self, device: torch.device) -> None:
         self._a, self._b, self._c = torch.ones(3, TRIAD_BYTES // 4, device=device).unbind()
@@ -189,6 +191,7 @@ class Triad:
         self.bytes_per_second: list[float] = []
 
     def measure(self) -> None:
+        """Time one triad and append its bytes per second."""
         synchronize(self._device)
         started = time.perf_counter()
         torch.add(self._b, self._c, alpha=3.0, out=self._a)
@@ -199,10 +202,10 @@ class Triad:
 def in_turn(
     advances: dict[str, Advance], *, tokens: int, block: int, triad: Triad, device: torch.device
 ) -> dict[str, list[tuple[float, float]]]:
-    """Seconds and CPU seconds of each one's blocks."""
+    """Return the (seconds, CPU seconds) of every block of each contestant."""
     for advance in advances.values():
         advance(WARM_UP_TOKENS)
-    triad.measure()  # whose first is slow
+    triad.measure()  # the first one is slow
     triad.bytes_per_second.clear()
     seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in advances}
     for _ in range(tokens // block):
@@ -217,25 +220,26 @@ def in_turn(
 
 
 def step_bytes(model: GPT, slots: float, num_rows: int) -> float:
-    """Read by a decoding step, when a row has so many tokens in the cache."""
+    """Return the bytes that a decoding step reads when each row has `slots` tokens in the cache."""
     parts: list[Tensor] = [*model.blocks.parameters(), *model.transformer["ln_f"].parameters(), model.lm_head.weight]
     weights = sum(part.nbytes for part in parts)
     return weights + num_rows * slots * count_cache_bytes(model.config, model.compute_dtype.itemsize)
 
 
 def prefill_seconds(model: GPT, passes: CachedPasses, num_rows: int, length: int) -> float:
-    """Median of five, after one that is not counted."""
-    windows = dict(enumerate(some_prompts(model, num_rows, length)))
+    """Return the median seconds of five prefills, after an uncounted one."""
+    prompts = dict(enumerate(some_prompts(model, num_rows, length)))
     seconds = []
     for _ in range(6):
         started = time.perf_counter()
         with torch.no_grad():
-            passes.prefill(windows).cpu()
+            passes.prefill(prompts).cpu()
         seconds.append(time.perf_counter() - started)
     return statistics.median(seconds[1:])
 
 
-def measure(options: Options, model: GPT, theirs: Any | None, num_rows: int, *, is_first: bool) -> dict[str, Any]:
+def measure(options: Options, model: GPT, hf_model: Any | None, num_rows: int, *, is_first: bool) -> dict[str, Any]:
+    """Return the results at one batch, with those of every contestant by name."""
     device = next(model.parameters()).device
     prompts = some_prompts(model, num_rows, options.prompt_tokens)
     cached = CachedPasses(model, num_rows=num_rows)
@@ -243,18 +247,18 @@ def measure(options: Options, model: GPT, theirs: Any | None, num_rows: int, *, 
     runs = {"cached": advancing(cached, prompts)}
     if options.compile:
         runs["compiled"] = advancing(CachedPasses(model, num_rows=num_rows, compile_backend="inductor"), prompts)
-    if theirs is not None:
-        runs["transformers"] = advancing_theirs(theirs, prompts)
+    if hf_model is not None:
+        runs["transformers"] = advancing_transformers(hf_model, prompts)
     if options.whole and is_first:
         runs["whole"] = advancing(WholePasses(model), prompts)
     triad = Triad(device)
     advances = {name: advance for name, (advance, _) in runs.items()}
     seconds = in_turn(advances, tokens=options.tokens, block=options.block, triad=triad, device=device)
-    said = {name: tokens() for name, (_, tokens) in runs.items()}
+    tokens_by_name = {name: tokens() for name, (_, tokens) in runs.items()}
     num_steps = options.tokens // options.block * options.block
     slots = options.prompt_tokens + WARM_UP_TOKENS + num_steps / 2
     bandwidth = statistics.median(triad.bytes_per_second)
-    found: dict[str, Any] = {
+    results: dict[str, Any] = {
         "prefill_ms": round(prefill * 1e3, 3),
         "prefill_tokens_per_second": round(num_rows * options.prefill_tokens / prefill, 1),
         "triad_gb_per_second": round(bandwidth / 1e9, 2),
@@ -263,30 +267,31 @@ def measure(options: Options, model: GPT, theirs: Any | None, num_rows: int, *, 
     for name in runs:
         total, cpu = (sum(times) for times in zip(*seconds[name], strict=True))
         ratios = [block[0] / our[0] for block, our in zip(seconds[name], seconds["cached"], strict=True)]
-        found[name] = {
+        results[name] = {
             "ms_per_token": round(total / num_steps * 1e3, 3),
             "tokens_per_second": round(num_rows * num_steps / total, 1),
             "slower": round(total / ours, 3),
             "slower_cpu": round(cpu / ours_cpu, 3),
             "slower_by_block": [round(number, 3) for number in (min(ratios), statistics.median(ratios), max(ratios))],
-            "same_tokens": said[name] == said["cached"],
+            "same_tokens": tokens_by_name[name] == tokens_by_name["cached"],
         }
         if name != "whole":
             rate = step_bytes(model, slots, num_rows) * num_steps / total
-            found[name] |= {
+            results[name] |= {
                 "gb_per_second": round(rate / 1e9, 2),
                 "of_triad": round(rate / bandwidth, 3),
             }
-    return found
+    return results
 
 
-def lines_of(num_rows: int, found: dict[str, Any], prefill_tokens: int) -> list[str]:
-    head = (
-        f"batch {num_rows}: prefill of {prefill_tokens} tokens {found['prefill_ms']:.1f} ms, "
-        f"{found['prefill_tokens_per_second']:,.0f} tokens/s; triad {found['triad_gb_per_second']:.1f} GB/s"
+def lines_of(num_rows: int, results: dict[str, Any], prefill_tokens: int) -> list[str]:
+    """Return the printed lines of one batch's results."""
+    header = (
+        f"batch {num_rows}: prefill of {prefill_tokens} tokens {results['prefill_ms']:.1f} ms, "
+        f"{results['prefill_tokens_per_second']:,.0f} tokens/s; triad {results['triad_gb_per_second']:.1f} GB/s"
     )
-    lines = [head]
-    for name, numbers in found.items():
+    lines = [header]
+    for name, numbers in results.items():
         if isinstance(numbers, dict):
             least, median, most = numbers["slower_by_block"]
             line = (
@@ -300,7 +305,8 @@ def lines_of(num_rows: int, found: dict[str, Any], prefill_tokens: int) -> list[
     return lines
 
 
-def checked(options: Options, model: GPT) -> None:
+def check(options: Options, model: GPT) -> None:
+    """Raise InputError for options that cannot be measured."""
     for flag in ("prompt_tokens", "tokens", "block", "prefill_tokens"):
         if getattr(options, flag) < 1:
             raise InputError(f"--{flag.replace('_', '-')} {getattr(options, flag)} must be at least 1")
@@ -322,15 +328,15 @@ def main(args: list[str] | None = None) -> None:
         options = tyro.cli(Options, args=args, description=__doc__)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model = model_of(options, device)
-        checked(options, model)
-        theirs = load_transformers(model, DTYPES[options.dtype])
-        if isinstance(theirs, str):
-            print(f"transformers left out: {theirs}")
-            theirs = None
+        check(options, model)
+        hf_model = load_transformers(model, DTYPES[options.dtype])
+        if isinstance(hf_model, str):
+            print(f"transformers left out: {hf_model}")
+            hf_model = None
         make_ready(model)
         batches = dict[str, dict[str, Any]]()
         for index, num_rows in enumerate(options.batches):
-            batches[str(num_rows)] = measure(options, model, theirs, num_rows, is_first=index == 0)
+            batches[str(num_rows)] = measure(options, model, hf_model, num_rows, is_first=index == 0)
             print("\n".join(lines_of(num_rows, batches[str(num_rows)], options.prefill_tokens)), flush=True)
         conditions = {
             "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",

@@ -1,11 +1,11 @@
-"""Our training step against a bare loop of the same model, in one process.
+"""Time our training step against a bare loop of the same model, in one process.
 
     python benchmarks/bench_step.py                                        # a minute and a half on 2 CPU cores
     python benchmarks/bench_step.py --preset gpt2-small --sequences 64 --vocab-size 50257      # on a GPU
 
-The two run in turn, in blocks of steps after a warm-up, and the bare loop runs twice in each round: its ratio to
-itself (the A/A control) tells how far the machine can be trusted. Last line: JSON. Expect the 95 % interval of
-ours / bare below 1.05, and that of bare / bare around 1. Several processes: bench_parallel.py.
+Both run in turn, in blocks of steps after a warm-up. The bare loop runs twice in each round; its ratio to itself
+(the A/A control) tells how far the machine can be trusted. Last line: JSON. Expect the 95 % interval of
+ours / bare below 1.05, and that of bare / bare around 1. For several processes use bench_parallel.py.
 """
 
 import dataclasses
@@ -29,41 +29,42 @@ from train.processes.group import ProcessGroup, open_process_group
 
 @dataclass(frozen=True)
 class Options:
-    """Our training step against a bare loop of the same model, in one process."""
+    """Options of the benchmark."""
 
     preset: str = "quickstart"
-    """Model, batch and precision to time."""
+    """Preset whose model, batch and precision are timed."""
     sequences: int = 32
-    """Sequences per step (a micro-batch is at most the preset's)."""
+    """Sequences per step. A micro-batch is at most the preset's."""
     vocab_size: int = 256
-    """The model's vocabulary. The tokens that are read are bytes, whatever it is."""
+    """Size of the model's vocabulary. The text is read as bytes, whatever the size."""
     loss: Literal["plain", "chunked"] = "plain"
-    """Our side's cross-entropy; the bare loop's is always plain."""
+    """Cross-entropy of our step; that of the bare loop is always plain."""
     rounds: int = 12
-    """Rounds of: bare, ours, bare."""
+    """Rounds of bare, ours, bare."""
     block: int = 5
-    """Steps timed together."""
+    """Steps that are timed together."""
 
 
 def measure(options: Options, config: Config, group: ProcessGroup) -> dict[str, object]:
+    """Return the conditions and the ratios of our step to the bare one."""
     with opened_run(config, group) as (run, ours):
         bare = bare_step(run.config, run.processes.parallel_plan, group)
-        found = compare(ours, bare, rounds=options.rounds, block=options.block, group=group)
-    print(f"bare {found['bare_step_ms']:.2f} ms, ours {found['ours_step_ms']:.2f} ms per step")
-    return conditions(config, group) | found
+        result = compare(ours, bare, rounds=options.rounds, block=options.block, group=group)
+    print(f"bare {result['bare_step_ms']:.2f} ms, ours {result['ours_step_ms']:.2f} ms per step")
+    return conditions(config, group) | result
 
 
 def main(args: list[str] | None = None) -> None:
     with one_line_errors("bench_step"):
         options = tyro.cli(Options, args=args, description=__doc__)
         with (
-            tempfile.TemporaryDirectory() as own,
-            open_process_group(ParallelConfig.init_timeout_seconds, Path(own)) as group,
+            tempfile.TemporaryDirectory() as folder,
+            open_process_group(ParallelConfig.init_timeout_seconds, Path(folder)) as group,
         ):
             if group.world > 1:
-                raise InputError(f"{group.world} processes: this times one; benchmarks/bench_parallel.py times several")
+                raise InputError(f"{group.world} processes given, one needed; use benchmarks/bench_parallel.py")
             config = configured(
-                Path(own), preset=options.preset, sequences=options.sequences, vocab_size=options.vocab_size
+                Path(folder), preset=options.preset, sequences=options.sequences, vocab_size=options.vocab_size
             )
             config = dataclasses.replace(config, train=dataclasses.replace(config.train, loss=options.loss))
             print(json.dumps(measure(options, config, group)))

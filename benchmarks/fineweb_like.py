@@ -1,16 +1,17 @@
-"""A data set laid out like FineWeb-Edu, made of real sentences in new orders: for benchmarks and rehearsals.
+"""Write a data set laid out like FineWeb-Edu from real sentences in new orders, for benchmarks and rehearsals.
 
     python benchmarks/fineweb_like.py /tmp/pages                              # 1 GB of text in 14 files, as sample-10BT
     python benchmarks/fineweb_like.py /tmp/pages --megabytes 5 --files 2 --text page1.txt page2.txt
 
-1 GB takes about 25 s on one CPU core and 0.3 GB of memory, whatever the size. Last line: JSON, with what was planted.
+1 GB takes about 25 s on one CPU core. Memory stays at 0.3 GB, whatever the size. Last line: JSON, with the numbers of
+duplicates and of rows without text.
 
-A document is random sentences of the text, each with the white space that follows it there: whole words in their
-places, so that a tokenizer has the work that it has with the text itself. Only its words are fewer than the web's: what
-keeps words in a cache (gigatoken) is flattered. Lengths are log-normal with FineWeb-Edu's mean, 4.9 KB; some documents
-in 100,000 have 100 KB and more. Of those with text 4.18 % are copies of an earlier one, in any file, as in sample-10BT;
-one in 2,000 has null for a text, and one in 2,000 the empty one. Columns, snappy and row groups of 1,000 rows as in the
-Hub's files; the columns beside the text are made up. The same options and text give the same documents.
+A document is random sentences of the text, each with the white space that follows it there. A tokenizer therefore has
+the same work as with the text itself. The vocabulary is smaller than the web's, which flatters encoders that cache
+words (gigatoken). Lengths are log-normal with FineWeb-Edu's mean, 4.9 KB; some documents in 100,000 have 100 KB and
+more. 4.18 % of the documents with text are copies of an earlier one in any file, as in sample-10BT. One row in 2,000
+has null as its text, and one in 2,000 the empty text. Columns, snappy compression and row groups of 1,000 rows are
+those of the Hub's files; the columns beside the text are made up. The same options and text give the same documents.
 """
 
 import json
@@ -35,15 +36,15 @@ from data_prep.pipeline.python_docs import docstrings, topics
 
 MB = 10**6
 MEAN_BYTES = 4_860  # sample-10BT: 47 GB of text in 9.67 million pages
-SIGMA = 1.0  # of the logarithm: ours
+SIGMA = 1.0  # standard deviation of the log length; our choice
 DUPLICATE_SHARE = 0.0418
-NO_TEXT_SHARE = 1 / 2000  # null, and as many empty ones
-MIN_SENTENCES = 8  # so that no two documents are equal by chance
-MARGIN = 1.01  # bytes are planned from means
+NO_TEXT_SHARE = 1 / 2000  # of null texts, and again of empty ones
+MIN_SENTENCES = 8  # with fewer, two documents might be equal by chance
+MARGIN = 1.01  # bytes are planned from means, so that one per cent more is planned
 NULL, EMPTY = -1, -2
 
-# Up to the end of a sentence or line, with all white space after it. None begins with white space, so that a joined
-# text falls apart again into the same ones.
+# A sentence or line with all white space after it. A match never begins with white space, so that joined sentences
+# are split into the same ones again.
 SENTENCE = re.compile(r"\S.*?(?:[.!?]\s+|\n\s*|\Z)")
 
 SCHEMA = pa.schema(
@@ -64,25 +65,25 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Options:
-    """A data set laid out like FineWeb-Edu, made of real sentences in new orders."""
+    """Options of the command."""
 
     out: Annotated[Path, tyro.conf.Positional]
-    """The folder to make."""
+    """Folder to write; it must be empty or not exist."""
     megabytes: float = 1000.0
-    """Bytes of text, in all files; one per cent more is aimed at, so that it is no less."""
+    """Megabytes of text in all files together; about one per cent more is written."""
     files: int = 14
-    """Parquet files, as sample-10BT has them."""
+    """Number of Parquet files; sample-10BT has 14."""
     rows_per_group: int = 1000
-    """Rows in a row group."""
+    """Rows in each row group."""
     text: tuple[Path, ...] = ()
-    """UTF-8 files with the sentences; the Python documentation inside CPython unless given."""
+    """UTF-8 files with the sentences; none: the Python documentation inside CPython."""
     seed: int = 0
-    """Of everything."""
+    """Seed of all random choices."""
 
 
 @dataclass(frozen=True)
 class Made:
-    """What is in the files."""
+    """The contents of the files, counted."""
 
     files: int
     row_groups: int
@@ -96,18 +97,20 @@ class Made:
 
 @dataclass(frozen=True)
 class Rows:
-    """origins: the row whose text this one has, itself or an earlier one, or NULL or EMPTY. lengths: in sentences."""
+    """The planned rows. `origins`: the row whose text a row has (itself or an earlier one), or NULL or EMPTY.
+    `lengths`: in sentences."""
 
     origins: npt.NDArray[np.int64]
     lengths: npt.NDArray[np.int64]
 
 
 def sentences_of(text: str) -> list[str]:
+    """Return the sentences and lines of a text, each with the white space after it."""
     return SENTENCE.findall(text)
 
 
 def read_sentences(paths: tuple[Path, ...]) -> list[str]:
-    """The sentences to draw from, each as often as it stands there; the last of a text ends its line."""
+    """Return the sentences to draw from, repeated as in the texts. Raise InputError if there are too few."""
     texts = [path.read_text(encoding="utf-8") for path in paths] if paths else [topics(), docstrings()]
     sentences = [sentence for text in texts for sentence in sentences_of(text.rstrip() + "\n")]
     if len(set(sentences)) < 100:
@@ -116,7 +119,7 @@ def read_sentences(paths: tuple[Path, ...]) -> list[str]:
 
 
 def plan_rows(num_bytes: float, mean_sentence_bytes: float, seed: int) -> Rows:
-    """As many rows as hold about num_bytes, with copies, nulls and empty texts spread over all of them."""
+    """Return rows of about `num_bytes` in all, with copies, nulls and empty texts spread over them."""
     generator = np.random.default_rng(seed)
     count = int(1.2 * num_bytes / MEAN_BYTES) + 100
     documents_bytes = generator.lognormal(np.log(MEAN_BYTES) - SIGMA**2 / 2, SIGMA, size=count)
@@ -136,7 +139,7 @@ def plan_rows(num_bytes: float, mean_sentence_bytes: float, seed: int) -> Rows:
 
 
 def text_of(row: int, rows: Rows, sentences: list[str], seed: int) -> str | None:
-    """The row's text, from the seed and its origin's number alone."""
+    """Return the row's text, which depends only on the seed and the number of its origin."""
     origin = int(rows.origins[row])
     if origin < 0:
         return None if origin == NULL else ""
@@ -145,7 +148,7 @@ def text_of(row: int, rows: Rows, sentences: list[str], seed: int) -> str | None
 
 
 def table_of(first: int, texts: list[str | None], file_number: int, seed: int) -> pa.Table:
-    """A row group; `first` is the number of its first row."""
+    """Return a row group; `first` is the number of its first row."""
     generator = np.random.default_rng([seed, first, file_number])
     count = len(texts)
     dump = f"CC-MAIN-{2013 + file_number % 12}-20"
@@ -171,12 +174,13 @@ def table_of(first: int, texts: list[str | None], file_number: int, seed: int) -
 
 
 def groups_of(first: int, last: int, rows_per_group: int) -> Iterator[range]:
+    """Yield the rows of each row group of a file that holds rows `first` to `last`."""
     for begin in range(first, last, rows_per_group):
         yield range(begin, min(begin + rows_per_group, last))
 
 
 def make(options: Options) -> Made:
-    """Write the files, a row group at a time."""
+    """Write the files, a row group at a time, and return their counted contents."""
     for name in ("megabytes", "files", "rows_per_group"):
         if getattr(options, name) <= 0:
             raise InputError(f"--{name.replace('_', '-')} {getattr(options, name)} must be above 0")
@@ -188,7 +192,7 @@ def make(options: Options) -> Made:
     count = len(rows.origins)
     if count < options.files:
         raise InputError(
-            f"--files {options.files}: {options.megabytes} MB are only {count} rows; give more, or fewer files"
+            f"--files {options.files}: {options.megabytes} MB are only {count} rows; raise --megabytes or lower --files"
         )
     options.out.mkdir(parents=True, exist_ok=True)
     borders = np.linspace(0, count, options.files + 1).astype(int).tolist()

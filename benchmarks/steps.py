@@ -1,4 +1,4 @@
-"""What benchmarks time: our step, as a run takes it, and a bare loop's step of the same model, spread the same way."""
+"""Our step as a run takes it, and a bare loop's step of the same model and parallelism, for benchmarks to time."""
 
 import contextlib
 import dataclasses
@@ -41,7 +41,7 @@ Step = Callable[[], None]
 
 
 def configured(folder: Path, *, preset: str, sequences: int, vocab_size: int) -> Config:
-    """The preset on generated text of its own, with so many sequences in a step."""
+    """Return the preset on generated text, with `sequences` in a step. Raise InputError for bad flags."""
     if vocab_size < 256:
         raise InputError(f"--vocab-size {vocab_size} must be at least 256: the text is read as bytes")
     if preset not in PRESETS:
@@ -63,9 +63,9 @@ def configured(folder: Path, *, preset: str, sequences: int, vocab_size: int) ->
 
 @contextlib.contextmanager
 def opened_run(config: Config, group: ProcessGroup) -> Iterator[tuple[Run, Step]]:
-    """A run as train/main.py puts it together, warmed up, and its step. Collective; it saves only when told to."""
-    gc.collect()  # the models of the run before are full of cycles
-    torch.compiler.reset()  # what it compiled counts towards Dynamo's limit of recompilations
+    """Yield a warmed-up run as train/main.py sets it up, and its step. Collective; it saves only on request."""
+    gc.collect()  # the previous run's models are full of reference cycles
+    torch.compiler.reset()  # its graphs would count towards Dynamo's limit of recompilations
     if group.device.type == "cuda":
         torch.cuda.empty_cache()
     manifest, parallel_plan = read_manifest(config.data.dir), agree_on_parallel_plan(config, group)
@@ -98,16 +98,16 @@ def opened_run(config: Config, group: ProcessGroup) -> Iterator[tuple[Run, Step]
 
 
 def our_step(run: Run, collect: Callable[[int], int]) -> Step:
-    """A step of train/loop.py as `train` takes it, its results read one step late and logged when it is their turn."""
-    reports = []
+    """Return a step as train/loop.py takes it, which reads and logs results one step late."""
+    results = []
 
     def step() -> None:
-        reports.append(take_step(run))
-        run.state.progress = reports[-1].progress
-        if len(reports) > 1:
-            read_result(run, reports.pop(0))
+        results.append(take_step(run))
+        run.state.progress = results[-1].progress
+        if len(results) > 1:
+            read_result(run, results.pop(0))
         if run.must_stop:
-            raise InputError("stopped")  # the run hears the signals that would end a script
+            raise InputError("stopped")  # the run handles the signals that would end a script
         if run.state.progress.step % run.config.track.every == 0:
             collect(1)
 
@@ -115,9 +115,9 @@ def our_step(run: Run, collect: Callable[[int], int]) -> Step:
 
 
 def bare_step(config: Config, parallel_plan: ParallelPlan, group: ProcessGroup) -> Step:
-    """A step of a loop without anything of ours around the model: forward, backward, clip, AdamW, on fixed tokens.
+    """Return a step of a bare loop on fixed tokens: forward, backward, clip, AdamW.
 
-    It is spread as `layout` says, in as few lines as torch needs, and communicates what ours does.
+    It follows `parallel_plan` in as few lines as torch needs, and communicates what our step does.
     """
     plain = build_model(config.model, seed=1, device=group.device, compute_dtype=compute_dtype(config.train))
     score = mean_loss
@@ -150,12 +150,15 @@ def bare_step(config: Config, parallel_plan: ParallelPlan, group: ProcessGroup) 
 
 
 def mean_loss(logits_BTV: Tensor, targets_BT: Tensor, vocab_size: int) -> Tensor:
+    """Return the mean cross-entropy in fp32, without the padding's logits."""
     return F.cross_entropy(logits_BTV[..., :vocab_size].float().flatten(0, 1), targets_BT.flatten())
 
 
 def bare_spread(model: GPT, parallel_plan: ParallelPlan) -> nn.Module:
-    """DDP; or FSDP2, each block and then the rest, in the dtypes that ours has: the rest in fp32, and the last block
-    not freed between its passes."""
+    """Return the model in DDP, or sharded by FSDP2 block by block and then as a whole.
+
+    As in our step, the root stays in fp32, and the last block stays gathered between its passes.
+    """
     if parallel_plan.mode == "ddp":
         return DistributedDataParallel(model, gradient_as_bucket_view=True)
     if parallel_plan.mode == "fsdp":
@@ -167,12 +170,12 @@ def bare_spread(model: GPT, parallel_plan: ParallelPlan) -> nn.Module:
             reshard = parallel_plan.reshard_after_forward and block is not model.blocks[-1]
             fully_shard(block, mp_policy=policy, reshard_after_forward=reshard)
         fully_shard(model, reshard_after_forward=False)
-    assert parallel_plan.mode != "hsdp", "no bare loop of it is here"
+    assert parallel_plan.mode != "hsdp", "the bare loop has no HSDP"
     return model
 
 
 def seconds_of(step: Step, count: int, group: ProcessGroup) -> tuple[float, float]:
-    """By the clock, and of this process's threads on CPUs."""
+    """Return the wall seconds and this process's CPU seconds of `count` steps."""
     group.barrier()
     started, started_cpu = time.perf_counter(), time.process_time()
     for _ in range(count):
@@ -183,15 +186,15 @@ def seconds_of(step: Step, count: int, group: ProcessGroup) -> tuple[float, floa
 
 
 def compare(ours: Step, bare: Step, *, rounds: int, block: int, group: ProcessGroup) -> dict[str, Any]:
-    """Rounds of: bare, ours, bare, each `block` steps, after one of each that is not counted.
+    """Return the ratios of rounds of bare, ours, bare, `block` steps each, after an uncounted block of each.
 
-    bare_over_bare, the A/A control, tells how far the machine can be trusted. The ratio of rank 0's CPU seconds says
-    more where others use the same CPUs.
+    bare_over_bare, the A/A control, tells how far the machine can be trusted. On shared CPUs the ratio of rank 0's CPU
+    seconds says more.
     """
     for step in (ours, bare):
         seconds_of(step, block, group)
-    both = [[seconds_of(step, block, group) for step in (bare, ours, bare)] for _ in range(rounds)]
-    seconds, cpu_seconds = ([[times[clock] for times in times_of_round] for times_of_round in both] for clock in (0, 1))
+    timed_rounds = [[seconds_of(step, block, group) for step in (bare, ours, bare)] for _ in range(rounds)]
+    seconds, cpu_seconds = ([[times[clock] for times in timed] for timed in timed_rounds] for clock in (0, 1))
     return {
         "ours_over_bare": summary([2 * middle / (first + last) for first, middle, last in seconds]),
         "bare_over_bare": summary([last / first for first, _, last in seconds]),
@@ -203,7 +206,7 @@ def compare(ours: Step, bare: Step, *, rounds: int, block: int, group: ProcessGr
 
 
 def summary(ratios: list[float]) -> dict[str, float]:
-    """Median, and the 95 % interval of the mean of the log ratios (normal approximation)."""
+    """Return the median, and the 95 % interval of the mean log ratio (normal approximation)."""
     logs = [math.log(ratio) for ratio in ratios]
     half = 1.96 * statistics.stdev(logs) / math.sqrt(len(logs))
     mean = statistics.mean(logs)
@@ -215,7 +218,7 @@ def summary(ratios: list[float]) -> dict[str, float]:
 
 
 def conditions(config: Config, group: ProcessGroup) -> dict[str, Any]:
-    """What a figure depends on, for the JSON line."""
+    """Return the conditions that a result depends on, for the JSON line."""
     return {
         "preset": config.preset,
         "processes": group.world,

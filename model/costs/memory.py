@@ -1,12 +1,12 @@
-"""What a training step holds in a rank's memory at its peak, counted structurally: phase by phase, buffer by buffer.
+"""Count the memory of a rank at the peak of a training step, phase by phase and buffer by buffer.
 
 Counted: weights, gradients, AdamW's moments; what autograd keeps in eager mode; what FSDP2 gathers, reduces and has in
 flight; the tensors of the head and its loss. Not counted: what the allocator rounds up or cannot reuse, the libraries'
-own (CUDA's context, NCCL's and cuBLAS's buffers), batches of tokens, a checkpoint that is being staged. A compiled
-model keeps no more than an eager one, mostly less: it computes cheap things again and keeps no copies of logits.
-Validation and sampling need less than a step.
+own memory (CUDA's context, buffers of NCCL and cuBLAS, oneDNN's scratch), batches of tokens, a checkpoint that is being
+staged. A compiled model needs no more than an eager one and mostly less: it recomputes cheap values and keeps no copies
+of logits. Validation and sampling need less than a step.
 
-Letters as in model/gpt.py; N tokens of a micro-batch = B x T.
+Letters are those of model/gpt.py; N = B x T is the number of tokens of a micro-batch.
 """
 
 import math
@@ -29,16 +29,18 @@ FP64_BYTES = 8
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes by component in each phase of a step."""
+    """Bytes by component, for each phase of a step."""
 
     phases: dict[str, Bytes]
 
     @property
     def peak_phase(self) -> str:
+        """Return the name of the phase that needs most."""
         return max(self.phases, key=lambda name: sum(self.phases[name].values()))
 
     @property
     def peak(self) -> Bytes:
+        """Return the components of the phase that needs most."""
         return self.phases[self.peak_phase]
 
     @property
@@ -47,12 +49,18 @@ class Memory:
 
 
 def count_shard(shapes: list[tuple[int, ...]], shards: int) -> int:
-    """Elements of one rank's part, padding included: FSDP2 cuts every parameter by rows, the same number each."""
+    """Return the elements of one rank's shard, padding included.
+
+    FSDP2 cuts every parameter by rows and gives each rank the same number of them.
+    """
     return sum(math.ceil(rows / shards) * math.prod(rest) for rows, *rest in shapes)
 
 
 def memory(config: ModelConfig, shape: StepShape) -> Memory:
-    """Every phase of a step's last micro-batch, which finds the gradients of those before it; and the update."""
+    """Return every phase of a step's last micro-batch, and the update.
+
+    The last micro-batch needs most, because gradients of the earlier ones exist already.
+    """
     blocks = range(config.num_layers)
     phases = {
         "the loss's forward pass": _loss_forward(config, shape),
@@ -65,11 +73,11 @@ def memory(config: ModelConfig, shape: StepShape) -> Memory:
     if shape.is_sharded:
         phases["the last gathering in the forward pass"] = _forward_gathering(config, shape)
         phases |= {f"the backward pass, gathering block {i - 1}": _gathering(config, shape, i) for i in blocks[1:]}
-        for is_sent, doing in ((False, "copying"), (True, "sending")):
+        for is_sent, action in ((False, "copying"), (True, "sending")):
             for i in blocks:
-                name = f"the backward pass, {doing} block {i}'s gradients"
+                name = f"the backward pass, {action} block {i}'s gradients"
                 phases[name] = _block_reduction(config, shape, i, is_sent=is_sent)
-            name = f"the backward pass, {doing} the embedding's gradients"
+            name = f"the backward pass, {action} the embedding's gradients"
             phases[name] = _root_reduction(config, shape, is_sent=is_sent)
         if shape.adds_up_whole:
             phases["the end of a backward pass before the last"] = _embedding_backward(config, shape, is_last=False)
@@ -77,138 +85,151 @@ def memory(config: ModelConfig, shape: StepShape) -> Memory:
 
 
 def count_activations(config: ModelConfig, shape: StepShape) -> int:
-    """What autograd keeps between the last block's forward and its backward pass, low-precision weights included."""
-    found = _at_the_loss(config, shape)
-    return found["activations"] + found.get("low-precision weights", 0)
+    """Return the bytes that autograd keeps when the loss is computed, low-precision weights included."""
+    components = _at_the_loss(config, shape)
+    return components["activations"] + components.get("low-precision weights", 0)
 
 
-# --- What lasts -------------------------------------------------------------------------------------------------------
+# --- Components -------------------------------------------------------------------------------------------------------
 
 
 def _state(config: ModelConfig, shape: StepShape) -> Bytes:
-    held = count_shard(root_shapes(config), shape.shards)
-    held += config.num_layers * count_shard(block_shapes(config), shape.shards)
-    return {"weights": FP32_BYTES * held, "optimizer": 2 * FP32_BYTES * held}
+    """Return the weights and AdamW's two moments."""
+    elements = count_shard(root_shapes(config), shape.shards)
+    elements += config.num_layers * count_shard(block_shapes(config), shape.shards)
+    return {"weights": FP32_BYTES * elements, "optimizer": 2 * FP32_BYTES * elements}
 
 
 def _gradients(config: ModelConfig, shape: StepShape, done: int, *, is_root_done: bool) -> Bytes:
-    """In the last micro-batch's backward pass, those of `done` blocks made and reduced.
+    """Return the gradients in the last micro-batch's backward pass, after those of `done` blocks are reduced.
 
-    DDP's lie in its buckets all the time. Others are there from the first micro-batch to the update; whole ones that
-    FSDP2 adds up become shards one block after the other.
+    DDP's gradients lie in its buckets all the time. Accumulated gradients exist from the first micro-batch to the
+    update. The whole gradients that FSDP2 adds up become shards one block after the other.
     """
-    blocks, num_done = config.num_layers, 1 if is_root_done else 0
+    blocks, num_roots_done = config.num_layers, int(is_root_done)
     if shape.mode == "ddp" or (shape.accumulation > 1 and not shape.adds_up_whole):
-        done, num_done = blocks, 1
+        done, num_roots_done = blocks, 1
     own_block, own_root = (FP32_BYTES * count_shard(f(config), shape.shards) for f in (block_shapes, root_shapes))
-    found = {"gradients": done * own_block + num_done * own_root}
+    components = {"gradients": done * own_block + num_roots_done * own_root}
     if shape.adds_up_whole:
         block, root = (FP32_BYTES * count_shard(f(config), 1) for f in (block_shapes, root_shapes))
-        found["whole gradients"] = (blocks - done) * block + (1 - num_done) * root
-    return found
+        components["whole gradients"] = (blocks - done) * block + (1 - num_roots_done) * root
+    return components
 
 
-def _held(config: ModelConfig, shape: StepShape, *, done: int = 0, is_root_done: bool = False, kept: int = 0) -> Bytes:
-    """The state, the gradients when those of `done` blocks are made, and what autograd keeps of the first `kept`."""
+def _kept_state(
+    config: ModelConfig, shape: StepShape, *, done: int = 0, is_root_done: bool = False, kept: int = 0
+) -> Bytes:
+    """Return the state, the gradients of `done` blocks, and what autograd keeps of the first `kept` blocks."""
     N, D = shape.num_tokens, config.width
-    found = {**_state(config, shape), **_gradients(config, shape, done, is_root_done=is_root_done)}
-    if shape.activation_checkpointing:  # and the first block's values, as part of its queries, keys and values
+    components = {**_state(config, shape), **_gradients(config, shape, done, is_root_done=is_root_done)}
+    if shape.activation_checkpointing:
+        # The first block's values are a view of its queries, keys and values, which are therefore kept whole.
         first_values = 3 * N * D if config.value_residual and kept else 0
-        return found | {"activations": (kept * N * D + first_values) * shape.compute_bytes}
-    return found | {
+        return components | {"activations": (kept * N * D + first_values) * shape.compute_bytes}
+    return components | {
         "activations": kept * sum(count_block_activations(config, shape).values()),
         "low-precision weights": kept * _block_copies(config, shape),
     }
 
 
 def _block_copies(config: ModelConfig, shape: StepShape) -> int:
-    """Copies of a block's weights in the dtype they are used in; FSDP2 gathers the matrices in it."""
+    """Return the bytes of a block's weights that are copied to the dtype of their use.
+
+    FSDP2 gathers the matrices in the compute dtype already, so that only the norms' weights are copied, to fp32.
+    """
     if shape.compute_bytes == FP32_BYTES:
         return 0
-    if shape.is_sharded:  # of its norms' weights in fp32
+    if shape.is_sharded:
         return FP32_BYTES * (2 * config.width * len(norm_shapes(config)) + 2 * config.head_size * config.qk_norm)
     return shape.compute_bytes * sum(math.prod(s) for s in block_shapes(config) if len(s) == 2)
 
 
 def _gathered(config: ModelConfig, shape: StepShape, blocks: int, *, in_use: int = 0) -> Bytes:
-    """FSDP2's whole parameters: the root's, in fp32, and those of `blocks` blocks, in the dtype of the activations; of
-    the blocks `in_use` alone where others are freed after their forward pass."""
+    """Return FSDP2's gathered weights: the root's in fp32, and those of `blocks` blocks in the compute dtype.
+
+    With resharding only the weights of `in_use` blocks are there: others are freed after their forward pass.
+    """
     blocks = in_use if shape.reshard_after_forward else blocks
-    return {"gathered weights": _reduced(root_shapes(config), shape) + blocks * _gathered_block(config, shape)}
+    return {"gathered weights": reduction_bytes(root_shapes(config), shape) + blocks * _gathered_block(config, shape)}
 
 
 def _gathered_block(config: ModelConfig, shape: StepShape) -> int:
-    """As it comes, as it is laid out, and as gloo has it before."""
+    """Return the bytes of one block gathered: as received, as laid out for use, or in gloo's copy."""
     return shape.is_sharded * shape.compute_bytes * shape.shards * count_shard(block_shapes(config), shape.shards)
 
 
-def _coming(config: ModelConfig, shape: StepShape, index: int) -> int:
-    """In the backward pass of block `index`: FSDP2's weights of the block before it, on their way."""
+def _prefetched_block(config: ModelConfig, shape: StepShape, index: int) -> int:
+    """Return the bytes that FSDP2 prefetches in the backward pass of block `index`: the previous block's weights."""
     return _gathered_block(config, shape) if index > 0 and shape.shards > 1 and shape.reshard_after_forward else 0
 
 
-def _reduced(shapes: list[tuple[int, ...]], shape: StepShape) -> int:
-    """FSDP2's gradients of a block or the root, as they are reduced."""
+def reduction_bytes(shapes: list[tuple[int, ...]], shape: StepShape) -> int:
+    """Return the bytes of FSDP2's reduction buffer for the gradients of `shapes`, in fp32 and padded."""
     return shape.is_sharded * FP32_BYTES * shape.shards * count_shard(shapes, shape.shards)
 
 
-def _left_over(config: ModelConfig, shape: StepShape) -> int:
-    """FSDP2 lets go of what it reduced at the next reduction, or where the step's last backward pass ends."""
-    return _reduced(root_shapes(config), shape) if shape.reduces_each else 0
+def _previous_reduction(config: ModelConfig, shape: StepShape) -> int:
+    """Return the bytes of the previous micro-batch's last reduction buffer.
+
+    FSDP2 releases a reduction buffer at the next reduction, or where the step's last backward pass ends.
+    """
+    return reduction_bytes(root_shapes(config), shape) if shape.reduces_each else 0
 
 
-# --- The phases -------------------------------------------------------------------------------------------------------
+# --- Phases -----------------------------------------------------------------------------------------------------------
 
 
 def _at_the_loss(config: ModelConfig, shape: StepShape) -> Bytes:
-    """What is there between the last block's forward and its backward pass."""
-    found = {
-        **_held(config, shape, kept=config.num_layers),
+    """Return what exists between the last block's forward pass and its backward pass."""
+    components = {
+        **_kept_state(config, shape, kept=config.num_layers),
         **_gathered(config, shape, config.num_layers, in_use=1),
-        "in flight": _left_over(config, shape),
+        "in flight": _previous_reduction(config, shape),
     }
-    found["activations"] += shape.num_tokens * config.width * shape.compute_bytes  # the head's input; its norm's:
-    found["activations"] += count_kept_by_norm(config, shape) if config.has_last_norm else 0
-    return found
+    components["activations"] += shape.num_tokens * config.width * shape.compute_bytes  # the head's input
+    components["activations"] += count_kept_by_norm(config, shape) if config.has_last_norm else 0
+    return components
 
 
 def _head_copy(config: ModelConfig, shape: StepShape) -> int:
+    """Return the bytes of the head's weights in the compute dtype, if that is not fp32."""
     is_low = shape.compute_bytes < FP32_BYTES
-    return shape.compute_bytes * config.padded_vocab_size * config.width if is_low else 0
+    return is_low * shape.compute_bytes * config.padded_vocab_size * config.width
 
 
 def _forward_gathering(config: ModelConfig, shape: StepShape) -> Bytes:
-    """FSDP2 before the last block: what came for the block before it is still held."""
+    """Return FSDP2's phase before the last block, when the previous block's receive buffer still exists."""
     if shape.shards == 1 or shape.is_all_gathered:
         return {}
-    blocks, came = config.num_layers, _gathered_block(config, shape)
+    blocks, block_bytes = config.num_layers, _gathered_block(config, shape)
     return {
-        **_held(config, shape, kept=blocks - 1),
+        **_kept_state(config, shape, kept=blocks - 1),
         **_gathered(config, shape, blocks - 1),
-        "in flight": _left_over(config, shape) + min(blocks, 2) * came,
-        "gloo's copy": came if shape.on_cpu else 0,
+        "in flight": _previous_reduction(config, shape) + min(blocks, 2) * block_bytes,
+        "gloo's copy": block_bytes if shape.on_cpu else 0,
     }
 
 
 def _loss_forward(config: ModelConfig, shape: StepShape) -> Bytes:
-    """FSDP2 still holds the last block's weights as they came."""
+    """Return the loss's forward pass, in which FSDP2 still holds the last block's receive buffer."""
     N, D, V, c = shape.num_tokens, config.width, config.padded_vocab_size, shape.compute_bytes
-    found = _at_the_loss(config, shape)
+    components = _at_the_loss(config, shape)
     if shape.shards > 1 and not shape.is_all_gathered:
-        found["in flight"] += _gathered_block(config, shape)
+        components["in flight"] += _gathered_block(config, shape)
     if shape.chunk_tokens is None:
-        # Logits, log-probabilities; between them logits without the padding's columns, in fp32.
+        # Logits, fp32 logits without the padding's columns, and log-probabilities.
         trimmed = config.vocab_size * FP32_BYTES
         is_copied = config.vocab_size < V or c < FP32_BYTES
         logits = N * (V * c + is_copied * trimmed + (c == FP32_BYTES) * trimmed)
         largest = max(logits, 2 * N * trimmed)
-        if config.logit_softcap is not None:  # raw, before and after tanh; or that, capped ones and log-probabilities
+        if config.logit_softcap is not None:  # one more: tanh keeps its result
             largest = N * (V * c + (c < FP32_BYTES) * trimmed + 2 * trimmed)
-        return found | {"loss": largest, "head's weights": _head_copy(config, shape)}
-    # A chunk's logits and two tensors of their size; or its gradient and the weight gradient that it makes.
+        return components | {"loss": largest, "head's weights": _head_copy(config, shape)}
+    # Either a chunk's logits and two tensors of their size, or the logits' gradient and the weight gradient.
     n = min(shape.chunk_tokens, N)
-    product = _head_copy(config, shape) * (3 if shape.on_cpu else 1)  # a CPU adds up dtypes by way of a copy
-    return found | {
+    product = _head_copy(config, shape) * (3 if shape.on_cpu else 1)  # a CPU copies to fp32 before it adds
+    return components | {
         "loss": max((3 if config.logit_softcap is None else 4) * n * V * FP32_BYTES, n * V * c + product),
         "loss's gradients": N * D * c + V * D * FP32_BYTES,
         "head's weights": _head_copy(config, shape),
@@ -216,133 +237,150 @@ def _loss_forward(config: ModelConfig, shape: StepShape) -> Bytes:
 
 
 def _loss_backward(config: ModelConfig, shape: StepShape) -> Bytes:
+    """Return the loss's backward pass."""
     N, D, V, c = shape.num_tokens, config.width, config.padded_vocab_size, shape.compute_bytes
-    found = _at_the_loss(config, shape)
-    if shape.chunk_tokens is not None:  # both gradients are there, and both again times the outer gradient
-        return found | {"loss's gradients": 2 * (N * D * c + V * D * FP32_BYTES)}
-    # Log-probabilities, their gradient, the logits' gradient; and what tanh made of them.
+    components = _at_the_loss(config, shape)
+    if shape.chunk_tokens is not None:  # both gradients exist, and both again, multiplied by the outer gradient
+        return components | {"loss's gradients": 2 * (N * D * c + V * D * FP32_BYTES)}
+    # Log-probabilities, their gradient, the logits' gradient; with a soft cap also the result of tanh.
     losses = (3 if config.logit_softcap is None else 4) * N * config.vocab_size * FP32_BYTES
     products = N * V * c + N * D * c + V * D * c
-    return found | {"loss": max(losses, products), "head's weights": _head_copy(config, shape)}
+    return components | {"loss": max(losses, products), "head's weights": _head_copy(config, shape)}
 
 
 def _in_block(config: ModelConfig, shape: StepShape, index: int) -> Bytes:
-    """What is there in the backward pass of block `index`, beside what it makes itself."""
+    """Return what exists in the backward pass of block `index`, without the gradients that it computes."""
     is_last = index == config.num_layers - 1
-    left = _left_over(config, shape) if is_last else _reduced(block_shapes(config), shape)
+    previous = _previous_reduction(config, shape) if is_last else reduction_bytes(block_shapes(config), shape)
     return {
-        **_held(config, shape, done=config.num_layers - 1 - index, kept=index + 1),
+        **_kept_state(config, shape, done=config.num_layers - 1 - index, kept=index + 1),
         **_gathered(config, shape, index + 1, in_use=1),
         "head's gradient": _head_gradient(config, shape),
-        "in flight": left + _coming(config, shape, index),
+        "in flight": previous + _prefetched_block(config, shape, index),
     }
 
 
 def _block_backward(config: ModelConfig, shape: StepShape, index: int) -> Bytes:
-    """In block `index`, where its MLP's last matrix has made its gradients: all that the block kept is there. Or right
-    after that, where SwiGLU's two factors or a square's base get theirs: but for what that matrix kept."""
+    """Return block `index` at the gradients of its MLP's last matrix, while all that the block kept exists.
+
+    Slightly later, SwiGLU's two factors or ReLU squared's base get their gradients; the larger of both is counted.
+    """
     N, D, F, c = shape.num_tokens, config.width, config.resolved_mlp_width, shape.compute_bytes
-    found = _in_block(config, shape, index)
+    components = _in_block(config, shape, index)
     if shape.activation_checkpointing:
-        found["recomputed block"] = sum(count_block_activations(config, shape).values()) + _block_copies(config, shape)
-        found["recomputed block"] -= _is_input_kept(config, shape) * N * D * c
+        components["recomputed block"] = sum(count_block_activations(config, shape).values()) + _block_copies(
+            config, shape
+        )
+        components["recomputed block"] -= _is_input_kept(config, shape) * N * D * c
     factors = {"swiglu": 2, "relu2": 3}.get(config.mlp, 0) * N * F * c
-    return found | {"block's gradients": N * D * c + max(N * F * c + F * D * c, F * D * FP32_BYTES, factors)}
+    return components | {"block's gradients": N * D * c + max(N * F * c + F * D * c, F * D * FP32_BYTES, factors)}
 
 
 def _is_input_kept(config: ModelConfig, shape: StepShape) -> bool:
-    """Does autograd keep a block's input as it is, so that to keep it twice takes nothing?"""
+    """Return whether autograd keeps a block's input itself, so that recomputation keeps no second copy."""
     is_read_by_matrix = config.norm == "none" or config.norm_place == "post"
     return is_read_by_matrix or shape.compute_bytes == FP32_BYTES
 
 
 def _attention_backward(config: ModelConfig, shape: StepShape, index: int) -> Bytes:
-    """Of written-out attention, in the softmax: its gradients of both sides. The MLP has let go of what it kept."""
+    """Return naive attention in its softmax, with the gradients of both of its sides.
+
+    By then the activations that the MLP kept are released.
+    """
     if config.attention != "naive":
         return {}
     N, D, c = shape.num_tokens, config.width, shape.compute_bytes
-    found = _block_backward(config, shape, index)
+    components = _block_backward(config, shape, index)
     block = count_block_activations(config, shape)
     holder = "recomputed block" if shape.activation_checkpointing else "activations"
-    found[holder] -= block["mlp, between its matrices"] + block["matrices' inputs"] // 2
-    found["block's gradients"] = 2 * N * D * c + 2 * N * config.num_heads * shape.seq_len * FP32_BYTES
+    components[holder] -= block["mlp, between its matrices"] + block["matrices' inputs"] // 2
+    components["block's gradients"] = 2 * N * D * c + 2 * N * config.num_heads * shape.seq_len * FP32_BYTES
     mlp = config.num_mlp_matrices * D * config.resolved_mlp_width
-    return found | {"mlp's gradients": 0 if shape.adds_at_once else FP32_BYTES * mlp}
+    return components | {"mlp's gradients": 0 if shape.adds_at_once else FP32_BYTES * mlp}
 
 
 def _head_gradient(config: ModelConfig, shape: StepShape) -> int:
-    """While the blocks' are made: a tied head's waits for the embedding's; another goes where its earlier ones are."""
+    """Return the bytes of the head's gradient that wait while the blocks' gradients are computed.
+
+    A tied head's gradient waits for the embedding's. An untied head's is added at once to an existing one.
+    """
     return 0 if not config.tie and shape.adds_at_once else FP32_BYTES * config.padded_vocab_size * config.width
 
 
 def _gathering(config: ModelConfig, shape: StepShape, index: int) -> Bytes:
-    """FSDP2 as block `index` begins its backward pass: the weights of the block before it are on their way."""
-    if not (coming := _coming(config, shape, index)):
+    """Return FSDP2's phase at the start of block `index`'s backward pass, while it gathers the previous block."""
+    if not (prefetched := _prefetched_block(config, shape, index)):
         return {}
     return _in_block(config, shape, index) | {
         "block's gradients": shape.num_tokens * config.width * shape.compute_bytes,
-        "gloo's copy": coming if shape.on_cpu else 0,
+        "gloo's copy": prefetched if shape.on_cpu else 0,
     }
 
 
 def _block_reduction(config: ModelConfig, shape: StepShape, index: int, *, is_sent: bool) -> Bytes:
-    """FSDP2 after block `index`, its weights freed: its gradients are copied into what is sent in fp32, then let go."""
+    """Return FSDP2's phase after block `index`, whose weights are freed.
+
+    The gradients are copied into the fp32 buffer that is sent, then released.
+    """
     c, shapes = shape.compute_bytes, block_shapes(config)
     is_copied = not is_sent and not shape.adds_up_whole
     return {
-        **_held(config, shape, done=config.num_layers - 1 - index + is_sent, kept=index),
+        **_kept_state(config, shape, done=config.num_layers - 1 - index + is_sent, kept=index),
         **_gathered(config, shape, index),
         "head's gradient": _head_gradient(config, shape),
         "block's gradients": shape.num_tokens * config.width * c + is_copied * c * count_shard(shapes, 1),
-        "in flight": _reduced(shapes, shape) + _coming(config, shape, index),
-        **(_arrived(shapes, shape) if is_sent else {}),
+        "in flight": reduction_bytes(shapes, shape) + _prefetched_block(config, shape, index),
+        **(_reduction_results(shapes, shape) if is_sent else {}),
     }
 
 
-def _arrived(shapes: list[tuple[int, ...]], shape: StepShape) -> Bytes:
-    """What a reduction makes beside the gradients that it leaves."""
+def _reduction_results(shapes: list[tuple[int, ...]], shape: StepShape) -> Bytes:
+    """Return what a reduction allocates beside the gradients that it leaves."""
     own = FP32_BYTES * count_shard(shapes, shape.shards)
     return {
         "reduced, to add": own if shape.reduces_each else 0,
-        "gloo's copy": _reduced(shapes, shape) if shape.on_cpu and shape.shards > 1 else 0,
+        "gloo's copy": reduction_bytes(shapes, shape) if shape.on_cpu and shape.shards > 1 else 0,
     }
 
 
 def _embedding_backward(config: ModelConfig, shape: StepShape, *, is_last: bool) -> Bytes:
-    """The end of a backward pass: the embedding's gradient as head and as embedding, and their sum; of a head that is
-    another matrix, the two by themselves."""
+    """Return the end of a backward pass: the table's gradients as head and as embedding, and their sum.
+
+    An untied head and embedding have one gradient each, and no sum.
+    """
     blocks = config.num_layers
     table = config.padded_vocab_size * config.width * FP32_BYTES
-    # autograd adds up in place what it owns: not what the plain loss makes in fp32, which is the transpose of another.
+    # autograd adds in place only to tensors that it owns. The plain loss's fp32 gradient is a view, a transpose.
     tables = 3 if shape.compute_bytes == FP32_BYTES and shape.chunk_tokens is None else 2
-    found = {
-        **_held(config, shape, done=blocks),
+    components = {
+        **_kept_state(config, shape, done=blocks),
         **_gathered(config, shape, 0 if is_last else blocks),
         "embedding's gradients": (tables if config.tie else 1) * table + shape.num_tokens * config.width * FP32_BYTES,
         "head's gradient": 0 if config.tie else _head_gradient(config, shape),
-        "in flight": _reduced(block_shapes(config), shape) if is_last else 0,
+        "in flight": reduction_bytes(block_shapes(config), shape) if is_last else 0,
     }
     if is_last:
-        return found
+        return components
     whole_blocks = blocks * count_shard(block_shapes(config), 1)
     whole_root = count_shard(root_shapes(config), 1) if shape.accumulation > 2 else 0
-    return found | {"gradients": 0, "whole gradients": FP32_BYTES * (whole_blocks + whole_root)}
+    return components | {"gradients": 0, "whole gradients": FP32_BYTES * (whole_blocks + whole_root)}
 
 
 def _root_reduction(config: ModelConfig, shape: StepShape, *, is_sent: bool) -> Bytes:
-    """FSDP2 at the end: the same with the root's gradients. Its weights are freed by the last micro-batch alone."""
+    """Return FSDP2's phase at the end, the root's reduction; only the last micro-batch frees the root's weights."""
     shapes = root_shapes(config)
     gradients = 0 if is_sent or shape.adds_up_whole else FP32_BYTES * count_shard(shapes, 1)
     return {
-        **_held(config, shape, done=config.num_layers, is_root_done=is_sent),
+        **_kept_state(config, shape, done=config.num_layers, is_root_done=is_sent),
         **(_gathered(config, shape, 0) if shape.reduces_each else {}),
         "embedding's gradients": gradients,
-        "in flight": _reduced(shapes, shape),
-        **(_arrived(shapes, shape) if is_sent else {}),
+        "in flight": reduction_bytes(shapes, shape),
+        **(_reduction_results(shapes, shape) if is_sent else {}),
     }
 
 
 def _update(config: ModelConfig, shape: StepShape) -> Bytes:
+    """Return the update. On a CPU the norm takes an fp64 copy of one gradient after the other."""
     largest = max(count_shard([each], shape.shards) for each in block_shapes(config) + root_shapes(config))
     norm = FP64_BYTES * largest if shape.on_cpu else 0
-    return _held(config, shape, done=config.num_layers, is_root_done=True) | {"norm": norm}
+    return _kept_state(config, shape, done=config.num_layers, is_root_done=True) | {"norm": norm}

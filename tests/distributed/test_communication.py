@@ -1,4 +1,4 @@
-"""What a step of each layout communicates, counted as it happens and held against the formula."""
+"""What a step of each layout communicates: real collectives are counted and compared with the formula."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -26,9 +26,8 @@ from train.parallel.plan import ParallelPlan
 from train.parallel.precision import compute_dtype
 from train.processes.group import ProcessGroup
 
-ODD = ModelConfig(num_layers=3, num_heads=1, width=31)  # in blocks nearly no parameter's rows divide by 2, 4 or 8
+ODD = ModelConfig(num_layers=3, num_heads=1, width=31)  # nearly no parameter's rows divide by 2, 4 or 8
 WIDE = ModelConfig(num_layers=3, num_heads=8, width=512)  # more gradients than two of DDP's buckets hold
-
 SWITCHED = ModelConfig(num_layers=3, num_heads=1, width=30, **MODERN)
 
 ALL_GATHER = torch.ops.c10d._allgather_base_
@@ -47,13 +46,13 @@ class Case:
     checkpointing: bool = False
 
     def __str__(self) -> str:
-        said = [self.mode, str(self.micro_batches), self.dtype, f"{self.model.width}wide"]
+        words = [self.mode, str(self.micro_batches), self.dtype, f"{self.model.width}wide"]
         if self.mode in ("fsdp", "hsdp"):
-            said += [self.reduce_gradients, "reshard" if self.reshard else "keep"]
-        return "-".join([*said, "checkpointing"] if self.checkpointing else said)
+            words += [self.reduce_gradients, "reshard" if self.reshard else "keep"]
+        return "-".join([*words, "checkpointing"] if self.checkpointing else words)
 
     def config(self, data: Path, run_dir: Path, world: int, shard_size: int) -> Config:
-        """Three sequences for each rank; a validation after each step, in three rounds where the data suffice."""
+        """Return a run of three sequences for each rank, and a validation in three rounds if the data suffice."""
         micro_batch = 3 // self.micro_batches
         config = tiny_config(
             data,
@@ -73,37 +72,36 @@ class Case:
         return resolve(replace(config, model=self.model, parallel=parallel, validate=validate))
 
 
-FSDP = [
-    Case("fsdp", 3, reshard=True, reduce_gradients="step", dtype="bf16"),
-    Case("fsdp", 3, reshard=False, reduce_gradients="step"),
-    Case("fsdp", 3, reshard=True, reduce_gradients="micro_batch"),
-    Case("fsdp", 3, reshard=False, reduce_gradients="micro_batch", dtype="bf16"),
-]
 HSDP = [
     Case("hsdp", 3, reshard=True, reduce_gradients="step"),
     Case("hsdp", 3, reshard=False, reduce_gradients="step", dtype="bf16"),
     Case("hsdp", 3, reshard=True, reduce_gradients="micro_batch", dtype="bf16"),
     Case("hsdp", 3, reshard=False, reduce_gradients="micro_batch"),
 ]
-MODERN_CASES = [
-    Case("ddp", 3, model=SWITCHED),
-    Case("fsdp", 3, reduce_gradients="micro_batch", dtype="bf16", model=SWITCHED),
-    Case("fsdp", 3, reshard=False, model=SWITCHED, checkpointing=True),
+ON_512 = [
+    Case("hsdp", 1),
+    *HSDP,
+    Case("hsdp", 3, checkpointing=True),
+    Case("fsdp", 3),
 ]
 ON_GLOO = {
-    2: [Case("ddp", 1), Case("ddp", 3), Case("ddp", 1, model=WIDE), Case("fsdp", 1), *FSDP, *MODERN_CASES],
+    2: [
+        Case("ddp", 3, dtype="bf16"),
+        Case("ddp", 1, model=WIDE),
+        Case("ddp", 3, model=SWITCHED),
+        Case("fsdp", 3, reshard=False, model=SWITCHED, checkpointing=True),
+        Case("fsdp", 3, reduce_gradients="micro_batch", dtype="bf16", model=SWITCHED),
+    ],
     4: [HSDP[2]],
 }
-ALSO_ON_4 = [Case("ddp", 3, dtype="bf16"), *(case for case in HSDP if case not in ON_GLOO[4])]
-ON_512 = [Case("hsdp", 1), *HSDP, Case("hsdp", 3, checkpointing=True), Case("fsdp", 3)]
 
 
 class Tape(CommDebugMode):
-    """CommDebugMode that adds up bytes too.
+    """A CommDebugMode that also adds up bytes.
 
-    It sees what DDP sends from C++ as well: its reducer calls c10d's operators through the dispatcher, and the CPU's
-    backward pass runs in this thread. Its module tracker stays out: its hooks change the backward pass, and it loses
-    its place in a step of several micro-batches.
+    It sees DDP's collectives too: the C++ reducer calls c10d's operators through the dispatcher, and a CPU's backward
+    pass runs in this thread. The module tracker is left out, because its hooks change the backward pass and it fails in
+    a step of several micro-batches.
     """
 
     def __enter__(self) -> "Tape":
@@ -120,9 +118,9 @@ class Tape(CommDebugMode):
         packet = getattr(func, "overloadpacket", None)
         if packet == ALL_REDUCE:
             self.num_bytes[packet] += sum(tensor.nbytes for tensor in args[0])
-        elif packet in self.num_bytes:  # (output, input): of a gathering the first is whole, of a scattering the second
+        elif packet in self.num_bytes:  # (output, input): a gathering's output is whole, a scattering's input
             self.num_bytes[packet] += max(args[0].nbytes, args[1].nbytes)
-        if func.namespace == "aten" and DTensor not in types:  # no collective; it would keep a list of these, at length
+        if func.namespace == "aten" and DTensor not in types:  # the base class would keep a long list of these
             return func(*args, **(kwargs or {}))
         return super().__torch_dispatch__(func, types, args, kwargs)
 
@@ -138,7 +136,7 @@ class Tape(CommDebugMode):
 
 @dataclass(frozen=True)
 class Counted:
-    """What one rank communicated in a step, in the validation after it and in the step after that."""
+    """What one rank communicated in a step, in the validation after it and in the next step."""
 
     config: Config
     parallel_plan: ParallelPlan
@@ -149,7 +147,7 @@ class Counted:
 
     @property
     def expected(self) -> Communication:
-        """By the formula."""
+        """Return the formula's counts."""
         micro_batches = 3 // int(self.config.train.micro_batch)
         dtype = compute_dtype(self.config.train)
         return step_communication(
@@ -182,83 +180,44 @@ def count_step(run: Run) -> Communication:
 
 
 def check(counted: Counted, case: Case, world: int) -> None:
-    assert (
-        counted.parallel_plan.mode == case.mode
-        and counted.parallel_plan.shards * counted.parallel_plan.replicas == world
-    )
+    parallel_plan = counted.parallel_plan
+    assert parallel_plan.mode == case.mode and parallel_plan.shards * parallel_plan.replicas == world
     assert counted.step == counted.expected
     assert counted.next_step == counted.expected, "validation left something gathered"
 
 
-@pytest.fixture(scope="module")
-def on_gloo(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, Case], list[Counted]]:
-    """Every rank's counts, by world and case."""
-    folder = tmp_path_factory.mktemp("communication")
-    return {
-        (world, case): ranks
-        for world, cases in ON_GLOO.items()
-        for case, ranks in counted_on(world, cases, tiny_data, folder).items()
-    }
-
-
-def counted_on(world: int, cases: list[Case], data: Path, folder: Path) -> dict[Case, list[Counted]]:
-    configs = {case: case.config(data, folder / f"{world}-{case}", world, 2) for case in cases}
-    ranks = run_on_ranks(world, count_all, configs)
-    return {case: [rank[case] for rank in ranks] for case in cases}
-
-
-ON_GLOO_IS_LONG = pytest.mark.long(reason="two dozen runs; `make test` has 512 ranks that are not there")
-
-
-@ON_GLOO_IS_LONG
-@pytest.mark.parametrize(("world", "case"), [(w, case) for w, cases in ON_GLOO.items() for case in cases], ids=str)
-def test_a_step_communicates_what_the_formula_says(
-    on_gloo: dict[tuple[int, Case], list[Counted]], world: int, case: Case
-) -> None:
-    for counted in on_gloo[world, case]:
-        check(counted, case, world)
-
-
-@ON_GLOO_IS_LONG
-def test_more_gradients_are_reduced_in_more_buckets(on_gloo: dict[tuple[int, Case], list[Counted]]) -> None:
-    small, large = (on_gloo[2, Case("ddp", 1, model=model)][0].expected for model in (ODD, WIDE))
-    assert small.all_reduces.count == 2 and large.all_reduces.count == 4
-
-
-@ON_GLOO_IS_LONG
-def test_validation_gathers_each_block_in_each_round(on_gloo: dict[tuple[int, Case], list[Counted]]) -> None:
-    for (_, case), ranks in on_gloo.items():
-        for counted in ranks:
+@pytest.mark.long(reason="DDP's reducer and gloo; the formula's other rows are held for 512 fake ranks in `make test`")
+@pytest.mark.parametrize("world", ON_GLOO)
+def test_steps_and_validations_communicate_what_the_formula_says(tiny_data: Path, tmp_path: Path, world: int) -> None:
+    configs = {case: case.config(tiny_data, tmp_path / str(case), world, 2) for case in ON_GLOO[world]}
+    for rank in run_on_ranks(world, count_all, configs):
+        for case, counted in rank.items():
+            check(counted, case, world)
             check_validation(counted, case)
+        if world == 2:
+            buckets = {case.model.width: rank[case].expected.all_reduces.count for case in list(configs)[:2]}
+            assert buckets == {ODD.width: 2, WIDE.width: 4}, "more gradients need more buckets"
 
 
 def check_validation(counted: Counted, case: Case) -> None:
-    """What stays gathered (the last block and the rest; without resharding everything) only in the first round."""
-    wanted = 0
+    """The last block and the root, and without resharding everything, are gathered only in the first round."""
+    gathered = 0
     if case.mode in ("fsdp", "hsdp"):
-        wanted = 2 * (3 if case.reshard else 1) + 2
+        gathered = 2 * (3 if case.reshard else 1) + 2
     assert counted.rounds == 3
-    assert counted.validation.get("_allgather_base_", 0) == wanted
-    assert counted.validation["allreduce_"] == 3 + 1, "is a stop wanted, each round; the totals"
+    assert counted.validation.get("_allgather_base_", 0) == gathered
+    assert counted.validation["allreduce_"] == 3 + 1, "one for stop requests in each round, one for the totals"
     assert "_reduce_scatter_base_" not in counted.validation
-
-
-@pytest.mark.long(reason="four processes each")
-def test_four_ranks_communicate_what_the_formula_says(tiny_data: Path, tmp_path: Path) -> None:
-    for case, ranks in counted_on(4, ALSO_ON_4, tiny_data, tmp_path).items():
-        for counted in ranks:
-            check(counted, case, 4)
-            check_validation(counted, case)
 
 
 @pytest.fixture
 def fake_group() -> Iterator[ProcessGroup]:
-    """This process as rank 0 of 512 that are not there: torch's group for it copies where others would send."""
-    if dist.is_initialized():  # a world of one, which another test left
+    """This process as rank 0 of 512 fake ranks: torch's fake group copies where a real one would send."""
+    if dist.is_initialized():  # another test left its group of one process
         dist.destroy_process_group()
     new_group = dist.new_group
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dist, "new_group", lambda *args, **given: new_group(*args, **given | {"backend": "fake"}))
+        patch.setattr(dist, "new_group", lambda *args, **options: new_group(*args, **options | {"backend": "fake"}))
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=512)
         yield ProcessGroup(0, 512, torch.device("cpu"))
         dist.destroy_process_group()
@@ -267,7 +226,7 @@ def fake_group() -> Iterator[ProcessGroup]:
 @pytest.mark.filterwarnings("ignore:Set timeout is now only supported for either nccl or gloo")
 @pytest.mark.parametrize("case", ON_512, ids=str)
 def test_the_formula_holds_for_512_ranks(fake_group: ProcessGroup, tiny_data: Path, tmp_path: Path, case: Case) -> None:
-    """64 hosts of 8. DDP is left out: its reducer cannot use that group, and its count is that of any world."""
+    """64 hosts of 8. DDP's reducer cannot use a fake group, and its count is the same for any world."""
     check(count(fake_group, case.config(tiny_data, tmp_path / "run", 512, 8)), case, 512)
 
 

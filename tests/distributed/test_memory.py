@@ -1,11 +1,14 @@
-"""What model/costs/memory.py counts, against what autograd keeps and the allocator hands out.
+"""What model/costs/memory.py counts, against what autograd keeps and what the allocator hands out.
 
-The allocator's account is torch.profiler's: every allocation and release of the process, to the byte.
+torch.profiler records every allocation and release of the process, to the byte. Products are taken without oneDNN: its
+bf16 kernels (chosen on CPUs with avx512_bf16) allocate scratch inside a product, 153 kB in one of these models, which
+the account leaves out with the other memory of libraries. Without it the account is the same on every CPU.
 """
 
+import contextlib
 import dataclasses
 import gc
-import json
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -13,10 +16,9 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks import bench_memory
 from model.config import ModelConfig
 from model.costs.activations import StepShape, block_shapes, count_block_activations, count_kept_by_norm
-from model.costs.memory import _reduced, memory
+from model.costs.memory import memory, reduction_bytes
 from model.gpt import build_model
 from tests.helpers.groups import run_on_ranks
 from tests.unit.model.test_switches import MODERN, ONE_BY_ONE, named
@@ -43,21 +45,20 @@ def configured(
     accumulation: int = 1,
     **options: Any,
 ) -> Config:
-    spread = {field.name for field in dataclasses.fields(ParallelConfig)}
-    switches = {field.name for field in dataclasses.fields(ModelConfig)}
-    train = {name: value for name, value in options.items() if name not in spread | switches}
-    defaults: dict[str, Any] = {"dtype": "fp32", "compile": False, "micro_batch": sequences, "seq_len": seq_len}
-    batch_tokens = sequences * accumulation * seq_len
+    """Return a configuration; `options` are fields of ModelConfig, ParallelConfig or TrainConfig."""
+    names = {
+        section: {field.name for field in dataclasses.fields(section)} for section in (ModelConfig, ParallelConfig)
+    }
+    model, parallel = (
+        {name: value for name, value in options.items() if name in names[section]}
+        for section in (ModelConfig, ParallelConfig)
+    )
+    train: dict[str, Any] = {"dtype": "fp32", "compile": False, "micro_batch": sequences}
+    train |= {name: value for name, value in options.items() if name not in model | parallel}
     config = Config(
-        model=ModelConfig(
-            num_layers=num_layers,
-            num_heads=2,
-            width=width,
-            vocab_size=vocab_size,
-            **{name: value for name, value in options.items() if name in switches},
-        ),
-        train=TrainConfig(**(defaults | {"batch_tokens": batch_tokens} | train)),
-        parallel=ParallelConfig(**{name: value for name, value in options.items() if name in spread}),
+        model=ModelConfig(num_layers=num_layers, num_heads=2, width=width, vocab_size=vocab_size, **model),
+        train=TrainConfig(seq_len=seq_len, batch_tokens=sequences * accumulation * seq_len, **train),
+        parallel=ParallelConfig(**parallel),
     )
     return resolve(config)
 
@@ -91,11 +92,21 @@ def test_what_autograd_keeps(switches: dict[str, Any], dtype: torch.dtype) -> No
     if config.value_residual:  # a copy of each weight; the first block has none, nor mixed values
         mixing = 2 * is_low * c - (N * D * c if config.attention != "naive" else 0)
     expected = blocks + last_norm + ids + copies + rotation + masks + mixing
-    assert sum(size for place, size in kept.items() if place not in own) == expected
+    assert sum(size for address, size in kept.items() if address not in own) == expected
+
+
+@contextlib.contextmanager
+def without_onednn() -> Iterator[None]:
+    """torch.backends.mkldnn.flags would set oneDNN's TF32 too, which warns on a CPU."""
+    was_enabled, *_ = torch.backends.mkldnn.set_flags(_enabled=False)
+    try:
+        yield
+    finally:
+        torch.backends.mkldnn.set_flags(_enabled=was_enabled)
 
 
 def allocated_peak(group: ProcessGroup, config: Config, accumulation: int) -> int:
-    """Bytes at the peak of the third step, by the allocator's account."""
+    """Return the bytes at the peak of the third step, by the allocator's account."""
     parallel_plan = choose_parallel_plan(config, world=group.world, local_world=group.world, memory_bytes=10**12)
     loss_model = apply.build_loss_model(config, parallel_plan, group)
     parameters = list(loss_model.model.parameters())
@@ -111,15 +122,16 @@ def allocated_peak(group: ProcessGroup, config: Config, accumulation: int) -> in
         optim.update(optimizer, 1e-4, norm, torch.ones((), dtype=torch.bool), 1.0)
         apply.zero_gradients(module)
 
-    for _ in range(2):  # DDP settles its buckets after the first
-        step()
-    gc.collect()
-    lasting = [apply.local(p) for p in parameters]
-    lasting += [apply.local(value) for state in optimizer.state.values() for value in state.values()]
-    lasting += [p.grad for p in parameters if p.grad is not None]
-    now = peak = sum(tensor.numel() * tensor.element_size() for tensor in lasting)
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
-        step()
+    with without_onednn():
+        for _ in range(2):  # DDP lays out its buckets after the first step
+            step()
+        gc.collect()
+        lasting = [apply.local(p) for p in parameters]
+        lasting += [apply.local(value) for state in optimizer.state.values() for value in state.values()]
+        lasting += [p.grad for p in parameters if p.grad is not None]
+        now = peak = sum(tensor.nbytes for tensor in lasting)
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+            step()
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):
         now += event.nbytes()
@@ -133,60 +145,55 @@ def counted_peak(config: Config, world: int, accumulation: int) -> int:
     return step_memory(config, plan, parallel_plan, on_cpu=True).peak_bytes
 
 
-@pytest.mark.parametrize("accumulation", [1, 2])
-@pytest.mark.parametrize(
-    "options",
-    [
-        WIDE,
-        LONG,
-        DEEP,
-        WIDE | {"dtype": "bf16"},
-        LONG | {"dtype": "bf16"},
-        DEEP | {"activation_checkpointing": True},
-        DEEP | {"activation_checkpointing": True, "dtype": "bf16"},
-        LONG | {"loss": "chunked"},
-        LONG | {"loss": "chunked", "dtype": "bf16"},
-        LONG | {"sequences": 1, "loss": "chunked", "dtype": "bf16"},
-        LONG | {"sequences": 40, "loss": "chunked"},  # in three chunks
-        LONG | {"sequences": 40, "loss": "chunked", "dtype": "bf16"},
-    ],
-    ids=lambda options: " ".join(f"{name} {value}" for name, value in options.items()),
-)
-def test_the_peak_of_one_process(options: dict[str, Any], accumulation: int) -> None:
+def check_peak_of_one_process(options: dict[str, Any], accumulation: int, tolerance: float) -> None:
     config = configured(**options, accumulation=accumulation)
     measured = allocated_peak(ProcessGroup(0, 1, torch.device("cpu")), config, accumulation)
-    assert counted_peak(config, 1, accumulation) == pytest.approx(measured, rel=0.02)
+    assert counted_peak(config, 1, accumulation) == pytest.approx(measured, rel=tolerance)
 
 
+BF16 = {"dtype": "bf16"}
+ONE_PROCESS: list[dict[str, Any]] = [
+    WIDE,
+    LONG,
+    DEEP,
+    WIDE | BF16,
+    LONG | BF16,
+    DEEP | {"activation_checkpointing": True},
+    DEEP | {"activation_checkpointing": True} | BF16,
+    LONG | {"loss": "chunked"},
+    LONG | {"loss": "chunked"} | BF16,
+    LONG | {"sequences": 1, "loss": "chunked"} | BF16,
+    LONG | {"sequences": 40, "loss": "chunked"},  # three chunks
+    LONG | {"sequences": 40, "loss": "chunked"} | BF16,
+]
+
+
+@pytest.mark.parametrize("accumulation", [1, 2])
+@pytest.mark.parametrize("options", ONE_PROCESS, ids=named)
+def test_the_peak_of_one_process(options: dict[str, Any], accumulation: int) -> None:
+    check_peak_of_one_process(options, accumulation, tolerance=0.02)
+
+
+NAIVE = DEEP | {"attention": "naive", "seq_len": 256, "sequences": 2}
 SWITCHED: list[dict[str, Any]] = [
     *(shape | MODERN for shape in (WIDE, LONG, DEEP)),
-    LONG | MODERN | {"dtype": "bf16"},
+    LONG | MODERN | BF16,
     DEEP | MODERN | {"activation_checkpointing": True},
     LONG | MODERN | {"loss": "chunked"},
     LONG | {"tie": False},
     LONG | {"logit_softcap": 5.0},
     *(DEEP | switches for switches in ONE_BY_ONE if switches not in (MODERN, {"tie": False})),
-    DEEP | {"attention": "naive", "seq_len": 256, "sequences": 2},
-    DEEP | {"attention": "naive", "seq_len": 256, "sequences": 2, "dtype": "bf16"},
-    DEEP | {"attention": "naive", "seq_len": 256, "sequences": 2, "activation_checkpointing": True},
+    NAIVE,
+    NAIVE | BF16,
+    NAIVE | {"activation_checkpointing": True},
 ]
 
 
-LONG_TWICE = pytest.mark.long(reason="all of them with one micro-batch, and some without switches with two, are quick")
-
-
 @pytest.mark.parametrize(
-    ("options", "accumulation"),
-    [
-        *((options, 1) for options in SWITCHED),
-        (SWITCHED[0], 2),
-        *(pytest.param(options, 2, marks=LONG_TWICE) for options in SWITCHED[1:8]),
-    ],
+    ("options", "accumulation"), [*((options, 1) for options in SWITCHED), (SWITCHED[0], 2), (SWITCHED[5], 2)]
 )
 def test_the_peak_with_switches(options: dict[str, Any], accumulation: int) -> None:
-    config = configured(**options, accumulation=accumulation)
-    measured = allocated_peak(ProcessGroup(0, 1, torch.device("cpu")), config, accumulation)
-    assert counted_peak(config, 1, accumulation) == pytest.approx(measured, rel=0.05)
+    check_peak_of_one_process(options, accumulation, tolerance=0.05)
 
 
 SPREAD: list[tuple[dict[str, Any], int]] = [
@@ -222,29 +229,12 @@ def test_the_peak_of_two_processes(spread: list[tuple[dict[str, Any], int]]) -> 
         config = configured(**options)
         counted = counted_peak(config, 2, accumulation)
         late = 0
-        if options["mode"] == "fsdp":  # gloo's thread lets go of its copies some time after it has sent them
-            late = 2 * _reduced(block_shapes(config.model), StepShape(micro_batch=1, seq_len=1, mode="fsdp", shards=2))
+        if options["mode"] == "fsdp":  # gloo's thread releases its copies some time after it has sent them
+            late = 2 * reduction_bytes(
+                block_shapes(config.model), StepShape(micro_batch=1, seq_len=1, mode="fsdp", shards=2)
+            )
         for peak in peaks:
             assert 0.98 * counted <= peak <= 1.02 * counted + late, (options, accumulation, counted, peaks)
-
-
-def test_a_shard_is_what_a_rank_holds() -> None:
-    """Of a width that two ranks do not share evenly."""
-    config = configured(width=33 * 2, vocab_size=100, sequences=1, seq_len=7, mode="fsdp")
-    phases = memory(config.model, StepShape(micro_batch=1, seq_len=7, mode="fsdp", shards=3)).phases
-    assert {phase["weights"] for phase in phases.values()} == set(held_bytes(config, 3))
-
-
-@pytest.mark.slow
-def test_the_resident_peak_of_a_run(capfd: pytest.CaptureFixture[str]) -> None:
-    """The same of a real run, as bench_memory.py measures it: 125 MB a rank, 6 of them not counted."""
-    bench_memory.main(["--layers", "2", "--width", "256", "--only", "fsdp sharded"])
-    found = json.loads(capfd.readouterr().out.splitlines()[-1])
-    assert found["least_ratio"] > 0.9 and found["largest_ratio"] < 1.1, found
-
-
-def held_bytes(config: Config, world: int) -> list[int]:
-    return run_on_ranks(world, held_by_a_rank, config)
 
 
 def held_by_a_rank(group: ProcessGroup, config: Config) -> int:
@@ -253,14 +243,22 @@ def held_by_a_rank(group: ProcessGroup, config: Config) -> int:
     return sum(apply.local(p).untyped_storage().nbytes() for p in model.parameters())
 
 
+def test_a_rank_holds_what_is_counted_as_its_shard() -> None:
+    """The ranks do not share the width evenly."""
+    config = configured(width=33 * 2, vocab_size=100, sequences=1, seq_len=7, mode="fsdp")
+    phases = memory(config.model, StepShape(micro_batch=1, seq_len=7, mode="fsdp", shards=3)).phases
+    assert {phase["weights"] for phase in phases.values()} == set(run_on_ranks(3, held_by_a_rank, config))
+
+
 def test_the_peak_is_the_largest_phase_and_its_parts_are_named() -> None:
-    found = memory(ModelConfig(), StepShape(micro_batch=16, seq_len=1024, compute_bytes=2))
-    assert found.peak_bytes == sum(found.peak.values()) == max(sum(phase.values()) for phase in found.phases.values())
-    # The two largest of a micro-batch of GPT-2 small: 3 fp32 tensors of logits; 12 blocks at 36 x 768 bytes a token
-    # (8 for the fp32 inputs of two norms, 28 in bf16), log-sums and norms' deviations; the last norm's 6 x 768.
-    assert found.peak["loss"] == 3 * 16 * 1024 * 50257 * 4
+    counted = memory(ModelConfig(), StepShape(micro_batch=16, seq_len=1024, compute_bytes=2))
+    assert counted.peak_bytes == sum(counted.peak.values())
+    assert counted.peak_bytes == max(sum(phase.values()) for phase in counted.phases.values())
+    # The two largest parts of GPT-2 small. Loss: 3 fp32 tensors of logits. Activations: 12 blocks at 36 x 768 bytes a
+    # token (8 for the fp32 inputs of two norms, 28 in bf16), log-sums and norms' deviations; the last norm's 6 x 768.
+    assert counted.peak["loss"] == 3 * 16 * 1024 * 50257 * 4
     per_token = 12 * (36 * 768 + 12 * 4 + 16) + 6 * 768 + 8
-    assert found.peak["activations"] == 16 * 1024 * per_token
+    assert counted.peak["activations"] == 16 * 1024 * per_token
 
 
 def card_lines(config: Config, world: int, memory_bytes: int, device: str = "CPU process") -> dict[str, str]:
@@ -269,33 +267,28 @@ def card_lines(config: Config, world: int, memory_bytes: int, device: str = "CPU
     return {line[:10].strip(): line[10:] for line in card.splitlines()}
 
 
-def test_the_card_names_the_switches() -> None:
+def test_the_card_tells_switches_parallel_plan_and_memory() -> None:
     line = card_lines(configured(**WIDE, mlp="swiglu", tie=False), 1, 10**9)["model"]
     assert line.endswith(" vocabulary padding), --model.mlp swiglu, --model.tie False")
 
-
-def test_the_card_says_how_the_model_is_spread_and_what_that_takes() -> None:
     config = configured(**WIDE, accumulation=8)
     lines = card_lines(config, 1, 10**9)
     assert lines["parallel"] == "none (one process)"
     assert lines["memory"].startswith("about 0.01 of 1.0 GB per process, in the")
     assert "WARNING" not in lines["memory"]
-    lines = card_lines(config, 2, 15 * 10**6)
-    assert lines["parallel"] == (
+    assert card_lines(config, 2, 15 * 10**6)["parallel"] == (
         "fsdp, 2 shards (the training state of 0.01 GB is more than half of 0.0 GB); "
         "whole gradients reduced once a step; weights gathered for each pass"
     )
-    spread = dataclasses.replace(
-        config, parallel=ParallelConfig(mode="hsdp", shard_size=2, reshard_after_forward=False)
-    )
-    lines = card_lines(spread, 4, 10**6)
+    hsdp = ParallelConfig(mode="hsdp", shard_size=2, reshard_after_forward=False)
+    lines = card_lines(dataclasses.replace(config, parallel=hsdp), 4, 10**6)
     assert lines["parallel"] == (
-        "hsdp, 2 shards, 2 copies (asked for); gradients reduced each time; weights gathered once for both passes"
+        "hsdp, 2 shards, 2 copies (set by flag); gradients reduced each time; weights gathered once for both passes"
     )
     assert lines["memory"].endswith("WARNING: more than there is")
 
 
-def test_the_card_of_what_is_still_to_be_found() -> None:
+def test_the_card_before_the_micro_batch_is_known_and_with_compilation() -> None:
     config = configured(**WIDE, micro_batch="auto", accumulation=8)
     assert "per process with a micro-batch of 1, in " in card_lines(config, 1, 10**9, "H100")["memory"]
     compiled = dataclasses.replace(config, train=dataclasses.replace(config.train, compile=True))

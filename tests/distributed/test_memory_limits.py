@@ -1,20 +1,21 @@
-"""Models start and train on ranks that may not hold them whole: the kernel refuses each rank more than a limit.
+"""Models start and train on ranks that cannot hold them whole: the kernel refuses each rank more than a limit.
 
-RLIMIT_DATA counts what a process may write and shares with nobody, touched or not. The quick tests are the slow ones
-in small: blocks are as small a part of the model as in GPT-2 XL.
+RLIMIT_DATA counts the private writable memory of a process, touched or not. The quick test is the slow one at a small
+size, with blocks that are as small a part of the model as in GPT-2 XL.
 """
 
+import ctypes
 import dataclasses
 import gc
 import math
 import resource
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from benchmarks.bench_memory import give_memory_back_at_once, status_bytes
 from model.config import NAMED_SHAPES, ModelConfig
 from model.cost import model_cost
 from model.gpt import init_weights
@@ -29,6 +30,7 @@ from train.run.card import step_memory
 
 WORLD, SEQ_LEN = 4, 64
 SMALL = ModelConfig(num_layers=12, num_heads=4, width=256, vocab_size=512)
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def configured(model: ModelConfig) -> Config:
@@ -36,38 +38,39 @@ def configured(model: ModelConfig) -> Config:
     return resolve(Config(model=model, train=train, optim=OptimConfig(), parallel=ParallelConfig(mode="fsdp")))
 
 
-def layout_of(config: Config) -> ParallelPlan:
+def plan_of(config: Config) -> ParallelPlan:
     return choose_parallel_plan(config, world=WORLD, local_world=WORLD, memory_bytes=10**12)
 
 
-def limit(num_bytes: int) -> None:
-    """Of what this process may have from now on, beside what it has, and glibc is to keep nothing for later."""
-    give_memory_back_at_once()
+def limit_memory(num_bytes: int) -> None:
+    """Allow this process `num_bytes` beside what it has, and make glibc return freed memory at once."""
+    for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
+        ctypes.CDLL(None).mallopt(parameter, 2**16)
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    data_bytes = next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmData:"))
     _, hard = resource.getrlimit(resource.RLIMIT_DATA)
-    resource.setrlimit(resource.RLIMIT_DATA, (status_bytes("VmData") + num_bytes, hard))
+    resource.setrlimit(resource.RLIMIT_DATA, (data_bytes + num_bytes, hard))
 
 
-def refused_with_ddp(config: Config, group: ProcessGroup) -> str:
-    """What torch says under this limit where a rank is to hold the whole model. One tries: all might fill the RAM."""
-    spread = dataclasses.replace(config, parallel=ParallelConfig(mode="ddp"))
-    said = "nothing"
+def refusal_of_ddp(config: Config, group: ProcessGroup) -> str:
+    """Return torch's error where rank 0 is to hold the whole model. If all ranks tried, they might fill the RAM."""
+    ddp = dataclasses.replace(config, parallel=ParallelConfig(mode="ddp"))
+    message = "no error"
     if group.is_main:
         try:
-            loss_model = apply.build_loss_model(spread, layout_of(spread), group)
+            loss_model = apply.build_loss_model(ddp, plan_of(ddp), group)
             optim.build_optimizer(loss_model.model, config.optim)
         except RuntimeError as error:
-            said = str(error)
-        gc.collect()  # what was made of it is full of cycles
-    said, *_ = group.gather(said)
-    return said
+            message = str(error)
+        gc.collect()  # the model is full of reference cycles
+    return group.gather(message)[0]
 
 
 def start(group: ProcessGroup, config: Config, num_bytes: int) -> tuple[str, int, float]:
-    """Under a limit: what DDP says; then, with FSDP2, how many parameters have the seed's values in this rank's rows,
-    and the mean loss of a sequence."""
-    limit(num_bytes)
-    refusal = refused_with_ddp(config, group)
-    loss_model = apply.build_loss_model(config, layout_of(config), group)
+    """Return DDP's error under a limit; with FSDP2, the parameters whose rows are the seed's, and the mean loss."""
+    limit_memory(num_bytes)
+    refusal = refusal_of_ddp(config, group)
+    loss_model = apply.build_loss_model(config, plan_of(config), group)
     num_right = 0
 
     def compare(parameter: Tensor, value: Tensor) -> None:
@@ -78,26 +81,14 @@ def start(group: ProcessGroup, config: Config, num_bytes: int) -> tuple[str, int
 
     init_weights(loss_model.model, config.seed, put=compare)
     tokens_BT = torch.arange(SEQ_LEN)[None]
-    losses_BT = loss_model.token_losses(tokens_BT, tokens_BT.roll(-1, dims=1))
-    return refusal, num_right, losses_BT.mean().item()
-
-
-def check_start(model: ModelConfig, num_bytes: int) -> None:
-    config = configured(model)
-    weights_bytes = model_cost(model).gradient_bytes
-    assert num_bytes < weights_bytes
-    num_parameters = 4 + 12 * model.num_layers
-    for refusal, num_right, loss in run_on_ranks(WORLD, start, config, num_bytes):
-        assert "can't allocate memory" in refusal
-        assert num_right == num_parameters
-        assert loss == pytest.approx(math.log(model.vocab_size), rel=0.05)
+    return refusal, num_right, loss_model.token_losses(tokens_BT, tokens_BT.roll(-1, dims=1)).mean().item()
 
 
 def step(group: ProcessGroup, config: Config, num_bytes: int) -> tuple[str, float, float]:
-    """Under a limit: what DDP says; then, with FSDP2, the mean loss of a sequence before and after a step on it."""
-    limit(num_bytes)
-    refusal = refused_with_ddp(config, group)
-    parallel_plan = layout_of(config)
+    """Return DDP's error under a limit; with FSDP2, the mean loss of a sequence before and after a step on it."""
+    limit_memory(num_bytes)
+    refusal = refusal_of_ddp(config, group)
+    parallel_plan = plan_of(config)
     loss_model = apply.build_loss_model(config, parallel_plan, group)
     optimizer = optim.build_optimizer(loss_model.model, config.optim)
     tokens_BT = torch.arange(SEQ_LEN)[None]
@@ -112,30 +103,35 @@ def step(group: ProcessGroup, config: Config, num_bytes: int) -> tuple[str, floa
     return refusal, before.item() / SEQ_LEN, after.item() / SEQ_LEN
 
 
-def check_step(model: ModelConfig, num_bytes: int) -> None:
+SLOW = (pytest.mark.slow, pytest.mark.timeout(1800))
+
+
+@pytest.mark.parametrize(
+    ("model", "num_bytes"),
+    [
+        pytest.param(SMALL, 32 * 10**6, id="39 MB of weights"),
+        pytest.param(NAMED_SHAPES["gpt2-xl"], 3 * 10**9, id="6.2 GB of weights", marks=SLOW),
+    ],
+)
+def test_a_model_starts_on_ranks_that_cannot_hold_it(model: ModelConfig, num_bytes: int) -> None:
+    assert num_bytes < model_cost(model).gradient_bytes
+    for refusal, num_right, loss in run_on_ranks(WORLD, start, configured(model), num_bytes):
+        assert "can't allocate memory" in refusal
+        assert num_right == 4 + 12 * model.num_layers
+        assert loss == pytest.approx(math.log(model.vocab_size), rel=0.05)
+
+
+@pytest.mark.parametrize(
+    ("model", "num_bytes"),
+    [
+        pytest.param(SMALL, 90 * 10**6, id="155 MB of weights, gradients and moments"),
+        pytest.param(NAMED_SHAPES["gpt2-large"], 6 * 10**9, id="12.4 GB of them", marks=SLOW),
+    ],
+)
+def test_a_model_trains_on_ranks_that_cannot_hold_its_state(model: ModelConfig, num_bytes: int) -> None:
     config = configured(model)
-    counted = step_memory(config, plan_batches(config, WORLD), layout_of(config), on_cpu=True).peak_bytes
+    counted = step_memory(config, plan_batches(config, WORLD), plan_of(config), on_cpu=True).peak_bytes
     assert counted < num_bytes < model_cost(model).state_bytes
     for refusal, before, after in run_on_ranks(WORLD, step, config, num_bytes):
         assert "can't allocate memory" in refusal
         assert after < before - 0.1
-
-
-def test_a_model_starts_on_ranks_that_cannot_hold_it() -> None:
-    check_start(SMALL, 32 * 10**6)  # its weights are 39 MB
-
-
-def test_a_model_trains_on_ranks_that_cannot_hold_its_state() -> None:
-    check_step(SMALL, 90 * 10**6)  # weights, gradients and optimizer are 155 MB
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_gpt2_xl_starts_on_ranks_that_cannot_hold_it() -> None:
-    check_start(NAMED_SHAPES["gpt2-xl"], 3 * 10**9)  # its weights are 6.2 GB
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(1800)
-def test_gpt2_large_trains_on_ranks_that_cannot_hold_its_state() -> None:
-    check_step(NAMED_SHAPES["gpt2-large"], 6 * 10**9)  # weights, gradients and optimizer are 12.4 GB

@@ -1,6 +1,5 @@
-"""Steps that are not finite: agreed on, named, skipped or stopped at, and nothing before them lost."""
+"""Steps that are not finite: all ranks agree, the sequence is named, the run stops or skips, nothing before is lost."""
 
-import json
 import math
 import re
 from collections.abc import Callable
@@ -34,23 +33,23 @@ def sequences_of(data: Path) -> TrainingSequences:
 
 
 def bad_sequence(data: Path) -> int:
-    """The eighth sequence of the bad step: in the second micro-batch of one process, on the second of two."""
+    """Return the eighth sequence of the bad step: in one process in the second micro-batch, of two on the second."""
     return sequences_of(data).ids_at((BAD_STEP - 1) * 12, 12)[7]
 
 
 def poisoned(bad_T: Tensor, by: tuple[float, float]) -> Callable[..., Tensor]:
-    """The objective, whose (scaled loss, loss) are multiplied by `by` wherever the sequence is among the inputs."""
+    """Return LossModel.forward with (scaled loss, loss) times `by` if the sequence is among the inputs."""
     sound = LossModel.forward
 
     def forward(self: LossModel, inputs_BT: Tensor, targets_BT: Tensor, scale: Tensor) -> Tensor:
-        found = sound(self, inputs_BT, targets_BT, scale)
-        return found * torch.tensor(by) if (inputs_BT == bad_T).all(dim=1).any() else found
+        loss = sound(self, inputs_BT, targets_BT, scale)
+        return loss * torch.tensor(by) if (inputs_BT == bad_T).all(dim=1).any() else loss
 
     return forward
 
 
 def train_poisoned(group: ProcessGroup, config: Config, by: tuple[float, float] = (math.inf, math.inf)) -> str:
-    """How the run ended where one sequence is bad."""
+    """Train with one bad sequence and return the error that ended the run."""
     inputs_BT, _ = sequences_of(config.data.dir).read([bad_sequence(config.data.dir)])
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(LossModel, "forward", poisoned(inputs_BT[0], by))
@@ -61,8 +60,9 @@ def train_poisoned(group: ProcessGroup, config: Config, by: tuple[float, float] 
     return "no error"
 
 
-def train(group: ProcessGroup, config: Config) -> None:
-    run(config, group)
+def train(group: ProcessGroup, *configs: Config) -> None:
+    for config in configs:
+        run(config, group)
 
 
 def tiny(data: Path, run_dir: Path, **changes: Any) -> Config:
@@ -73,15 +73,15 @@ def in_mode(config: Config, mode: Literal["auto", "fsdp"]) -> Config:
     return replace(config, parallel=replace(config.parallel, mode=mode))
 
 
-WORLDS_AND_MODES = [
-    (1, "auto"),
-    pytest.param(2, "auto", marks=pytest.mark.long(reason="what DDP adds to one process, FSDP2 adds too")),
-    (2, "fsdp"),
-]
+def noted_steps(run_dir: Path) -> list[dict[str, Any]]:
+    return rows(run_dir, "nonfinite.jsonl")
 
 
-@pytest.mark.parametrize(("world", "mode"), WORLDS_AND_MODES)
-def test_a_bad_step_is_stopped_at_with_everything_before_it_saved(
+one_and_two = pytest.mark.parametrize(("world", "mode"), [(1, "auto"), (2, "fsdp")])
+
+
+@one_and_two
+def test_a_run_stops_at_a_bad_step_with_everything_before_it_saved(
     tiny_data: Path, tmp_path: Path, world: int, mode: Literal["auto", "fsdp"]
 ) -> None:
     config = in_mode(with_save(tiny(tiny_data, tmp_path / "run"), mode="async"), mode)
@@ -92,54 +92,48 @@ def test_a_bad_step_is_stopped_at_with_everything_before_it_saved(
         "step 13: loss inf, gradient norm nan; its update was not made, and step 12 is saved."
     )
     assert f"Not finite by themselves: sequences {bad}; to read them: python data_prep/verify.py" in outcomes[0]
-    assert f"--seq-len 32 --sequence {bad}; to leave them out: --data.skip-sequences {bad};" in outcomes[0]
-    found = status(tmp_path / "run")
-    assert found["state"] == "failed" and found["step"] == 12 and "step 13: loss inf" in found["reason"]
+    assert f"--seq-len 32 --sequence {bad}; to skip them: --data.skip-sequences {bad};" in outcomes[0]
+    ended = status(tmp_path / "run")
+    assert ended["state"] == "failed" and ended["step"] == 12 and "step 13: loss inf" in ended["reason"]
     assert [step_of(path) for path in list_checkpoints(tmp_path / "run")] == [10, 12]
     assert [step for step, *_ in curve(tmp_path / "run")] == list(range(1, 13))
-    (noted,) = [json.loads(line) for line in (tmp_path / "run" / "nonfinite.jsonl").read_text().splitlines()]
-    assert (
-        noted["step"] == 13 and noted["suspects"] == [bad] and noted["attempt"] == 1 and len(noted["sequences"]) == 12
-    )
-    # What was saved is the state before it: continued soundly, it is the run in which nothing was bad.
-    run_on_ranks(world, train, config)
+    (noted,) = noted_steps(tmp_path / "run")
+    assert (noted["step"], noted["suspects"], noted["attempt"]) == (13, [bad], 1) and len(noted["sequences"]) == 12
+    # The saved state is the one before the bad step: without the fault it goes on as a run that never had one.
     whole = in_mode(tiny(tiny_data, tmp_path / "whole"), mode)
-    run_on_ranks(world, train, whole)
+    run_on_ranks(world, train, config, whole)
     assert curve(tmp_path / "run") == curve(whole.directory)
     assert_same_tensors(final_tensors(tmp_path / "run"), final_tensors(whole.directory))
 
 
-@pytest.mark.parametrize(("world", "mode"), WORLDS_AND_MODES)
-def test_a_gradient_that_is_not_finite_is_skipped_where_asked_and_the_run_goes_on(
+@one_and_two
+def test_skip_skips_a_gradient_that_is_not_finite(
     tiny_data: Path, tmp_path: Path, world: int, mode: Literal["auto", "fsdp"]
 ) -> None:
     config = in_mode(tiny(tiny_data, tmp_path / "run", on_nonfinite="skip"), mode)
     assert set(run_on_ranks(world, train_poisoned, config, (math.inf, 1.0))) == {"no error"}
-    found = {row["step"]: row for row in rows(tmp_path / "run") if "loss" in row}
-    assert [step for step, row in found.items() if row["grad_norm"] is None] == [BAD_STEP]
-    assert all(math.isfinite(row["loss"]) for row in found.values()) and len(found) == STEPS
-    assert found[STEPS]["loss"] < found[1]["loss"] and status(tmp_path / "run")["state"] == "done"
-    (noted,) = [json.loads(line) for line in (tmp_path / "run" / "nonfinite.jsonl").read_text().splitlines()]
+    steps = {row["step"]: row for row in rows(tmp_path / "run") if "loss" in row}
+    assert [step for step, row in steps.items() if row["grad_norm"] is None] == [BAD_STEP]
+    assert all(math.isfinite(row["loss"]) for row in steps.values()) and len(steps) == STEPS
+    assert steps[STEPS]["loss"] < steps[1]["loss"] and status(tmp_path / "run")["state"] == "done"
+    (noted,) = noted_steps(tmp_path / "run")
     assert noted["sequences"] == sequences_of(tiny_data).ids_at((BAD_STEP - 1) * 12, 12)
     log = (tmp_path / "run" / "log.txt").read_text()
     assert log.count("(--train.on-nonfinite skip); its sequences are in nonfinite.jsonl") == 1
 
 
-@pytest.mark.parametrize("mode", ["auto", "fsdp"])
-def test_a_sequence_whose_gradient_alone_is_not_finite_is_named(
-    tiny_data: Path, tmp_path: Path, mode: Literal["auto", "fsdp"]
-) -> None:
-    """In two micro-batches of two ranks; no rank's loss tells."""
-    config = in_mode(tiny(tiny_data, tmp_path / "run", micro_batch=3), mode)
+def test_a_sequence_whose_gradient_alone_is_not_finite_is_named(tiny_data: Path, tmp_path: Path) -> None:
+    """Two ranks have two micro-batches each, and every loss is finite."""
+    config = in_mode(tiny(tiny_data, tmp_path / "run", micro_batch=3), "fsdp")
     (outcome,) = set(run_on_ranks(2, train_poisoned, config, (math.inf, 1.0)))
     assert re.match(r"step 13: loss \d\.\d+, gradient norm (nan|inf); ", outcome)
     assert f"Not finite by themselves: sequences {bad_sequence(tiny_data)}; " in outcome
 
 
-def test_weights_that_are_not_finite_are_no_matter_of_sequences(
+def test_weights_that_are_not_finite_are_not_blamed_on_sequences(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Zeros are not finite then either, so that no sequence is blamed."""
+    """The loss of a batch of zeros is not finite then either."""
     sound = optim.update
 
     def spoil(optimizer: torch.optim.AdamW, *args: Any) -> None:
@@ -148,28 +142,26 @@ def test_weights_that_are_not_finite_are_no_matter_of_sequences(
             optimizer.param_groups[0]["params"][2].data[0, 0] = math.nan
 
     monkeypatch.setattr(optim, "update", spoil)
-    with pytest.raises(NonFiniteError, match=r"step 13: loss nan.* No sequence of it does that by itself"):
+    with pytest.raises(NonFiniteError, match=r"step 13: loss nan.* No sequence of it is the cause by itself"):
         run(tiny(tiny_data, tmp_path / "run"), ProcessGroup(0, 1, torch.device("cpu")))
-    (noted,) = [json.loads(line) for line in (tmp_path / "run" / "nonfinite.jsonl").read_text().splitlines()]
+    (noted,) = noted_steps(tmp_path / "run")
     assert noted["suspects"] == []
 
 
-def test_skipping_ends_where_every_step_is_bad(
-    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_skipping_ends_if_every_step_is_bad(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nonfinite, "MOST_IN_A_ROW", 4)
     sound = LossModel.forward
     monkeypatch.setattr(LossModel, "forward", lambda *args: sound(*args) * math.nan)
     with pytest.raises(NonFiniteError, match=r"step 4: loss nan.* nor were those of the 3 before it"):
         run(tiny(tiny_data, tmp_path / "run", on_nonfinite="skip"), ProcessGroup(0, 1, torch.device("cpu")))
     assert status(tmp_path / "run")["state"] == "failed"
-    # Step 5 was under way: it is saved, so that the same command goes on behind the bad steps.
+    # Step 5 had begun. It is saved, so that the same command goes on after the bad steps.
     assert [step_of(path) for path in list_checkpoints(tmp_path / "run")] == [5]
     assert [(row["step"], row["loss"]) for row in rows(tmp_path / "run")[1:]] == [(n, None) for n in range(1, 6)]
 
 
-def test_fp16_keeps_its_scale_where_it_stops(tiny_data: Path, tmp_path: Path) -> None:
-    """The loss itself is not finite: no scale helps, and the state that is saved has the one before."""
+def test_fp16_keeps_its_scale_when_it_stops(tiny_data: Path, tmp_path: Path) -> None:
+    """The loss itself is not finite, so that no scale helps; the scale before it is saved."""
     alone = ProcessGroup(0, 1, torch.device("cpu"))
     config = tiny(tiny_data, tmp_path / "run", dtype="fp16")
     assert train_poisoned(alone, config).startswith("step 13: loss inf")

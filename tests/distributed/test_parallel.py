@@ -1,4 +1,4 @@
-"""How a run is spread: what is chosen and why, what is refused, and that every option works in every mode."""
+"""The choice of a parallel plan, what is refused, and every training option in every parallel mode."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +25,7 @@ from tests.helpers.runs import (
     validations,
     with_save,
 )
-from train.config import Config, ParallelConfig, with_vocabulary
+from train.config import ParallelConfig, with_vocabulary
 from train.config_checks import settings_without_effect
 from train.main import main, run
 from train.parallel.apply import local
@@ -96,16 +96,16 @@ def test_gradients_are_added_up_whole_where_they_fit(gigabytes: float, whole: bo
         (2, {"mode": "hsdp"}, "one of 2 shards; use fsdp"),
     ],
 )
-def test_what_does_not_fit_is_refused(world: int, parallel: dict[str, Any], text: str) -> None:
+def test_impossible_plans_are_refused(world: int, parallel: dict[str, Any], text: str) -> None:
     with pytest.raises(InputError) as caught:
         chosen(world, world, 80, **parallel)
     assert str(caught.value).endswith(text)
 
 
-def test_a_setting_without_effect_is_said() -> None:
+def test_settings_without_effect_are_named() -> None:
     config = replace(XL, parallel=ParallelConfig(shard_size=4, reshard_after_forward=False, reduce_gradients="step"))
-    said = settings_without_effect(config, "cuda", 8, "ddp")
-    assert [line.split(" has no effect with --parallel.mode ddp")[0] for line in said] == [
+    warnings = settings_without_effect(config, "cuda", 8, "ddp")
+    assert [line.split(" has no effect with --parallel.mode ddp")[0] for line in warnings] == [
         "--parallel.shard-size 4",
         "--parallel.no-reshard-after-forward",
         "--parallel.reduce-gradients step",
@@ -132,61 +132,42 @@ MODES: dict[str, dict[str, Any]] = {
     "kept": {"mode": "fsdp", "reshard_after_forward": False},
     "sharded": {"mode": "fsdp", "reduce_gradients": "micro_batch"},
 }
-SHARDED_CASES = [
-    ("bf16", "sharded"),
-    ("fp32", "fsdp"),
-    ("fp32", "kept"),
-]
 STEPS = 12
 
 
-def configured(data: Path, folder: Path, options: str, mode: str) -> Config:
-    config = tiny_config(data, folder / f"{options}_{mode}", steps=STEPS, **OPTIONS[options])
-    sample = replace(config.sample, every=6, prompts=("a", "be"), tokens=8)
-    return replace(config, sample=sample, parallel=replace(config.parallel, **MODES[mode]))
-
-
-def train_with_options(group: ProcessGroup, data: Path, folder: Path, cases: list[tuple[str, str]]) -> None:
-    for options, mode in cases:
+def train_with_options(group: ProcessGroup, data: Path, folder: Path, options: str, modes: tuple[str, ...]) -> None:
+    for mode in modes:
         torch._dynamo.reset()
-        run(configured(data, folder, options, mode), group)
+        config = tiny_config(data, folder / mode, steps=STEPS, **OPTIONS[options])
+        sample = replace(config.sample, every=6, prompts=("a", "be"), tokens=8)
+        run(replace(config, sample=sample, parallel=replace(config.parallel, **MODES[mode])), group)
 
 
-@pytest.fixture(scope="module")
-def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("options")
-    copied = [(options, "ddp") for options in dict(SHARDED_CASES)]
-    run_on_ranks(2, train_with_options, tiny_data, folder, [*copied, *SHARDED_CASES])
-    return folder
+COMPILES = pytest.mark.long(reason="two processes that compile each kernel twice, with DDP and with FSDP2")
 
 
-@pytest.mark.parametrize(("options", "mode"), SHARDED_CASES)
-def test_every_option_gives_the_same_run_sharded_and_copied(trained: Path, options: str, mode: str) -> None:
-    check_sharded_and_copied(trained, options, mode)
+@pytest.mark.parametrize(
+    ("options", "mode"),
+    [
+        ("fp32", "kept"),
+        ("bf16", "sharded"),
+        ("fp16", "fsdp"),
+        pytest.param("everything", "fsdp", marks=COMPILES),
+    ],
+)
+def test_ddp_and_fsdp_train_the_same_run_with_every_option(
+    tiny_data: Path, tmp_path: Path, options: str, mode: str
+) -> None:
+    run_on_ranks(2, train_with_options, tiny_data, tmp_path, options, ("ddp", mode))
+    check_same_run(tmp_path / "ddp", tmp_path / mode, is_fp32=options == "fp32")
 
 
-@pytest.mark.long(reason="one of bf16's layouts is in `make test`, and fp16 in one process")
-@pytest.mark.parametrize("options", ["bf16", "fp16"])
-def test_half_precision_gives_the_same_run_sharded_and_copied(tiny_data: Path, tmp_path: Path, options: str) -> None:
-    sharded = ("fsdp", "kept", "sharded")
-    run_on_ranks(2, train_with_options, tiny_data, tmp_path, [(options, mode) for mode in ("ddp", *sharded)])
-    for mode in sharded:
-        check_sharded_and_copied(tmp_path, options, mode)
-
-
-@pytest.mark.long(reason="two processes that compile each kernel twice, with DDP and with FSDP2")
-def test_all_options_at_once_give_the_same_run_sharded_and_copied(tiny_data: Path, tmp_path: Path) -> None:
-    run_on_ranks(2, train_with_options, tiny_data, tmp_path, [("everything", "ddp"), ("everything", "fsdp")])
-    check_sharded_and_copied(tmp_path, "everything", "fsdp")
-
-
-def check_sharded_and_copied(trained: Path, options: str, mode: str) -> None:
-    """Bit for bit in fp32; in bf16 and fp16, where FSDP2 rounds norms' weights too, as close as bf16 is to fp32."""
-    copied, sharded = trained / f"{options}_ddp", trained / f"{options}_{mode}"
+def check_same_run(copied: Path, sharded: Path, *, is_fp32: bool) -> None:
+    """Bitwise in fp32. FSDP2 rounds norms' weights in bf16 and fp16: there as close as bf16 is to fp32."""
     one, other = load_model(sharded), load_model(copied)  # without a process group, as model/generate.py does
     assert one.step == other.step == STEPS
     assert [row["step"] for row in rows(sharded, "samples.jsonl")] == [6, 12]
-    if "dtype" in OPTIONS[options]:
+    if not is_fp32:
         difference = (losses(sharded) - losses(copied)).abs()
         assert difference[0] <= 2e-6 and difference[1] <= 5e-4 and difference.max() <= 2e-2
         return
@@ -197,47 +178,39 @@ def check_sharded_and_copied(trained: Path, options: str, mode: str) -> None:
     assert validations(sharded) == validations(copied)
 
 
-SHARES_ARE_LONG = pytest.mark.long(reason="four processes; test_async_saves.py has two in `make test`")
-SHARDED = {"fsdp": ParallelConfig(mode="fsdp"), "hsdp": ParallelConfig(mode="hsdp", shard_size=2)}
+HSDP = ParallelConfig(mode="hsdp", shard_size=2)
 
 
-def save_both_ways(group: ProcessGroup, data: Path, folder: Path, mode: str) -> int:
-    """A synchronous and an asynchronous run; how many elements this rank writes."""
-    parallel = SHARDED[mode]
-    for save in ("sync", "async"):
-        config = with_save(tiny_config(data, folder / save, steps=STEPS), every=5, mode=save)
-        run(replace(config, parallel=parallel), group)
-    config = replace(tiny_config(data, folder / "shares"), parallel=parallel)
-    with opened_run(with_vocabulary(config, 33), group) as (this, _):
-        own = share_of(checkpoint_tensors(this.state.model, this.state.optimizer), group)
-        return sum(local(tensor).numel() for tensor in own.values())
+def save_both_ways(group: ProcessGroup, data: Path, folder: Path) -> int:
+    """Train with synchronous and with asynchronous saves, and return the number of elements that this rank writes."""
+    for mode in ("sync", "async"):
+        config = with_save(tiny_config(data, folder / mode, steps=STEPS), every=5, mode=mode)
+        run(replace(config, parallel=HSDP), group)
+    config = replace(tiny_config(data, folder / "shares"), parallel=HSDP)
+    with opened_run(with_vocabulary(config, 33), group) as (opened, _):
+        share = share_of(checkpoint_tensors(opened.state.model, opened.state.optimizer), group)
+        return sum(local(tensor).numel() for tensor in share.values())
 
 
-@pytest.mark.parametrize("mode", [pytest.param(mode, marks=SHARES_ARE_LONG) for mode in ("hsdp", "fsdp")])
-def test_saves_beside_training_and_each_element_written_once(tiny_data: Path, tmp_path: Path, mode: str) -> None:
-    """Of a sharded model each rank writes its shards; where replicas hold the same, one of them does."""
-    shares = run_on_ranks(4, save_both_ways, tiny_data, tmp_path, mode)
-    left, right = tmp_path / "sync", tmp_path / "async"
-    assert [path.name for path in list_checkpoints(left)] == [f"step_{step:08d}" for step in (5, 10, STEPS)]
-    for one, other in zip(list_checkpoints(left), list_checkpoints(right), strict=True):
+@pytest.mark.long(reason="four processes; test_async_checkpoints.py has two in `make test`")
+def test_each_element_is_written_once_and_saves_may_be_asynchronous(tiny_data: Path, tmp_path: Path) -> None:
+    """Each rank writes its shards, and one of several replicas writes what all of them hold."""
+    shares = run_on_ranks(4, save_both_ways, tiny_data, tmp_path)
+    left, right = (list_checkpoints(tmp_path / mode) for mode in ("sync", "async"))
+    assert [path.name for path in left] == [f"step_{step:08d}" for step in (5, 10, STEPS)]
+    for one, other in zip(left, right, strict=True):
         assert_same_tensors(tensors_of(one), tensors_of(other))
-    whole = sum(tensor.numel() for tensor in final_tensors(left).values())
+    whole = sum(tensor.numel() for tensor in final_tensors(tmp_path / "sync").values())
     assert sum(shares) == whole
     assert max(shares) < 0.3 * whole
 
 
-def test_the_run_card_says_how_the_model_is_spread(tiny_data: Path, tmp_path: Path) -> None:
-    flags = [
-        *tiny_flags(tiny_data, tmp_path / "run"),
-        "--dry-run",
-        "--parallel.mode",
-        "hsdp",
-        "--parallel.shard-size",
-        "2",
-    ]
+def test_the_run_card_tells_the_parallel_plan(tiny_data: Path, tmp_path: Path) -> None:
+    flags = [*tiny_flags(tiny_data, tmp_path / "run"), "--dry-run"]
+    flags += ["--parallel.mode", "hsdp", "--parallel.shard-size", "2"]
     done = called(main, *flags, WORLD_SIZE="4")
     assert done.returncode == 0, done.stderr
-    assert "parallel  hsdp, 2 shards, 2 copies (asked for)" in done.stdout
+    assert "parallel  hsdp, 2 shards, 2 copies (set by flag)" in done.stdout
     assert "network   each rank, each step: " in done.stdout and "memory    about 0.0" in done.stdout
     done = called(main, *flags, WORLD_SIZE="3")
     assert (done.returncode, done.stdout) == (2, "")

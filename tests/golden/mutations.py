@@ -1,6 +1,6 @@
-"""Break the places that matter, one at a time, and see that a test fails for each.
+"""Break one important line after the other in a copy of the tree; a test must fail for each.
 
-    python -m tests.golden.mutations                 # all of them, in a copy of the tree; some ten minutes on one core
+    python -m tests.golden.mutations                 # all of them; some ten minutes on one core
     python -m tests.golden.mutations "loss scale"    # those whose names contain this
 
 The exit status is 1 if any mutation survives.
@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 class Mutation(NamedTuple):
-    """Replace `old` by `new` in `file`; one of `tests` (arguments of pytest) must fail."""
+    """A replacement of `old` by `new` in `file`, for which one of `tests` (pytest's arguments) must fail."""
 
     name: str
     file: str
@@ -44,7 +44,7 @@ MUTATIONS = [
     Mutation(
         "loss divided by this rank's share",
         "train/setup.py",
-        "mesh.world / config.train.batch_tokens",
+        "group.world / config.train.batch_tokens",
         "1 / config.train.batch_tokens",
         "tests/distributed/test_modes.py -k gradient",
     ),
@@ -65,7 +65,7 @@ MUTATIONS = [
     Mutation(
         "replicas counted twice in the norm",
         "train/loop.py",
-        "/ run.layout.replicas",
+        "/ processes.parallel_plan.replicas",
         "/ 1",
         "tests/distributed/test_modes.py",
     ),
@@ -206,7 +206,7 @@ MUTATIONS = [
 
 
 def copy_tree(folder: Path) -> None:
-    """Copy what git would keep of the tree."""
+    """Copy the files of the tree that git does not ignore."""
     command = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     for name in listed.stdout.splitlines():
@@ -216,16 +216,18 @@ def copy_tree(folder: Path) -> None:
 
 
 def is_caught(mutation: Mutation, tree: Path) -> bool:
-    """Apply the mutation, run its tests, and put the file back."""
+    """Apply the mutation, run its tests, restore the file, and return whether a test failed."""
     path = tree / mutation.file
     content = path.read_text(encoding="utf-8")
     if content.count(mutation.old) != 1:
-        raise SystemExit(f"{mutation.name}: {mutation.file} has {content.count(mutation.old)} places like that, not 1")
+        raise SystemExit(
+            f"{mutation.name}: {mutation.file} contains the text {content.count(mutation.old)} times, needed once"
+        )
     path.write_text(content.replace(mutation.old, mutation.new), encoding="utf-8")
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *mutation.tests.split()]
     done = subprocess.run(command, cwd=tree, capture_output=True, text=True, check=False)
     path.write_text(content, encoding="utf-8")
-    if done.returncode not in (0, 1):  # pytest's own faults, such as a test file that is not there
+    if done.returncode not in (0, 1):  # pytest itself failed, for example on a missing test file
         raise SystemExit(f"{mutation.name}: pytest ended with {done.returncode}:\n{done.stdout[-2000:]}{done.stderr}")
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     print(f"{'caught  ' if failed else 'SURVIVES'} {mutation.name}  {failed[0][:150] if failed else ''}", flush=True)
@@ -233,14 +235,14 @@ def is_caught(mutation: Mutation, tree: Path) -> bool:
 
 
 def main() -> None:
-    wanted = [mutation for mutation in MUTATIONS if not sys.argv[1:] or sys.argv[1] in mutation.name]
+    mutations = [mutation for mutation in MUTATIONS if not sys.argv[1:] or sys.argv[1] in mutation.name]
     with tempfile.TemporaryDirectory() as temporary:
         tree = Path(temporary) / "tree"
         copy_tree(tree)
         if (ROOT.parent / "shared").is_dir():
             (Path(temporary) / "shared").symlink_to(ROOT.parent / "shared")
-        survivors = [mutation.name for mutation in wanted if not is_caught(mutation, tree)]
-    print(f"{len(wanted) - len(survivors)} of {len(wanted)} caught")
+        survivors = [mutation.name for mutation in mutations if not is_caught(mutation, tree)]
+    print(f"{len(mutations) - len(survivors)} of {len(mutations)} caught")
     sys.exit(1 if survivors else 0)
 
 

@@ -1,4 +1,4 @@
-"""Generated text with something to learn in it."""
+"""Generated text that a tiny model can learn something from."""
 
 import random
 
@@ -7,7 +7,7 @@ WORDS = SENTENCE.split()
 
 
 def make_text(num_characters: int, seed: int = 0) -> str:
-    """Random sentences over a small vocabulary, the same for a seed."""
+    """Return random sentences over a small vocabulary, the same for the same seed."""
     rng = random.Random(seed)
     lines: list[str] = []
     while sum(map(len, lines)) < num_characters:

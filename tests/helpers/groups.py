@@ -1,4 +1,4 @@
-"""Run a function on n gloo processes of this machine and bring every rank's result back."""
+"""Run a function on n gloo processes of this machine and return every rank's result."""
 
 import contextlib
 import ctypes
@@ -18,15 +18,20 @@ import torch.multiprocessing as mp
 
 from train.processes.group import ProcessGroup
 
-PRELOADED = ["train.main", "torch._dynamo", "pytest", "tests.helpers.runs"]  # the second: by what makes an optimizer
+PRELOADED = [
+    "train.main",
+    "torch._dynamo",
+    "pytest",
+    "tests.helpers.runs",
+]  # the second is imported when an optimizer is built
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000  # linux/sched.h
 
 
 def run_on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-    """function(mesh, *args) on `world` processes -> its results in rank order; an error anywhere is raised.
+    """Return the results of function(group, *args) on `world` processes in rank order. Raise a rank's error.
 
-    Several are forked from a clean process that has imported torch already and started no thread, which spares each
-    the seconds of importing it; a world of one is this process, which computes with one thread too (conftest.py).
+    Several processes are forked from a clean one that has imported torch and started no thread, which saves each of
+    them the seconds of the import. A world of one is this process, which also uses one thread (conftest.py).
     """
     if world == 1:
         return [function(ProcessGroup(0, 1, torch.device("cpu")), *args)]
@@ -38,7 +43,7 @@ def run_on_ranks(world: int, function: Callable[..., Any], *args: Any) -> list[A
 
 
 def start_on_ranks(world: int, folder: str, function: Callable[..., Any], *args: Any) -> mp.ProcessContext:
-    """The same without waiting for them; `folder`: an empty one that outlives them."""
+    """Start the same processes without waiting for them. `folder` is empty and must outlive them."""
     multiprocessing.set_forkserver_preload(PRELOADED)
     return mp.start_processes(
         _enter, args=(world, folder, function, args), nprocs=world, join=False, start_method="forkserver"
@@ -46,10 +51,10 @@ def start_on_ranks(world: int, folder: str, function: Callable[..., Any], *args:
 
 
 def keep_frozen() -> None:
-    """Leave all that was imported out of every collection of this process, also once a run has ended.
+    """Keep imported modules out of all garbage collections of this process, also after a run has ended.
 
-    A run begins with a collection and unfreezes at its end. The next one's would take a quarter of a second for
-    torch's modules alone, and in a forked process copy them all by writing its marks there.
+    A run begins with a collection and unfreezes at its end. The next collection would take a quarter of a second for
+    torch's modules alone. In a forked process it would also copy them, since it writes its marks into them.
     """
     gc.freeze()
     gc.unfreeze = lambda: None
@@ -67,7 +72,7 @@ def _enter(rank: int, world: int, folder: str, function: Callable[..., Any], arg
 
 @contextlib.contextmanager
 def leaving_no_group(group: ProcessGroup) -> Iterator[None]:
-    """For a world of one, which is this process: the process group that a sharded model makes goes with it."""
+    """Destroy the process group that a sharded model makes in a world of one, which is this process."""
     try:
         yield
     finally:
@@ -76,9 +81,9 @@ def leaving_no_group(group: ProcessGroup) -> Iterator[None]:
 
 
 def run_with_own_mounts(function: Callable[..., Any], *args: Any) -> Any:
-    """function(can_mount, *args) in one forked process that may mount file systems which nobody else sees.
+    """Return function(can_mount, *args) of one forked process that can mount file systems invisible to others.
 
-    By a user namespace, so without privileges (user_namespaces(7)); where the system refuses it, can_mount is False.
+    A user namespace needs no privileges (user_namespaces(7)). can_mount is False where the system refuses one.
     """
     multiprocessing.set_forkserver_preload(PRELOADED)
     with tempfile.TemporaryDirectory() as folder:
@@ -101,6 +106,6 @@ def _have_own_mounts() -> bool:
         Path("/proc/self/setgroups").write_text("deny")
         Path("/proc/self/uid_map").write_text(f"0 {user} 1")
         Path("/proc/self/gid_map").write_text(f"0 {group} 1")
-    except PermissionError:  # some systems grant the name space without its rights
+    except PermissionError:  # some systems grant the namespace without its rights
         return False
     return subprocess.run(["mount", "--make-rprivate", "/"], check=False).returncode == 0

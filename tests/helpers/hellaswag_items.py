@@ -1,4 +1,4 @@
-"""HellaSwag's form around generated text, and a plain scorer of one row at a time."""
+"""Generated items in HellaSwag's format, and a plain scorer that takes one row at a time."""
 
 import json
 import random
@@ -15,12 +15,12 @@ from tests.helpers.corpus import make_text
 
 
 def make_rows(num_items: int, seed: int = 1) -> list[dict[str, Any]]:
-    """Items of very different lengths, as the original file has them, all of letters that helpers/corpus.py uses."""
-    text, chance = make_text(20_000), random.Random(seed)
+    """Return items of very different lengths, as in the original file, in the letters of helpers/corpus.py."""
+    text, rng = make_text(20_000), random.Random(seed)
 
-    def some(longest: int) -> str:
-        start = chance.randrange(len(text) - longest)
-        return text[start : start + chance.randint(2, longest)].replace("\n", " ").strip() or "a"
+    def random_text(longest: int) -> str:
+        start = rng.randrange(len(text) - longest)
+        return text[start : start + rng.randint(2, longest)].replace("\n", " ").strip() or "a"
 
     return [
         {
@@ -28,31 +28,32 @@ def make_rows(num_items: int, seed: int = 1) -> list[dict[str, Any]]:
             "activity_label": "a",
             "ctx_a": "a",
             "ctx_b": "",
-            "ctx": some(60),
-            "endings": [some(chance.choice([8, 20, 40])) for _ in range(4)],
-            "label": chance.randrange(4),
+            "ctx": random_text(60),
+            "endings": [random_text(rng.choice([8, 20, 40])) for _ in range(4)],
+            "label": rng.randrange(4),
         }
         for index in range(num_items)
     ]
 
 
 def write_items(path: Path, num_items: int, seed: int = 1) -> Path:
+    """Write the items as JSONL and return the path."""
     path.write_text("".join(json.dumps(row) + "\n" for row in make_rows(num_items, seed)), encoding="utf-8")
     return path
 
 
 @torch.no_grad()
 def plain_scores(model: LanguageModel, tokenizer: Tokenizer, items: Sequence[Item]) -> list[list[tuple[float, int]]]:
-    """(summed loss, tokens scored) of every ending: each row by itself, unpadded, as far as the model sees."""
-    found = []
+    """Return (summed loss, tokens scored) of every ending. Each row is scored alone, unpadded, cut to the context."""
+    scores = []
     for item in items:
         endings = []
         for ending in item.endings:
-            before, after = tokenizer.encode(item.ctx).tolist(), tokenizer.encode(" " + ending).tolist()
-            row = torch.tensor((before + after)[-(model.config.context_len + 1) :])
-            num_scored = min(len(after), len(row) - 1)
+            context, continuation = tokenizer.encode(item.ctx).tolist(), tokenizer.encode(" " + ending).tolist()
+            row = torch.tensor((context + continuation)[-(model.config.context_len + 1) :])
+            num_scored = min(len(continuation), len(row) - 1)
             logits = model.logits(model.hidden_states(row[None, :-1])[0, -num_scored:])[:, : model.config.vocab_size]
             losses = -logits.float().log_softmax(dim=1)[torch.arange(num_scored), row[-num_scored:]]
             endings.append((losses.double().sum().item(), num_scored))
-        found.append(endings)
-    return found
+        scores.append(endings)
+    return scores

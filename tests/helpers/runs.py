@@ -1,4 +1,4 @@
-"""Tiny runs: their configuration, their command line, and what is compared of them."""
+"""Tiny runs: configuration, command line, and the results that tests compare."""
 
 import contextlib
 import dataclasses
@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def make_tiny_data(folder: Path) -> Path:
-    """A character data set of 20,000 generated characters, several shards."""
+    """Write a character data set of 20,000 generated characters in several shards, and return its folder."""
     (folder / "text.txt").write_text(make_text(20_000), encoding="utf-8")
     out = folder / "data"
     prepare(Options(input=(str(folder / "text.txt"),), out=out, tokenizer="char", shard_tokens=7_000))
@@ -46,7 +46,7 @@ def make_tiny_data(folder: Path) -> Path:
 
 
 def tiny_config(data: Path, run_dir: Path, **train: Any) -> Config:
-    """2 layers, 32 wide, 12 sequences of 32 a step, clipping active; `train` overrides TrainConfig's fields."""
+    """Return a run of 2 layers, 32 wide, 12 sequences of 32 a step, clipping active; `train`: TrainConfig's fields."""
     defaults: dict[str, Any] = {
         "seq_len": 32,
         "steps": 50,
@@ -71,7 +71,7 @@ def tiny_config(data: Path, run_dir: Path, **train: Any) -> Config:
 
 
 def tiny_flags(data: Path, run_dir: Path) -> list[str]:
-    """The same run as command-line flags on top of a preset."""
+    """Return the same run as command-line flags on top of a preset."""
     return [
         "shakespeare-char-cpu",
         *("--data.dir", str(data), "--run-dir", str(run_dir)),
@@ -91,7 +91,7 @@ def torchrun(
     env: dict[str, str] | None = None,
     stdout: IO[str] | int = subprocess.PIPE,
 ) -> "subprocess.Popen[str]":
-    """A real torchrun of train/main.py or what stands for it, in a process group of its own."""
+    """Start torchrun with train/main.py or another script, in a process group of its own."""
     command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={world}", "--master_port=0"]
     command += ["--rdzv_backend=c10d", "--rdzv_endpoint=localhost:0", *launcher_flags, script, *args]
     return subprocess.Popen(
@@ -106,10 +106,10 @@ def torchrun(
 
 
 def called(main: Callable[[list[str]], None], *args: str, **env: str) -> "subprocess.CompletedProcess[str]":
-    """What a command prints and exits with, without the seconds that a new interpreter takes to import torch."""
+    """Call a command's main here, which saves a new interpreter's import of torch; return its output and status."""
     out, err = io.StringIO(), io.StringIO()
     status = 0
-    # The whole environment is put back, also what the command itself sets in it.
+    # patch.dict restores the whole environment, also what the command itself sets in it.
     with mock.patch.dict(os.environ, env), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
         try:
             main(list(args))
@@ -120,12 +120,13 @@ def called(main: Callable[[list[str]], None], *args: str, **env: str) -> "subpro
 
 
 def rows(run_dir: Path, name: str = "metrics.jsonl") -> list[dict[str, Any]]:
+    """Return the rows of a JSONL file of a run; none if it does not exist."""
     path = run_dir / name
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def curve(run_dir: Path) -> list[tuple[int, float, float, float]]:
-    """(step, loss, norm, lr) of each training row: everything in it that is no timing."""
+    """Return (step, loss, norm, lr) of each training row, which is all of it but timings."""
     return [(row["step"], row["loss"], row["grad_norm"], row["lr"]) for row in rows(run_dir) if "loss" in row]
 
 
@@ -138,12 +139,12 @@ def validations(run_dir: Path) -> list[tuple[int, float, float]]:
 
 
 def final_tensors(run_dir: Path) -> dict[str, Tensor]:
-    """Weights and optimizer state of the newest checkpoint, by name."""
+    """Return weights and optimizer state of the newest checkpoint, by name."""
     return tensors_of(list_checkpoints(run_dir)[-1])
 
 
 def tensors_of(checkpoint: Path) -> dict[str, Tensor]:
-    """Weights and optimizer state of a checkpoint, by name."""
+    """Return weights and optimizer state of a checkpoint, by name."""
     saved = json.loads((checkpoint.parents[1] / "config.json").read_text())["config"]
     model = make_model(ModelConfig(**saved["model"]))
     optimizer = build_optimizer(model, OptimConfig(**saved["optim"]))

@@ -1,4 +1,7 @@
-"""What one optimizer step makes a rank communicate, counted from the model's shape and the layout."""
+"""Count what one optimizer step makes a rank communicate, from the model's shape and the parallel plan.
+
+The run card prints these counts before step 0. Tests hold them against the collectives of real steps.
+"""
 
 import math
 from collections.abc import Iterable
@@ -12,14 +15,17 @@ from model.ladder import make_model
 from train.parallel.plan import ParallelPlan
 
 REDUCED_BYTES = 4  # gradients are reduced in fp32
-AGREED_BYTES = 5 * 8  # loss, squared norm, stops, saves wanted, saves written: fp64 (train/loop.py)
-FIRST_BUCKET_BYTES, BUCKET_BYTES = 2**20, 25 * 2**20  # DistributedDataParallel's; small first, so as to start early
+STEP_RESULT_BYTES = 5 * 8  # fp64: loss, squared norm, stops, checkpoints wanted, checkpoints written (train/loop.py)
+FIRST_BUCKET_BYTES, BUCKET_BYTES = 2**20, 25 * 2**20  # DistributedDataParallel's; a small first bucket starts early
 
 
 @dataclass(frozen=True)
 class Collectives:
-    """So many of one kind, and the bytes of the tensors they are about, whole: as gathered, before they are scattered,
-    as reduced. Padding of uneven shards is in them."""
+    """The number of collectives of one kind, and the bytes of the tensors that they handle.
+
+    The tensors are counted whole: as gathered, as they are before they are scattered, as reduced. The bytes include
+    the padding of uneven shards.
+    """
 
     count: int
     num_bytes: int
@@ -27,7 +33,7 @@ class Collectives:
 
 @dataclass(frozen=True)
 class Communication:
-    """What one rank takes part in during one optimizer step."""
+    """The collectives that one rank takes part in during one optimizer step."""
 
     all_gathers: Collectives
     reduce_scatters: Collectives
@@ -37,71 +43,76 @@ class Communication:
 def step_communication(
     config: ModelConfig, parallel_plan: ParallelPlan, *, micro_batches: int, compute_dtype: torch.dtype
 ) -> Communication:
-    """Of a step of `micro_batches`, beside what validation, sampling and saves take.
+    """Return the collectives of a step of `micro_batches`, without those of validation, sampling and checkpoints.
 
-    L blocks of b elements and the rest (token embedding, head, positions, last norm) of r; M micro-batches; S shards
-    of R replicas; c bytes of compute_dtype. |x| is x with the rows of each parameter rounded up to a multiple of S.
+    The model has L blocks of b elements each. The root (token embedding, head, positions, last norm) has r elements.
+    A step has M micro-batches. The plan has S shards and R replicas. compute_dtype has c bytes. |x| is x with the rows
+    of each parameter rounded up to a multiple of S.
 
-                        how many                                        bytes
+                        count                                           bytes
         all-gathers     2 M (L - 1) + M + 1  resharding                 (2 M (L - 1) + M) c |b| + 4 |r|
-                        M L + 1              not, sharded gradients     M L c |b| + 4 |r|
-                        L + 1                not, whole gradients       L c |b| + 4 |r|
+                        M L + 1              kept, sharded gradients    M L c |b| + 4 |r|
+                        L + 1                kept, whole gradients      L c |b| + 4 |r|
         reduce-scatters M (L + 1)            sharded gradients          4 M (L |b| + |r|)
                         L + 1                whole gradients            4 (L |b| + |r|)
         all-reduces     L + 1                R > 1                      4 (L |b| + |r|) / S
-                        the buckets          DDP                        4 (L b + r)
-                        + 1                  of more than one rank      + 40
+                        number of buckets    DDP                        4 (L b + r)
+                        + 1                  more than one rank         + 40
 
-    All-gathers: a block is gathered for its forward and again for its backward pass, in the dtype that it computes
-    with. The backward pass begins with the last block, which therefore stays gathered between the two; without
-    resharding every block does, and with whole gradients too until the step's last backward pass. The rest is used
-    first and last of all and stays for the whole step; it is gathered in fp32.
-    Reduce-scatters: fp32; whole gradients are added up without them until the last micro-batch.
-    All-reduces: of the shards' sums over replicas, or DDP's of whole gradients, after the last micro-batch in any case;
-    and the one in which ranks agree on loss, norm and what is asked for. One shard is neither gathered nor scattered,
-    one replica not reduced.
-    In DDP a gradient joins the open bucket when it is ready, the last parameter's first, and a bucket is full as soon
-    as it holds 1 MiB (the first) or 25 MiB. A compiled block's gradients may become ready in another order, which can
-    shift a bucket's end.
+    All-gathers: a block is gathered for its forward pass and again for its backward pass, in the compute dtype. The
+    backward pass begins with the last block, so that block stays gathered between its passes. Without resharding every
+    block stays gathered between its passes; with whole gradients it stays until the step's last backward pass. The root
+    is used first and last, so it stays gathered for the whole step; it is gathered in fp32.
 
-    A ring sends (S - 1) / S of the first two kinds' bytes from each rank, and 2 (R - 1) / R of what is all-reduced over
-    R ranks (Patarasuk & Yuan 2009).
+    Reduce-scatters: in fp32. Whole gradients are added up locally until the last micro-batch.
+
+    All-reduces: over replicas, of the shards' sums, or in DDP of whole gradients; both after the last micro-batch. One
+    more agrees on loss, norm and requests to stop or save. A single shard is not gathered or scattered, and a single
+    replica is not reduced.
+
+    In DDP a gradient joins the open bucket when it is ready, the last parameter's first. A bucket is full as soon as
+    it holds 1 MiB (the first) or 25 MiB. The gradients of a compiled block may become ready in another order, which can
+    shift the end of a bucket.
+
+    In a ring each rank sends (S - 1) / S of the bytes that are gathered or scattered, and 2 (R - 1) / R of the bytes
+    that are all-reduced over R ranks (Patarasuk & Yuan 2009).
     """
+    shards, replicas = parallel_plan.shards, parallel_plan.replicas
     with torch.device("meta"):
         model = make_model(config)
-    *blocks, last = [padded_numel(block.parameters(), parallel_plan.shards) for block in model.blocks] or [0]
-    rest = padded_numel((p for name, p in model.named_parameters() if ".h." not in name), parallel_plan.shards)
-    held = sum(blocks) + last + rest
-    num_groups = len(blocks) + 2
+    *blocks, last = [padded_numel(block.parameters(), shards) for block in model.blocks] or [0]
+    root = padded_numel((p for name, p in model.named_parameters() if ".h." not in name), shards)
+    total = sum(blocks) + last + root
+    num_groups = len(blocks) + 2  # FSDP2 communicates by blocks, and the root
 
     all_gathers = reduce_scatters = Collectives(0, 0)
-    if parallel_plan.shards > 1:
-        stays = parallel_plan.whole_gradients and not parallel_plan.reshard_after_forward
-        per_last = 1 if stays else micro_batches
+    if shards > 1:
+        stays_gathered = parallel_plan.whole_gradients and not parallel_plan.reshard_after_forward
+        per_last = 1 if stays_gathered else micro_batches
         per_block = 2 * per_last if parallel_plan.reshard_after_forward else per_last
         gathered = per_block * sum(blocks) + per_last * last
         all_gathers = Collectives(
-            per_block * len(blocks) + per_last + 1, compute_dtype.itemsize * gathered + REDUCED_BYTES * rest
+            per_block * len(blocks) + per_last + 1, compute_dtype.itemsize * gathered + REDUCED_BYTES * root
         )
         scatters = 1 if parallel_plan.whole_gradients else micro_batches
-        reduce_scatters = Collectives(scatters * num_groups, scatters * REDUCED_BYTES * held)
+        reduce_scatters = Collectives(scatters * num_groups, scatters * REDUCED_BYTES * total)
 
     count, num_bytes = 0, 0
-    if parallel_plan.replicas > 1:
+    if replicas > 1:
         count = count_buckets(model.parameters()) if parallel_plan.mode == "ddp" else num_groups
-        num_bytes = REDUCED_BYTES * held // parallel_plan.shards
-    if parallel_plan.shards * parallel_plan.replicas > 1:
-        count, num_bytes = count + 1, num_bytes + AGREED_BYTES
+        num_bytes = REDUCED_BYTES * total // shards
+    if shards * replicas > 1:
+        count, num_bytes = count + 1, num_bytes + STEP_RESULT_BYTES
     return Communication(all_gathers, reduce_scatters, Collectives(count, num_bytes))
 
 
 def padded_numel(parameters: Iterable[Tensor], shards: int) -> int:
-    """Elements of all, each with as many rows as give every shard the same number."""
+    """Return the elements of all parameters, with rows rounded up so that every shard has the same number."""
     return sum(math.ceil(len(p) / shards) * shards * (p.numel() // len(p)) for p in parameters)
 
 
 def count_buckets(parameters: Iterable[Tensor]) -> int:
-    """In how many pieces DDP reduces these gradients, which become ready from the last to the first."""
+    """Return the number of buckets in which DDP reduces the gradients, the last parameter's first."""
     count, filled, limit = 0, 0, FIRST_BUCKET_BYTES
     for parameter in reversed(list(parameters)):
         filled += REDUCED_BYTES * parameter.numel()

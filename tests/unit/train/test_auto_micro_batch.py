@@ -1,4 +1,4 @@
-"""The largest micro-batch that fits: the search on a model of memory, what is kept, and what a CPU is told."""
+"""The largest micro-batch that fits: the search on a model of memory, when its result is reused, and CPUs."""
 
 import dataclasses
 import json
@@ -23,7 +23,7 @@ SIZES = divisors(512)
 
 
 class Memory:
-    """`fixed` bytes and `per_sequence` for each sequence, on a device that has `capacity`."""
+    """A device with `capacity` bytes on which a step takes `fixed` bytes and `per_sequence` more for each sequence."""
 
     def __init__(self, fixed: int, per_sequence: float, capacity: int) -> None:
         self.fixed, self.per_sequence, self.capacity = fixed, per_sequence, capacity
@@ -45,8 +45,8 @@ def test_the_largest_share_within_the_budget(per_sequence: float, expected: int)
     assert len(memory.tried) <= 3, "a trial costs a compilation"
 
 
-def test_one_that_was_thought_to_fit_and_does_not_is_passed_over() -> None:
-    """A jump at 17 sequences, as when a kernel takes another workspace."""
+def test_a_size_that_unexpectedly_does_not_fit_is_passed_over() -> None:
+    """Memory jumps at 17 sequences, as when a kernel takes another workspace."""
 
     def measure(sequences: int) -> int | None:
         return 100 + 10 * sequences + (10_000 if sequences > 16 else 0)
@@ -55,7 +55,7 @@ def test_one_that_was_thought_to_fit_and_does_not_is_passed_over() -> None:
 
 
 def test_a_sharded_model_tries_nothing_that_might_not_fit() -> None:
-    """What runs out of memory on one rank would leave the others waiting."""
+    """If one rank ran out of memory, the others would wait for it."""
 
     def measure(sequences: int) -> int | None:
         assert 100 + 500 * sequences <= 1000, "ran out of memory"
@@ -66,30 +66,30 @@ def test_a_sharded_model_tries_nothing_that_might_not_fit() -> None:
     assert largest_that_fits(SIZES, memory.measure, budget=920, may_fail=False) == 64
 
 
-def test_not_even_one_sequence() -> None:
+def test_an_error_if_not_even_one_sequence_fits() -> None:
     with pytest.raises(InputError, match=r"not even --train.micro-batch 1 fits .* --train.activation-checkpointing"):
         largest_that_fits(SIZES, lambda sequences: None, budget=920)
 
 
-def test_only_what_was_found_under_these_conditions_is_kept() -> None:
+def test_a_result_is_reused_only_under_the_same_conditions() -> None:
     conditions = {"device": "NVIDIA H200", "loss": "plain"}
     assert kept_micro_batch({"micro_batch": 32, "conditions": conditions}, dict(conditions)) == 32
     assert kept_micro_batch({"micro_batch": 32, "conditions": conditions}, conditions | {"loss": "chunked"}) is None
     assert kept_micro_batch({}, conditions) is None
 
 
-def test_what_was_found_stays_in_config_json(tiny_data: Path, tmp_path: Path) -> None:
-    """Over a resumed attempt, whatever the other settings that may change; and is lost with the run it was found by."""
-    found = {"micro_batch": 3, "conditions": {"device": "NVIDIA H200"}}
+def test_config_json_keeps_the_result(tiny_data: Path, tmp_path: Path) -> None:
+    """A resumed run keeps it, also with other settings that may change. A new run in the directory does not."""
+    result = {"micro_batch": 3, "conditions": {"device": "NVIDIA H200"}}
     config = tiny_config(tiny_data, tmp_path / "run", steps=5)
     with RunDirectory(config, read_manifest(tiny_data).fingerprint, ALONE) as directory:
-        directory.record(found)
-    run(config, ALONE)  # no checkpoint had been made, so this is another run
+        directory.record(result)
+    run(config, ALONE)  # there is no checkpoint, so this is a new run
     assert config_json(config)["found"] == {}
     with RunDirectory(with_vocabulary(config, 33), read_manifest(tiny_data).fingerprint, ALONE) as directory:
-        directory.record(found)
+        directory.record(result)
     run(dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch=4)), ALONE)
-    assert config_json(config)["found"] == found
+    assert config_json(config)["found"] == result
 
 
 def config_json(config: Config) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def config_json(config: Config) -> dict[str, Any]:
     return content
 
 
-def test_a_cpu_cannot(tiny_data: Path, tmp_path: Path) -> None:
+def test_a_cpu_needs_a_number(tiny_data: Path, tmp_path: Path) -> None:
     config = tiny_config(tiny_data, tmp_path / "run", micro_batch="auto")
     with pytest.raises(InputError, match="give a number on a CPU"):
         run(config, ALONE)

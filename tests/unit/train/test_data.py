@@ -1,6 +1,5 @@
-"""Order of the sequences: every one once an epoch, whatever the processes; seeking is free."""
+"""The order of the sequences: each one once an epoch, whatever the number of processes."""
 
-import dataclasses
 import threading
 from pathlib import Path
 
@@ -10,15 +9,10 @@ import torch
 
 from common.errors import InputError
 from data_prep.manifest import open_split
-from tests.distributed.test_exact import cut_back
-from tests.helpers.runs import curve, tiny_config
-from train.config import Config
+from tests.helpers.runs import tiny_config
 from train.data import BatchPlan, Prefetcher, TrainingSequences, permute, plan_batches
-from train.main import run
-from train.processes.group import ProcessGroup
 
 CPU = torch.device("cpu")
-ALONE = ProcessGroup(0, 1, CPU)
 
 
 def permuted(count: int, key: int) -> list[int]:
@@ -26,7 +20,7 @@ def permuted(count: int, key: int) -> list[int]:
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 5, 16, 17, 1000, 4096, 4097, 100_003])
-def test_the_permutation_is_one(count: int) -> None:
+def test_the_permutation_is_a_permutation(count: int) -> None:
     assert sorted(permuted(count, key=7)) == list(range(count))
 
 
@@ -39,7 +33,7 @@ def test_the_permutation_seeks_and_depends_on_its_key() -> None:
 
 
 def test_the_permutation_looks_random() -> None:
-    """Fixed points, neighbours that stay neighbours and correlation as of a random permutation, over 200 keys."""
+    """Fixed points, kept neighbours and correlation are those of random permutations, over 200 keys."""
     count, keys = 1000, 200
     orders = np.array([permuted(count, key) for key in range(keys)])
     fixed = (orders == np.arange(count)).sum(axis=1).mean()
@@ -69,7 +63,7 @@ def test_every_world_reads_the_same_sequences_in_the_same_order(tiny_data: Path,
     sequences = TrainingSequences(open_split(tiny_data, "train"), 32, seed=1)
     config = tiny_config(tiny_data, Path("unused"), micro_batch=micro_batch)
     plan = plan_batches(config, world)
-    for position in (0, 12, 552, 5520):  # the second last crosses the border of an epoch
+    for position in (0, 12, 552, 5520):  # 552 crosses the end of an epoch
         alone = torch.cat([x for x, _ in sequences.micro_batches(position, BatchPlan(12, 12, 12, 1), 0)])
         ranks = [sequences.micro_batches(position, plan, rank) for rank in range(world)]
         assert all(len(batches) == plan.accumulation for batches in ranks)
@@ -90,32 +84,26 @@ def test_an_epoch_holds_each_sequence_once_over_all_ranks(tiny_data: Path, world
 
 
 @pytest.mark.parametrize("world", [1, 2, 4])
-def test_left_out_sequences_are_replaced_where_they_stood(tiny_data: Path, world: int) -> None:
-    """Two neighbours, one alone, and one at the end whose follower, the first, is left out too."""
+def test_skipped_sequences_are_replaced_where_they_stood(tiny_data: Path, world: int) -> None:
+    """Two neighbours, one alone, and the last one, whose follower (the first) is skipped too."""
     stream, per_rank = open_split(tiny_data, "train"), 4 // world
     whole = TrainingSequences(stream, 32, seed=1)
     last = whole.count - 1
     stand_ins = {5: 7, 6: 7, 100: 101, last: 1, 0: 1}
     sequences = TrainingSequences(stream, 32, seed=1, skip_sequences=(100, 6, 0, 5, last, 5))
-    seen: list[int] = []
-    for position in range(0, whole.count, 4):
-        for rank in range(world):
-            seen += sequences.ids_at(position + rank * per_rank, per_rank)
-    before = whole.ids_at(0, len(seen))
-    assert seen == [stand_ins.get(sequence, sequence) for sequence in before]
+    seen = [
+        sequence
+        for rank_start in range(0, whole.count, per_rank)
+        for sequence in sequences.ids_at(rank_start, per_rank)
+    ]
+    assert seen == [stand_ins.get(sequence, sequence) for sequence in whole.ids_at(0, len(seen))]
     assert set(seen[: whole.count]) == {*range(whole.count)} - {*stand_ins}
+    position = seen.index(101)
+    ((inputs_BT, _),) = sequences.micro_batches(position, BatchPlan(1, 1, 1, 1), rank=0)
+    assert torch.equal(inputs_BT[0], torch.from_numpy(stream.read(101 * 32, 102 * 32).astype(np.int64)))
 
 
-def test_the_text_that_is_left_out_is_not_read(tiny_data: Path) -> None:
-    stream, plan = open_split(tiny_data, "train"), BatchPlan(12, 12, 12, 1)
-    sequence = TrainingSequences(stream, 32, seed=1).ids_at(5, 1)[0]
-    sequences = TrainingSequences(stream, 32, seed=1, skip_sequences=(sequence,))
-    ((inputs_BT, _),) = sequences.micro_batches(0, plan, rank=0)
-    after = stream.read((sequence + 1) * 32, (sequence + 2) * 32).astype(np.int64)
-    assert torch.equal(inputs_BT[5], torch.from_numpy(after)) and inputs_BT.shape == (12, 32)
-
-
-def test_sequences_to_leave_out_must_be_there_and_not_be_all(tiny_data: Path) -> None:
+def test_skipped_sequences_must_exist_and_not_be_all(tiny_data: Path) -> None:
     stream = open_split(tiny_data, "train")
     with pytest.raises(
         InputError, match=r"--data.skip-sequences -1 562: the training split has 562 sequences, numbered from"
@@ -126,39 +114,21 @@ def test_sequences_to_leave_out_must_be_there_and_not_be_all(tiny_data: Path) ->
     assert set(TrainingSequences(stream, 8000, seed=1, skip_sequences=(1,)).ids_at(0, 10)) == {0}
 
 
-def test_a_run_continued_with_a_longer_list_differs_only_from_the_sequence_on(tiny_data: Path, tmp_path: Path) -> None:
-    """One sequence of step 3 is left out from the start, one of step 15 only after the resume at step 10."""
-    config = tiny_config(tiny_data, tmp_path / "whole", steps=20)
-    order = TrainingSequences(open_split(tiny_data, "train"), 32, config.seed)
-    early, late = order.ids_at(2 * 12 + 1, 1)[0], order.ids_at(14 * 12 + 5, 1)[0]
-    run(leaving_out(config, early), ALONE)
-    cut_back(tmp_path / "whole", tmp_path / "resumed", step=10)
-    longer = leaving_out(dataclasses.replace(config, run_dir=tmp_path / "resumed"), early, late)
-    run(longer, ALONE)
-    assert "continuing from" in (tmp_path / "resumed" / "log.txt").read_text()
-    assert "training tokens, 2 sequences left out, vocabulary" in (tmp_path / "resumed" / "log.txt").read_text()
-    before, after = curve(tmp_path / "whole"), curve(tmp_path / "resumed")
-    assert before[:14] == after[:14]
-    assert all(ours[1] != theirs[1] for ours, theirs in zip(before[14:], after[14:], strict=True))
+@pytest.mark.parametrize(
+    ("micro_batch", "world", "message"),
+    [
+        (6, 5, r"12 sequences of 32, which 5 processes .* try 4 processes, .* 320 or 480"),
+        (5, 1, r"micro_batch 5 x seq_len 32 x 1 ranks = 160; try --train.micro-batch 4"),
+    ],
+)
+def test_batches_that_do_not_divide_are_refused_with_numbers_that_do(
+    tiny_data: Path, micro_batch: int, world: int, message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        plan_batches(tiny_config(tiny_data, Path("unused"), micro_batch=micro_batch), world)
 
 
-def leaving_out(config: Config, *sequences: int) -> Config:
-    return dataclasses.replace(config, data=dataclasses.replace(config.data, skip_sequences=sequences))
-
-
-def test_a_world_that_does_not_divide_the_batch_is_refused_with_what_does(tiny_data: Path) -> None:
-    config = tiny_config(tiny_data, Path("unused"))
-    with pytest.raises(InputError, match=r"12 sequences of 32, which 5 processes .* try 4 processes, .* 320 or 480"):
-        plan_batches(config, 5)
-
-
-def test_a_micro_batch_that_does_not_fit_is_refused_with_one_that_does(tiny_data: Path) -> None:
-    config = tiny_config(tiny_data, Path("unused"), micro_batch=5)
-    with pytest.raises(InputError, match=r"micro_batch 5 x seq_len 32 x 1 ranks = 160; try --train.micro-batch 4"):
-        plan_batches(config, 1)
-
-
-def test_too_short_a_split_is_refused(tiny_data: Path) -> None:
+def test_a_split_shorter_than_one_sequence_is_refused(tiny_data: Path) -> None:
     with pytest.raises(InputError, match=r"2000 tokens, less than one sequence of --train.seq-len 2000"):
         TrainingSequences(open_split(tiny_data, "val"), 2000, seed=1)
 
@@ -169,7 +139,7 @@ def same_batches(left: list[tuple[torch.Tensor, torch.Tensor]], right: list[tupl
 
 
 def test_reading_ahead_changes_nothing(tiny_data: Path) -> None:
-    """In order, then after jumps back and forth, as a loop that owns the position may ask."""
+    """Positions in order, then jumps back and forth, since the loop owns the position."""
     sequences, plan = TrainingSequences(open_split(tiny_data, "train"), 32, seed=7), BatchPlan(12, 6, 3, 2)
     batches = Prefetcher(sequences, plan, rank=1, device=CPU)
     for position in (0, 12, 24, 240, 252, 0, 12, 12):
@@ -181,20 +151,20 @@ def test_the_next_step_is_read_while_this_one_computes(tiny_data: Path) -> None:
     sequences, plan = TrainingSequences(open_split(tiny_data, "train"), 32, seed=7), BatchPlan(12, 12, 12, 1)
     read, was_read = sequences.micro_batches, threading.Event()
 
-    def noticed(position: int, plan: BatchPlan, rank: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def recording_read(position: int, plan: BatchPlan, rank: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
         result = read(position, plan, rank)
         if position == 12:
             was_read.set()
         return result
 
-    sequences.micro_batches = noticed  # type: ignore[method-assign]
+    sequences.micro_batches = recording_read  # type: ignore[method-assign]
     batches = Prefetcher(sequences, plan, rank=0, device=CPU)
     batches.take(0)
     assert was_read.wait(10), "nobody has asked for the sequences at position 12 yet"
     batches.close()
 
 
-def test_a_fault_in_reading_reaches_the_loop(tiny_data: Path) -> None:
+def test_an_error_while_reading_ahead_reaches_the_loop(tiny_data: Path) -> None:
     sequences, plan = TrainingSequences(open_split(tiny_data, "train"), 32, seed=7), BatchPlan(12, 12, 12, 1)
 
     def failing(ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,13 +1,17 @@
-"""Schedules as tables; the update against torch's own clipping and AdamW; nothing happens on a bad step."""
+"""Schedules as tables; the update against torch's clipping and AdamW; a bad step changes nothing."""
 
 import copy
+import dataclasses
 import math
+import re
+from typing import Any
 
 import pytest
 import torch
 
 from model.config import ModelConfig
 from model.gpt import GPT, build_model
+from tests.unit.model.test_switches import MODERN
 from train.config import OptimConfig
 from train.optim import build_optimizer, learning_rate, sum_of_squares, update
 
@@ -15,38 +19,44 @@ CONFIG = OptimConfig(lr_peak=1e-2, clip_norm=0.5)
 TINY = ModelConfig(num_layers=1, num_heads=2, width=16, vocab_size=40, context_len=8)
 
 
-@pytest.mark.parametrize(
-    ("step", "expected"),
-    [(0, 0.1), (4, 0.5), (9, 1.0), (10, 1.0), (35, 0.868198), (60, 0.55), (85, 0.231802), (109, 0.100222)],
-)
-def test_cosine(step: int, expected: float) -> None:
-    config = OptimConfig(lr_peak=1.0, lr_final=0.1, warmup_steps=10)
-    assert learning_rate(step, config, num_steps=110) == pytest.approx(expected, abs=1e-6)
-
-
-def test_gpt2_smalls_schedule() -> None:
-    at = [learning_rate(step, OptimConfig(), 19_073) for step in (0, 699, 700, 9_886, 19_072)]
-    assert at == pytest.approx([6e-4 / 700, 6e-4, 6e-4, 3.00026e-4, 0.0], abs=1e-8)
+WARMED_UP = OptimConfig(lr_peak=1.0, lr_final=0.1, warmup_steps=10)
+LINEAR = OptimConfig(lr_peak=1.0, warmup_steps=0, schedule="wsd", warmdown_fraction=1.0)
 
 
 @pytest.mark.parametrize(
-    ("step", "expected"),
-    [(0, 0.1), (9, 1.0), (10, 1.0), (79, 1.0), (80, 1.0), (81, 0.955), (90, 0.55), (99, 0.145)],
+    ("config", "num_steps", "rates"),
+    [
+        pytest.param(
+            WARMED_UP,
+            110,
+            {0: 0.1, 4: 0.5, 9: 1.0, 10: 1.0, 35: 0.868198, 60: 0.55, 85: 0.231802, 109: 0.100222},
+            id="cosine",
+        ),
+        pytest.param(
+            dataclasses.replace(WARMED_UP, schedule="wsd", warmdown_fraction=0.2),
+            100,
+            {0: 0.1, 9: 1.0, 10: 1.0, 79: 1.0, 80: 1.0, 81: 0.955, 90: 0.55, 99: 0.145},
+            id="wsd",
+        ),
+        pytest.param(LINEAR, 4, {0: 1.0, 1: 0.75, 2: 0.5, 3: 0.25}, id="wsd without a plateau"),
+        pytest.param(LINEAR, 1, {0: 1.0}, id="wsd of one step"),
+        pytest.param(
+            OptimConfig(lr_peak=0.5, schedule="constant", warmup_steps=0),
+            10,
+            dict.fromkeys((0, 5, 9), 0.5),
+            id="constant",
+        ),
+        pytest.param(
+            OptimConfig(),
+            19_073,
+            {0: 6e-4 / 700, 699: 6e-4, 700: 6e-4, 9_886: 3.00026e-4, 19_072: 0.0},
+            id="GPT-2 small",
+        ),
+    ],
 )
-def test_wsd(step: int, expected: float) -> None:
-    config = OptimConfig(lr_peak=1.0, lr_final=0.1, warmup_steps=10, schedule="wsd", warmdown_fraction=0.2)
-    assert learning_rate(step, config, num_steps=100) == pytest.approx(expected, abs=1e-9)
-
-
-def test_wsd_without_a_plateau_and_of_a_single_step() -> None:
-    linear = OptimConfig(lr_peak=1.0, warmup_steps=0, schedule="wsd", warmdown_fraction=1.0)
-    assert [learning_rate(step, linear, 4) for step in range(4)] == [1.0, 0.75, 0.5, 0.25]
-    assert learning_rate(0, linear, 1) == 1.0
-
-
-def test_constant_and_no_warm_up() -> None:
-    config = OptimConfig(lr_peak=0.5, schedule="constant", warmup_steps=0)
-    assert [learning_rate(step, config, 10) for step in (0, 5, 9)] == [0.5] * 3
+def test_learning_rates(config: OptimConfig, num_steps: int, rates: dict[int, float]) -> None:
+    for step, rate in rates.items():
+        assert learning_rate(step, config, num_steps) == pytest.approx(rate, rel=1e-5, abs=1e-8)
 
 
 def with_gradients(scale: float) -> GPT:
@@ -74,21 +84,21 @@ def test_the_norm_is_the_fp64_norm() -> None:
 @pytest.mark.parametrize("scale", [1.0, 1e-4], ids=["clipped", "not clipped"])
 def test_update_equals_torchs_clipping_and_adamw(scale: float) -> None:
     ours = with_gradients(scale)
-    theirs = copy.deepcopy(ours)
-    for mine, its in zip(ours.parameters(), theirs.parameters(), strict=True):
-        its.grad = None if mine.grad is None else mine.grad.clone()
-    decayed = [p for p in theirs.parameters() if p.dim() >= 2]
-    others = [p for p in theirs.parameters() if p.dim() < 2]
+    reference_model = copy.deepcopy(ours)
+    for mine, reference_parameter in zip(ours.parameters(), reference_model.parameters(), strict=True):
+        reference_parameter.grad = None if mine.grad is None else mine.grad.clone()
+    decayed = [p for p in reference_model.parameters() if p.dim() >= 2]
+    others = [p for p in reference_model.parameters() if p.dim() < 2]
     groups = [{"params": decayed, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]
     reference = torch.optim.AdamW(groups, lr=1e-2, betas=(0.9, 0.95), eps=1e-8)
-    torch.nn.utils.clip_grad_norm_(theirs.parameters(), 0.5)
+    torch.nn.utils.clip_grad_norm_(reference_model.parameters(), 0.5)
     reference.step()
 
     norm = norm_of(ours)
     optimizer = build_optimizer(ours, CONFIG)
     update(optimizer, 1e-2, norm, torch.isfinite(norm), CONFIG.clip_norm)
-    for (name, mine), its in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(mine, its, rtol=0, atol=2e-7, msg=name)
+    for (name, mine), reference_parameter in zip(ours.named_parameters(), reference_model.parameters(), strict=True):
+        torch.testing.assert_close(mine, reference_parameter, rtol=0, atol=2e-7, msg=name)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -104,9 +114,16 @@ def test_a_step_that_is_not_finite_changes_nothing(bad: float) -> None:
         assert not state["step"].item() and not state["exp_avg"].any() and not state["exp_avg_sq"].any()
 
 
-def test_matrices_decay_and_vectors_do_not() -> None:
-    groups = build_optimizer(build_model(TINY, seed=1), CONFIG).param_groups
-    assert {(group["weight_decay"], p.dim() >= 2) for group in groups for p in group["params"]} == {
-        (0.1, True),
-        (0.0, False),
-    }
+@pytest.mark.parametrize("switches", [{}, MODERN], ids=["GPT-2", "modern"])
+def test_matrices_decay_and_norms_biases_and_scalars_do_not(switches: dict[str, Any]) -> None:
+    model = build_model(dataclasses.replace(TINY, num_layers=2, **switches), seed=1)
+    decayed, others = build_optimizer(model, CONFIG).param_groups
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    kinds = {re.sub(r".*\.(?=\w+\.\w+$)|\.weight$", "", names[p]).split(".")[-1] for p in others["params"]}
+    expected = (
+        {"ln_1", "ln_2", "ln_f", "q_norm", "k_norm", "value_mix"} if switches else {"ln_1", "ln_2", "ln_f", "bias"}
+    )
+    assert kinds == expected
+    assert len(others["params"]) + len(decayed["params"]) == len(names)
+    assert all(parameter.dim() == 2 for parameter in decayed["params"])

@@ -1,4 +1,4 @@
-"""The loss scale by its rules, and torch's global switches."""
+"""The loss scale against its rules and torch's own scaler, and torch's global switches."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ CPU = torch.device("cpu")
 
 
 def after(good: str) -> tuple[float, float]:
-    """Scale and good steps after steps that were finite (+) or not (-)."""
+    """Return (scale, good steps) after steps that were finite (+) or not (-)."""
     loss_scale = LossScale(CPU)
     for sign in good:
         loss_scale.update(torch.tensor(sign == "+"), frozen=torch.tensor(False))
@@ -38,22 +38,22 @@ def test_three_good_steps_double_and_a_bad_one_halves(
     assert after(steps) == (scale, good_steps)
 
 
-def test_it_follows_torchs_own_scaler() -> None:
+def test_the_scale_follows_torchs_own_scaler() -> None:
     """torch.amp.GradScaler's rule, on a sequence long enough to double."""
     generator = torch.Generator().manual_seed(1)
     is_finite = torch.rand(9_000, generator=generator) > 0.0004
     ours = LossScale(CPU)
     scale, growth = torch.full((), 65536.0), torch.zeros((), dtype=torch.int32)
-    found = set()
+    scales = set()
     for finite in is_finite:
         ours.update(finite, frozen=torch.tensor(False))
         torch._amp_update_scale_(scale, growth, (~finite).float(), 2.0, 0.5, 2000)
-        found.add(scale.item())
+        scales.add(scale.item())
         assert ours.scale == scale and ours.good_steps == growth
-    assert len(found) > 3
+    assert len(scales) > 3
 
 
-def test_switches_are_the_run_s_whatever_they_were() -> None:
+def test_a_run_sets_determinism_whatever_it_was() -> None:
     torch.use_deterministic_algorithms(True)
     set_numerics(TrainConfig(), CPU)
     assert not torch.are_deterministic_algorithms_enabled()
@@ -62,6 +62,6 @@ def test_switches_are_the_run_s_whatever_they_were() -> None:
     set_numerics(TrainConfig(), CPU)
 
 
-def test_dtypes() -> None:
-    found = [compute_dtype(TrainConfig(dtype=dtype)) for dtype in ("bf16", "fp16", "tf32", "fp32")]
-    assert found == [torch.bfloat16, torch.float16, torch.float32, torch.float32]
+def test_tf32_computes_in_fp32_tensors() -> None:
+    dtypes = [compute_dtype(TrainConfig(dtype=dtype)) for dtype in ("bf16", "fp16", "tf32", "fp32")]
+    assert dtypes == [torch.bfloat16, torch.float16, torch.float32, torch.float32]
