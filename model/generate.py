@@ -116,7 +116,7 @@ def make_jobs(prompts: Iterable[tuple[str, str]], tokenizer: Tokenizer, options:
             raise InputError(f"{origin} {prompt!r}: {error}") from error
         for sample in range(options.num_samples):
             row = Row(list(tokens), sample_generator(options.seed, sample, prompt_index))
-            continuation = Continuation(tokenizer, max_tokens=options.max_tokens, stop_requests=options.stop)
+            continuation = Continuation(tokenizer, max_tokens=options.max_tokens, stop_strings=options.stop)
             yield Job(prompt, sample, row, continuation)
 
 

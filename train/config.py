@@ -1,7 +1,9 @@
-"""The configuration of a run: frozen dataclasses and one `parse`. The checks are in train/config_checks.py."""
+"""The configuration of a run: frozen dataclasses, one `parse`, and the faults that it reports all at once."""
 
 import dataclasses
 import difflib
+import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,7 +15,6 @@ from common.errors import InputError
 from common.former_flags import refuse_former_flags
 from model.config import ModelConfig
 from model.costs.gpu_peaks import DType
-from train.config_checks import faults_of
 
 
 @dataclass(frozen=True)
@@ -235,6 +236,108 @@ def parse(args: Sequence[str], presets: dict[str, Config]) -> Config:
     if faults:
         raise InputError("\n  ".join([f"{len(faults)} faults:", *faults]) if len(faults) > 1 else faults[0])
     return resolve(config)
+
+
+SECONDS_PER = {"d": 86_400, "h": 3600, "m": 60, "s": 1}
+
+
+def parse_duration(text: str) -> int:
+    """Return the seconds of 3h50m, 90m, 1d12h or 45s. Raise InputError for anything else."""
+    match = re.fullmatch(r"(\d+d)?(\d+h)?(\d+m)?(\d+s)?", text)
+    seconds = sum(int(part[:-1]) * SECONDS_PER[part[-1]] for part in match.groups() if part) if match else 0
+    if seconds == 0:
+        raise InputError(f"{text} is not a duration; write it like 3h50m, 90m, 1d12h or 45s")
+    return seconds
+
+
+def parse_steps(text: str) -> range:
+    """Return range(10, 15) for `10:15`, the steps of metrics rows 11 to 15. Raise InputError for anything else."""
+    match = re.fullmatch(r"(\d+):(\d+)", text, re.ASCII)
+    if match is None or int(match[1]) >= int(match[2]):
+        raise InputError(f"--trace {text}: needs FIRST:END with 0 <= FIRST < END, as in --trace 10:15")
+    return range(int(match[1]), int(match[2]))
+
+
+def faults_of(config: Config) -> list[str]:
+    """Return everything wrong with the values themselves: value, rule and flag, one line each."""
+    train, optim = config.train, config.optim
+    at_least_one = {
+        "--train.seq-len": train.seq_len,
+        "--train.steps": train.steps,
+        "--train.batch-tokens": train.batch_tokens,
+        "--train.micro-batch": None if train.micro_batch == "auto" else train.micro_batch,
+        "--save.every": config.save.every,
+        "--save.keep": config.save.keep,
+        "--save.keep-every": config.save.keep_every,
+        "--validate.every": config.validate.every,
+        "--validate.tokens": config.validate.tokens,
+        "--validate.hellaswag-every": config.validate.hellaswag_every,
+        "--validate.hellaswag-items": config.validate.hellaswag_items,
+        "--sample.every": config.sample.every,
+        "--sample.tokens": config.sample.tokens,
+        "--track.every": config.track.every,
+        "--parallel.shard-size": config.parallel.shard_size,
+    }
+    faults = [
+        f"{flag} {value} must be at least 1" for flag, value in at_least_one.items() if value is not None and value < 1
+    ]
+    faults += config.model.faults()
+    if train.seq_len > 0 and train.batch_tokens > 0 and train.batch_tokens % train.seq_len:
+        lower = train.batch_tokens // train.seq_len * train.seq_len
+        nearest = " or ".join(str(n) for n in (lower, lower + train.seq_len) if n)
+        faults.append(
+            f"--train.batch-tokens {train.batch_tokens} "
+            f"is not divisible by --train.seq-len {train.seq_len}; try {nearest}"
+        )
+    if train.tokens is not None and train.tokens < train.batch_tokens:
+        faults.append(
+            f"--train.tokens {train.tokens} is less than one step of --train.batch-tokens {train.batch_tokens}"
+        )
+    at_least_zero = {
+        "--optim.lr-final": optim.lr_final,
+        "--optim.warmup-steps": optim.warmup_steps,
+        "--optim.weight-decay": optim.weight_decay,
+        "--seed": config.seed,
+    }
+    faults += [f"{flag} {value} must not be negative" for flag, value in at_least_zero.items() if value < 0]
+    more_than_zero = {
+        "--optim.lr-peak": optim.lr_peak,
+        "--optim.epsilon": optim.epsilon,
+        "--optim.clip-norm": optim.clip_norm,
+        "--train.diverged-above": train.diverged_above,
+        "--track.peak-tflops": config.track.peak_tflops,
+        "--save.every-seconds": config.save.every_seconds,
+        "--parallel.init-timeout-seconds": config.parallel.init_timeout_seconds,
+        "--parallel.timeout-seconds": config.parallel.timeout_seconds,
+    }
+    faults += [
+        f"{flag} {value} must be more than 0"
+        for flag, value in more_than_zero.items()
+        if value is not None and not value > 0
+    ]
+    faults += [
+        f"{flag} {value} must be a finite number"
+        for flag, value in (at_least_zero | more_than_zero).items()
+        if value is not None and not math.isfinite(value)
+    ]
+    for flag, value in {"--optim.beta1": optim.beta1, "--optim.beta2": optim.beta2}.items():
+        if not 0 <= value < 1:
+            faults.append(f"{flag} {value} must lie in [0, 1)")
+    if not 0 < optim.warmdown_fraction <= 1:
+        faults.append(f"--optim.warmdown-fraction {optim.warmdown_fraction} must lie in (0, 1]")
+    if config.trace is not None:
+        try:
+            parse_steps(config.trace)
+        except InputError as error:
+            faults.append(str(error))
+    if config.stop_after is not None:
+        try:
+            parse_duration(config.stop_after)
+        except InputError as error:
+            faults.append(f"--stop-after {error}")
+    if config.sample.every is not None and not config.sample.prompts:
+        faults.append("--sample.prompts names no prompt; give one, or --sample.every None")
+    return faults
 
 
 def resolve(config: Config) -> Config:

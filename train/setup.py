@@ -8,8 +8,8 @@ import torch
 
 from data_prep.manifest import Manifest, open_split
 from data_prep.tokenizer import Tokenizer, load_tokenizer
-from train.config import Config
-from train.config_checks import parse_steps, settings_without_effect
+from train.config import Config, parse_steps
+from train.config_checks import settings_without_effect
 from train.data import BatchPlan, Prefetcher, TrainingSequences
 from train.evals.hellaswag import HellaSwag, open_hellaswag
 from train.evals.periodic import Evaluator, PeriodicEvaluation
@@ -53,9 +53,10 @@ def set_up(
     loss_model = apply.build_loss_model(config, parallel_plan, group)
     optimizer = build_optimizer(loss_model.model, config.optim)
     if config.train.micro_batch == "auto":
-        config, batch_plan = settle_micro_batch(
-            config, batch_plan, loss_model=loss_model, parallel_plan=parallel_plan, directory=directory, group=group
+        config, batch_plan, measured = settle_micro_batch(
+            config, batch_plan, directory.found, loss_model=loss_model, parallel_plan=parallel_plan, group=group
         )
+        directory.record(measured)
     sequences = group.on_all(lambda: open_sequences(config))
     evaluation_data = group.on_all(lambda: open_evaluation_data(config, batch_plan, tokenizer))
     module = apply.wrap(loss_model, parallel_plan)
@@ -141,7 +142,7 @@ def set_up(
                 directory=directory,
                 logger=logger,
                 meters=meters,
-                watchdog=watchdog,
+                heartbeat=watchdog.heartbeat,
             ),
         ),
     )

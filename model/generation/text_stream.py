@@ -19,10 +19,10 @@ class Continuation:
     that are certain: whole ones (broken ones become U+FFFD) that cannot begin a stop string.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, max_tokens: int, stop_requests: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Tokenizer, *, max_tokens: int, stop_strings: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
         self._max_tokens = max_tokens
-        self._stop_strings = stop_requests
+        self._stop_strings = stop_strings
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         self._pending = ""  # decoded, but not certain yet
         self.tokens: list[int] = []

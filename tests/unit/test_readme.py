@@ -67,8 +67,6 @@ def test_files_and_make_targets_exist(page: Path) -> None:
     named = set(re.findall(rf"(?<![\w/.])(?:{PACKAGES})/[\w/]+\.(?:py|sh|md)", text))
     linked = re.findall(r"\]\(([^)#:]+)(?:#[\w-]*)?\)", text)
     named -= {"slurm/site.sh"}  # written by the user
-    if "QUICKSTART_OUTPUT" in text:  # the placeholder goes when the picture comes
-        linked.remove("docs/quickstart.png")
     assert [name for name in named if not (ROOT / name).exists()] == []
     assert [link for link in linked if not (page.parent / link).exists()] == []
     for target in re.findall(r"(?:^    |`)make ([a-z. /-]+?)(?=`|\s{2}|$)", text, re.MULTILINE):

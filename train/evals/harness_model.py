@@ -188,7 +188,7 @@ class LadderLM(TemplateLM):
             tokens = self.tok_encode(context)[-room:] or [self.prefix_token_id]
             rows.append(Row(tokens, torch.Generator().manual_seed(next(self._seeds))))
             continuations.append(
-                Continuation(self.trained.tokenizer, max_tokens=max_tokens, stop_requests=stop_strings)
+                Continuation(self.trained.tokenizer, max_tokens=max_tokens, stop_strings=stop_strings)
             )
         model = self.trained.model
         passes = CachedPasses(model, num_rows=len(rows)) if isinstance(model, GPT) else WholePasses(model)

@@ -18,7 +18,6 @@ from train.losses import LossModel
 from train.parallel import apply
 from train.parallel.plan import ParallelPlan
 from train.processes.group import ProcessGroup
-from train.run.directory import RunDirectory
 
 # Usable part of the GPU's memory. The rest is for NCCL's buffers, samples and fragmentation over a long run.
 USABLE = 0.92
@@ -39,26 +38,25 @@ def check_device(config: Config, device: torch.device) -> None:
 def settle_micro_batch(
     config: Config,
     batch_plan: BatchPlan,
+    kept: dict[str, Any],
     *,
     loss_model: LossModel,
     parallel_plan: ParallelPlan,
-    directory: RunDirectory,
     group: ProcessGroup,
-) -> tuple[Config, BatchPlan]:
-    """Return config and batch plan with the largest micro-batch that fits on every rank in place of auto. Collective.
+) -> tuple[Config, BatchPlan, dict[str, Any]]:
+    """Return config and batch plan with the largest micro-batch that fits in place of auto, and what to keep of it.
 
-    A run keeps what it measured on this kind of GPU, as long as the model is spread the same way. DDP with another
-    number of processes takes the next smaller micro-batch that the processes can share.
+    Collective. `kept`: rank 0's measurement of an earlier attempt, which stays under the same conditions. DDP with
+    another number of processes takes the next smaller micro-batch that the processes can share.
     """
     shares = divisors(batch_plan.sequences_per_rank)
     conditions = conditions_of(config, parallel_plan, group)
-    largest = group.on_main(lambda: kept_micro_batch(directory.found, conditions))
+    largest = group.on_main(lambda: kept_micro_batch(kept, conditions))
     if largest is None:
         largest = search(config, loss_model, parallel_plan, shares, group)
-        directory.record({"micro_batch": largest, "conditions": conditions})
     micro_batch = max(share for share in shares if share <= largest)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch=micro_batch))
-    return config, plan_batches(config, group.world)
+    return config, plan_batches(config, group.world), {"micro_batch": largest, "conditions": conditions}
 
 
 def conditions_of(config: Config, parallel_plan: ParallelPlan, group: ProcessGroup) -> dict[str, Any]:

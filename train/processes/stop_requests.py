@@ -10,7 +10,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 
 from common.errors import writing_to
-from train.config_checks import parse_duration
+from train.config import parse_duration
 from train.processes import parent_watch
 
 FILE_NAME = "STOP"

@@ -4,10 +4,10 @@ Metrics rows are on disk before the checkpoint of their step. status.json names 
 final name.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 
 from train.config import SaveConfig
-from train.guards.watchdog import Watchdog
 from train.metrics.logger import RunLogger
 from train.metrics.meters import Meters
 from train.run.checkpoints import CheckpointWriter, Progress
@@ -30,7 +30,7 @@ class CheckpointSchedule:
         directory: RunDirectory,
         logger: RunLogger,
         meters: Meters,
-        watchdog: Watchdog,
+        heartbeat: Callable[[str], None],
     ) -> None:
         self.is_requested = self.is_written = False
         self.writer = writer
@@ -39,7 +39,7 @@ class CheckpointSchedule:
         self._directory = directory
         self._logger = logger
         self._meters = meters
-        self._watchdog = watchdog
+        self._heartbeat = heartbeat
 
     def is_due(self, step: int) -> bool:
         """Return whether to save after this step."""
@@ -50,7 +50,7 @@ class CheckpointSchedule:
         if self.writer.is_under_way:
             self._logger.log("warning: the checkpoint before this one is still being written; waiting for it")
         self.finish(progress)
-        self._watchdog.heartbeat(f"saving after step {progress.step}")
+        self._heartbeat(f"saving after step {progress.step}")
         self._logger.make_durable()
         self.writer.begin(replace(progress, seconds=self._meters.seconds))
         self.is_requested = False
@@ -59,7 +59,7 @@ class CheckpointSchedule:
 
     def finish(self, progress: Progress) -> None:
         """Wait for the pending checkpoint, if any, and give it its final name. Collective."""
-        self._watchdog.heartbeat(f"finishing a save before step {progress.step + 1}")
+        self._heartbeat(f"finishing a save before step {progress.step + 1}")
         step = self.writer.finish()
         self.is_written = False
         if step is not None:

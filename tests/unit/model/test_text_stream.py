@@ -16,7 +16,7 @@ def stream(
     tokenizer: Tokenizer, tokens: list[int], max_tokens: int = 1000, stops: tuple[str, ...] = ()
 ) -> Continuation:
     """Add tokens until the text ends; check that text is only ever appended."""
-    continuation = Continuation(tokenizer, max_tokens=max_tokens, stop_requests=stops)
+    continuation = Continuation(tokenizer, max_tokens=max_tokens, stop_strings=stops)
     for token in tokens:
         if continuation.stopped_by is None:
             before = continuation.text
@@ -58,7 +58,7 @@ def test_a_stop_string_may_span_tokens(tokens: list[int]) -> None:
 
 def test_text_that_may_begin_a_stop_string_waits() -> None:
     tokenizer = CharTokenizer("abcx")
-    continuation = Continuation(tokenizer, max_tokens=10, stop_requests=("abc", "bx"))
+    continuation = Continuation(tokenizer, max_tokens=10, stop_strings=("abc", "bx"))
     texts = []
     for character in "aabababc":
         continuation.add(tokenizer.stoi[character])

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from common.errors import InputError
-from train.config_checks import parse_steps
+from train.config import parse_steps
 from train.metrics.profiler import Trace, open_trace
 
 
