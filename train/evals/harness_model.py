@@ -187,9 +187,7 @@ class LadderLM(TemplateLM):
         for context in contexts:
             tokens = self.tok_encode(context)[-room:] or [self.prefix_token_id]
             rows.append(Row(tokens, torch.Generator().manual_seed(next(self._seeds))))
-            continuations.append(
-                Continuation(self.trained.tokenizer, max_tokens=max_tokens, stop_strings=stop_strings)
-            )
+            continuations.append(Continuation(self.trained.tokenizer, max_tokens=max_tokens, stop_strings=stop_strings))
         model = self.trained.model
         passes = CachedPasses(model, num_rows=len(rows)) if isinstance(model, GPT) else WholePasses(model)
         temperature = options.get("temperature", 1.0 if options["do_sample"] else 0.0)
