@@ -69,7 +69,7 @@ def test_flags_that_a_rung_has_no_use_for_are_refused_by_name(tiny_data: Path, t
     flags = [*tiny_flags(tiny_data, tmp_path / "run"), "--model.kind", "head"]
     for words, message in (
         ("--model.mlp swiglu --model.no-bias", "--model.mlp, --model.bias: only for --model.kind gpt"),
-        ("--parallel.mode fsdp", "--parallel.mode fsdp shares out blocks, --model.kind head has none; use ddp"),
+        ("--parallel.mode fsdp", "--parallel.mode fsdp shards blocks, which --model.kind head does not have; use ddp"),
         ("--model.kind heads --model.num-heads 5", "--model.width 32 is not divisible by --model.num-heads 5"),
         ("--model.kind table", "--model.kind"),
     ):

@@ -195,7 +195,7 @@ def test_a_hugging_face_folder_scores_as_its_run_and_nothing_is_written_there(
     assert (
         f"HellaSwag, {NUM_ITEMS} items in the completion style, at step 5: acc {row['hellaswag_acc']:.4f} +- " in card
     )
-    assert "Not the whole validation set, so it compares with nobody's score." in card
+    assert "It is not comparable with published scores: the items are not the whole validation set." in card
     before = sorted(path.name for path in (tmp_path / "folder").iterdir())
     flags = ["--data", str(data), "--hellaswag", str(items), "--tokens", "1000"]
     _, wanted = evaluated(tmp_path / "run", *flags)
