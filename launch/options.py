@@ -14,7 +14,7 @@ from data_prep import fineweb_plan
 
 @dataclass(frozen=True)
 class Options:
-    """How runs are trained."""
+    """Options of a submission: cluster, nodes, time and what to train."""
 
     nodes: int = 1
     """Nodes of each job."""

@@ -37,7 +37,7 @@ PATIENCE_SECONDS = 120  # with a Slurm controller that does not answer
 
 @dataclass(frozen=True)
 class AttemptEnd:
-    """How an attempt ended, and what Slurm says about its job."""
+    """The end of an attempt, and what Slurm reports about its job."""
 
     state: str | None
     """State in status.json; None if this attempt ended before it wrote one."""
@@ -63,7 +63,7 @@ class AttemptEnd:
 
 @dataclass(frozen=True)
 class Decision:
-    """Whether the job is requeued, the reason for the log, and the exit status of the job script."""
+    """The decision about a job: requeued or not, the reason for the log, the exit status of the job script."""
 
     is_requeued: bool
     reason: str

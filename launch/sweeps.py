@@ -210,7 +210,7 @@ class Result:
 
     @property
     def outcome(self) -> str:
-        """How the run ended, in one word for the table."""
+        """Return how the run ended, in one word for the table."""
         reason = str((self.run.status or {}).get("reason") or "")
         return DIVERGED if reason.startswith(("DivergedError", "NonFiniteError")) else self.run.state
 

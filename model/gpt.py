@@ -117,7 +117,7 @@ class BlockCache(Protocol):
 
 
 class Past(Protocol):
-    """What generation knows of the tokens before this pass (model/generation/kv_cache.py)."""
+    """The tokens before this pass, as generation keeps them (model/generation/kv_cache.py)."""
 
     @property
     def positions_BT(self) -> Tensor: ...  # noqa: N802  # a tensor's name carries its shape

@@ -29,7 +29,7 @@ NUM_ROUNDS = 6  # of the Feistel network; Luby & Rackoff 1988 need 4 for a stron
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How one step's sequences are shared: sequences = world x accumulation x micro_batch."""
+    """The shares of one step's sequences: sequences = world x accumulation x micro_batch."""
 
     sequences: int
     sequences_per_rank: int

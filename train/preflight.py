@@ -44,7 +44,7 @@ DRIVER_VERSION = Path("/sys/module/nvidia/version")
 
 @dataclass(frozen=True)
 class Rank:
-    """What one process reports of itself; "-" stands for a version that does not exist there."""
+    """One process's report of itself; "-" stands for a version that does not exist there."""
 
     host: str
     device: str

@@ -139,7 +139,7 @@ class EncodeTask:
 
 @dataclass
 class Tally:
-    """What became of the unit's texts.
+    """Counts of what became of a unit's texts.
 
     empty: texts that are null or empty. repaired: texts that held bytes that are not UTF-8, now U+FFFD. dropped: rows
     of the texts that the tokenizer gave up on.

@@ -60,7 +60,7 @@ class InputFile:
 
 @dataclass(frozen=True)
 class Reading:
-    """How documents are read: the separator of plain text, the field or column of rows.
+    """The way documents are read: the separator of plain text, the field or column of rows.
 
     tolerant: in parquet rows, null reads as empty text, and bytes that are not UTF-8 read as lone surrogates.
     Otherwise both are errors.

@@ -19,7 +19,7 @@ from train.parallel.precision import COMPUTE_DTYPES, set_numerics
 
 @dataclass(frozen=True)
 class Settings:
-    """How the run of a model computes and validates; the defaults are for a model without a run."""
+    """Settings that a model's run computes and validates with; the defaults are for a model without a run."""
 
     dtype: DType = "fp32"
     micro_batch: int = 8

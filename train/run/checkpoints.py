@@ -47,7 +47,7 @@ SPARE_BYTES = 16 * 2**20  # for state.json, .metadata and the file system's own 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a run has got: optimizer steps, sequences consumed, tokens seen, seconds of training."""
+    """The progress of a run: optimizer steps, sequences consumed, tokens seen, seconds of training."""
 
     step: int = 0
     position: int = 0
