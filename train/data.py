@@ -37,7 +37,7 @@ class BatchPlan:
     accumulation: int
 
 
-def resolve(config: Config, manifest: Manifest | None, world: int) -> tuple[Config, BatchPlan]:
+def resolve_with_data(config: Config, manifest: Manifest | None, world: int) -> tuple[Config, BatchPlan]:
     """Return the config with the data's vocabulary, and how `world` processes share its global batch.
 
     Everything after this reads both and changes neither, but for --train.micro-batch auto, which a GPU's memory

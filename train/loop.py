@@ -67,8 +67,8 @@ def train(run: Run) -> tuple[str, str | None]:
             pending.append(take_step(run))
             state.progress = pending[-1].progress
             step = state.progress.step
-            is_boundary = is_evaluation_due(run) or checkpoints.is_due(step)
-            while len(pending) > (0 if is_boundary else 1):
+            is_boundary = run.data.is_evaluation_due(step) or checkpoints.is_due(step)
+            while len(pending) > (0 if is_boundary else 1):  # in between, one step stays unread
                 read_result(run, pending.popleft())
             if step % config.track.every == 0:
                 collect_garbage(1)  # activation checkpointing in eager mode leaves cycles behind
@@ -99,7 +99,8 @@ def end_of(run: Run) -> tuple[str, str | None]:
     """Return `done`, or `stopped` and the first rank's reason. Collective."""
     group, stop_requests = run.processes.group, run.processes.stop_requests
     group.on_main(stop_requests.remove_file)
-    if run.state.progress.step == run.config.train.steps and not is_evaluation_due(run):
+    is_unfinished = run.data.is_evaluation_due(run.state.progress.step)  # a stop interrupted the last evaluation
+    if run.state.progress.step == run.config.train.steps and not is_unfinished:
         return "done", None
     return "stopped", next(reason for reason in group.gather(stop_requests.reason) if reason)
 
@@ -107,34 +108,35 @@ def end_of(run: Run) -> tuple[str, str | None]:
 def take_step(run: Run) -> StepResult:
     """Enqueue one optimizer step: batches, gradients, one all-reduce of what the ranks agree on, update."""
     config, state, processes, reports = run.config, run.state, run.processes, run.reports
-    group, scale, meters, writer = processes.group, state.loss_scale, reports.meters, reports.checkpoints.writer
+    group, loss_scale, meters, writer = processes.group, state.loss_scale, reports.meters, reports.checkpoints.writer
     if reports.trace is not None:
         reports.trace.before_step(state.progress.step)
     processes.watchdog.heartbeat(f"step {state.progress.step + 1}, waiting for its data")
     processes.stragglers.begin_step()
-    before = time.perf_counter()
+    wait_began = time.perf_counter()
     batches = run.data.batches.take(state.progress.position)
-    meters.waited_for_data(time.perf_counter() - before)
+    meters.waited_for_data(time.perf_counter() - wait_began)
     if processes.parallel_plan.is_sharded:
         processes.stragglers.end()  # gathering waits for the other ranks
     processes.watchdog.heartbeat(f"step {state.progress.step + 1}")
 
-    loss_sum = accumulate_gradients(run, batches, state.mean if scale is None else state.mean * scale.scale)
+    scale = None if loss_scale is None else loss_scale.scale
+    weight = state.token_weight if scale is None else state.token_weight * scale
+    loss_sum = accumulate_gradients(run, batches, weight)
     squares = optim.sum_of_squares(state.model.parameters()) / processes.parallel_plan.replicas
     flags = (processes.stop_requests.wanted(), writer.is_overdue(), writer.has_written())
-    fills = [torch.full_like(loss_sum, flag) for flag in flags]  # no copy, no wait
-    totals = group.sum_(torch.stack([loss_sum, squares, *fills]))
+    totals = group.sum_(torch.stack([loss_sum, squares, *(torch.full_like(loss_sum, flag) for flag in flags)]))
     loss, norm = totals[0] / config.train.batch_tokens, totals[1].sqrt().float()
     if scale is not None:
-        norm = norm / scale.scale
-    is_finite, is_bad = state.guard.judge(loss, norm, scale)
+        norm = norm / scale
+    is_finite, is_bad = state.guard.judge(loss, norm, loss_scale)
     lr = optim.learning_rate(state.progress.step, config.optim, config.train.steps)
     writer.wait_until_staged()
-    optim.update(state.optimizer, lr, norm, is_finite, config.optim.clip_norm, scale.scale if scale else None)
+    optim.update(state.optimizer, lr, norm, is_finite, config.optim.clip_norm, scale)
     apply.zero_gradients(state.module)
-    used_scale = torch.ones_like(loss) if scale is None else scale.scale.clone()
-    if scale is not None:
-        scale.update(is_finite, frozen=state.guard.is_halted | is_bad)
+    used_scale = torch.ones_like(loss) if scale is None else scale.clone()
+    if loss_scale is not None:
+        loss_scale.update(is_finite, frozen=state.guard.is_halted | is_bad)
 
     _, _, stops, saves_due, saves_written = totals
     results = StepNumbers(loss, norm, is_finite, is_bad, stops, saves_due, saves_written, used_scale)
@@ -150,15 +152,15 @@ def take_step(run: Run) -> StepResult:
     return StepResult(state.progress, progress, lr, numbers, ready, meters.seconds, meters.data_wait_seconds)
 
 
-def accumulate_gradients(run: Run, batches: list[tuple[Tensor, Tensor]], scale: Tensor) -> Tensor:
-    """Add up gradients of (sum of token losses x scale), averaged over the ranks. Return this rank's loss sum, fp64."""
+def accumulate_gradients(run: Run, batches: list[tuple[Tensor, Tensor]], weight: Tensor) -> Tensor:
+    """Add up gradients of (token losses x `weight`) over micro-batches; return the sum of token losses, fp64."""
     state, processes = run.state, run.processes
     loss_sum = torch.zeros((), dtype=torch.float64, device=processes.group.device)
     for index, (inputs_BT, targets_BT) in enumerate(batches):
         processes.watchdog.heartbeat()
         is_last = index == len(batches) - 1
         apply.set_gradient_sync(state.module, processes.parallel_plan, is_last)
-        scaled, unscaled = state.module(inputs_BT, targets_BT, scale)
+        scaled, unscaled = state.module(inputs_BT, targets_BT, weight)
         if is_last:
             processes.stragglers.end_step()  # the backward pass waits for the other ranks
         scaled.backward()
@@ -228,7 +230,7 @@ def find_suspects(run: Run, progress: Progress) -> list[int]:
     def is_finite(inputs_BT: Tensor, targets_BT: Tensor) -> bool:
         run.processes.watchdog.heartbeat(f"step {progress.step + 1}, searching for what is not finite")
         apply.zero_gradients(state.module)
-        loss_sum = accumulate_gradients(run, [(inputs_BT, targets_BT)], state.mean)
+        loss_sum = accumulate_gradients(run, [(inputs_BT, targets_BT)], state.token_weight)
         return not group.any(not math.isfinite(loss_sum + optim.sum_of_squares(state.model.parameters())))
 
     own_ids = run.data.batches.sequence_ids(progress.position)[group.rank * run.data.batch_plan.sequences_per_rank :]
@@ -240,10 +242,8 @@ def find_suspects(run: Run, progress: Progress) -> list[int]:
 def evaluate(run: Run) -> bool:
     """Run the evaluations that are due; return True if a stop was asked for meanwhile, and the rest left undone."""
     progress = run.state.progress
-    stopped = any(each.is_due(progress.step) and not each.run(progress) for each in run.data.evaluations)
+    is_stopped = False
+    for evaluation in run.data.evaluations:
+        is_stopped = is_stopped or (evaluation.is_due(progress.step) and not evaluation.run(progress))
     apply.free_gathered(run.state.module)
-    return stopped
-
-
-def is_evaluation_due(run: Run) -> bool:
-    return any(each.is_due(run.state.progress.step) for each in run.data.evaluations)
+    return is_stopped

@@ -32,7 +32,7 @@ from data_prep.tokenizer import load_tokenizer
 from model.checkpoint import list_checkpoints
 from train.config import Config, parse
 from train.config_checks import settings_without_effect
-from train.data import BatchPlan, divisors, resolve
+from train.data import BatchPlan, divisors, resolve_with_data
 from train.guards.watchdog import Watchdog
 from train.loop import train
 from train.metrics.meters import Startup
@@ -75,7 +75,7 @@ def planned(config: Config, rank_info: RankInfo) -> list[str]:
     """Return the run card for `rank_info.world` processes, after every refusal that needs no GPU. Writes nothing."""
     with reading_from(config.data.dir):
         manifest = read_manifest(config.data.dir) if (config.data.dir / FILE_NAME).is_file() else None
-    config, batch_plan = resolve(settle_origin(config), manifest, rank_info.world)
+    config, batch_plan = resolve_with_data(settle_origin(config), manifest, rank_info.world)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parallel_plan = choose_parallel_plan(
         config,
@@ -98,7 +98,7 @@ def run(config: Config, group: ProcessGroup, startup: Startup | None = None) -> 
     manifest = group.on_all(lambda: read_manifest(config.data.dir))
     refuse_disagreement(config, manifest.fingerprint, group)
     config = group.on_main(lambda: settle_origin(config))
-    config, batch_plan = resolve(config, manifest, group.world)
+    config, batch_plan = resolve_with_data(config, manifest, group.world)
     parallel_plan = agree_on_parallel_plan(config, group)
     check_device(config, group.device)
     group.on_all(lambda: set_numerics(config.train, group.device))
@@ -109,7 +109,7 @@ def run(config: Config, group: ProcessGroup, startup: Startup | None = None) -> 
         RunDirectory(config, manifest.fingerprint, group) as directory,
         Watchdog(config.parallel, group, directory) as watchdog,
     ):
-        run = set_up(
+        current = set_up(
             config,
             batch_plan,
             manifest,
@@ -121,23 +121,23 @@ def run(config: Config, group: ProcessGroup, startup: Startup | None = None) -> 
             startup=startup,
         )
         try:
-            with run.reports.checkpoints.writer, run.reports.logger as logger:
-                logger.log(card(run.config, manifest, run.data.batch_plan, parallel_plan))
-                if run.state.loaded is not None:
-                    logger.log(f"continuing from {run.state.loaded}")
-                directory.report(run.state.progress.step)
-                state, reason = train(run)
-                step = run.state.progress.step
+            with current.reports.checkpoints.writer, current.reports.logger as logger:
+                logger.log(card(current.config, manifest, current.data.batch_plan, parallel_plan))
+                if current.state.loaded is not None:
+                    logger.log(f"continuing from {current.state.loaded}")
+                directory.report(current.state.progress.step)
+                outcome, reason = train(current)
+                step = current.state.progress.step
                 watchdog.heartbeat("the end")
                 logger.make_durable()
-                directory.end(state, step, reason)
-                logger.log(f"{state} at step {step}" + (f" ({reason})" if reason else ""))
+                directory.end(outcome, step, reason)
+                logger.log(f"{outcome} at step {step}" + (f" ({reason})" if reason else ""))
         except torch.OutOfMemoryError as error:
-            error.add_note(memory_advice(run, is_auto=config.train.micro_batch == "auto"))
+            error.add_note(memory_advice(current, is_auto=config.train.micro_batch == "auto"))
             directory.forget()  # the recorded micro-batch of `auto` did not fit after all
             raise
         finally:
-            run.data.batches.close()
+            current.data.batches.close()
         group.barrier()  # launchers kill the rest when the first process exits
 
 

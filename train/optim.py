@@ -48,6 +48,7 @@ def learning_rate(step: int, config: OptimConfig, num_steps: int) -> float:
         warmdown_steps = max(1, round(config.warmdown_fraction * num_steps))
         left = min(1.0, (num_steps - step) / warmdown_steps)
         return config.lr_final + left * (config.lr_peak - config.lr_final)
+    assert config.schedule == "cosine"
     progress = (step - config.warmup_steps) / max(1, num_steps - config.warmup_steps)
     return config.lr_final + 0.5 * (1 + math.cos(math.pi * progress)) * (config.lr_peak - config.lr_final)
 

@@ -109,7 +109,7 @@ def set_up(
             loss_model=loss_model,
             module=module,
             optimizer=optimizer,
-            mean=torch.full((), group.world / config.train.batch_tokens, device=group.device),
+            token_weight=torch.full((), group.world / config.train.batch_tokens, device=group.device),
             loss_scale=loss_scale,
             guard=NonFiniteGuard(config.train.on_nonfinite, group.device, diverged_above=config.train.diverged_above),
             progress=progress,

@@ -30,16 +30,16 @@ from train.run.directory import RunDirectory
 class TrainState:
     """The state that a step changes.
 
-    `module` is the trained module: `loss_model` itself, or DDP around it. `mean` turns a rank's sum of token losses
-    into its part of the global batch's mean. `loss_scale` is None except for fp16. `loaded` is the checkpoint from
-    which the run continues, None for a new run.
+    `module` is the trained module: `loss_model` itself, or DDP around it. `token_weight` turns a rank's sum of token
+    losses into its part of the global batch's mean. `loss_scale` is None except for fp16. `loaded` is the checkpoint
+    from which the run continues, None for a new run.
     """
 
     model: LanguageModel
     loss_model: LossModel
     module: nn.Module
     optimizer: torch.optim.AdamW
-    mean: Tensor
+    token_weight: Tensor
     loss_scale: LossScale | None
     guard: NonFiniteGuard
     progress: Progress
@@ -53,6 +53,9 @@ class RunData:
     batch_plan: BatchPlan
     batches: Prefetcher
     evaluations: list[PeriodicEvaluation]
+
+    def is_evaluation_due(self, step: int) -> bool:
+        return any(evaluation.is_due(step) for evaluation in self.evaluations)
 
 
 @dataclass(frozen=True)
