@@ -50,6 +50,11 @@ def writing_to(path: Path) -> Iterator[None]:
         raise InputError(f"{path}: cannot be written ({error}); {remedy}, then give the same command again") from error
 
 
+def warn(program: str, warning: str) -> None:
+    """Print one line of warning on stderr."""
+    print(f"{program}: warning: {warning}", file=sys.stderr, flush=True)
+
+
 def print_error(program: str, error: BaseException) -> None:
     """Print one line on stderr; if GPT_LADDER_TRACEBACK is 1, print the traceback first."""
     if os.environ.get("GPT_LADDER_TRACEBACK") == "1":

@@ -20,21 +20,25 @@ def fsync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def _temporary_name(path: Path) -> Path:
-    """Return a hidden name beside `path` that no other process uses, on any host."""
-    return path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
-
-
 def write_atomically(path: Path, content: str) -> None:
-    """Replace `path` by `content` so that no reader and no crash ever sees half of it.
+    """Replace `path` by `content` in UTF-8, like `write_blocks_atomically`."""
+    write_blocks_atomically(path, [content.encode("utf-8")])
 
-    If that fails, as on a full disk, no temporary file stays, and the OSError names `path`: that of a failed write
-    names no file.
+
+def write_blocks_atomically(path: Path, blocks: Iterable[bytes | memoryview]) -> str:
+    """Replace `path` by blocks of bytes so that no reader and no crash sees half of them; return their hex sha256.
+
+    One block is in memory at a time. If the disk fails, no temporary file stays, and the OSError names `path`: that of
+    a failed write names no file.
     """
-    temporary = _temporary_name(path)
+    digest = hashlib.sha256()
+    # A hidden name that no other process uses, on any host.
+    temporary = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
     try:
-        with temporary.open("w", encoding="utf-8", newline="") as file:
-            file.write(content)
+        with temporary.open("wb") as file:
+            for block in blocks:
+                digest.update(block)
+                file.write(block)
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
@@ -43,26 +47,17 @@ def write_atomically(path: Path, content: str) -> None:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         raise OSError(error.errno, error.strerror, str(path)) from error
-
-
-def write_blocks_atomically(path: Path, blocks: Iterable[bytes | memoryview]) -> str:
-    """Write blocks of bytes like `write_atomically`, one block in memory at a time, and return their hex sha256."""
-    digest = hashlib.sha256()
-    temporary = _temporary_name(path)
-    with temporary.open("wb") as file:
-        for block in blocks:
-            digest.update(block)
-            file.write(block)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    fsync_directory(path.parent)
     return digest.hexdigest()
 
 
 def write_json_atomically(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, like `write_atomically`."""
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=True) + "\n")
+
+
+def sha256_of_json(value: Any) -> str:
+    """Return the hex sha256 of a value's JSON with sorted keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode("ascii")).hexdigest()
 
 
 def sha256_of_file(path: Path) -> str:

@@ -50,13 +50,10 @@ def adopt(directory: Path, tokenizer: Tokenizer) -> bool:
         in_order = sorted((file for file in files if file.split == split), key=lambda file: file.number)
         if not in_order:
             continue
-        shards = tuple(infos[file.path] for file in in_order)
         stream = hashlib.sha256()
         for file in in_order:
             add_tokens(stream, open_shard(file.path, file.format).tokens)
-        splits[split] = SplitInfo(
-            shards, sum(info.tokens for info in shards), sum(info.documents for info in shards), stream.hexdigest()
-        )
+        splits[split] = SplitInfo.of([infos[file.path] for file in in_order], stream.hexdigest())
     manifest = Manifest({"adopted": files[0].format}, {}, tokenizer.describe(), splits)
     if earlier is not None:
         check_same(directory, earlier, manifest)
@@ -93,9 +90,8 @@ def find_token_files(directory: Path) -> list[TokenFile]:
     for aspect in ("format", "stem"):
         kinds = {getattr(file, aspect): file.path.name for file in files}
         if len(kinds) > 1:
-            raise InputError(
-                f"{directory}: files of several sets ({', '.join(kinds.values())}); adopt one per directory"
-            )
+            sets = ", ".join(kinds.values())
+            raise InputError(f"{directory}: files of several sets ({sets}); adopt one per directory")
     if len({(file.split, file.number) for file in files}) < len(files):
         raise InputError(f"{directory}: several files of the same split and number (--adopt)")
     return files

@@ -43,16 +43,16 @@ if not __package__:
 
 import tyro
 
-from common.errors import InputError, one_line_errors, reading_from
+from common.errors import InputError, one_line_errors, reading_from, warn
 from common.files import write_json_atomically
 from data_prep import bpe_reference
 from data_prep.pipeline.encode import describe_file
-from data_prep.pipeline.partial_dir import put_in_place, unfinished_directory
-from data_prep.pipeline.sources import InputFile, Reading, file_state, find_files
+from data_prep.pipeline.partial_dir import is_free, named_directory, put_in_place, unfinished_directory
+from data_prep.pipeline.sources import InputFile, Reading, file_state, find_files, warn_of_marks, warn_of_reading
 from data_prep.pipeline.text_sample import HELD_OUT_BYTES, RULE, Drawn, draw, pieces, read_texts, spread
 from data_prep.pipeline.workers import Progress
 from data_prep.shards import MAX_VOCAB_SIZE
-from data_prep.tokenizer import BYTE_ORDER, EOT, FOLDER, GPT2_PATTERN, BpeTokenizer, Tokenizer, load_tokenizer
+from data_prep.tokenizer import BYTE_ORDER, FOLDER, GPT2_PATTERN, BpeTokenizer, Tokenizer, load_tokenizer
 
 RECORD_FILE = "training.json"
 # Gao et al. 2020, arXiv:2101.00027, table 1: 825.18 GiB of text.
@@ -120,9 +120,8 @@ def tokens_of(hf_tokenizer: Any) -> list[bytes]:
     vocabulary = hf_tokenizer.get_vocab()
     alphabet = sorted(token for token in vocabulary if len(token) == 1)
     byte_of = dict(zip(alphabet, BYTE_ORDER, strict=True))
-    return [
-        bytes(byte_of[character] for character in token) for token in sorted(vocabulary, key=vocabulary.__getitem__)
-    ]
+    in_order = sorted(vocabulary, key=vocabulary.__getitem__)
+    return [bytes(byte_of[character] for character in token) for token in in_order]
 
 
 def train(sample: list[bytes], options: Options) -> BpeTokenizer:
@@ -132,7 +131,9 @@ def train(sample: list[bytes], options: Options) -> BpeTokenizer:
     if options.trainer == "reference":
         trained = bpe_reference.train(texts, num_tokens)
         tokens = trained.tokens
-        print_seconds(trained.seconds)
+        for stage, seconds in trained.seconds.items():
+            share = seconds / sum(trained.seconds.values())
+            print(f"  reference: {stage:22} {seconds:8.2f} s  {share:4.0%}")
     else:
         tokens = tokens_of(train_by_tokenizers(texts, num_tokens))
     if len(tokens) < num_tokens:
@@ -143,13 +144,6 @@ def train(sample: list[bytes], options: Options) -> BpeTokenizer:
     ranks = {token: rank for rank, token in enumerate(tokens)}
     assert len(ranks) == num_tokens, "two merges have the same bytes"
     return BpeTokenizer(ranks, name=options.out.name)
-
-
-def print_seconds(seconds: dict[str, float]) -> None:
-    """Print the reference trainer's seconds and share of the time, by stage."""
-    total = sum(seconds.values())
-    for stage, spent in seconds.items():
-        print(f"  reference: {stage:22} {spent:8.2f} s  {spent / total:4.0%}")
 
 
 def count_tokens(tokenizer: Tokenizer, documents: list[bytes]) -> int:
@@ -191,8 +185,6 @@ def check_options(options: Options) -> None:
         raise InputError("--input needs at least one file or folder, or python-docs")
     if options.split_documents_on == "":
         raise InputError("--split-documents-on needs at least one character")
-    if not options.out.name:
-        raise InputError(f"--out {options.out}: give the tokenizer a name of its own")
 
 
 def made_of(options: Options, described: list[dict[str, Any]]) -> dict[str, Any]:
@@ -208,14 +200,11 @@ def check_existing(options: Options, wanted: dict[str, Any]) -> dict[str, Any] |
     """
     path = options.out / RECORD_FILE
     with reading_from(options.out):
-        if not options.out.exists():
+        if is_free(options.out):
             return None
         if not path.is_file():
-            if options.out.is_dir() and not any(options.out.iterdir()):
-                return None
-            raise InputError(
-                f"--out {options.out}: exists and is no tokenizer of this script; choose another or remove it"
-            )
+            fault = "exists and is no tokenizer of this script; choose another or remove it"
+            raise InputError(f"--out {options.out}: {fault}")
         if options.overwrite:
             return None
         content = path.read_bytes()
@@ -229,10 +218,8 @@ def check_existing(options: Options, wanted: dict[str, Any]) -> dict[str, Any] |
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
         raise InputError(f"{path}: damaged ({type(error).__name__}: {error}); --overwrite makes it anew") from error
     if differing:
-        raise InputError(
-            f"--out {options.out}: already holds a tokenizer of {', '.join(differing)}; choose another --out, or "
-            "replace it with --overwrite"
-        )
+        fault = f"already holds a tokenizer of {', '.join(differing)}"
+        raise InputError(f"--out {options.out}: {fault}; choose another --out, or replace it with --overwrite")
     try:
         description = load_tokenizer(options.out).describe()
     except InputError as error:
@@ -287,9 +274,7 @@ def make(options: Options, drawn: Drawn, wanted: dict[str, Any], read_seconds: f
 def prepare(options: Options) -> BpeTokenizer:
     """Run the whole command: keep the tokenizer of the same input and options, or make it; then print its figures."""
     check_options(options)
-    with reading_from(options.out):
-        if options.out.is_symlink():  # The folder behind the link is made or replaced, not the link.
-            options = dataclasses.replace(options, out=options.out.resolve())
+    options = dataclasses.replace(options, out=named_directory(options.out))
     files, warnings = find_files(options.input)
     all_files = list(files)
     compare_files: dict[str, list[InputFile]] = {}
@@ -299,8 +284,8 @@ def prepare(options: Options) -> BpeTokenizer:
         warnings += more
     reading = Reading(options.split_documents_on, options.text_column)
     for warning in warnings:
-        warn(warning)
-    warn_of_no_effect(reading, all_files)
+        warn("bpe", warning)
+    warn_of_reading("bpe", reading, all_files)
     compared = {name: sample_of(name, some, reading) for name, some in compare_files.items()}
     before = [file_state(file) for file in files]
     wanted = made_of(options, [describe_file(file) for file in files])
@@ -314,7 +299,7 @@ def prepare(options: Options) -> BpeTokenizer:
         drawn = draw(read_texts(files, reading, progress), options.sample_bytes)
         if [file_state(file) for file in files] != before:
             raise InputError("a file of --input changed while it was read; run the same command again")
-        warn_of_marks(drawn.eot_marks, reading)
+        warn_of_marks("bpe", drawn.eot_marks, reading)
         record = make(options, drawn, wanted, time.perf_counter() - started)
     tokenizer = load_tokenizer(options.out)
     assert isinstance(tokenizer, BpeTokenizer)
@@ -323,22 +308,6 @@ def prepare(options: Options) -> BpeTokenizer:
     for name, documents in compared.items():
         print(compression("compare", sum(map(len, documents)), count_tokens(tokenizer, documents)), f"of {name}")
     return tokenizer
-
-
-def warn_of_no_effect(reading: Reading, files: list[InputFile]) -> None:
-    """Warn of flags that concern no file of the given kinds."""
-    kinds = {file.kind for file in files}
-    if reading.split_on is not None and "text" not in kinds:
-        warn("--split-documents-on has no effect: no plain text among the files")
-    if reading.text_column != "text" and not kinds & {"jsonl", "parquet"}:
-        warn("--text-column has no effect: no .jsonl or .parquet among the files")
-
-
-def warn_of_marks(eot_marks: int, reading: Reading) -> None:
-    """Warn if the text holds '<|endoftext|>', which is then trained on as ordinary text."""
-    if eot_marks:
-        advice = "" if reading.split_on else f"; --split-documents-on '{EOT}' makes documents of it"
-        warn(f"the text holds {eot_marks} times '{EOT}', which is trained on as ordinary text{advice}")
 
 
 def sample_of(name: str, files: list[InputFile], reading: Reading) -> list[bytes]:
@@ -361,11 +330,6 @@ def longest_tokens(tokenizer: BpeTokenizer) -> str:
 def compression(title: str, num_bytes: int, num_tokens: int) -> str:
     """Return a line with the bytes per token."""
     return f"  {title:9} {num_bytes / num_tokens:.3f} bytes per token ({num_bytes:,} bytes, {num_tokens:,} tokens)"
-
-
-def warn(warning: str) -> None:
-    """Print a warning on stderr."""
-    print(f"bpe: warning: {warning}", file=sys.stderr, flush=True)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -29,6 +29,7 @@ Pages that are null or empty are dropped and counted, and so are pages that the 
 million blanks). Bytes that are not UTF-8 become U+FFFD. '<|endoftext|>' in a page is ordinary text.
 """
 
+import functools
 import shutil
 import sys
 import time
@@ -39,7 +40,8 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.errors import InputError, one_line_errors
+from common.errors import InputError, one_line_errors, warn
+from common.files import sha256_of_json
 from data_prep.fineweb_plan import (
     Options,
     byte_options,
@@ -58,12 +60,13 @@ from data_prep.fineweb_report import dry_run, report
 from data_prep.hub import files as hub
 from data_prep.hub.files import HubListing
 from data_prep.manifest import Manifest, read_manifest
-from data_prep.pipeline.encode import EncodeTask, Part, describe_file, make_parts, read_part, sha256_of_json
+from data_prep.pipeline.encode import EncodeTask, Part, describe_file, make_parts, read_part
 from data_prep.pipeline.pack import documents_in_order, pack_split
 from data_prep.pipeline.partial_dir import PARTS, existing_data, free_other_parts, put_in_place, unfinished_directory
 from data_prep.pipeline.selection import Rules, Selection, select
 from data_prep.pipeline.sources import FileState, InputFile, Unit, file_state
 from data_prep.pipeline.workers import Progress, Workers, available_cores
+from data_prep.shards import check_shard_tokens
 from data_prep.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
 
 
@@ -88,9 +91,8 @@ class Job:
         files = hub_files(downloads_directory(self.options, self.listing), required_files(self.listing, self.options))
         missing = [file.path for file in files if not Path(file.path).is_file()]
         if missing:
-            raise InputError(
-                f"{missing[0]}: not there ({len(missing)} of {len(files)} files are not); --stage download fetches them"
-            )
+            fault = f"not there ({len(missing)} of {len(files)} files are not)"
+            raise InputError(f"{missing[0]}: {fault}; --stage download fetches them")
         return files
 
     def workers(self, num_tasks: int) -> Workers:
@@ -103,34 +105,21 @@ class Job:
             by_path = {file.path: file for file in self.listing.files}
             folder = downloads_directory(self.options, self.listing)
             hub.download(self.listing, [by_path[file.name] for file in files], folder)
-            for file in files:
-                record: dict[str, Any] = {
-                    "name": file.name,
-                    "bytes": states[file][0],
-                    "sha256": by_path[file.name].sha256,
-                }
-                self.described[file] = record, states[file]
-            return
-        progress = Progress("hash", sum(size for size, _ in states.values()))
-        for index, record in workers.run(describe_file, files):
-            self.described[files[index]] = record, states[files[index]]
-            progress.add(record["bytes"])
+            records: list[dict[str, Any]] = [
+                {"name": file.name, "bytes": size, "sha256": by_path[file.name].sha256}
+                for file, (size, _) in states.items()
+            ]
+        else:
+            progress = Progress("hash", sum(size for size, _ in states.values()))
+            records = workers.map(describe_file, files, lambda _, record: progress.add(record["bytes"]))
+        self.described.update(zip(files, zip(records, states.values(), strict=True), strict=True))
 
     def tasks(self, units: list[Unit]) -> list[EncodeTask]:
         """Return one task for each unit, whose file must be in `described`."""
         tokenizer_hash = sha256_of_json(self.tokenizer.describe())
-        parts = self.partial / PARTS
+        parts, reading, backend = self.partial / PARTS, self.options.reading, self.options.backend
         return [
-            EncodeTask(
-                unit,
-                self.options.reading,
-                record["sha256"],
-                state,
-                parts,
-                tokenizer_hash,
-                parts,
-                self.options.backend,
-            )
+            EncodeTask(unit, reading, record["sha256"], state, parts, tokenizer_hash, parts, backend)
             for unit in units
             for record, state in [self.described[unit.file]]
         ]
@@ -151,22 +140,17 @@ def tokenize(job: Job) -> tuple[list[EncodeTask], list[Part]]:
         tasks = job.tasks(units)
         parts = make_parts(tasks, workers, "fineweb")
     if options.stage == "tokenize":
-        tokens = sum(part.tokens for part in parts)
-        print(
-            f"fineweb: task {index} of {count}: {len(parts)} parts, {tokens:,} tokens; when all are done --stage pack"
-        )
+        made = f"{len(parts)} parts, {sum(part.tokens for part in parts):,} tokens"
+        print(f"fineweb: task {index} of {count}: {made}; when all are done --stage pack")
     return tasks, parts
 
 
 def warn_of_disk(job: Job, units: list[Unit]) -> None:
-    """Warn if the disk is too small for parts and shards.
-
-    Together they are about as large as the text: four bytes for a token of four or five.
-    """
+    """Warn if the disk is too small for parts and shards: together four bytes for a token of four or five."""
     needed_bytes, free_bytes = sum(unit.num_bytes for unit in units), shutil.disk_usage(job.partial).free
     if free_bytes < needed_bytes:
         line = f"about {needed_bytes / 1e9:.1f} GB are needed for parts and shards, {free_bytes / 1e9:.1f} GB are free"
-        print(f"fineweb: warning: {job.options.directory}: {line}", file=sys.stderr, flush=True)
+        warn("fineweb", f"{job.options.directory}: {line}")
 
 
 def read_all_parts(job: Job) -> tuple[list[EncodeTask], list[Part]]:
@@ -175,21 +159,15 @@ def read_all_parts(job: Job) -> tuple[list[EncodeTask], list[Part]]:
     write_plan(job.partial, part_options(job.options, files, job.tokenizer), replace=False)
     units = plan_all_units(files, job.options)
     progress = Progress("check parts", sum(unit.num_bytes for unit in units))
-    parts: dict[int, Part] = {}
     with job.workers(len(units)) as workers:
         job.describe(files, workers)
         tasks = job.tasks(units)
-        for index, part in workers.run(read_finished, tasks):
-            progress.add(tasks[index].unit.num_bytes)
-            if part is not None:
-                parts[index] = part
-    num_missing = len(tasks) - len(parts)
-    if num_missing:
-        raise InputError(
-            f"{num_missing} of {len(tasks)} parts are missing or damaged; --stage tokenize makes them "
-            "(the same command in any task)"
-        )
-    return tasks, [part for _, part in sorted(parts.items())]
+        finished = workers.map(read_finished, tasks, lambda task, _: progress.add(task.unit.num_bytes))
+    parts = [part for part in finished if part is not None]
+    if len(parts) < len(tasks):
+        fault = f"{len(tasks) - len(parts)} of {len(tasks)} parts are missing or damaged"
+        raise InputError(f"{fault}; --stage tokenize makes them (the same command in any task)")
+    return tasks, parts
 
 
 def read_finished(task: EncodeTask) -> Part | None:
@@ -202,18 +180,14 @@ def pack(job: Job, tasks: list[EncodeTask], parts: list[Part]) -> Manifest:
     free_other_parts(partial, {task.stem for task in tasks})
     order_folder = partial / "order"
     order_folder.mkdir()
-    selection = select(parts, rules_of(options), order_folder)
-    splits = {
-        name: pack_split(
-            partial,
-            name,
-            documents_in_order(order, parts),
-            num_tokens=order.tokens,
-            tokenizer=tokenizer,
-            shard_tokens=options.shard_tokens,
-        )
-        for name, order in (("train", selection.train), ("val", selection.val))
-    }
+    val_tokens = options.val_tokens if options.split_mode == "hash" else options.shard_tokens
+    seed = options.seed if options.shuffle == "documents" else None
+    rules = Rules(options.dedup == "exact", options.max_tokens, options.split_mode, val_tokens, seed)
+    selection = select(parts, rules, order_folder)
+    splits = {}
+    for name, order in (("train", selection.train), ("val", selection.val)):
+        documents = documents_in_order(order, parts)
+        splits[name] = pack_split(partial, name, documents, order.tokens, tokenizer, options.shard_tokens)
     shutil.rmtree(order_folder)
     files = list(dict.fromkeys(task.unit.file for task in tasks))
     source = {
@@ -228,31 +202,15 @@ def pack(job: Job, tasks: list[EncodeTask], parts: list[Part]) -> Manifest:
     put_in_place(partial, options.directory)
     kept_tokens = selection.train.tokens + selection.val.tokens
     if options.max_tokens is not None and not selection.documents_beyond and kept_tokens < options.max_tokens:
-        line = (
-            f"only {kept_tokens:,} tokens in the pages that --max-tokens {options.max_tokens} reads, without their "
-            "duplicates; set it higher if there are more"
-        )
-        print(f"fineweb: warning: {line}", file=sys.stderr, flush=True)
+        line = f"only {kept_tokens:,} tokens in the pages that --max-tokens {options.max_tokens} reads"
+        warn("fineweb", f"{line}, without their duplicates; set it higher if there are more")
     return manifest
-
-
-def rules_of(options: Options) -> Rules:
-    return Rules(
-        drop_duplicates=options.dedup == "exact",
-        max_tokens=options.max_tokens,
-        split=options.split_mode,
-        val_tokens=options.val_tokens if options.split_mode == "hash" else options.shard_tokens,
-        shuffle_seed=options.seed if options.shuffle == "documents" else None,
-    )
 
 
 def count_pages(tasks: list[EncodeTask], parts: list[Part], selection: Selection) -> dict[str, Any]:
     """Return the manifest's counts of the pages that were read, by what became of them."""
-    dropped = [
-        f"{task.unit.file.name}, row {row:,}"
-        for task, part in zip(tasks, parts, strict=True)
-        for row in part.tally.dropped
-    ]
+    by_file = [(task.unit.file.name, part.tally.dropped) for task, part in zip(tasks, parts, strict=True)]
+    dropped = [f"{name}, row {row:,}" for name, rows in by_file for row in rows]
     empty = sum(part.tally.empty for part in parts)
     return {
         "read": sum(part.documents for part in parts) + empty + len(dropped),
@@ -282,16 +240,13 @@ def check_options(options: Options) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
-    if not 0 < options.shard_tokens < 2**31:
-        raise InputError(f"--shard-tokens {options.shard_tokens} must be between 1 and {2**31 - 1}")
+    check_shard_tokens(options.shard_tokens)
     if not 0 <= options.seed < 2**63:
         raise InputError(f"--seed {options.seed} must be between 0 and {2**63 - 1}")
     if options.tokenizer == "char":
         raise InputError("--tokenizer char needs the alphabet, so a second pass over the text; use byte or byte pairs")
     if options.source == "local" and not (options.data_files and options.out):
         raise InputError("--source local needs --data-files and --out")
-    if not options.directory.name:
-        raise InputError(f"--out {options.out}: give the data directory a name of its own")
     is_local, by_hash = options.source == "local", options.split_mode == "hash"
     flag, val_tokens = ("--val-tokens", options.val_tokens) if by_hash else ("--shard-tokens", options.shard_tokens)
     if options.max_tokens is not None and val_tokens is not None and val_tokens >= options.max_tokens:
@@ -307,7 +262,7 @@ def check_options(options: Options) -> None:
     ]
     for flag, is_set, cause in without_effect:
         if is_set:
-            print(f"fineweb: warning: {flag} has no effect with {cause}", file=sys.stderr, flush=True)
+            warn("fineweb", f"{flag} has no effect with {cause}")
 
 
 def is_same_request(options: Options, source: dict[str, Any]) -> bool:
@@ -320,21 +275,13 @@ def is_same_request(options: Options, source: dict[str, Any]) -> bool:
     if recorded != describe_request(options, files):
         return False
     with Workers(min(options.workers or available_cores(), len(files))) as workers:
-        return source["files"] == [record for _, record in sorted(workers.run(describe_file, files))]
+        return bool(source["files"] == workers.map(describe_file, files))
 
 
 def existing_manifest(options: Options, tokenizer: Tokenizer) -> Manifest | None:
-    """Return the manifest if --out holds exactly this data, else None.
-
-    Raise InputError if --out holds something else, unless --overwrite is set.
-    """
-    return existing_data(
-        options.directory,
-        lambda source: is_same_request(options, source),
-        byte_options(options),
-        tokenizer,
-        overwrite=options.overwrite,
-    )
+    """Return the manifest if --out holds exactly this data; see `existing_data`."""
+    is_same = functools.partial(is_same_request, options)
+    return existing_data(options.directory, is_same, byte_options(options), tokenizer, overwrite=options.overwrite)
 
 
 def prepare(options: Options) -> None:

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.errors import InputError, reading_from
-from common.files import write_json_atomically
+from common.files import sha256_of_json, write_json_atomically
 from data_prep.hub import files as hub
 from data_prep.hub.files import HubFile, HubListing
-from data_prep.pipeline.encode import Backend, sha256_of_json
-from data_prep.pipeline.partial_dir import PARTS, PLAN_FILES, differences
+from data_prep.pipeline.encode import Backend
+from data_prep.pipeline.partial_dir import PARTS, PLAN_FILES, differences, named_directory
 from data_prep.pipeline.selection import Split
 from data_prep.pipeline.sources import InputFile, Reading, Unit, plan_units
 from data_prep.tokenizer import Tokenizer
@@ -96,7 +96,7 @@ class Options:
     def directory(self) -> Path:
         """Return --out, or its default."""
         if self.out is not None:
-            return self.out.resolve() if self.out.is_symlink() else self.out
+            return named_directory(self.out)
         dataset = self.dataset.rsplit("/", 1)[-1].replace("-", "_")
         part = self.name.removeprefix("sample-").removesuffix("T") if self.name.startswith("sample-") else self.name
         suffix = f"_first_{self.max_tokens}" if self.max_tokens is not None else ""
@@ -163,10 +163,8 @@ def list_hub_files(partial: Path, options: Options) -> HubListing:
         record = {"asked": request, "listing": dataclasses.asdict(listing)}
         stored = _write_once(path, record, replace=options.stage == "all")
     if stored["asked"] != request:
-        raise InputError(
-            f"--out: files are there of another input: {', '.join(differences(stored['asked'], request))}; give the "
-            f"same options, another --out, or remove {partial}"
-        )
+        fault = f"files are there of another input: {', '.join(differences(stored['asked'], request))}"
+        raise InputError(f"--out: {fault}; give the same options, another --out, or remove {partial}")
     fields = dict(stored["listing"])
     files = tuple(HubFile(**file) for file in fields.pop("files"))
     return HubListing(**fields, files=files)
@@ -199,15 +197,16 @@ def _write_once(path: Path, value: dict[str, Any], *, replace: bool) -> dict[str
 
 def required_files(listing: HubListing, options: Options) -> tuple[HubFile, ...]:
     """Return the Hub's files; with --max-tokens, the first ones that should hold that many tokens."""
+    return listing.files[: _num_required(listing.files, options)]
+
+
+def _num_required(items: Sequence[HubFile] | Sequence[Unit], options: Options) -> int | None:
+    """Return how many of the items should hold --max-tokens; None: all of them."""
     if options.max_tokens is None:
-        return listing.files
-    return listing.files[: _num_required([file.num_bytes for file in listing.files], options.max_tokens)]
-
-
-def _num_required(sizes: Sequence[int], max_tokens: int) -> int:
-    """Return how many files or units of these sizes in bytes should hold max_tokens."""
-    ends = itertools.accumulate(sizes)
-    return next((n for n, end in enumerate(ends, start=1) if end >= READ_BYTES_PER_TOKEN * max_tokens), len(sizes))
+        return None
+    ends = itertools.accumulate(item.num_bytes for item in items)
+    needed_bytes = READ_BYTES_PER_TOKEN * options.max_tokens
+    return next((count for count, end in enumerate(ends, start=1) if end >= needed_bytes), None)
 
 
 def downloads_directory(options: Options, listing: HubListing) -> Path:
@@ -227,10 +226,8 @@ def local_files(patterns: tuple[str, ...]) -> list[InputFile]:
             if path.suffix != ".parquet" or not path.is_file():
                 raise InputError(f"--data-files: {path} is no .parquet file; data_prep/textfiles.py reads other kinds")
             names.setdefault(path.absolute(), path.relative_to(folder).as_posix())
-    return [
-        InputFile(str(path), name, "parquet", flag="--data-files")
-        for path, name in sorted(names.items(), key=lambda item: item[1])
-    ]
+    in_order = sorted(names.items(), key=lambda item: item[1])
+    return [InputFile(str(path), name, "parquet", flag="--data-files") for path, name in in_order]
 
 
 def _expand(pattern: str) -> tuple[Path, list[Path]]:
@@ -255,9 +252,7 @@ def plan_all_units(files: Sequence[InputFile], options: Options) -> list[Unit]:
     units = [unit for file in files for unit in plan_units(file, options.reading, UNIT_BYTES)]
     if not units:
         raise InputError(f"{files[0].path}: no rows in it, nor in any other of {len(files)} files")
-    if options.max_tokens is None:
-        return units
-    return units[: _num_required([unit.num_bytes for unit in units], options.max_tokens)]
+    return units[: _num_required(units, options)]
 
 
 def task_share(options: Options) -> tuple[int, int]:
@@ -287,9 +282,8 @@ def _share_of_slurm_array() -> tuple[int, int]:
     try:
         number, count, first, last = (int(os.environ[f"SLURM_ARRAY_TASK_{name}"]) for name in variables)
     except KeyError as error:
-        raise InputError(
-            f"SLURM_ARRAY_TASK_ID is set, {error.args[0]} is not; give --task-index and --num-tasks"
-        ) from error
+        fault = f"SLURM_ARRAY_TASK_ID is set, {error.args[0]} is not"
+        raise InputError(f"{fault}; give --task-index and --num-tasks") from error
     step = int(os.environ.get("SLURM_ARRAY_TASK_STEP", "1"))
     if (last - first) // step + 1 != count:
         raise InputError(f"the {count} ids of this Slurm array have gaps; give --task-index and --num-tasks")

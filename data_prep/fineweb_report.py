@@ -57,9 +57,8 @@ def dry_run(options: Options, tokenizer: Tokenizer) -> None:
     data_bytes = 4 * tokens + bytes_per_document * (tokens // TOKENS_PER_DOCUMENT)
     with reading_from(options.directory):
         free_bytes = shutil.disk_usage(_nearest_existing(options.directory)).free
-    print(
-        f"{options.directory}: {len(files)} files, {num_bytes / 1e9:.2f} GB, {missing_bytes / 1e9:.2f} GB to download"
-    )
+    sizes = f"{num_bytes / 1e9:.2f} GB, {missing_bytes / 1e9:.2f} GB to download"
+    print(f"{options.directory}: {len(files)} files, {sizes}")
     print(f"  text    {'' if is_local else 'about '}{text_bytes / 1e9:.2f} GB, about {tokens:,} tokens")
     print(f"  shards  about {max(2, -(-tokens // options.shard_tokens))} of {options.shard_tokens:,} tokens")
     print(
@@ -82,10 +81,8 @@ def _list_input(options: Options) -> tuple[list[InputFile], int, int]:
     listing = hub.list_files(options.dataset, options.name, options.revision)
     remote = required_files(listing, options)
     files = hub_files(downloads_directory(options, listing), remote)
-    missing_bytes = sum(
-        file.num_bytes for file, local in zip(remote, files, strict=True) if not Path(local.path).is_file()
-    )
-    return files, sum(file.num_bytes for file in remote), missing_bytes
+    missing = [file for file, local in zip(remote, files, strict=True) if not Path(local.path).is_file()]
+    return files, sum(file.num_bytes for file in remote), sum(file.num_bytes for file in missing)
 
 
 def _take_sample(texts: Iterator[str]) -> list[str]:

@@ -23,11 +23,11 @@ if not __package__:
 
 import tyro
 
-from common.errors import InputError, one_line_errors, reading_from
+from common.errors import InputError, one_line_errors, reading_from, warn
 from common.files import sha256_of_file, write_blocks_atomically, write_json_atomically
 from data_prep.hub.corpora import RemoteFile
 from data_prep.hub.download import fetch
-from data_prep.pipeline.partial_dir import put_in_place, unfinished_directory
+from data_prep.pipeline.partial_dir import is_free, named_directory, put_in_place, unfinished_directory
 from data_prep.pipeline.workers import Progress
 
 SOURCE = RemoteFile(
@@ -73,21 +73,6 @@ class Item:
     label: int
 
 
-def read_items(path: Path) -> list[Item]:
-    """Read the items of a directory that this command made. Raise InputError if its file was changed since."""
-    manifest = _read_manifest(path)
-    if manifest["format_version"] != FORMAT_VERSION:
-        raise InputError(
-            f"{path / MANIFEST}: format version {manifest['format_version']}; this code reads {FORMAT_VERSION}: "
-            "make it again with data_prep/hellaswag.py --overwrite"
-        )
-    with reading_from(path / ITEMS):
-        is_sound = (path / ITEMS).is_file() and sha256_of_file(path / ITEMS) == manifest["sha256"]
-    if not is_sound:
-        raise InputError(f"{path / ITEMS}: not what {MANIFEST} says; make it again: data_prep/hellaswag.py --overwrite")
-    return _parse(path / ITEMS, is_pinned=manifest["source"]["is_pinned"])
-
-
 @dataclass(frozen=True)
 class Items:
     """Items to score. is_pinned: they are the whole pinned validation set."""
@@ -97,16 +82,24 @@ class Items:
 
 
 def open_items(path: Path, *, most: int | None = None) -> Items:
-    """Read the first `most` items of a directory that this command made, or of a file in the original form."""
+    """Read the first `most` items of a directory that this command made, or of a file in the original form.
+
+    Raise InputError if a directory's file was changed since.
+    """
     with reading_from(path):
         if path.is_dir():
-            items = read_items(path)
-            is_pinned = bool(_read_manifest(path)["source"]["is_pinned"])
+            manifest = _read_manifest(path)
+            if manifest["format_version"] != FORMAT_VERSION:
+                fault = f"format version {manifest['format_version']}; this code reads {FORMAT_VERSION}"
+                raise InputError(f"{path / MANIFEST}: {fault}: make it again with data_prep/hellaswag.py --overwrite")
+            path, is_pinned = path / ITEMS, bool(manifest["source"]["is_pinned"])
+            if not path.is_file() or sha256_of_file(path) != manifest["sha256"]:
+                raise InputError(f"{path}: not what {MANIFEST} says; make it again: data_prep/hellaswag.py --overwrite")
         elif path.is_file():
             is_pinned = sha256_of_file(path) == SOURCE.sha256
-            items = _parse(path, is_pinned=is_pinned)
         else:
             raise InputError(f"{path}: no such HellaSwag file or directory; make one with data_prep/hellaswag.py")
+    items = _parse(path, is_pinned=is_pinned)
     return Items(items[:most], is_pinned and (most is None or most >= len(items)))
 
 
@@ -121,9 +114,8 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
         kind, *_ = (manifest[name] for name in ("kind", "format_version", "sha256"))
         _ = [manifest["source"][name] for name in ("sha256", "is_pinned")]
     except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise InputError(
-            f"{path}: not HellaSwag's ({type(error).__name__}: {error}); remove it or use another directory"
-        ) from error
+        fault = f"not HellaSwag's ({type(error).__name__}: {error})"
+        raise InputError(f"{path}: {fault}; remove it or use another directory") from error
     if kind != KIND:
         raise InputError(f"{path}: of {kind!r:.40}, not of {KIND}; use another directory")
     return manifest
@@ -182,10 +174,7 @@ def _item(row: Any, *, may_be_empty: bool) -> Item:
 
 def prepare(options: Options) -> int:
     """Run the whole command and return the number of items. A refused input leaves finished data untouched."""
-    with reading_from(options.out):
-        out = options.out.resolve() if options.out.is_symlink() else options.out
-    if not out.name:
-        raise InputError(f"--out {out}: give the directory a name of its own")
+    out = named_directory(options.out)
     sha256 = _sha256_of_input(options)
     if (num_items := _count_existing(out, sha256, options)) is not None:
         print(f"{out}: {num_items:,} items, already complete, nothing to do")
@@ -200,17 +189,9 @@ def prepare(options: Options) -> int:
         lines = (json.dumps(dataclasses.asdict(item)).encode() + b"\n" for item in items)
         items_sha256 = write_blocks_atomically(partial / ITEMS, lines)
         source = {"url": SOURCE.url if is_pinned else None, "name": path.name, "sha256": sha256, "is_pinned": is_pinned}
-        write_json_atomically(
-            partial / MANIFEST,
-            {
-                "kind": KIND,
-                "format_version": FORMAT_VERSION,
-                "source": source,
-                "file": ITEMS,
-                "items": len(items),
-                "sha256": items_sha256,
-            },
-        )
+        manifest = {"kind": KIND, "format_version": FORMAT_VERSION, "source": source}
+        manifest |= {"file": ITEMS, "items": len(items), "sha256": items_sha256}
+        write_json_atomically(partial / MANIFEST, manifest)
         put_in_place(partial, out)
     origin = "the pinned validation set" if is_pinned else f"of {path}, which is not the pinned file"
     print(f"{out}: {len(items):,} items, {origin}; sha256 {items_sha256[:16]}")
@@ -219,15 +200,14 @@ def prepare(options: Options) -> int:
 
 def _sha256_of_input(options: Options) -> str:
     """Return the hash of the input. Raise InputError if it is not the pinned file, unless --accept-other."""
-    pinned = str(SOURCE.sha256)
-    sha256 = pinned
+    sha256 = pinned = str(SOURCE.sha256)
     if options.input is not None:
         with reading_from(options.input):
             if not options.input.is_file():
                 raise InputError(f"{options.input}: no such file (--input)")
             sha256 = sha256_of_file(options.input)
     if sha256 == pinned and options.accept_other:
-        print("hellaswag: warning: --accept-other has no effect: it is the pinned file", file=sys.stderr, flush=True)
+        warn("hellaswag", "--accept-other has no effect: it is the pinned file")
     if sha256 != pinned and not options.accept_other:
         raise InputError(
             f"{options.input}: its sha256 is {sha256[:16]}..., not {pinned[:16]}... of the full validation set; "
@@ -239,7 +219,7 @@ def _sha256_of_input(options: Options) -> str:
 def _count_existing(out: Path, sha256: str, options: Options) -> int | None:
     """Return the number of items in --out if it holds this input; None if --out is free or is to be replaced."""
     with reading_from(out):
-        if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        if is_free(out):
             return None
         if not (out / MANIFEST).is_file():
             raise InputError(f"--out {out}: exists and is no HellaSwag directory; choose another or remove it")
@@ -248,7 +228,7 @@ def _count_existing(out: Path, sha256: str, options: Options) -> int | None:
         return None
     if manifest["source"]["sha256"] != sha256:
         raise InputError(f"--out {out}: made of another file; choose another or use --overwrite")
-    return len(read_items(out))
+    return len(open_items(out).items)
 
 
 def main(args: list[str] | None = None) -> None:

@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,11 @@ class SplitInfo:
     tokens: int
     documents: int
     stream_sha256: str
+
+    @classmethod
+    def of(cls, shards: Sequence[ShardInfo], stream_sha256: str) -> "SplitInfo":
+        tokens, documents = (sum(getattr(shard, name) for shard in shards) for name in ("tokens", "documents"))
+        return cls(tuple(shards), tokens, documents, stream_sha256)
 
 
 @dataclass(frozen=True)
@@ -92,12 +98,7 @@ def read_manifest(directory: Path) -> Manifest:
                 "prepare the data again, with --overwrite"
             )
         splits = {
-            name: SplitInfo(
-                shards=tuple(ShardInfo(**shard) for shard in split["shards"]),
-                tokens=split["tokens"],
-                documents=split["documents"],
-                stream_sha256=split["stream_sha256"],
-            )
+            name: SplitInfo(**split | {"shards": tuple(ShardInfo(**shard) for shard in split["shards"])})
             for name, split in raw["splits"].items()
         }
         manifest = Manifest(raw["source"], raw["options"], raw["tokenizer"], splits)

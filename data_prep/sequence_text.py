@@ -11,7 +11,7 @@ import numpy as np
 
 from common.errors import InputError
 from data_prep.manifest import Manifest, open_split
-from data_prep.shards import Shard, TokenStream
+from data_prep.shards import TokenStream
 from data_prep.tokenizer import EOT, Tokenizer
 
 
@@ -33,31 +33,16 @@ def show_sequences(
             f"--sequence {' '.join(map(str, unknown))}: {split} has {count} sequences of --seq-len {seq_len}, "
             "numbered from 0"
         )
-    shards = [manifest.open_shard(directory, info) for info in manifest.splits[split].shards]
     for sequence in sequences:
         start = sequence * seq_len
-        ranges = ranges_in_shards(shards, start, start + seq_len + 1)
-        documents = sum(documents_in(shard, begin, end) for shard, begin, end in ranges)
+        ranges = stream.ranges(start, start + seq_len + 1)
+        documents = 0
+        for shard, begin, end in ranges:
+            starts = shard.document_starts()
+            documents += int(np.count_nonzero((starts >= begin) & (starts < end)))
         shard, begin, _ = ranges[0]
         print(f"sequence {sequence}: {shard.path} from token {begin}, {documents} documents begin in it")
         print(text_of(stream, start, start + seq_len + 1, tokenizer, f"sequence {sequence}"))
-
-
-def ranges_in_shards(shards: Sequence[Shard], start: int, stop: int) -> list[tuple[Shard, int, int]]:
-    """Return the ranges that tokens [start, stop) of the stream take in its shards: (shard, begin, end)."""
-    ranges = []
-    for shard in shards:
-        begin, end = max(start, 0), min(stop, len(shard.tokens))
-        if begin < end:
-            ranges.append((shard, begin, end))
-        start, stop = start - len(shard.tokens), stop - len(shard.tokens)
-    return ranges
-
-
-def documents_in(shard: Shard, begin: int, end: int) -> int:
-    """Return how many documents start at tokens [begin, end) of the shard."""
-    starts = shard.document_starts()
-    return int(np.count_nonzero((starts >= begin) & (starts < end)))
 
 
 def text_of(stream: TokenStream, start: int, stop: int, tokenizer: Tokenizer, name: str) -> str:

@@ -17,7 +17,6 @@ import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Literal, get_args
 
 import numpy as np
@@ -56,18 +55,23 @@ class ShardInfo:
             raise TypeError(f"unknown format {self.format!r} of {self.file}")
 
 
+def check_shard_tokens(shard_tokens: int) -> None:
+    """Raise InputError unless the header can state so many tokens."""
+    if not 0 < shard_tokens < 2**31:
+        raise InputError(f"--shard-tokens {shard_tokens} must be between 1 and {2**31 - 1}")
+
+
 class ShardWriter:
     """A writer that cuts one split's token stream into shards of exactly `shard_tokens`; the last may be shorter.
 
-    Use it as a context manager: `close` runs only if the body succeeded, so an interrupted write leaves temporary
-    files and never a shard that looks finished. `shards` and `stream_sha256` are final after `close`.
+    Use it as a context manager: the last shard is written only if the body succeeded, so an interrupted write never
+    leaves a shard that looks finished. `shards` and `stream_sha256` are final afterwards.
     """
 
     def __init__(self, directory: Path, split: str, *, vocab_size: int, eot_id: int | None, shard_tokens: int) -> None:
         if not 0 < vocab_size <= MAX_VOCAB_SIZE:
             raise InputError(f"vocabulary of {vocab_size} does not fit uint16 shards (at most {MAX_VOCAB_SIZE})")
-        if not 0 < shard_tokens < 2**31:
-            raise InputError(f"--shard-tokens {shard_tokens} must be between 1 and {2**31 - 1}")
+        check_shard_tokens(shard_tokens)
         self.directory = directory
         self.split = split
         self.shards: list[ShardInfo] = []
@@ -99,11 +103,6 @@ class ShardWriter:
             if self._buffered == self._shard_tokens:
                 self._write_shard()
 
-    def close(self) -> None:
-        """Write the remaining tokens as the last, shorter shard."""
-        if self._buffered:
-            self._write_shard()
-
     @property
     def stream_sha256(self) -> str:
         """The hash of the tokens alone, which does not depend on the shards' size."""
@@ -112,11 +111,9 @@ class ShardWriter:
     def __enter__(self) -> "ShardWriter":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if kind is None:
-            self.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None and self._buffered:
+            self._write_shard()  # the remaining tokens
 
     def _bytes_of(self, header: npt.NDArray[np.int32]) -> Iterator[bytes | memoryview]:
         yield header.tobytes()
@@ -131,17 +128,9 @@ class ShardWriter:
         header[:6] = MAGIC, VERSION, self._buffered, self._vocab_size, eot, len(starts)
         bin_hash = write_blocks_atomically(self.directory / f"{name}.bin", self._bytes_of(header))
         idx_hash = write_blocks_atomically(self.directory / f"{name}.idx", [starts.tobytes()])
-        self.shards.append(
-            ShardInfo(
-                file=f"{name}.bin",
-                format="ladder",
-                tokens=self._buffered,
-                documents=len(starts),
-                bytes=HEADER_BYTES + 2 * self._buffered,
-                sha256=bin_hash,
-                idx_sha256=idx_hash,
-            )
-        )
+        num_bytes = HEADER_BYTES + 2 * self._buffered
+        info = ShardInfo(f"{name}.bin", "ladder", self._buffered, len(starts), num_bytes, bin_hash, idx_hash)
+        self.shards.append(info)
         self._blocks, self._starts, self._buffered = [], [], 0
 
 
@@ -210,9 +199,8 @@ def _map_with_header(path: Path) -> Shard:
         raise InputError(f"{path}: not a token shard (header {magic}, {version}; expected {MAGIC}, {VERSION})")
     expected = HEADER_BYTES + 2 * num_tokens
     if size != expected:
-        raise InputError(
-            f"{path}: truncated or altered: {size} bytes, but its header's {num_tokens} tokens make {expected}"
-        )
+        fault = f"{size} bytes, but its header's {num_tokens} tokens make {expected}"
+        raise InputError(f"{path}: truncated or altered: {fault}")
     tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(num_tokens,))
     if vocab_size == 0:
         return Shard(path, tokens, 0, None, documents, "llm.c")
@@ -231,18 +219,23 @@ class TokenStream:
     def __len__(self) -> int:
         return self._num_tokens
 
-    def read(self, start: int, stop: int) -> Tokens:
-        """Return tokens [start, stop) as uint16 [stop - start]; the range must lie within the stream."""
+    def ranges(self, start: int, stop: int) -> list[tuple[Shard, int, int]]:
+        """Return the ranges of shards that hold tokens [start, stop), as (shard, begin, end)."""
         assert 0 <= start <= stop <= self._num_tokens, (start, stop, self._num_tokens)
         first = int(np.searchsorted(self._ends, start, side="right"))
-        pieces: list[Tokens] = []
-        for shard, end in zip(self._shards[first:], self._ends[first:], strict=True):
+        ranges = []
+        for shard, shard_end in zip(self._shards[first:], self._ends[first:], strict=True):
             if start >= stop:
                 break
-            begin = int(end) - len(shard.tokens)
-            piece = shard.tokens[start - begin : stop - begin]
-            pieces.append(piece)
-            start += len(piece)
+            offset = int(shard_end) - len(shard.tokens)
+            end = min(stop - offset, len(shard.tokens))
+            ranges.append((shard, start - offset, end))
+            start = offset + end
+        return ranges
+
+    def read(self, start: int, stop: int) -> Tokens:
+        """Return tokens [start, stop) as uint16 [stop - start]; the range must lie within the stream."""
+        pieces = [shard.tokens[begin:end] for shard, begin, end in self.ranges(start, stop)]
         if len(pieces) == 1:
             return np.asarray(pieces[0])
         return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.uint16)

@@ -7,10 +7,9 @@
 Presets (hub/corpora.py): tinyshakespeare, tinystories and openwebtext-1of80, whose files are downloaded and checked,
 and openwebtext, which checks the 80 files that --input gives.
 
-100 MB of short stories with `gpt2` take 12 s in one process and 7.6 s in two on two cores, with 0.16 GB of memory
-each; with `char` 6.5 s (one process, limited by the disk). One document of 100 MB takes 14 s and 0.42 GB with `gpt2`,
-4 s and 0.34 GB with `char`. The disk must hold twice the output during the preparation. Tiny Shakespeare with `char`
-gives 1,003,854 training and 111,540 validation tokens.
+100 MB of short stories take 12 s with `gpt2` in one process, 7.6 s in two (two cores, 0.16 GB each), and 6.5 s with
+`char`; as one document 14 s and 0.42 GB, 4 s and 0.34 GB. The disk must hold twice the output during the preparation.
+Tiny Shakespeare with `char` gives 1,003,854 training and 111,540 validation tokens.
 
 Input: plain text, .jsonl and .parquet (one document per row, its text in --text-column), .txt.gz and .jsonl.gz, and
 folders of these. A plain file is one document, unless --split-documents-on names the separator of its documents. Every
@@ -26,6 +25,8 @@ changed since, or of other options, are made again.
 """
 
 import dataclasses
+import functools
+import itertools
 import sys
 import time
 from dataclasses import dataclass
@@ -35,24 +36,22 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.errors import InputError, one_line_errors, reading_from
+from common.errors import InputError, one_line_errors, warn
+from common.files import sha256_of_json
 from data_prep.hub.corpora import CORPORA
 from data_prep.hub.download import fetch
 from data_prep.manifest import Manifest
-from data_prep.pipeline.encode import (
-    EncodeTask,
-    Part,
-    Survey,
-    SurveyTask,
-    describe_file,
-    make_parts,
-    sha256_of_json,
-    survey_unit,
+from data_prep.pipeline.encode import EncodeTask, Survey, describe_file, make_parts, survey_unit
+from data_prep.pipeline.pack import pack_split
+from data_prep.pipeline.partial_dir import (
+    PARTS,
+    existing_data,
+    free_other_parts,
+    named_directory,
+    put_in_place,
+    unfinished_directory,
 )
-from data_prep.pipeline.pack import pack_split, parts_in_turn
-from data_prep.pipeline.partial_dir import PARTS, existing_data, free_other_parts, put_in_place, unfinished_directory
 from data_prep.pipeline.sources import (
-    FileState,
     InputFile,
     Reading,
     Unit,
@@ -61,9 +60,12 @@ from data_prep.pipeline.sources import (
     is_one_document,
     plan_units,
     read_documents,
+    warn_of_marks,
+    warn_of_reading,
 )
 from data_prep.pipeline.workers import Progress, Workers, available_cores
-from data_prep.tokenizer import EOT, Tokenizer, make_tokenizer
+from data_prep.shards import check_shard_tokens
+from data_prep.tokenizer import make_tokenizer
 
 # With less input, starting processes (0.5 s) costs more than it saves.
 FEW_BYTES = 2**24
@@ -129,29 +131,19 @@ def find_source(options: Options, preset: str | None) -> Source:
         raise InputError("--input needs at least one file or folder, or python-docs")
     train_files, train_warnings = find_files(train)
     val_files, val_warnings = find_files(val, "--val-input")
-    source = Source(train_files, val_files, reading, urls)
-    warnings = train_warnings + val_warnings
-    kinds = {file.kind for file in source.files}
-    if reading.split_on is not None and "text" not in kinds:
-        warnings.append("--split-documents-on has no effect: no plain text among the files")
-    if reading.text_column != "text" and not kinds & {"jsonl", "parquet"}:
-        warnings.append("--text-column has no effect: no .jsonl or .parquet among the files")
-    for warning in warnings:
-        print(f"textfiles: warning: {warning}", file=sys.stderr, flush=True)
-    return source
+    for warning in train_warnings + val_warnings:
+        warn("textfiles", warning)
+    warn_of_reading("textfiles", reading, train_files + val_files)
+    return Source(train_files, val_files, reading, urls)
 
 
 def download(preset: str, folder: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Download a preset's files into `folder`; return the paths of its train and val splits.
-
-    Raise InputError, before any download, if a file has no pinned hash.
-    """
+    """Download a preset's files into `folder`, if all have a pinned hash; return the paths of train and val."""
     corpus = CORPORA[preset]
-    paths = {}
-    for file in corpus.train + corpus.val:
+    paths = {file: folder / f"{preset}-{file.name}" for file in corpus.train + corpus.val}
+    for file in paths:
         if file.sha256 is None:
             raise InputError(f"no sha256 is pinned for {file.url}; fetch {preset}'s files and give them with --input")
-        paths[file] = folder / f"{preset}-{file.name}"
     for file, path in paths.items():
         fetch(file.url, str(file.sha256), path, Progress("download", file.num_bytes or 0))
     train, val = (tuple(str(paths[file]) for file in files) for files in (corpus.train, corpus.val))
@@ -159,10 +151,7 @@ def download(preset: str, folder: Path) -> tuple[tuple[str, ...], tuple[str, ...
 
 
 def check_pins(preset: str, described: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the descriptions of the files, with the preset's names for them.
-
-    Raise InputError if they are not the preset's files.
-    """
+    """Return the descriptions of the files, with the preset's names; raise InputError if they are other files."""
     corpus = CORPORA[preset]
     pinned = corpus.train + corpus.val
     if len(described) != len(pinned):
@@ -178,23 +167,18 @@ def check_pins(preset: str, described: list[dict[str, Any]]) -> list[dict[str, A
 
 def survey(units: list[Unit], options: Options, source: Source, workers: Workers) -> list[Survey]:
     """Read all units once: find every fault, and the counts that place the cut, before anything is written."""
-    with_alphabet = options.tokenizer == "char"
-    tasks = [SurveyTask(unit, source.reading, with_alphabet) for unit in units]
-    surveys: dict[int, Survey] = {}
+    survey_one = functools.partial(survey_unit, reading=source.reading, with_alphabet=options.tokenizer == "char")
     progress = Progress("survey", sum(unit.num_bytes for unit in units))
-    for index, result in workers.run(survey_unit, tasks):
-        surveys[index] = result
-        progress.add(units[index].num_bytes, result.documents)
-    return [result for _, result in sorted(surveys.items())]
+    return workers.map(survey_one, units, lambda unit, result: progress.add(unit.num_bytes, result.documents))
 
 
 def divide(
-    units: list[Unit], surveys: list[Survey], options: Options, reading: Reading
+    units: list[Unit], surveys: list[Survey], val_fraction: float, reading: Reading
 ) -> tuple[list[Unit], list[Unit]]:
     """Return the units of train and of val. The unit that is cut is in both, with a different part in each."""
     num_characters = sum(result.characters for result in surveys)
-    cut = int(num_characters * (1 - options.val_fraction))
-    refusal = f"--val-fraction {options.val_fraction} of {num_characters} characters leaves a split empty"
+    cut = int(num_characters * (1 - val_fraction))
+    refusal = f"--val-fraction {val_fraction} of {num_characters} characters leaves a split empty"
     if not 0 < cut < num_characters:
         raise InputError(refusal)
     index = start = 0
@@ -221,13 +205,6 @@ def document_at(unit: Unit, reading: Reading, character: int) -> tuple[int, int]
     raise AssertionError(f"{unit} has only {before} characters")
 
 
-def warn_of_marks(eot_marks: int, options: Options) -> None:
-    """Warn of separators left in the text: training takes them for ordinary characters."""
-    if eot_marks:
-        advice = "" if options.split_documents_on else f"; --split-documents-on '{EOT}' makes documents of it"
-        print(f"textfiles: warning: the text contains '{EOT}' {eot_marks} times{advice}", file=sys.stderr, flush=True)
-
-
 def byte_options(options: Options) -> dict[str, Any]:
     """Return the options that change the bytes. The manifest records tokenizer and files by their hashes."""
     return {
@@ -238,55 +215,20 @@ def byte_options(options: Options) -> dict[str, Any]:
     }
 
 
-def describe_source(described: list[dict[str, Any]], surveys: list[Survey], source: Source) -> dict[str, Any]:
-    """Return the manifest's `source`."""
-    num_train = len(source.train)
-    lists = {"files": described[:num_train], "val_files": described[num_train:], "urls": source.urls}
-    num_empty = sum(result.empty_documents for result in surveys)
-    return {name: value for name, value in lists.items() if value} | {"empty_documents": num_empty}
-
-
-def encode(
-    units: list[Unit],
-    hashes: dict[InputFile, tuple[str, FileState]],
-    partial: Path,
-    tokenizer: Tokenizer,
-    source: Source,
-    workers: Workers,
-) -> list[Part]:
-    """Return every unit's part, in order. Equal units (a file that is given twice) share one."""
-    tokenizer.save(partial)
-    tokenizer_hash = sha256_of_json(tokenizer.describe())
-    tasks = [
-        EncodeTask(unit, source.reading, *hashes[unit.file], partial, tokenizer_hash, partial / PARTS) for unit in units
-    ]
-    free_other_parts(partial, {task.stem for task in tasks})
-    return make_parts(tasks, workers, "textfiles")
-
-
 def check_options(options: Options) -> None:
     if not 0 < options.val_fraction < 1:
         raise InputError(f"--val-fraction {options.val_fraction} must lie between 0 and 1")
-    if not 0 < options.shard_tokens < 2**31:
-        raise InputError(f"--shard-tokens {options.shard_tokens} must be between 1 and {2**31 - 1}")
+    check_shard_tokens(options.shard_tokens)
     if options.split_documents_on == "":
         raise InputError("--split-documents-on needs at least one character")
     if options.workers is not None and options.workers < 1:
         raise InputError(f"--workers {options.workers} must be at least 1")
-    if not options.out.name:
-        raise InputError(f"--out {options.out}: give the data directory a name of its own")
 
 
 def prepare(options: Options, preset: str | None = None) -> Manifest:
-    """Make the data directory of the options, or of a preset's files; return its manifest.
-
-    Raise InputError if the input is bad; finished data then stays as it was.
-    """
+    """Make the data directory of the options, or of a preset's files. Bad input leaves finished data as it was."""
     check_options(options)
-    with reading_from(options.out):
-        is_link = options.out.is_symlink()
-    if is_link:  # make or replace the target, not the link
-        options = dataclasses.replace(options, out=options.out.resolve())
+    options = dataclasses.replace(options, out=named_directory(options.out))
     started = time.perf_counter()
     source = find_source(options, preset)
     states = {file: file_state(file) for file in source.files}
@@ -296,18 +238,20 @@ def prepare(options: Options, preset: str | None = None) -> Manifest:
     units = train + val
     processes = num_workers(options, units)
     with Workers(processes) as workers:
-        described = [result for _, result in sorted(workers.run(describe_file, source.files))]
+        described = workers.map(describe_file, source.files)
         if preset is not None:
             described = check_pins(preset, described)
         surveys = survey(units, options, source, workers)
-        warn_of_marks(sum(result.eot_marks for result in surveys), options)
+        warn_of_marks("textfiles", sum(result.eot_marks for result in surveys), source.reading)
     if not source.val:
-        train, val = divide(units, surveys, options, source.reading)
+        train, val = divide(units, surveys, options.val_fraction, source.reading)
     elif not all(sum(result.characters for result in part) for part in (surveys[: len(train)], surveys[len(train) :])):
         raise InputError("--input and --val-input must both hold text")
     alphabet = "".join(sorted(set().union(*(result.alphabet for result in surveys))))
     tokenizer = make_tokenizer(options.tokenizer, alphabet)
-    record = describe_source(described, surveys, source)
+    num_train, num_empty = len(source.train), sum(result.empty_documents for result in surveys)
+    lists = {"files": described[:num_train], "val_files": described[num_train:], "urls": source.urls}
+    record = {name: value for name, value in lists.items() if value} | {"empty_documents": num_empty}
 
     def existing() -> Manifest | None:
         recorded = byte_options(options)
@@ -319,21 +263,23 @@ def prepare(options: Options, preset: str | None = None) -> Manifest:
     with unfinished_directory(options.out) as partial:
         if existing() is not None:
             raise InputError(f"--out {options.out}: another process has made it meanwhile")
-        hashes = {file: (result["sha256"], states[file]) for file, result in zip(source.files, described, strict=True)}
+        tokenizer.save(partial)
+        tokenizer_hash = sha256_of_json(tokenizer.describe())
+        hashes = {file: result["sha256"] for file, result in zip(source.files, described, strict=True)}
+        tasks = [
+            EncodeTask(unit, source.reading, hashes[file], states[file], partial, tokenizer_hash, partial / PARTS)
+            for unit in train + val
+            for file in [unit.file]
+        ]
+        free_other_parts(partial, {task.stem for task in tasks})
         # A second pool, so that its processes are gone before a failure clears the directory.
         with Workers(processes) as workers:
-            parts = encode(train + val, hashes, partial, tokenizer, source, workers)
-        splits = {
-            name: pack_split(
-                partial,
-                name,
-                parts_in_turn(split_parts),
-                num_tokens=sum(part.tokens for part in split_parts),
-                tokenizer=tokenizer,
-                shard_tokens=options.shard_tokens,
-            )
-            for name, split_parts in (("train", parts[: len(train)]), ("val", parts[len(train) :]))
-        }
+            parts = make_parts(tasks, workers, "textfiles")
+        splits = {}
+        for name, split_parts in (("train", parts[: len(train)]), ("val", parts[len(train) :])):
+            blocks = itertools.chain.from_iterable(part.blocks() for part in split_parts)
+            num_tokens = sum(part.tokens for part in split_parts)
+            splits[name] = pack_split(partial, name, blocks, num_tokens, tokenizer, options.shard_tokens)
         manifest = Manifest(record, byte_options(options), tokenizer.describe(), splits)
         manifest.write(partial)
         put_in_place(partial, options.out)
@@ -368,13 +314,8 @@ def parse(args: list[str]) -> tuple[Options, str | None]:
     if args[0] not in CORPORA:
         raise InputError(f"no preset {args[0]!r}, only {', '.join(CORPORA)}; files are given with --input")
     corpus = CORPORA[args[0]]
-    default = Options(
-        input=(),
-        out=Path("data") / args[0],
-        tokenizer=corpus.tokenizer,
-        val_fraction=corpus.val_fraction,
-        split_documents_on=corpus.split_documents_on,
-    )
+    default = Options((), Path("data") / args[0], corpus.tokenizer, corpus.val_fraction)
+    default = dataclasses.replace(default, split_documents_on=corpus.split_documents_on)
     return tyro.cli(Options, args=args[1:], default=default, description=__doc__), args[0]
 
 

@@ -9,7 +9,7 @@ import functools
 import hashlib
 import json
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,7 +18,7 @@ import numpy.typing as npt
 import tiktoken
 
 from common.errors import InputError, reading_from
-from common.files import write_atomically, write_json_atomically
+from common.files import sha256_of_json, write_atomically, write_json_atomically
 from data_prep.shards import MAX_VOCAB_SIZE
 
 FOLDER = "tokenizer"
@@ -63,7 +63,10 @@ class Tokenizer(Protocol):
 
     def save(self, directory: Path) -> None:
         """Write the tokenizer's files into directory/tokenizer."""
-        ...
+        (directory / FOLDER).mkdir(parents=True, exist_ok=True)
+        description = self.describe()
+        content = description | {"check": sha256_of_json(description)}
+        write_json_atomically(directory / FOLDER / DESCRIPTION_FILE, content)
 
 
 def encode_or_fault(tokenizer: Tokenizer, text: str) -> Ids | InputError:
@@ -104,8 +107,10 @@ def _code_points(text: str) -> Iterator[tuple[int, npt.NDArray[np.uint32]]]:
         yield begin, np.frombuffer(block.encode("utf-32-le", "surrogatepass"), dtype="<u4")
 
 
-class CharTokenizer:
+class CharTokenizer(Tokenizer):
     """A tokenizer with one id per character, in code-point order. `itos` is the alphabet, `stoi` its inverse."""
+
+    eot_id = None
 
     def __init__(self, alphabet: str) -> None:
         if len(alphabet) > MAX_VOCAB_SIZE:
@@ -123,10 +128,6 @@ class CharTokenizer:
     @property
     def vocab_size(self) -> int:
         return len(self.itos)
-
-    @property
-    def eot_id(self) -> None:
-        return None
 
     def encode(self, text: str) -> Ids:
         ids = np.empty(len(text), dtype=np.uint16)
@@ -148,28 +149,14 @@ class CharTokenizer:
 
     def describe(self) -> dict[str, Any]:
         sha256 = hashlib.sha256(self.itos.encode("utf-8")).hexdigest()
-        return {
-            "kind": "char",
-            "vocab_size": self.vocab_size,
-            "eot_id": None,
-            "sha256": sha256,
-            "alphabet": self.itos,
-        }
-
-    def save(self, directory: Path) -> None:
-        _save_description(self, directory)
+        return {"kind": "char", "vocab_size": self.vocab_size, "eot_id": None, "sha256": sha256, "alphabet": self.itos}
 
 
-class ByteTokenizer:
+class ByteTokenizer(Tokenizer):
     """A tokenizer with one id per UTF-8 byte: 256 ids, no training, any text."""
 
-    @property
-    def vocab_size(self) -> int:
-        return 256
-
-    @property
-    def eot_id(self) -> None:
-        return None
+    vocab_size = 256
+    eot_id = None
 
     def encode(self, text: str) -> Ids:
         try:
@@ -187,12 +174,13 @@ class ByteTokenizer:
         sha256 = hashlib.sha256(bytes(range(256))).hexdigest()
         return {"kind": "byte", "vocab_size": 256, "eot_id": None, "sha256": sha256}
 
-    def save(self, directory: Path) -> None:
-        _save_description(self, directory)
 
+class BpeTokenizer(Tokenizer):
+    """A byte-pair tokenizer, served by tiktoken. EOT is the id after the last rank; `encode` never produces it.
 
-class BpeTokenizer:
-    """A byte-pair tokenizer, served by tiktoken. EOT is the id after the last rank; `encode` never produces it."""
+    ranks: the id of every token but EOT, by its bytes. pattern: the regular expression that splits text into words; no
+    token crosses a word.
+    """
 
     def __init__(self, ranks: dict[bytes, int], *, name: str, pattern: str = GPT2_PATTERN) -> None:
         if sorted(ranks.values()) != list(range(len(ranks))):
@@ -205,29 +193,18 @@ class BpeTokenizer:
         if missing:
             raise InputError(f"{name}: no rank for byte {missing[0]}, so some text could not be encoded")
         self.name = name
-        self._pattern = pattern
-        self._ranks = ranks
-        self._encoding = tiktoken.Encoding(
-            name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={EOT: len(ranks)}
-        )
+        self.pattern = pattern
+        self.ranks = ranks
+        eot = {EOT: len(ranks)}
+        self._encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=eot)
 
     @property
     def vocab_size(self) -> int:
-        return len(self._ranks) + 1
+        return len(self.ranks) + 1
 
     @property
     def eot_id(self) -> int:
-        return len(self._ranks)
-
-    @property
-    def ranks(self) -> Mapping[bytes, int]:
-        """The id of every token but EOT, by its bytes."""
-        return self._ranks
-
-    @property
-    def pattern(self) -> str:
-        """The regular expression that splits text into words; no token crosses a word."""
-        return self._pattern
+        return len(self.ranks)
 
     def encode(self, text: str) -> Ids:
         try:
@@ -244,7 +221,7 @@ class BpeTokenizer:
 
     def byte_lengths(self) -> npt.NDArray[np.int64]:
         lengths = np.zeros(self.vocab_size, dtype=np.int64)
-        for token, index in self._ranks.items():
+        for token, index in self.ranks.items():
             lengths[index] = len(token)
         return lengths
 
@@ -255,30 +232,19 @@ class BpeTokenizer:
             "vocab_size": self.vocab_size,
             "eot_id": self.eot_id,
             "sha256": hashlib.sha256(self._rank_lines.encode("ascii")).hexdigest(),
-            "pattern": self._pattern,
+            "pattern": self.pattern,
         }
 
     def save(self, directory: Path) -> None:
         (directory / FOLDER).mkdir(parents=True, exist_ok=True)
         write_atomically(directory / FOLDER / RANKS_FILE, self._rank_lines)
-        _save_description(self, directory)
+        super().save(directory)
 
     @functools.cached_property
     def _rank_lines(self) -> str:
-        in_order = sorted(self._ranks, key=self._ranks.__getitem__)
+        in_order = sorted(self.ranks, key=self.ranks.__getitem__)
         encoded = (binascii.b2a_base64(token, newline=False).decode("ascii") for token in in_order)
         return "".join(f"{token} {rank}\n" for rank, token in enumerate(encoded))
-
-
-def _save_description(tokenizer: Tokenizer, directory: Path) -> None:
-    (directory / FOLDER).mkdir(parents=True, exist_ok=True)
-    description = tokenizer.describe()
-    content = description | {"check": _hash_of(description)}
-    write_json_atomically(directory / FOLDER / DESCRIPTION_FILE, content)
-
-
-def _hash_of(description: dict[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(description, sort_keys=True).encode("ascii")).hexdigest()
 
 
 def load_tokenizer(directory: Path) -> Tokenizer:
@@ -292,7 +258,7 @@ def load_tokenizer(directory: Path) -> Tokenizer:
     tokenizer: Tokenizer
     try:
         description = json.loads(content.decode("utf-8"))
-        if description.pop("check") != _hash_of(description):
+        if description.pop("check") != sha256_of_json(description):
             raise InputError(f"{path}: was altered since it was written")
         match description["kind"]:
             case "char":

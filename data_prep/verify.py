@@ -26,7 +26,7 @@ if not __package__:
 import numpy as np
 import tyro
 
-from common.errors import InputError, one_line_errors, reading_from
+from common.errors import InputError, one_line_errors, reading_from, warn
 from common.files import sha256_of_file
 from common.former_flags import refuse_former_flags
 from data_prep.adopt import add_tokens, adopt
@@ -126,47 +126,37 @@ def print_samples(directory: Path, manifest: Manifest, tokenizer: Tokenizer, num
             print(f"{name} at {int(start):,}: {tokenizer.decode_bytes(ids).decode('utf-8', errors='replace')!r}")
 
 
-def adopt_directory(options: Options) -> None:
-    """Adopt the token files in the directory and say whether they were adopted before."""
-    if options.tokenizer in (None, "char"):
-        raise InputError("--adopt needs the --tokenizer that made the ids: gpt2, byte, a rank file or a saved folder")
-    tokenizer = make_tokenizer(options.tokenizer, "")
-    is_new = adopt(options.directory, tokenizer)
-    print(f"{options.directory}: {'adopted' if is_new else 'already adopted, nothing to do'}")
-
-
-def settings_without_effect(options: Options) -> list[str]:
-    """Return a warning for each flag that has no effect with the other flags."""
+def warn_of_idle_flags(options: Options) -> None:
+    """Warn of each flag that has no effect with the other flags."""
     idle_flags = {
         "--tokenizer has no effect without --adopt": options.tokenizer is not None and not options.adopt,
         "--samples has no effect with --sequence": options.samples != Options.samples and bool(options.sequence),
         "--seq-len has no effect without --sequence": options.seq_len != Options.seq_len and not options.sequence,
         "--split has no effect without --sequence": options.split != Options.split and not options.sequence,
     }
-    return [warning for warning, is_idle in idle_flags.items() if is_idle]
+    for warning, is_idle in idle_flags.items():
+        if is_idle:
+            warn("verify", warning)
 
 
 def main(args: list[str] | None = None) -> None:
     with one_line_errors("verify"):
         refuse_former_flags(sys.argv[1:] if args is None else args)
         options = tyro.cli(Options, args=args, description=__doc__)
-        for line in settings_without_effect(options):
-            print(f"verify: warning: {line}", file=sys.stderr, flush=True)
+        warn_of_idle_flags(options)
         if options.adopt and options.sequence:
             raise InputError("--adopt and --sequence cannot be combined: adopt first, then print sequences")
         if options.adopt:
-            adopt_directory(options)
+            if options.tokenizer in (None, "char"):
+                made_by = "gpt2, byte, a rank file or a saved folder"
+                raise InputError(f"--adopt needs the --tokenizer that made the ids: {made_by}")
+            is_new = adopt(options.directory, make_tokenizer(options.tokenizer, ""))
+            print(f"{options.directory}: {'adopted' if is_new else 'already adopted, nothing to do'}")
         manifest = read_manifest(options.directory)
         tokenizer = load_tokenizer(options.directory)
         if options.sequence:
-            show_sequences(
-                options.directory,
-                manifest,
-                tokenizer,
-                split=options.split,
-                sequences=options.sequence,
-                seq_len=options.seq_len,
-            )
+            directory, split, seq_len = options.directory, options.split, options.seq_len
+            show_sequences(directory, manifest, tokenizer, split=split, sequences=options.sequence, seq_len=seq_len)
             return
         faults = faults_of(options.directory, manifest, tokenizer)
         if faults:

@@ -10,6 +10,9 @@ from dataclasses import dataclass
 CHAR_RNN = "https://raw.githubusercontent.com/karpathy/char-rnn/6f9487a6fe5b420b7ca9afb0d7c078e37c1d1b4e"
 TINYSTORIES = "https://huggingface.co/datasets/roneneldan/TinyStories/resolve/f54c09fd23315a6f9c86f9dc80f725de7d8f9c64"
 OPENWEBTEXT = "https://huggingface.co/datasets/Skylion007/openwebtext/resolve/79d93d786212f7344586290adb811d4ae6a1762c"
+TINYSHAKESPEARE_SHA256 = "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"
+TINYSTORIES_TRAIN_SHA256 = "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443"
+TINYSTORIES_VALID_SHA256 = "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d"
 OPENWEBTEXT_FIRST_SHA256 = "caed9f4b7053d7cd4d1a13ce9ec9224d84a3bba1f11579193562a7e31ebe656e"
 
 
@@ -45,30 +48,12 @@ def _openwebtext(numbers: range) -> tuple[RemoteFile, ...]:
 
 CORPORA = {
     "tinyshakespeare": Corpus(
-        train=(
-            RemoteFile(
-                f"{CHAR_RNN}/data/tinyshakespeare/input.txt",
-                "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
-                1_115_394,
-            ),
-        ),
+        (RemoteFile(f"{CHAR_RNN}/data/tinyshakespeare/input.txt", TINYSHAKESPEARE_SHA256, 1_115_394),),
         tokenizer="char",
     ),
     "tinystories": Corpus(
-        train=(
-            RemoteFile(
-                f"{TINYSTORIES}/TinyStoriesV2-GPT4-train.txt",
-                "6418d412de72888f52b5142c761ac21a582f7d1166f0bfbdb5f03ccfdec90443",
-                2_227_753_162,
-            ),
-        ),
-        val=(
-            RemoteFile(
-                f"{TINYSTORIES}/TinyStoriesV2-GPT4-valid.txt",
-                "6874bae9a4c1a4e7edcf0e53b86c17817e9cf881fc75ff2368da457b80c0585d",
-                22_502_601,
-            ),
-        ),
+        (RemoteFile(f"{TINYSTORIES}/TinyStoriesV2-GPT4-train.txt", TINYSTORIES_TRAIN_SHA256, 2_227_753_162),),
+        (RemoteFile(f"{TINYSTORIES}/TinyStoriesV2-GPT4-valid.txt", TINYSTORIES_VALID_SHA256, 22_502_601),),
         split_documents_on="<|endoftext|>",
     ),
     # nanoGPT keeps 0.0005 of OpenWebText for validation (data/openwebtext/prepare.py).

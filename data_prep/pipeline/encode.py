@@ -22,7 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from common.errors import InputError, reading_from
-from common.files import sha256_of_file, write_blocks_atomically, write_json_atomically
+from common.files import sha256_of_file, sha256_of_json, write_blocks_atomically, write_json_atomically
 from data_prep.pipeline.gigatoken_encoder import GigaEncoder
 from data_prep.pipeline.sources import (
     PYTHON_DOCS,
@@ -61,25 +61,18 @@ class Survey:
     eot_marks: int
 
 
-@dataclass(frozen=True)
-class SurveyTask:
-    unit: Unit
-    reading: Reading
-    with_alphabet: bool
-
-
-def survey_unit(task: SurveyTask) -> Survey:
+def survey_unit(unit: Unit, reading: Reading, *, with_alphabet: bool) -> Survey:
     """Read a unit for the first time, and count. Raise InputError at a fault, before anything is written."""
     documents = empty = characters = eot_marks = 0
     alphabet: set[str] = set()
     pending: list[str] = []  # a block at a time: the alphabet of each document takes four times as long
     pending_until = BLOCK_CHARACTERS
-    for _, text in read_documents(task.unit, task.reading):
+    for _, text in read_documents(unit, reading):
         documents += bool(text)
         empty += not text
         characters += len(text)
         eot_marks += text.count(EOT)
-        if task.with_alphabet:
+        if with_alphabet:
             pending.append(text)
             if characters >= pending_until:
                 alphabet.update(alphabet_of("".join(pending)))
@@ -117,10 +110,7 @@ class EncodeTask:
 
     @property
     def key(self) -> dict[str, Any]:
-        """Return everything that the part's bytes depend on.
-
-        The backend is in it so that parts of a faulty backend never serve the other.
-        """
+        """Return what the part's bytes depend on, and the backend: parts of a faulty one never serve the other."""
         unit = self.unit
         return {
             "format": PART_FORMAT,
@@ -177,11 +167,6 @@ class Part:
                 count = min(BLOCK_TOKENS, self.tokens - begin)
                 inside = starts[np.searchsorted(starts, begin) : np.searchsorted(starts, begin + count)]
                 yield np.fromfile(file, dtype="<u2", count=count), inside - begin
-
-
-def sha256_of_json(value: Any) -> str:
-    """Return the hexadecimal sha256 of a value's JSON."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode("ascii")).hexdigest()
 
 
 def encode_unit(task: EncodeTask) -> Part:
@@ -246,7 +231,7 @@ def _batches(task: EncodeTask, tally: Tally) -> Iterator[list[Document]]:
 
 
 def encoder(tokenizer: Tokenizer, giga: GigaEncoder | None) -> Callable[[list[Document]], Iterable[Ids | InputError]]:
-    """Return the function that encodes the documents of one unit: with `giga` unless it is None."""
+    """Return the function that encodes the documents of one unit."""
     if giga is not None:
         giga.begin_unit()
         return giga.encode
@@ -255,14 +240,15 @@ def encoder(tokenizer: Tokenizer, giga: GigaEncoder | None) -> Callable[[list[Do
 
 def make_parts(tasks: Sequence[EncodeTask], workers: Workers, program: str) -> list[Part]:
     """Return every task's part, in order, and print the progress. Equal tasks share one part."""
-    unique = list({task.stem: task for task in tasks}.values())
-    parts: dict[Path, Part] = {}
-    new_bytes = sum(task.unit.num_bytes for task in unique if not task.stem.with_suffix(".json").exists())
+    unique = {task.stem: task for task in tasks}
+    new_bytes = sum(task.unit.num_bytes for stem, task in unique.items() if not stem.with_suffix(".json").exists())
     progress = Progress("encode", new_bytes)
-    for index, part in workers.run(encode_unit, unique):
-        parts[unique[index].stem] = part
+
+    def report(task: EncodeTask, part: Part) -> None:
         if not part.is_reused:
-            progress.add(unique[index].unit.num_bytes, part.documents, part.tokens)
+            progress.add(task.unit.num_bytes, part.documents, part.tokens)
+
+    parts = dict(zip(unique, workers.map(encode_unit, list(unique.values()), report), strict=True))
     reused = sum(part.is_reused for part in parts.values())
     if reused:
         print(f"{program}: {reused} of {len(parts)} parts were there from an earlier run", file=sys.stderr, flush=True)
@@ -300,13 +286,8 @@ def write_part(stem: Path, key: dict[str, Any], batches: Iterable[Encoded], tall
 
     path = stem.with_suffix(".part")
     sha256 = write_blocks_atomically(path, blocks())
-    record = {
-        "key": key,
-        "tokens": sum(lengths),
-        "documents": len(lengths),
-        "sha256": sha256,
-        "tally": dataclasses.asdict(tally),
-    }
+    counts = {"tokens": sum(lengths), "documents": len(lengths)}
+    record = {"key": key, **counts, "sha256": sha256, "tally": dataclasses.asdict(tally)}
     write_json_atomically(stem.with_suffix(".json"), record)
     return Part(path, sum(lengths), len(lengths), tally)
 

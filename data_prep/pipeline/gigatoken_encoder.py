@@ -89,9 +89,8 @@ class GigaEncoder:
 
     def _compare(self, text: str, ids: Ids) -> None:
         if not np.array_equal(ids, self._tokenizer.encode(text)):
-            raise InputError(
-                f"--backend gigatoken: its ids for {text[:60]!r} are not tiktoken's; use --backend tiktoken"
-            )
+            fault = f"its ids for {text[:60]!r} are not tiktoken's"
+            raise InputError(f"--backend gigatoken: {fault}; use --backend tiktoken")
 
 
 def _is_for_gigatoken(document: Document) -> bool:

@@ -22,25 +22,16 @@ Blocks = Iterable[tuple[Tokens, Offsets]]
 
 
 def pack_split(
-    directory: Path, split: str, blocks: Blocks, *, num_tokens: int, tokenizer: Tokenizer, shard_tokens: int
+    directory: Path, split: str, blocks: Blocks, num_tokens: int, tokenizer: Tokenizer, shard_tokens: int
 ) -> SplitInfo:
     """Write one split's shards into `directory`, from (tokens, offsets of documents). Memory: one shard."""
     progress = Progress(f"pack {split}", 2 * num_tokens)
-    with ShardWriter(
-        directory, split, vocab_size=tokenizer.vocab_size, eot_id=tokenizer.eot_id, shard_tokens=shard_tokens
-    ) as writer:
+    vocab_size, eot_id = tokenizer.vocab_size, tokenizer.eot_id
+    with ShardWriter(directory, split, vocab_size=vocab_size, eot_id=eot_id, shard_tokens=shard_tokens) as writer:
         for tokens, document_starts in blocks:
             writer.append(tokens, document_starts)
             progress.add(2 * len(tokens), len(document_starts))
-    written_tokens = sum(shard.tokens for shard in writer.shards)
-    documents = sum(shard.documents for shard in writer.shards)
-    return SplitInfo(tuple(writer.shards), written_tokens, documents, writer.stream_sha256)
-
-
-def parts_in_turn(parts: Iterable[Part]) -> Iterator[tuple[Tokens, Offsets]]:
-    """Yield all documents of the parts, one part after the other."""
-    for part in parts:
-        yield from part.blocks()
+    return SplitInfo.of(writer.shards, writer.stream_sha256)
 
 
 def documents_in_order(order: Order, parts: Sequence[Part]) -> Iterator[tuple[Tokens, Offsets]]:
@@ -76,9 +67,8 @@ def _read_documents(part: Part, records: npt.NDArray[np.void], offsets: Offsets,
     """Copy documents of a part to their offsets in `tokens`."""
     view = tokens.view(np.uint8).data
     with part.path.open("rb") as file:
-        for start, length, offset in zip(
-            records["start"].tolist(), records["length"].tolist(), offsets.tolist(), strict=True
-        ):
+        columns = (records["start"].tolist(), records["length"].tolist(), offsets.tolist())
+        for start, length, offset in zip(*columns, strict=True):
             buffer, file_offset = view[2 * offset : 2 * (offset + length)], 2 * start
             while buffer:
                 count = os.preadv(file.fileno(), [buffer], file_offset)

@@ -8,13 +8,27 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from common.errors import InputError, writing_to
+from common.errors import InputError, reading_from, writing_to
 from common.files import fsync_directory
 from data_prep.manifest import FILE_NAME, Manifest, open_split, read_manifest
 from data_prep.tokenizer import Tokenizer
 
 PARTS = "parts"
 PLAN_FILES = ("plan.json", "listing.json")  # they lie with the parts, and outlive them
+
+
+def named_directory(out: Path) -> Path:
+    """Return the directory to make or replace for --out: behind a link, its target."""
+    with reading_from(out):
+        out = out.resolve() if out.is_symlink() else out
+    if not out.name:
+        raise InputError(f"--out {out}: give the directory a name of its own")
+    return out
+
+
+def is_free(out: Path) -> bool:
+    """Return whether nothing is at --out, or an empty directory."""
+    return not out.exists() or (out.is_dir() and not any(out.iterdir()))
 
 
 @contextlib.contextmanager
@@ -24,7 +38,7 @@ def unfinished_directory(out: Path, *, shared: bool = False) -> Iterator[Path]:
     shared: for all processes that make nothing but parts. After a failure the finished parts stay, and the error says
     so. If there are none, and the directory is not shared, it is removed.
     """
-    partial = out.with_name(f".{out.name}.partial")
+    partial = _beside(out, "partial")
     with writing_to(out.parent):
         out.parent.mkdir(parents=True, exist_ok=True)
     with writing_to(out.parent), _locked(out, shared=shared):
@@ -43,7 +57,7 @@ def unfinished_directory(out: Path, *, shared: bool = False) -> Iterator[Path]:
 @contextlib.contextmanager
 def _locked(out: Path, *, shared: bool) -> Iterator[None]:
     """Hold `.NAME.lock`. Only an exclusive holder removes the file, because others may share it."""
-    path = out.with_name(f".{out.name}.lock")
+    path = _beside(out, "lock")
     while True:
         with path.open("a+") as lock:  # NFS locks only files that are open for reading and writing
             try:
@@ -89,11 +103,8 @@ def _clean_up(partial: Path, *, shared: bool) -> str:
             shutil.rmtree(partial)
     if not finished:
         return ""
-    megabytes = sum(path.stat().st_size for path in finished) / 1e6
-    return (
-        f"; {len(finished)} finished parts ({megabytes:,.1f} MB) stay in {partial}: the same command continues from "
-        "them, or remove it"
-    )
+    parts = f"{len(finished)} finished parts ({sum(path.stat().st_size for path in finished) / 1e6:,.1f} MB)"
+    return f"; {parts} stay in {partial}: the same command continues from them, or remove it"
 
 
 def existing_data(
@@ -109,14 +120,13 @@ def existing_data(
     Raise InputError if it holds anything else.
     """
     with writing_to(out.parent):
-        if any(path.exists() for path in (out / PARTS, _replaced(out), _removing(out))):  # after a kill in put_in_place
+        leftovers = (out / PARTS, _beside(out, "replaced"), _beside(out, "removing"))  # after a kill in put_in_place
+        if any(path.exists() for path in leftovers):
             with _locked(out, shared=False):
                 _finish_swap(out)
-        if not out.exists():
+        if is_free(out):
             return None
     if not (out / FILE_NAME).is_file():
-        if out.is_dir() and not any(out.iterdir()):
-            return None
         raise InputError(f"--out {out}: exists and is no data directory; choose another or remove it")
     if overwrite:
         return None
@@ -146,7 +156,7 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
 def put_in_place(partial: Path, out: Path) -> None:
     """Give the finished directory its name. After a kill at any moment, the next start's `_finish_swap` repairs it."""
     if out.exists():
-        out.rename(_replaced(out))
+        out.rename(_beside(out, "replaced"))
     partial.rename(out)
     fsync_directory(out.parent)
     _finish_swap(out)
@@ -154,7 +164,7 @@ def put_in_place(partial: Path, out: Path) -> None:
 
 def _finish_swap(out: Path) -> None:
     """Finish `put_in_place`: restore the old directory if the new one is not there, else remove it and the parts."""
-    old, doomed = _replaced(out), _removing(out)
+    old, doomed = _beside(out, "replaced"), _beside(out, "removing")
     shutil.rmtree(doomed, ignore_errors=True)
     if not out.exists() and any(old.glob("*.json")):  # Every finished directory has one.
         old.rename(out)
@@ -164,9 +174,5 @@ def _finish_swap(out: Path) -> None:
             shutil.rmtree(doomed)
 
 
-def _replaced(out: Path) -> Path:
-    return out.with_name(f".{out.name}.replaced")
-
-
-def _removing(out: Path) -> Path:
-    return out.with_name(f".{out.name}.removing")
+def _beside(out: Path, suffix: str) -> Path:
+    return out.with_name(f".{out.name}.{suffix}")

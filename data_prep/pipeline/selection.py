@@ -113,10 +113,7 @@ class Documents:
 
 
 def select(parts: Sequence[Part], rules: Rules, folder: Path) -> Selection:
-    """Apply the rules to every document of `parts`, and write the orders into `folder`.
-
-    Raise InputError if a split would be empty.
-    """
+    """Apply the rules, and write the orders into `folder`. Raise InputError if a split would be empty."""
     documents = Documents(parts)
     if rules.drop_duplicates:
         drop_duplicates(documents)
@@ -135,13 +132,8 @@ def select(parts: Sequence[Part], rules: Rules, folder: Path) -> Selection:
             f"{train.tokens:,} training and {val.tokens:,} validation tokens: a split is empty; "
             f"give more text, or lower {'--val-tokens' if rules.split == 'hash' else '--shard-tokens'}"
         )
-    return Selection(
-        train,
-        val,
-        duplicates=documents.count_of(DUPLICATE),
-        duplicate_tokens=documents.tokens_of(DUPLICATE),
-        documents_beyond=documents.count_of(BEYOND),
-    )
+    duplicates, duplicate_tokens = documents.count_of(DUPLICATE), documents.tokens_of(DUPLICATE)
+    return Selection(train, val, duplicates, duplicate_tokens, documents_beyond=documents.count_of(BEYOND))
 
 
 def drop_duplicates(documents: Documents) -> None:

@@ -17,13 +17,14 @@ import json
 import mmap
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from common.errors import InputError, reading_from
+from common.errors import InputError, reading_from, warn
 from data_prep.pipeline import parquet_rows, python_docs
+from data_prep.tokenizer import EOT
 
 UNIT_BYTES = 8 * 2**20
 BLOCK_BYTES = 2**20
@@ -137,6 +138,22 @@ def find_files(inputs: tuple[str, ...], flag: str = "--input") -> tuple[list[Inp
     return files, warnings
 
 
+def warn_of_reading(program: str, reading: Reading, files: list[InputFile]) -> None:
+    """Warn of flags that concern no file of the given kinds."""
+    kinds = {file.kind for file in files}
+    if reading.split_on is not None and "text" not in kinds:
+        warn(program, "--split-documents-on has no effect: no plain text among the files")
+    if reading.text_column != "text" and not kinds & {"jsonl", "parquet"}:
+        warn(program, "--text-column has no effect: no .jsonl or .parquet among the files")
+
+
+def warn_of_marks(program: str, eot_marks: int, reading: Reading) -> None:
+    """Warn if the text holds '<|endoftext|>', which is ordinary text there."""
+    if eot_marks:
+        advice = "" if reading.split_on else f"; --split-documents-on '{EOT}' makes documents of it"
+        warn(program, f"the text contains '{EOT}' {eot_marks} times, as ordinary text{advice}")
+
+
 def _files_below(folder: Path, flag: str) -> tuple[list[InputFile], Counter[str]]:
     files = []
     left_out: Counter[str] = Counter()
@@ -166,11 +183,6 @@ def file_state(file: InputFile) -> FileState:
     return stat.st_size, stat.st_mtime_ns
 
 
-def _size_of(file: InputFile) -> int:
-    with reading_from(file.path):
-        return Path(file.path).stat().st_size
-
-
 def plan_units(file: InputFile, reading: Reading, unit_bytes: int | None = None) -> list[Unit]:
     """Return the file's units in order, each of about unit_bytes (default: UNIT_BYTES) if the file can be divided.
 
@@ -182,9 +194,9 @@ def plan_units(file: InputFile, reading: Reading, unit_bytes: int | None = None)
         return [Unit(file, 0, size, size)]
     if file.kind == "parquet":
         return _row_group_units(file, reading, unit_bytes)
-    size = _size_of(file)
+    size, _ = file_state(file)
     if file.compressed or is_one_document(file, reading) or size <= unit_bytes:
-        return [Unit(file, 0, size, size)]
+        return [_whole(file)]
     separator = _separator(file, reading)
     cuts = [0]
     with (
@@ -195,6 +207,11 @@ def plan_units(file: InputFile, reading: Reading, unit_bytes: int | None = None)
         while (cut := _cut_after(data, separator, cuts[-1] + unit_bytes)) is not None:
             cuts.append(cut)
     return [Unit(file, start, stop, stop - start) for start, stop in itertools.pairwise([*cuts, size])]
+
+
+def _whole(file: InputFile) -> Unit:
+    size, _ = file_state(file)
+    return Unit(file, 0, size, size)
 
 
 def _cut_after(data: mmap.mmap, separator: bytes, position: int) -> int | None:
@@ -230,13 +247,8 @@ def read_documents(unit: Unit, reading: Reading) -> Iterator[tuple[int, str]]:
         return
     match unit.file.kind:
         case "parquet":
-            documents = parquet_rows.read_rows(
-                unit.file.path,
-                reading.text_column,
-                range(unit.start, unit.stop),
-                flag=unit.file.flag,
-                tolerant=reading.tolerant,
-            )
+            path, column, row_groups = unit.file.path, reading.text_column, range(unit.start, unit.stop)
+            documents = parquet_rows.read_rows(path, column, row_groups, flag=unit.file.flag, tolerant=reading.tolerant)
         case "jsonl":
             documents = _json_lines(unit, reading)
         case _:
@@ -248,37 +260,36 @@ def read_whole(file: InputFile) -> str:
     """Return the text of a file that is one document."""
     if file.kind == "python-docs":
         return PYTHON_DOCS[file.name]()
-    size = _size_of(file)
-    return _decode(b"".join(_blocks(Unit(file, 0, size, size))), file, 0)
+    return _decode(b"".join(_blocks(_whole(file))), file, 0)
 
 
 def read_pieces(file: InputFile, piece_bytes: int) -> Iterator[str]:
-    """Yield the text of a file that is one document, at most piece_bytes at a time, cut after line ends if possible.
-
-    Unlike `read_whole`, it holds only a block in memory.
-    """
+    """Yield the text of a file that is one document, in pieces. Unlike `read_whole`, holds only a block in memory."""
     assert piece_bytes >= 4  # the longest character of UTF-8
-    if file.kind == "python-docs":
-        blocks = iter([PYTHON_DOCS[file.name]().encode("utf-8")])
-    else:
-        size = _size_of(file)
-        blocks = _blocks(Unit(file, 0, size, size))
+    is_embedded = file.kind == "python-docs"
+    blocks = iter([PYTHON_DOCS[file.name]().encode("utf-8")]) if is_embedded else _blocks(_whole(file))
     offset = 0
+    for piece in cut_pieces(blocks, piece_bytes):
+        yield _decode(piece, file, offset)
+        offset += len(piece)
+
+
+def cut_pieces(blocks: Iterable[bytes], piece_bytes: int) -> Iterator[bytes]:
+    """Yield the bytes of UTF-8 text at most piece_bytes at a time, cut after line ends if possible."""
     remainder = b""
     for block in blocks:
         data = remainder + block
         begin = 0
         while len(data) - begin > piece_bytes:
-            stop = end_of_piece(data, begin, begin + piece_bytes)
-            yield _decode(data[begin:stop], file, offset + begin)
+            stop = _end_of_piece(data, begin, begin + piece_bytes)
+            yield data[begin:stop]
             begin = stop
-        offset += begin
         remainder = data[begin:]
     if remainder:
-        yield _decode(remainder, file, offset)
+        yield remainder
 
 
-def end_of_piece(data: bytes, begin: int, limit: int) -> int:
+def _end_of_piece(data: bytes, begin: int, limit: int) -> int:
     """Return the offset after the last line end in data[begin:limit], else the last that divides no character."""
     line_end = data.rfind(b"\n", begin, limit)
     if line_end >= 0:
@@ -298,9 +309,8 @@ def document_location(unit: Unit, reading: Reading, position: int) -> str:
 
 def _line_at(file: InputFile, position: int) -> int:
     """Return the line number of a byte position. Reads the file from its start, so only for an error message."""
-    whole = Unit(file, 0, _size_of(file), 0)
     line = 1
-    for block in _blocks(whole):
+    for block in _blocks(_whole(file)):
         line += block.count(b"\n", 0, max(0, position))
         position -= len(block)
         if position <= 0:
@@ -385,7 +395,5 @@ def _decode(data: bytes, file: InputFile, offset: int) -> str:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         position = offset + error.start
-        raise InputError(
-            f"{file.path}:{_line_at(file, position)}: not UTF-8 (byte 0x{data[error.start]:02x} at {position}); "
-            "convert it first"
-        ) from error
+        fault = f"not UTF-8 (byte 0x{data[error.start]:02x} at {position}); convert it first"
+        raise InputError(f"{file.path}:{_line_at(file, position)}: {fault}") from error

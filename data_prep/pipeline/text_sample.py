@@ -15,7 +15,7 @@ from common.errors import InputError
 from data_prep.pipeline.sources import (
     InputFile,
     Reading,
-    end_of_piece,
+    cut_pieces,
     is_one_document,
     plan_units,
     read_documents,
@@ -113,17 +113,10 @@ def spread(texts: Iterable[str], limit: int) -> list[bytes]:
 
 
 def pieces(documents: Iterable[bytes]) -> Iterator[str]:
-    """Yield the documents, cut into pieces of at most PIECE_BYTES.
-
-    Trainers and tiktoken fail at a word of a million bytes.
-    """
+    """Yield the documents in pieces of PIECE_BYTES: trainers and tiktoken fail at a word of a million bytes."""
     for data in documents:
-        begin = 0
-        while len(data) - begin > PIECE_BYTES:
-            stop = end_of_piece(data, begin, begin + PIECE_BYTES)
-            yield data[begin:stop].decode("utf-8")
-            begin = stop
-        yield data[begin:].decode("utf-8")
+        for piece in cut_pieces([data], PIECE_BYTES):
+            yield piece.decode("utf-8")
 
 
 def key_of(data: bytes) -> int:

@@ -9,11 +9,10 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import connection
-from types import TracebackType
 from typing import TypeVar
 
 from common.errors import InputError
@@ -27,13 +26,11 @@ Result = TypeVar("Result")
 
 def available_cores() -> int:
     """Return the number of cores that this process may use, which may be fewer than the machine has."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Workers:
-    """A context manager whose `run` uses this process if num_workers is 1, else that many spawned ones."""
+    """A context manager whose `map` uses this process if num_workers is 1, else that many spawned ones."""
 
     def __init__(self, num_workers: int) -> None:
         self.num_workers = num_workers
@@ -46,27 +43,33 @@ class Workers:
             )
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._pool is not None:  # waits for running tasks, so that their parts count
             self._pool.shutdown(wait=True, cancel_futures=True)
 
-    def run(self, function: Callable[[Task], Result], tasks: Sequence[Task]) -> Iterator[tuple[int, Result]]:
-        """Yield (index, function(task)) of every task, in the order in which they finish."""
+    def map(
+        self,
+        function: Callable[[Task], Result],
+        tasks: Sequence[Task],
+        on_result: Callable[[Task, Result], None] = lambda task, result: None,
+    ) -> list[Result]:
+        """Return function(task) of every task, in order. `on_result` is called as each task finishes."""
         if self._pool is None:
-            for index, task in enumerate(tasks):
-                yield index, function(task)
-            return
+            results = []
+            for task in tasks:
+                results.append(function(task))
+                on_result(task, results[-1])
+            return results
         try:
             # Workers start here and inherit the mask, so that Ctrl-C reaches only their parent from the beginning.
             previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
-                futures = {self._pool.submit(function, task): index for index, task in enumerate(tasks)}
+                futures = {self._pool.submit(function, task): task for task in tasks}
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
             for future in as_completed(futures):
-                yield futures[future], future.result()
+                on_result(futures[future], future.result())
+            return [future.result() for future in futures]
         except BrokenProcessPool as error:
             raise InputError(
                 "a worker process was killed, perhaps because memory ran out; try fewer with --workers"

@@ -1,5 +1,6 @@
-"""Data directories as bytes: what tests compare of them, read without the package's own readers."""
+"""Input files for data directories, and data directories as bytes, read without the package's own readers."""
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -7,6 +8,24 @@ import numpy as np
 from data_prep.tokenizer import load_tokenizer
 
 EOT_ID = 50_256
+
+
+def write_text(path: Path, text: str) -> str:
+    path.write_bytes(text.encode())
+    return str(path)
+
+
+def write_rows(path: Path, texts: list[str]) -> str:
+    return write_text(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
+
+
+def write_stories(folder: Path, num_files: int = 12, num_stories: int = 40) -> Path:
+    """Write .jsonl files of different sizes. One story of each is empty."""
+    folder.mkdir()
+    for number in range(num_files):
+        stories = [f"Story {number}.{n} \u00e9\n" + "and then " * (n % 13) for n in range(num_stories + 9 * number)]
+        write_rows(folder / f"{number:02d}.jsonl", [*stories[:3], "", *stories[4:]])
+    return folder
 
 
 def names(folder: Path) -> list[str]:

@@ -47,7 +47,6 @@ UNREADABLE = "gone.txt: cannot be read ([Errno 2] No such file or directory: 'go
         (refuse, {"GPT_LADDER_TRACEBACK": "1"}, 2, "prog: --width 0 must be at least 1\n", True),
         (refuse, {"GPT_LADDER_TRACEBACK": "0"}, 2, "prog: --width 0 must be at least 1\n", False),
         (read_what_the_user_named, {}, 2, f"prog: {UNREADABLE}\n", False),
-        (read_what_the_user_named, {"GPT_LADDER_TRACEBACK": "1"}, 2, f"prog: {UNREADABLE}\n", True),
         (interrupt, {}, 130, "prog: interrupted\n", False),
     ],
 )

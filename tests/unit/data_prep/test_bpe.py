@@ -22,6 +22,8 @@ from data_prep.pipeline.text_sample import PIECE_BYTES, draw, key_of, pieces, sp
 from data_prep.textfiles import Options as DataOptions
 from data_prep.textfiles import prepare as prepare_data
 from data_prep.tokenizer import BYTE_ORDER, BpeTokenizer, load_tokenizer, make_tokenizer
+from tests.helpers.data_dirs import names, state, write_rows
+from tests.helpers.data_dirs import write_text as write
 from tests.helpers.runs import called
 from tests.unit.data_prep.test_tokenizer import NASTY, PUBLISHED_PATTERN, SHARED_TEXTS, random_texts
 
@@ -42,23 +44,6 @@ def text_of(shared_data: Path, name: str, num_bytes: int | None = None) -> str:
 
 def stories(shared_data: Path, num_bytes: int) -> list[str]:
     return text_of(shared_data, "tinystories_2mb.txt", num_bytes).split(MARK)
-
-
-def write(path: Path, text: str) -> str:
-    path.write_bytes(text.encode())
-    return str(path)
-
-
-def write_rows(path: Path, texts: list[str]) -> str:
-    return write(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
-
-
-def contents(folder: Path) -> dict[str, tuple[bytes, int]]:
-    return {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in sorted(folder.iterdir())}
-
-
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
 
 
 def refusal(*arguments: str | Path) -> str:
@@ -234,7 +219,7 @@ def test_a_mark_left_in_the_text_is_never_eot_nor_one_token(tmp_path: Path) -> N
     flags = ["--input", write_rows(tmp_path / "a.jsonl", texts), "--vocab-size", "300", "--out", str(out)]
     done = called(main, *flags)
     assert done.returncode == 0 and done.stderr.count("\n") == 1
-    assert done.stderr.startswith(f"bpe: warning: the text holds 58 times '{MARK}'")
+    assert done.stderr.startswith(f"bpe: warning: the text contains '{MARK}' 58 times")
     tokenizer = load_tokenizer(out)
     tokens = [tokenizer.decode_bytes([index]) for index in range(tokenizer.vocab_size)]
     assert b"endoftext" in tokens  # ordinary text, and frequent
@@ -255,7 +240,7 @@ def test_an_existing_tokenizer_is_kept_unless_it_is_to_be_replaced(tmp_path: Pat
     out = tmp_path / "tok"
     flags = ["--input", alice, "--vocab-size", "290", "--out", str(out)]
     assert called(main, *flags).returncode == 0
-    before = contents(out)
+    before = state(out)
     again = called(main, *flags, "--compare", alice)
     assert again.returncode == 0 and "already complete, nothing to do" in again.stdout
     assert again.stdout.count("bytes per token") == 2  # as recorded, and of --compare
@@ -266,7 +251,7 @@ def test_an_existing_tokenizer_is_kept_unless_it_is_to_be_replaced(tmp_path: Pat
     record = json.loads((out / "training.json").read_text())
     with pytest.raises(InputError, match="another process has made it meanwhile"):
         save(load_tokenizer(out), record, Options((alice,), 290, out))
-    assert contents(out) == before
+    assert state(out) == before
     for name in FILES:
         content = (out / name).read_bytes()
         (out / name).write_bytes(content[: len(content) // 2])
@@ -293,7 +278,7 @@ def test_an_existing_tokenizer_is_kept_unless_it_is_to_be_replaced(tmp_path: Pat
         (["--input", "latin1.txt"], "latin1.txt:2: not UTF-8 (byte 0xe9 at 5)"),
         (["--compare", "nowhere.txt"], "nowhere.txt: no such file (--compare)"),
         (["--compare", "blank.jsonl"], "--compare blank.jsonl: no text in it"),
-        (["--out", "/"], "--out /: give the tokenizer a name"),
+        (["--out", "/"], "--out /: give the directory a name"),
         (["--out", "alice.txt/tok"], "alice.txt: cannot be written ("),
         (["--out", "alice.txt", "--overwrite"], "alice.txt: exists and is no tokenizer of this script"),
         (["--out", "mine", "--overwrite"], "mine: exists and is no tokenizer of this script"),

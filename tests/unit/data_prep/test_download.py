@@ -1,8 +1,10 @@
 """Downloads against a server that drops, refuses and lies; the presets on top of it."""
 
+import functools
 import hashlib
 import random
 import resource
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -21,9 +23,11 @@ from data_prep.hub.download import fetch
 from data_prep.pipeline.workers import Progress
 from data_prep.textfiles import main, parse
 from tests.helpers.data_dirs import decoded, names
+from tests.helpers.runs import called
 
 CONTENT = random.Random(0).randbytes(300_000)
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
+Preset = Callable[..., subprocess.CompletedProcess[str]]
 
 
 @dataclass
@@ -156,7 +160,7 @@ def test_a_full_disk_is_told_and_with_room_again_the_beginning_counts(server: Se
 
 
 @pytest.fixture
-def preset(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+def preset(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Preset:
     """Runs `textfiles.py tales ...` in tmp_path, tales being what the server sends."""
     server.content = b"once\n--\nupon a time\n--\n" * 500
     sha256 = hashlib.sha256(server.content).hexdigest()
@@ -166,56 +170,33 @@ def preset(server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> C
     monkeypatch.setitem(corpora.CORPORA, "unknown", Corpus((*tales.train, unknown)))
     monkeypatch.chdir(tmp_path)
 
-    def run(*arguments: str) -> str:
-        try:
-            main(list(arguments))
-        except SystemExit as ending:
-            assert ending.code == 2
-            return "refused"
-        return "done"
-
-    return run
+    return functools.partial(called, main)
 
 
-def test_a_preset_downloads_checks_and_prepares(
-    server: Server, preset: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert preset("tales") == "done"
+def test_a_preset_downloads_checks_and_prepares(server: Server, preset: Preset, tmp_path: Path) -> None:
+    assert preset("tales").returncode == 0
     assert names(tmp_path / "data") == ["downloads", "tales"]
     assert decoded(tmp_path / "data" / "tales") == server.content.replace(b"--", b"")
     copy = tmp_path / "copy.txt"
     copy.write_bytes(server.content)
-    assert preset("tales", "--input", str(copy), "--out", "data/copied", "--shard-tokens", "900") == "done"
+    assert preset("tales", "--input", str(copy), "--out", "data/copied", "--shard-tokens", "900").returncode == 0
     assert decoded(tmp_path / "data" / "copied") == server.content.replace(b"--", b"")
     copy.write_bytes(server.content + b"?")
-    assert preset("tales", "--input", str(copy), "--out", "data/other") == "refused"
-    assert "copy.txt: its sha256 is " in capsys.readouterr().err
+    refused = preset("tales", "--input", str(copy), "--out", "data/other")
+    assert refused.returncode == 2 and "copy.txt: its sha256 is " in refused.stderr
     assert len(server.asked) == 1
 
 
-def test_without_a_pinned_hash_nothing_is_downloaded(
-    server: Server, preset: Callable[..., str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert preset("unknown") == "refused"
-    line = capsys.readouterr().err
-    assert line.startswith(f"textfiles: no sha256 is pinned for {server.url}.2; fetch ")
-    assert line.count("\n") == 1
-    assert server.asked == []
-    assert names(tmp_path) == []
-
-
-def test_a_preset_takes_its_own_kinds_of_files(preset: Callable[..., str], capsys: pytest.CaptureFixture[str]) -> None:
-    assert preset("tales", "--val-input", "x") == "refused"
-    assert "tales takes --input alone, or neither" in capsys.readouterr().err
-    assert preset("tinystories", "--input", "x") == "refused"
-    assert "tinystories takes both --input and --val-input, or neither" in capsys.readouterr().err
-
-
-def test_an_unknown_preset_is_refused_with_those_there_are(
-    preset: Callable[..., str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert preset("tinyshakespear") == "refused"
-    assert "no preset 'tinyshakespear', only tinyshakespeare, tinystories" in capsys.readouterr().err
+def test_impossible_presets_are_refused_before_any_download(server: Server, preset: Preset, tmp_path: Path) -> None:
+    for arguments, line in (
+        (["unknown"], f"textfiles: no sha256 is pinned for {server.url}.2; fetch "),
+        (["tales", "--val-input", "x"], "tales takes --input alone, or neither"),
+        (["tinystories", "--input", "x"], "tinystories takes both --input and --val-input, or neither"),
+        (["tinyshakespear"], "no preset 'tinyshakespear', only tinyshakespeare, tinystories"),
+    ):
+        refused = preset(*arguments)
+        assert refused.returncode == 2 and line in refused.stderr and refused.stderr.count("\n") == 1
+    assert server.asked == [] and names(tmp_path) == []
 
 
 def test_the_real_presets_pin_what_they_fetch(shared_data: Path, tmp_path: Path) -> None:

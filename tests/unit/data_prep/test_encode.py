@@ -1,7 +1,6 @@
 """Parts: read back as written, used again only for the same input and options, packed into the same shards."""
 
 import hashlib
-import json
 import re
 import shutil
 from pathlib import Path
@@ -14,17 +13,7 @@ from common.errors import InputError
 from data_prep.pipeline import encode, workers
 from data_prep.pipeline.encode import BLOCK_TOKENS, Part, Tally, encode_unit, read_part, write_part
 from data_prep.textfiles import Options, prepare
-from tests.helpers.data_dirs import contents, names
-
-
-def write_stories(folder: Path, *, num_files: int = 12, num_stories: int = 40) -> Path:
-    """Write .jsonl files of different sizes. One story of each is empty."""
-    folder.mkdir()
-    for number in range(num_files):
-        stories = [f"Story {number}.{n} \u00e9\n" + "and then " * (n % 13) for n in range(num_stories + 9 * number)]
-        stories[3] = ""
-        (folder / f"{number:02d}.jsonl").write_text("".join(json.dumps({"text": story}) + "\n" for story in stories))
-    return folder
+from tests.helpers.data_dirs import contents, names, write_stories
 
 
 def test_a_part_reads_back_as_written(tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ class Other(BpeTokenizer):
 
 def test_other_ids_and_other_tokenizers_are_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     assert isinstance(tokenizer, BpeTokenizer)
-    other = Other(tokenizer._ranks, name="other")
+    other = Other(tokenizer.ranks, name="other")
     other.save(tmp_path)
     encoder = GigaEncoder(other, tmp_path / FOLDER / RANKS_FILE)
     encoder.begin_unit()

@@ -9,8 +9,9 @@ import pytest
 
 from common.errors import InputError
 from data_prep import hellaswag
-from data_prep.hellaswag import Item, Options, main, open_items, prepare, read_items
+from data_prep.hellaswag import Item, Options, main, open_items, prepare
 from data_prep.hub.corpora import RemoteFile
+from tests.helpers.data_dirs import names
 from tests.helpers.runs import called
 from tests.unit.data_prep.test_download import Server, server  # noqa: F401
 
@@ -57,16 +58,12 @@ def manifest_of(directory: Path) -> dict[str, Any]:
     return manifest
 
 
-def names(folder: Path) -> list[str]:
-    return sorted(path.name for path in folder.iterdir())
-
-
 def test_items_are_kept_as_they_are(pinned: Path, tmp_path: Path) -> None:
     out = tmp_path / "data" / "hellaswag"
     done = called(main, "--input", str(pinned), "--out", str(out))
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith(f"{out}: 2 items, the pinned validation set; sha256 ")
-    first, second = read_items(out)
+    first, second = open_items(out).items
     kept = {name: ROW[name] for name in ("ind", "activity_label", "ctx_a", "ctx_b", "ctx", "label")}
     assert first == Item(**kept, endings=tuple(ROW["endings"]))
     assert (second.ind, second.ctx_b, second.label) == (25, "", 0)
@@ -114,7 +111,7 @@ def test_real_items_need_accept_other(shared_data: Path, tmp_path: Path) -> None
     source = manifest_of(tmp_path / "out")["source"]
     assert (source["is_pinned"], source["url"]) == (False, None)
     rows = [json.loads(line) for line in part.read_text(encoding="utf-8").splitlines()]
-    for item, row in zip(read_items(tmp_path / "out"), rows, strict=True):
+    for item, row in zip(open_items(tmp_path / "out").items, rows, strict=True):
         assert {name: row[name] for name in vars(item)} == vars(item) | {"endings": list(item.endings)}
 
 
@@ -139,7 +136,7 @@ def test_the_file_is_downloaded_once(
     server.content = b"something else"
     lied = called(main, "--overwrite")
     assert lied.returncode == 2 and "not the pinned" in lied.stderr
-    assert len(read_items(Path("data/hellaswag"))) == 2
+    assert len(open_items(Path("data/hellaswag")).items) == 2
 
 
 def test_another_input_needs_overwrite(pinned: Path, tmp_path: Path) -> None:
@@ -149,7 +146,7 @@ def test_another_input_needs_overwrite(pinned: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="made of another file; choose another or use --overwrite"):
         prepare(Options(other, out, accept_other=True))
     assert prepare(Options(other, out, accept_other=True, overwrite=True)) == 1
-    assert [item.ind for item in read_items(out)] == [25]
+    assert [item.ind for item in open_items(out).items] == [25]
     assert names(tmp_path) == ["brought.jsonl", "other.jsonl", "out"]
 
 
@@ -193,20 +190,20 @@ def test_the_pinned_file_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.M
     path.write_bytes(text_of(ROW, ROW, ROW | {"endings": ["", "b", "c", "d"]}))
     pin(monkeypatch, "https://nowhere.invalid/file", path.read_bytes())
     assert prepare(Options(path, tmp_path / "out")) == 3
-    assert len(read_items(tmp_path / "out")) == 3
+    assert len(open_items(tmp_path / "out").items) == 3
 
 
 def test_files_that_changed_since_are_refused(pinned: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     prepare(Options(pinned, out))
     (out / "val.jsonl").write_bytes((out / "val.jsonl").read_bytes().replace(b"24", b"42"))
-    for read in (lambda: prepare(Options(pinned, out)), lambda: read_items(out)):
+    for read in (lambda: prepare(Options(pinned, out)), lambda: open_items(out).items):
         with pytest.raises(InputError, match=r"val.jsonl: not what manifest.json says; .* --overwrite"):
             read()
     assert prepare(Options(pinned, out, overwrite=True)) == 2
     (out / "manifest.json").write_text(json.dumps(manifest_of(out) | {"format_version": 2}))
     with pytest.raises(InputError, match="format version 2; this code reads 1"):
-        read_items(out)
+        open_items(out)
     assert prepare(Options(pinned, out, overwrite=True)) == 2
 
 
@@ -237,7 +234,7 @@ def test_missing_paths_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"no such file \(--input\)"):
         prepare(Options(tmp_path / "none.jsonl", tmp_path / "out"))
     with pytest.raises(InputError, match=r"make it with data_prep/hellaswag.py"):
-        read_items(tmp_path)
+        open_items(tmp_path)
     with pytest.raises(InputError, match="none: no such HellaSwag file or directory"):
         open_items(tmp_path / "none")
     with pytest.raises(InputError, match="a name of its own"):

@@ -98,14 +98,6 @@ def test_shards_are_the_concatenated_documents_wherever_they_are_cut(tmp_path: P
             stream.read(start, stop)
 
 
-def test_a_shard_of_llm_c_is_readable(tmp_path: Path) -> None:
-    path = tmp_path / "fineweb_train_000001.bin"
-    path.write_bytes(header(20240520, 1, 3) + struct.pack("<3H", 50_256, 7, 65_535))
-    shard = open_shard(path)
-    assert shard.tokens.tolist() == [50_256, 7, 65_535]
-    assert (shard.vocab_size, shard.eot_id, shard.documents) == (0, None, 0)
-
-
 @pytest.mark.parametrize(
     ("content", "complaint"),
     [
@@ -175,9 +167,3 @@ def test_an_interrupted_writer_leaves_no_shard_for_its_unfinished_part(tmp_path:
         raise KeyboardInterrupt
     assert sorted(path.name for path in tmp_path.glob("*.bin")) == ["train_000000.bin", "train_000001.bin"]
     np.testing.assert_array_equal(open_all(tmp_path).read(0, 20), np.arange(20))
-
-
-def test_a_split_without_tokens_has_no_shards(tmp_path: Path) -> None:
-    writer = write(tmp_path, [], shard_tokens=10)
-    assert writer.shards == [] and list(tmp_path.iterdir()) == []
-    assert writer.stream_sha256 == hashlib.sha256(b"").hexdigest()

@@ -11,15 +11,14 @@ import tiktoken
 
 from data_prep.textfiles import Options, main, prepare
 from data_prep.tokenizer import load_tokenizer
-from tests.helpers.data_dirs import EOT_ID, contents, decoded, document_starts, names, state, tokens
+from tests.helpers.data_dirs import EOT_ID, contents, decoded, document_starts, names, state, tokens, write_rows
+from tests.helpers.data_dirs import write_text as write
 from tests.helpers.runs import called
 
 EOT = "<|endoftext|>"
 ALICE = "Alice was beginning to get very tired\nof sitting by her sister on the bank. " * 20
 # A mark, every kind of line end, a NUL, and characters of two, three and four bytes.
-UNUSUAL = (
-    "\ufeffone\r\ntwo\rthree\n\r\n\0 \x85 \u2028 \u00e9\u20ac\U0001f600 e\u0301 <|endoftext|> \t\x0b\x0c no newline"
-)
+UNUSUAL = f"\ufeffone\r\ntwo\rthree\n\r\n\0 \x85 \u2028 \u00e9\u20ac\U0001f600 e\u0301 {EOT} \t\x0b\x0c no newline"
 
 
 def textfiles(*arguments: str | Path, cwd: Path = Path()) -> subprocess.CompletedProcess[str]:
@@ -33,15 +32,6 @@ def assert_one_line(done: subprocess.CompletedProcess[str], *parts: str) -> None
     assert done.stderr.startswith("textfiles: ") and done.stderr.count("\n") == 1 and done.stderr.endswith("\n")
     for part in parts:
         assert part in done.stderr
-
-
-def write(path: Path, text: str) -> str:
-    path.write_bytes(text.encode())
-    return str(path)
-
-
-def write_rows(path: Path, texts: list[str]) -> str:
-    return write(path, "".join(json.dumps({"text": text}) + "\n" for text in texts))
 
 
 @pytest.fixture
@@ -146,10 +136,7 @@ def test_a_folder_is_read_in_order_and_other_files_are_named(tmp_path: Path) -> 
     write(tmp_path / "input" / "a.txt", "one")
     write(tmp_path / "input" / "notes.md", "# not text for training")
     done = textfiles("--input", "input", "--out", "data", "--tokenizer", "byte", "--val-fraction", "0.3", cwd=tmp_path)
-    assert (done.returncode, done.stderr) == (
-        0,
-        "textfiles: warning: input: left out 1 files of other kinds (1 .md)\n",
-    )
+    assert done.stderr == "textfiles: warning: input: left out 1 files of other kinds (1 .md)\n"
     assert "1 empty documents dropped" in done.stdout
     assert decoded(tmp_path / "data") == b"onetwothree"
     manifest = json.loads((tmp_path / "data" / "manifest.json").read_text())
@@ -241,6 +228,10 @@ def test_the_same_again_leaves_the_data_alone(finished: Path, tmp_path: Path) ->
     }
     (finished / "train_000000.bin").unlink()
     assert_one_line(textfiles(*arguments), "train_000000.bin: missing")
+    for name in ("train_000000.bin", "manifest.json"):  # --overwrite repairs damaged data
+        (finished / name).write_text("{")
+        assert textfiles(*arguments, "--overwrite").returncode == 0
+        assert decoded(finished) == ALICE.encode()
 
 
 @pytest.mark.parametrize(
@@ -266,13 +257,6 @@ def test_other_data_needs_overwrite(
     assert contents(finished) == contents(tmp_path / "fresh")
     assert decoded(finished) == text.encode()
     assert names(tmp_path) == ["alice.txt", "data", "fresh"]
-
-
-def test_overwrite_repairs_damaged_data(finished: Path, tmp_path: Path) -> None:
-    for name in ("train_000000.bin", "manifest.json"):
-        (finished / name).write_text("{")
-        prepare(Options((str(tmp_path / "alice.txt"),), finished, "char", overwrite=True))
-        assert decoded(finished) == ALICE.encode()
 
 
 def test_leftovers_and_empty_or_deep_directories_do_not_matter(finished: Path, tmp_path: Path) -> None:
