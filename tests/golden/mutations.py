@@ -164,7 +164,7 @@ MUTATIONS = [
         "an atomic write is not",
         "common/files.py",
         "        temporary.replace(path)\n        fsync_directory(path.parent)\n    except OSError",
-        "        path.write_text(content)\n        fsync_directory(path.parent)\n    except OSError",
+        "        path.write_bytes(temporary.read_bytes())\n        fsync_directory(path.parent)\n    except OSError",
         "tests/distributed/test_disk.py tests/unit/train/test_directory.py",
     ),
     Mutation(
