@@ -92,17 +92,13 @@ def document_mask(tokens_BT: Tensor, eot_id: int | None) -> BlockMask:
     """
     B, T = tokens_BT.shape
     if eot_id is None:
-        return create_block_mask(_is_past, None, None, T, T, device=tokens_BT.device)
+        return create_block_mask(lambda b, h, q, k: q >= k, None, None, T, T, device=tokens_BT.device)
     document_BT = (tokens_BT == eot_id).cumsum(dim=1)
 
     def is_visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (q >= k) & (document_BT[b, q] == document_BT[b, k])
 
     return create_block_mask(is_visible, B, None, T, T, device=tokens_BT.device)
-
-
-def _is_past(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    return q >= k
 
 
 # --- Attention --------------------------------------------------------------------------------------------------------

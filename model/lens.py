@@ -35,7 +35,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -363,14 +363,7 @@ def inspect(options: Options) -> Result:
 
 def parse(args: Sequence[str] | None) -> Options:
     """Return the options of the subcommand that the arguments name."""
-    command = (
-        Annotated[Attention, tyro.conf.subcommand("attention")]
-        | Annotated[LogitLens, tyro.conf.subcommand("logit-lens")]
-        | Annotated[Ablate, tyro.conf.subcommand("ablate")]
-        | Annotated[Patch, tyro.conf.subcommand("patch")]
-        | Annotated[Induction, tyro.conf.subcommand("induction")]
-    )
-    options: Options = tyro.cli(command, args=args, description=__doc__)
+    options: Options = tyro.cli(Options, args=args, description=__doc__)
     return options
 
 

@@ -88,7 +88,8 @@ def test_the_cost_account_has_the_caches_bytes() -> None:
     for name, dtype in (("gpt2-small", torch.float32), ("tinystories", torch.bfloat16)):
         config = dataclasses.replace(NAMED_SHAPES[name], context_len=64)
         cache = KVCache(config, num_rows=3, dtype=dtype, device="meta")
-        assert cache.num_bytes == 3 * 64 * count_cache_bytes(config, dtype.itemsize)
+        num_bytes = sum(tensor.nbytes for tensor in cache.keys + cache.values)
+        assert num_bytes == 3 * 64 * count_cache_bytes(config, dtype.itemsize)
 
 
 def test_tokens_are_kept_only_for_attention_within_documents() -> None:
