@@ -298,12 +298,9 @@ def inspect_patches(options: Patch) -> Result:
     }
     if options.part == "stream":
         layers = stream_names(model.config.num_layers)
-        columns = [
-            f"{position} {clean_text}" if clean_text == corrupt_text else f"{position} {corrupt_text} -> {clean_text}"
-            for position, (clean_text, corrupt_text) in enumerate(
-                zip(record["texts"], record["corrupt_texts"], strict=True)
-            )
-        ]
+        pairs = zip(record["corrupt_texts"], record["texts"], strict=True)
+        changes = (text if former == text else f"{former} -> {text}" for former, text in pairs)
+        columns = [f"{position} {change}" for position, change in enumerate(changes)]
         rows = [["at", *layers]]
         rows += [[cell(name), *map(two_decimals, row)] for name, row in zip(columns, restored.T, strict=True)]
     else:

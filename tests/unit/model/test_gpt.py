@@ -9,7 +9,7 @@ import torch
 
 from model.config import NAMED_SHAPES, ModelConfig
 from model.gpt import GPT, build_model
-from model.hf.format import from_hugging_face, to_hugging_face
+from model.hf.format import as_ours, to_hugging_face
 
 TINY = ModelConfig(num_layers=2, num_heads=2, width=32, vocab_size=100, context_len=16)
 
@@ -44,7 +44,7 @@ def test_logits_and_gradients_equal_transformers(direction: str) -> None:
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     if direction == "from":
         randomize(theirs, seed=3)
-        ours.load_state_dict(from_hugging_face(theirs.state_dict(), TINY))
+        ours.load_state_dict({name: as_ours(name, tensor, TINY) for name, tensor in theirs.state_dict().items()})
     else:
         randomize(ours, seed=4)
         theirs.load_state_dict(to_hugging_face(ours.state_dict(), TINY))

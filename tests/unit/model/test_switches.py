@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from common.errors import InputError
 from model.config import GPT2, ModelConfig
 from model.gpt import GPT, Block, Shared, build_model, make_norm, naive_attention
-from model.hf.format import from_hugging_face, to_hugging_face
+from model.hf.format import check_expressible, to_hugging_face
 from train.losses import LossModel
 
 TINY = ModelConfig(num_layers=3, num_heads=2, width=32, vocab_size=100, context_len=16)
@@ -173,7 +173,7 @@ def test_switches_that_gpt2lmheadmodel_lacks_are_refused_by_name() -> None:
     assert "--model.logit-softcap 5.0" in str(caught.value) and "--model.value-residual True" in str(caught.value)
     assert "tie" not in str(caught.value)
     with pytest.raises(InputError, match=r"has no --model\.norm-place post;"):
-        from_hugging_face({}, switched(norm_place="post"))
+        check_expressible(switched(norm_place="post"))
 
 
 # --- Parts ------------------------------------------------------------------------------------------------------------
