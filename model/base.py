@@ -89,9 +89,6 @@ def init_weights(model: LanguageModel, seed: int, put: Callable[[Tensor, Tensor]
     parameter, or into the part that a process holds.
     """
     for name, parameter in model.named_parameters():
-        put(parameter, model.initial_value(name, parameter.shape, _generator(seed, name)))
-
-
-def _generator(seed: int, name: str) -> torch.Generator:
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+        put(parameter, model.initial_value(name, parameter.shape, generator))

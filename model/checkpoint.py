@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.distributed as dist
@@ -130,30 +130,24 @@ def find_checkpoint(name: str | Path) -> Path:
     Raise InputError if there is none or its hashes do not hold.
     """
     with reading_from(name):
-        return _find_checkpoint(name)
-
-
-def _find_checkpoint(name: str | Path) -> Path:
-    path = Path(name)
-    run, separator, step = str(name).rpartition("@")
-    if separator and step.isdigit() and not path.exists():
-        path = Path(run) / CHECKPOINTS / f"step_{int(step):08d}"
-        if Path(run).is_dir() and not path.is_dir():
-            steps = ", ".join(str(step_of(checkpoint)) for checkpoint in list_checkpoints(Path(run)))
-            raise InputError(f"{run}: no checkpoint of step {step}; there are {steps or 'none'}")
-    if not path.is_dir():
-        raise InputError(f"{path}: no such run directory or checkpoint")
-    if STEP_NAME.fullmatch(path.name):
-        fault = fault_of(path)
-        if fault is not None:
-            raise InputError(fault)
-        return path
-    newest, faults = newest_sound(path)
-    if newest is None:
-        raise InputError(
-            "; ".join(faults) or f"{path}: no checkpoint in it yet, and no weights as Hugging Face names them"
-        )
-    return newest
+        path = Path(name)
+        run, separator, step = str(name).rpartition("@")
+        if separator and step.isdigit() and not path.exists():
+            path = Path(run) / CHECKPOINTS / f"step_{int(step):08d}"
+            if Path(run).is_dir() and not path.is_dir():
+                steps = ", ".join(str(step_of(checkpoint)) for checkpoint in list_checkpoints(Path(run)))
+                raise InputError(f"{run}: no checkpoint of step {step}; there are {steps or 'none'}")
+        if not path.is_dir():
+            raise InputError(f"{path}: no such run directory or checkpoint")
+        if STEP_NAME.fullmatch(path.name):
+            fault = fault_of(path)
+            newest, faults = (path, []) if fault is None else (None, [fault])
+        else:
+            newest, faults = newest_sound(path)
+        if newest is None:
+            no_weights = f"{path}: no checkpoint in it yet, and no weights as Hugging Face names them"
+            raise InputError("; ".join(faults) or no_weights)
+        return newest
 
 
 def check_device(device: str) -> None:
@@ -215,29 +209,15 @@ def model_config(state: Mapping[str, Any], checkpoint: Path) -> ModelConfig:
 class AllowListUnpickler(pickle.Unpickler):
     """An unpickler for DCP's description of tensors that refuses every other name before it is imported."""
 
-    ALLOWED = frozenset(
-        {
-            ("torch.distributed.checkpoint.metadata", name)
-            for name in (
-                "ChunkStorageMetadata",
-                "Metadata",
-                "MetadataIndex",
-                "StorageMeta",
-                "TensorProperties",
-                "TensorStorageMetadata",
-                "_MEM_FORMAT_ENCODING",
-            )
-        }
-        | {
-            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-            ("torch.serialization", "_get_layout"),
-            ("torch", "Size"),
-            ("pathlib", "Path"),
-            ("pathlib", "PosixPath"),
-            ("pathlib", "WindowsPath"),
-        }
-        | {("torch", name) for name in ("float32", "bfloat16", "float16", "float64", "int64", "uint8")}
-    )
+    NAMES: ClassVar = {
+        "torch.distributed.checkpoint.metadata": "ChunkStorageMetadata Metadata MetadataIndex StorageMeta "
+        "TensorProperties TensorStorageMetadata _MEM_FORMAT_ENCODING",
+        "torch.distributed.checkpoint.filesystem": "_StorageInfo",
+        "torch.serialization": "_get_layout",
+        "torch": "Size float32 bfloat16 float16 float64 int64 uint8",
+        "pathlib": "Path PosixPath WindowsPath",
+    }
+    ALLOWED = frozenset((module, name) for module, names in NAMES.items() for name in names.split())
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.ALLOWED:
@@ -254,15 +234,7 @@ class SafeReader(dcp.FileSystemReader):
             content = path.read_bytes()
         try:
             metadata = AllowListUnpickler(io.BytesIO(content)).load()
-        except (
-            pickle.UnpicklingError,
-            EOFError,
-            AttributeError,
-            ValueError,
-            TypeError,
-            IndexError,
-            KeyError,
-        ) as error:
+        except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, TypeError, LookupError) as error:
             raise InputError(f"{path}: refused: {error}") from error
         entries = metadata.state_dict_metadata.values() if isinstance(metadata, Metadata) else [None]
         if not all(isinstance(entry, TensorStorageMetadata) for entry in entries):

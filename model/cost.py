@@ -63,15 +63,14 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
             "norms": is_block * 3 * D,
             "head": V * D,
         }
-    num_inner = config.num_mlp_matrices - 1
-    biases = {"attention": L * (3 * D + D), "mlp": L * (num_inner * F + D)} if config.bias else {}
+    inner = config.num_mlp_matrices - 1  # the MLP's matrices D x F; one more is F x D
     num_norms = 0 if config.norm == "none" else 2 * L + config.has_last_norm
     norm = 2 * D if config.norm == "layernorm" and config.bias else D
     return {
         "token embedding": V * D,
         "position embedding": config.context_len * D if config.position_embedding == "learned" else 0,
-        "attention": L * (3 * D * D + D * D) + biases.get("attention", 0) + (L - 1) * config.value_residual,
-        "mlp": L * (num_inner + 1) * D * F + biases.get("mlp", 0),
+        "attention": L * 4 * D * (D + config.bias) + (L - 1) * config.value_residual,
+        "mlp": L * ((inner + 1) * D * F + config.bias * (inner * F + D)),
         "norms": num_norms * norm + L * 2 * config.head_size * config.qk_norm,
         "head": 0 if config.tie else V * D,
     }
@@ -84,25 +83,19 @@ def count_forward_flops(config: ModelConfig, *, batch: int, seq_len: int) -> dic
     in Chowdhery et al. 2022 (PaLM), appendix B, and in flop_counter. The head counts with its padding, since the model
     computes that too.
     """
-    D, F, L, T = config.width, config.resolved_mlp_width, config.num_layers, seq_len
-    tokens = batch * seq_len
+    D, L, T, tokens = config.width, config.num_layers, seq_len, batch * seq_len
     if config.kind == "bigram":
         return {"head": 2 * tokens * config.vocab_size**2}  # the input rows are one-hot
+    projections, mlp, V = 4 * D * D, config.num_mlp_matrices * D * config.resolved_mlp_width, config.padded_vocab_size
     if config.kind != "gpt":
         is_block = config.kind == "block"
-        return {
-            "attention projections": 2 * tokens * (3 + is_block) * D * D,
-            "attention scores": 2 * tokens * T * D,
-            "attention values": 2 * tokens * T * D,
-            "mlp": 2 * tokens * is_block * 2 * D * 4 * D,
-            "head": 2 * tokens * D * config.vocab_size,
-        }
+        L, projections, mlp, V = 1, (3 + is_block) * D * D, is_block * 2 * D * 4 * D, config.vocab_size
     return {
-        "attention projections": 2 * tokens * L * (D * 3 * D + D * D),
+        "attention projections": 2 * tokens * L * projections,
         "attention scores": 2 * tokens * L * T * D,
         "attention values": 2 * tokens * L * T * D,
-        "mlp": 2 * tokens * L * config.num_mlp_matrices * D * F,
-        "head": 2 * tokens * D * config.padded_vocab_size,
+        "mlp": 2 * tokens * L * mlp,
+        "head": 2 * tokens * D * V,
     }
 
 
@@ -124,9 +117,8 @@ def count_cache_bytes(config: ModelConfig, compute_bytes: int) -> int:
 def model_cost(config: ModelConfig) -> Cost:
     """Return the totals of a model."""
     parameters = sum(count_parameters(config).values())
-    padding = 0
-    if config.kind == "gpt":
-        padding = (config.padded_vocab_size - config.vocab_size) * config.width * (1 if config.tie else 2)
+    num_padding_rows = config.padded_vocab_size - config.vocab_size if config.kind == "gpt" else 0
+    padding = num_padding_rows * config.width * (1 if config.tie else 2)
     passes = (count_forward_flops, count_backward_flops)
     flops = sum(sum(count(config, batch=1, seq_len=config.context_len).values()) for count in passes)
     num_stored = parameters + padding
@@ -143,25 +135,18 @@ def model_cost(config: ModelConfig) -> Cost:
 # --- The command ------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Card:
-    """A card's memory from its datasheet, and its name in torch and in model/costs/gpu_peaks.py."""
-
-    gigabytes: float
-    name: str
-
-
+# Name -> memory in GB from the datasheet, and the name in torch and in model/costs/gpu_peaks.py.
 CARDS = {
-    "rtx-4090": Card(24, "NVIDIA GeForce RTX 4090"),
-    "rtx-5090": Card(32, "NVIDIA GeForce RTX 5090"),
-    "l4": Card(24, "NVIDIA L4"),
-    "l40s": Card(48, "NVIDIA L40S"),
-    "a100-40gb": Card(40, "NVIDIA A100-SXM4-40GB"),
-    "a100": Card(80, "NVIDIA A100-SXM4-80GB"),
-    "h100": Card(80, "NVIDIA H100 80GB HBM3"),
-    "h200": Card(141, "NVIDIA H200"),
-    "b200": Card(180, "NVIDIA B200"),
-    "mi300x": Card(192, "AMD Instinct MI300X"),
+    "rtx-4090": (24, "NVIDIA GeForce RTX 4090"),
+    "rtx-5090": (32, "NVIDIA GeForce RTX 5090"),
+    "l4": (24, "NVIDIA L4"),
+    "l40s": (48, "NVIDIA L40S"),
+    "a100-40gb": (40, "NVIDIA A100-SXM4-40GB"),
+    "a100": (80, "NVIDIA A100-SXM4-80GB"),
+    "h100": (80, "NVIDIA H100 80GB HBM3"),
+    "h200": (141, "NVIDIA H200"),
+    "b200": (180, "NVIDIA B200"),
+    "mi300x": (192, "AMD Instinct MI300X"),
 }
 
 
@@ -226,8 +211,8 @@ def memory_and_peak(options: Options) -> tuple[float, float | None]:
     """Return the card's bytes of memory and its dense FLOP/s at --dtype, None if unknown."""
     peak = None if options.peak_tflops is None else options.peak_tflops * 1e12
     if options.card in CARDS:
-        card = CARDS[options.card]
-        return card.gigabytes * 1e9, peak or peak_flops(card.name, options.dtype)
+        gigabytes, name = CARDS[options.card]
+        return gigabytes * 1e9, peak or peak_flops(name, options.dtype)
     try:
         return float(options.card) * 1e9, peak
     except ValueError:

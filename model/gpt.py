@@ -92,17 +92,13 @@ def document_mask(tokens_BT: Tensor, eot_id: int | None) -> BlockMask:
     """
     B, T = tokens_BT.shape
     if eot_id is None:
-        return create_block_mask(_is_past, None, None, T, T, device=tokens_BT.device)
+        return create_block_mask(lambda b, h, q, k: q >= k, None, None, T, T, device=tokens_BT.device)
     document_BT = (tokens_BT == eot_id).cumsum(dim=1)
 
     def is_visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return (q >= k) & (document_BT[b, q] == document_BT[b, k])
 
     return create_block_mask(is_visible, B, None, T, T, device=tokens_BT.device)
-
-
-def _is_past(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-    return q >= k
 
 
 # --- Attention --------------------------------------------------------------------------------------------------------
@@ -299,10 +295,12 @@ class GPT(LanguageModel):
             x_BTD = x_BTD + self.transformer["wpe"](positions)
         x_BTD = x_BTD.to(self.compute_dtype)
         heads_positions = positions if past is None else positions[:, None]  # [T], or [B, 1, T]
+        visible_B1TS = None if past is None else past.visible(tokens_BT)
+        needs_mask = config.attention == "flex" and visible_B1TS is None
         shared = Shared(
             rotation=rope_rotation(heads_positions, config.head_size) if config.position_embedding == "rope" else None,
-            mask=document_mask(tokens_BT, config.eot_id) if config.attention == "flex" and past is None else None,
-            visible_B1TS=None if past is None else past.visible(tokens_BT),
+            mask=document_mask(tokens_BT, config.eot_id) if needs_mask else None,
+            visible_B1TS=visible_B1TS,
         )
         for index, block in enumerate(self.blocks):
             if past is not None:

@@ -152,8 +152,7 @@ def description(config: ModelConfig, tokenizer: Tokenizer | None) -> list[str]:
 def main(args: Sequence[str] | None = None) -> None:
     """Run the command; an InputError ends it with one line and exit code 2."""
     with one_line_errors("hf_bridge"):
-        command = Annotated[Export, tyro.conf.subcommand("export")] | Annotated[Import, tyro.conf.subcommand("import")]
-        options: Export | Import = tyro.cli(command, args=args, description=__doc__)
+        options: Export | Import = tyro.cli(Export | Import, args=args, description=__doc__)
         if isinstance(options, Export):
             export(options)
         else:

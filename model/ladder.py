@@ -137,13 +137,8 @@ class OneBlock(Heads):
         return self.norm_3(x_BTD)
 
 
-MODELS: dict[str, type[LanguageModel]] = {
-    "bigram": Bigram,
-    "head": OneHead,
-    "heads": Heads,
-    "block": OneBlock,
-    "gpt": GPT,
-}
+MODELS: dict[str, type[LanguageModel]]
+MODELS = {"bigram": Bigram, "head": OneHead, "heads": Heads, "block": OneBlock, "gpt": GPT}
 
 
 # --- The command ------------------------------------------------------------------------------------------------------

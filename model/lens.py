@@ -35,7 +35,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -298,12 +298,9 @@ def inspect_patches(options: Patch) -> Result:
     }
     if options.part == "stream":
         layers = stream_names(model.config.num_layers)
-        columns = [
-            f"{position} {clean_text}" if clean_text == corrupt_text else f"{position} {corrupt_text} -> {clean_text}"
-            for position, (clean_text, corrupt_text) in enumerate(
-                zip(record["texts"], record["corrupt_texts"], strict=True)
-            )
-        ]
+        pairs = zip(record["corrupt_texts"], record["texts"], strict=True)
+        changes = (text if former == text else f"{former} -> {text}" for former, text in pairs)
+        columns = [f"{position} {change}" for position, change in enumerate(changes)]
         rows = [["at", *layers]]
         rows += [[cell(name), *map(two_decimals, row)] for name, row in zip(columns, restored.T, strict=True)]
     else:
@@ -363,14 +360,7 @@ def inspect(options: Options) -> Result:
 
 def parse(args: Sequence[str] | None) -> Options:
     """Return the options of the subcommand that the arguments name."""
-    command = (
-        Annotated[Attention, tyro.conf.subcommand("attention")]
-        | Annotated[LogitLens, tyro.conf.subcommand("logit-lens")]
-        | Annotated[Ablate, tyro.conf.subcommand("ablate")]
-        | Annotated[Patch, tyro.conf.subcommand("patch")]
-        | Annotated[Induction, tyro.conf.subcommand("induction")]
-    )
-    options: Options = tyro.cli(command, args=args, description=__doc__)
+    options: Options = tyro.cli(Options, args=args, description=__doc__)
     return options
 
 

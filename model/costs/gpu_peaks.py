@@ -32,112 +32,87 @@ class Peak:
     source: str
 
 
-V100_SXM = Peak(None, 125e12, None, 15.7e12, "NVIDIA V100 Tensor Core GPU datasheet, 2020")
-V100_PCIE = Peak(None, 112e12, None, 14e12, "NVIDIA V100 Tensor Core GPU datasheet, 2020")
-V100S_PCIE = Peak(None, 130e12, None, 16.4e12, "NVIDIA V100 Tensor Core GPU datasheet, 2020")
-T4 = Peak(None, 65e12, None, 8.1e12, "NVIDIA T4 Tensor Core GPU datasheet, 2019")
-
-A100 = Peak(312e12, 312e12, 156e12, 19.5e12, "NVIDIA A100 Tensor Core GPU datasheet, 2021")
-A30 = Peak(165e12, 165e12, 82e12, 10.3e12, "NVIDIA A30 Tensor Core GPU datasheet, 2022")
-A40 = Peak(149.7e12, 149.7e12, 74.8e12, 37.4e12, "NVIDIA A40 datasheet, 2021")
-A10 = Peak(125e12, 125e12, 62.5e12, 31.2e12, "NVIDIA A10 Tensor Core GPU datasheet, 2021")
-A10G = Peak(70e12, 70e12, 35e12, 35e12, "NVIDIA A10G for AWS datasheet, 2022")
-RTX_A6000 = Peak(154.8e12, 154.8e12, 77.4e12, 38.7e12, "NVIDIA Ampere GA102 GPU Architecture V2.0, 2021")
-RTX_3090 = Peak(71e12, 71e12, 35.6e12, 35.6e12, "NVIDIA Ampere GA102 GPU Architecture V2.0, 2021")
-RTX_3090_TI = Peak(80e12, 80e12, 40e12, 40e12, "NVIDIA Ada GPU Architecture V2, 2022")
-
-RTX_4080 = Peak(97.5e12, 97.5e12, 48.7e12, 48.7e12, "NVIDIA Ada GPU Architecture V2, 2022")
-RTX_4090 = Peak(165.2e12, 165.2e12, 82.6e12, 82.6e12, "NVIDIA Ada GPU Architecture V2, 2022")
-RTX_6000_ADA = Peak(364.2e12, 364.2e12, 182.1e12, 91.1e12, "NVIDIA Ada Lovelace Professional GPU Architecture, 2023")
-L4 = Peak(121e12, 121e12, 60e12, 30.3e12, "NVIDIA L4 Tensor Core GPU datasheet, 2023 (sparse 242, 120)")
-L40 = Peak(181.05e12, 181.05e12, 90.5e12, 90.5e12, "NVIDIA L40 datasheet, 2022")
-L40S = Peak(362.05e12, 362.05e12, 183e12, 91.6e12, "NVIDIA L40S datasheet, 2023")
-
-# Three products use a GH100 with 132 units, so they share one figure. The datasheets round it: 1,979 TFLOP/s with
-# sparsity for the H200, 990 without for the GH200.
-H100_SXM = Peak(989.4e12, 989.4e12, 494.7e12, 66.9e12, "NVIDIA H100 Tensor Core GPU Architecture V1.04, 2023")
-H100_PCIE = Peak(756e12, 756e12, 378e12, 51.2e12, "NVIDIA H100 Tensor Core GPU Architecture V1.04, 2023")
-H100_NVL = Peak(835.5e12, 835.5e12, 417.5e12, 60e12, "NVIDIA H100 Tensor Core GPU datasheet, 2024 (sparse 1,671, 835)")
-H200_SXM = Peak(989.4e12, 989.4e12, 494.7e12, 66.9e12, "NVIDIA H200 Tensor Core GPU datasheet, 2024 (as H100 SXM)")
-H200_NVL = Peak(835.5e12, 835.5e12, 417.5e12, 60e12, "NVIDIA H200 Tensor Core GPU datasheet, 2024 (sparse 1,671, 835)")
-GH200 = Peak(989.4e12, 989.4e12, 494.7e12, 66.9e12, "NVIDIA GH200 Grace Hopper Superchip datasheet, 2023 (as H100 SXM)")
-
-B200 = Peak(2.25e15, 2.25e15, 1.1e15, 75e12, "NVIDIA Blackwell datasheet, HGX B200, 2025 (sparse 4,500, 2,200)")
-GB200 = Peak(2.5e15, 2.5e15, 1.25e15, 80e12, "NVIDIA Blackwell datasheet, GB200 NVL72, 2025 (sparse 5,000, 2,500)")
-B300 = Peak(2.25e15, 2.25e15, 1.1e15, 75e12, "NVIDIA Blackwell Ultra datasheet, HGX B300, 2025 (sparse 4,500, 2,200)")
-GB300 = Peak(
-    2.5e15, 2.5e15, 1.25e15, 80e12, "NVIDIA Blackwell Ultra datasheet, GB300 NVL72, 2025 (sparse 5,000, 2,500)"
-)
-RTX_5080 = Peak(112.6e12, 112.6e12, 56.3e12, 56.3e12, "NVIDIA RTX Blackwell GPU Architecture V1.1, 2025")
-RTX_5090 = Peak(209.5e12, 209.5e12, 104.8e12, 104.8e12, "NVIDIA RTX Blackwell GPU Architecture V1.1, 2025")
-RTX_PRO_6000 = Peak(503.8e12, 503.8e12, None, 125e12, "NVIDIA RTX PRO Blackwell GPU Architecture, 2025")
-RTX_PRO_6000_MAX_Q = Peak(438.9e12, 438.9e12, None, 110e12, "NVIDIA RTX PRO Blackwell GPU Architecture, 2025")
-
-MI210 = Peak(181e12, 181e12, None, 22.6e12, "AMD Instinct MI210 data sheet, 2022")
-MI250X = Peak(
-    191.5e12, 191.5e12, None, 23.95e12, "AMD Instinct MI250X data sheet, 2021 (383.0 and 47.9 for its two dies)"
-)
-MI300A = Peak(980.6e12, 980.6e12, 490.3e12, 122.6e12, "AMD Instinct MI300A data sheet, 2023")
-MI300X = Peak(1307.4e12, 1307.4e12, 653.7e12, 163.4e12, "AMD Instinct MI300X data sheet, 2023")
-MI325X = Peak(1307.4e12, 1307.4e12, 653.7e12, 163.4e12, "AMD Instinct MI325X data sheet, 2024")
-MI350X = Peak(2306.9e12, 2306.9e12, None, 144.2e12, "AMD Instinct MI350X data sheet, 2025")
-MI355X = Peak(2516.6e12, 2516.6e12, None, 157.3e12, "AMD Instinct MI355X data sheet, 2025")
-
+H100_PAPER = "NVIDIA H100 Tensor Core GPU Architecture V1.04, 2023"
+RTX_50_PAPER = "NVIDIA RTX Blackwell GPU Architecture V1.1, 2025"
+RTX_PRO_PAPER = "NVIDIA RTX PRO Blackwell GPU Architecture, 2025"
 # These are left out because one name stands for cards of different speed, or because no figure was found: GeForce RTX
 # 3080 (10 and 12 GB), AMD Instinct MI250X/MI250, RTX PRO 6000 Blackwell Server Edition, MIG slices, laptop GPUs.
 PEAKS = {
-    "Tesla V100-SXM2-16GB": V100_SXM,
-    "Tesla V100-SXM2-32GB": V100_SXM,
-    "Tesla V100-SXM3-32GB": V100_SXM,
-    "Tesla V100-PCIE-16GB": V100_PCIE,
-    "Tesla V100-PCIE-32GB": V100_PCIE,
-    "Tesla V100S-PCIE-32GB": V100S_PCIE,
-    "Tesla T4": T4,
-    "NVIDIA A100-SXM4-40GB": A100,
-    "NVIDIA A100-SXM4-80GB": A100,
-    "NVIDIA A100-PCIE-40GB": A100,
-    "NVIDIA A100 80GB PCIe": A100,
-    "NVIDIA A30": A30,
-    "NVIDIA A40": A40,
-    "NVIDIA A10": A10,
-    "NVIDIA A10G": A10G,
-    "NVIDIA RTX A6000": RTX_A6000,
-    "NVIDIA GeForce RTX 3090": RTX_3090,
-    "NVIDIA GeForce RTX 3090 Ti": RTX_3090_TI,
-    "NVIDIA GeForce RTX 4080": RTX_4080,
-    "NVIDIA GeForce RTX 4090": RTX_4090,
-    "NVIDIA RTX 6000 Ada Generation": RTX_6000_ADA,
-    "NVIDIA L4": L4,
-    "NVIDIA L40": L40,
-    "NVIDIA L40S": L40S,
-    "NVIDIA H100 80GB HBM3": H100_SXM,
-    "NVIDIA H100 PCIe": H100_PCIE,
-    "NVIDIA H100 NVL": H100_NVL,
-    "NVIDIA H200": H200_SXM,
-    "NVIDIA H200 NVL": H200_NVL,
-    "NVIDIA GH200 480GB": GH200,
-    "NVIDIA GH200 144G HBM3e": GH200,
-    "NVIDIA B200": B200,
-    "NVIDIA GB200": GB200,
-    "NVIDIA B300 SXM6 AC": B300,
-    "NVIDIA GB300": GB300,
-    "NVIDIA GeForce RTX 5080": RTX_5080,
-    "NVIDIA GeForce RTX 5090": RTX_5090,
-    "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": RTX_PRO_6000,
-    "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition": RTX_PRO_6000_MAX_Q,
-    "AMD Instinct MI210": MI210,
-    "AMD Instinct MI250X": MI250X,
-    "AMD Instinct MI300A": MI300A,
-    "AMD Instinct MI300X": MI300X,
-    "AMD Instinct MI325X": MI325X,
-    "AMD Instinct MI350X": MI350X,
-    "AMD Instinct MI355X": MI355X,
+    "Tesla V100-SXM2-16GB": Peak(None, 125e12, None, 15.7e12, "NVIDIA V100 Tensor Core GPU datasheet, 2020"),
+    "Tesla V100-PCIE-16GB": Peak(None, 112e12, None, 14e12, "NVIDIA V100 Tensor Core GPU datasheet, 2020"),
+    "Tesla V100S-PCIE-32GB": Peak(None, 130e12, None, 16.4e12, "NVIDIA V100 Tensor Core GPU datasheet, 2020"),
+    "Tesla T4": Peak(None, 65e12, None, 8.1e12, "NVIDIA T4 Tensor Core GPU datasheet, 2019"),
+    "NVIDIA A100-SXM4-40GB": Peak(312e12, 312e12, 156e12, 19.5e12, "NVIDIA A100 Tensor Core GPU datasheet, 2021"),
+    "NVIDIA A30": Peak(165e12, 165e12, 82e12, 10.3e12, "NVIDIA A30 Tensor Core GPU datasheet, 2022"),
+    "NVIDIA A40": Peak(149.7e12, 149.7e12, 74.8e12, 37.4e12, "NVIDIA A40 datasheet, 2021"),
+    "NVIDIA A10": Peak(125e12, 125e12, 62.5e12, 31.2e12, "NVIDIA A10 Tensor Core GPU datasheet, 2021"),
+    "NVIDIA A10G": Peak(70e12, 70e12, 35e12, 35e12, "NVIDIA A10G for AWS datasheet, 2022"),
+    "NVIDIA RTX A6000": Peak(154.8e12, 154.8e12, 77.4e12, 38.7e12, "NVIDIA Ampere GA102 GPU Architecture V2.0, 2021"),
+    "NVIDIA GeForce RTX 3090": Peak(71e12, 71e12, 35.6e12, 35.6e12, "NVIDIA Ampere GA102 GPU Architecture V2.0, 2021"),
+    "NVIDIA GeForce RTX 3090 Ti": Peak(80e12, 80e12, 40e12, 40e12, "NVIDIA Ada GPU Architecture V2, 2022"),
+    "NVIDIA GeForce RTX 4080": Peak(97.5e12, 97.5e12, 48.7e12, 48.7e12, "NVIDIA Ada GPU Architecture V2, 2022"),
+    "NVIDIA GeForce RTX 4090": Peak(165.2e12, 165.2e12, 82.6e12, 82.6e12, "NVIDIA Ada GPU Architecture V2, 2022"),
+    "NVIDIA RTX 6000 Ada Generation": Peak(
+        364.2e12, 364.2e12, 182.1e12, 91.1e12, "NVIDIA Ada Lovelace Professional GPU Architecture, 2023"
+    ),
+    "NVIDIA L4": Peak(121e12, 121e12, 60e12, 30.3e12, "NVIDIA L4 Tensor Core GPU datasheet, 2023 (sparse 242, 120)"),
+    "NVIDIA L40": Peak(181.05e12, 181.05e12, 90.5e12, 90.5e12, "NVIDIA L40 datasheet, 2022"),
+    "NVIDIA L40S": Peak(362.05e12, 362.05e12, 183e12, 91.6e12, "NVIDIA L40S datasheet, 2023"),
+    # Three products use a GH100 with 132 units, so they share one figure. The datasheets round it: 1,979 TFLOP/s with
+    # sparsity for the H200, 990 without for the GH200.
+    "NVIDIA H100 80GB HBM3": Peak(989.4e12, 989.4e12, 494.7e12, 66.9e12, H100_PAPER),
+    "NVIDIA H100 PCIe": Peak(756e12, 756e12, 378e12, 51.2e12, H100_PAPER),
+    "NVIDIA H100 NVL": Peak(
+        835.5e12, 835.5e12, 417.5e12, 60e12, "NVIDIA H100 Tensor Core GPU datasheet, 2024 (sparse 1,671, 835)"
+    ),
+    "NVIDIA H200": Peak(
+        989.4e12, 989.4e12, 494.7e12, 66.9e12, "NVIDIA H200 Tensor Core GPU datasheet, 2024 (as H100 SXM)"
+    ),
+    "NVIDIA H200 NVL": Peak(
+        835.5e12, 835.5e12, 417.5e12, 60e12, "NVIDIA H200 Tensor Core GPU datasheet, 2024 (sparse 1,671, 835)"
+    ),
+    "NVIDIA GH200 480GB": Peak(
+        989.4e12, 989.4e12, 494.7e12, 66.9e12, "NVIDIA GH200 Grace Hopper Superchip datasheet, 2023 (as H100 SXM)"
+    ),
+    "NVIDIA B200": Peak(
+        2.25e15, 2.25e15, 1.1e15, 75e12, "NVIDIA Blackwell datasheet, HGX B200, 2025 (sparse 4,500, 2,200)"
+    ),
+    "NVIDIA GB200": Peak(
+        2.5e15, 2.5e15, 1.25e15, 80e12, "NVIDIA Blackwell datasheet, GB200 NVL72, 2025 (sparse 5,000, 2,500)"
+    ),
+    "NVIDIA B300 SXM6 AC": Peak(
+        2.25e15, 2.25e15, 1.1e15, 75e12, "NVIDIA Blackwell Ultra datasheet, HGX B300, 2025 (sparse 4,500, 2,200)"
+    ),
+    "NVIDIA GB300": Peak(
+        2.5e15, 2.5e15, 1.25e15, 80e12, "NVIDIA Blackwell Ultra datasheet, GB300 NVL72, 2025 (sparse 5,000, 2,500)"
+    ),
+    "NVIDIA GeForce RTX 5080": Peak(112.6e12, 112.6e12, 56.3e12, 56.3e12, RTX_50_PAPER),
+    "NVIDIA GeForce RTX 5090": Peak(209.5e12, 209.5e12, 104.8e12, 104.8e12, RTX_50_PAPER),
+    "NVIDIA RTX PRO 6000 Blackwell Workstation Edition": Peak(503.8e12, 503.8e12, None, 125e12, RTX_PRO_PAPER),
+    "NVIDIA RTX PRO 6000 Blackwell Max-Q Workstation Edition": Peak(438.9e12, 438.9e12, None, 110e12, RTX_PRO_PAPER),
+    "AMD Instinct MI210": Peak(181e12, 181e12, None, 22.6e12, "AMD Instinct MI210 data sheet, 2022"),
+    "AMD Instinct MI250X": Peak(
+        191.5e12, 191.5e12, None, 23.95e12, "AMD Instinct MI250X data sheet, 2021 (383.0 and 47.9 for its two dies)"
+    ),
+    "AMD Instinct MI300A": Peak(980.6e12, 980.6e12, 490.3e12, 122.6e12, "AMD Instinct MI300A data sheet, 2023"),
+    "AMD Instinct MI300X": Peak(1307.4e12, 1307.4e12, 653.7e12, 163.4e12, "AMD Instinct MI300X data sheet, 2023"),
+    "AMD Instinct MI325X": Peak(1307.4e12, 1307.4e12, 653.7e12, 163.4e12, "AMD Instinct MI325X data sheet, 2024"),
+    "AMD Instinct MI350X": Peak(2306.9e12, 2306.9e12, None, 144.2e12, "AMD Instinct MI350X data sheet, 2025"),
+    "AMD Instinct MI355X": Peak(2516.6e12, 2516.6e12, None, 157.3e12, "AMD Instinct MI355X data sheet, 2025"),
+}
+# Other names for the same chip at the same speed.
+PEAKS |= {
+    "Tesla V100-SXM2-32GB": PEAKS["Tesla V100-SXM2-16GB"],
+    "Tesla V100-SXM3-32GB": PEAKS["Tesla V100-SXM2-16GB"],
+    "Tesla V100-PCIE-32GB": PEAKS["Tesla V100-PCIE-16GB"],
+    "NVIDIA A100-SXM4-80GB": PEAKS["NVIDIA A100-SXM4-40GB"],
+    "NVIDIA A100-PCIE-40GB": PEAKS["NVIDIA A100-SXM4-40GB"],
+    "NVIDIA A100 80GB PCIe": PEAKS["NVIDIA A100-SXM4-40GB"],
+    "NVIDIA GH200 144G HBM3e": PEAKS["NVIDIA GH200 480GB"],
 }
 
 
 def peak_flops(device_name: str, dtype: DType) -> float | None:
     """Return a device's dense FLOP/s by its name in torch; None if it is unknown or has no units for `dtype`."""
-    peak = PEAKS.get(device_name)
-    if peak is None:
-        return None
-    return {"bf16": peak.bf16, "fp16": peak.fp16, "tf32": peak.tf32, "fp32": peak.fp32}[dtype]
+    peak: float | None = getattr(PEAKS.get(device_name), dtype, None)
+    return peak

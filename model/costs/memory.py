@@ -93,13 +93,6 @@ def count_activations(config: ModelConfig, shape: StepShape) -> int:
 # --- Components -------------------------------------------------------------------------------------------------------
 
 
-def _state(config: ModelConfig, shape: StepShape) -> Bytes:
-    """Return the weights and AdamW's two moments."""
-    elements = count_shard(root_shapes(config), shape.shards)
-    elements += config.num_layers * count_shard(block_shapes(config), shape.shards)
-    return {"weights": FP32_BYTES * elements, "optimizer": 2 * FP32_BYTES * elements}
-
-
 def _gradients(config: ModelConfig, shape: StepShape, done: int, *, is_root_done: bool) -> Bytes:
     """Return the gradients in the last micro-batch's backward pass, after those of `done` blocks are reduced.
 
@@ -120,9 +113,12 @@ def _gradients(config: ModelConfig, shape: StepShape, done: int, *, is_root_done
 def _kept_state(
     config: ModelConfig, shape: StepShape, *, done: int = 0, is_root_done: bool = False, kept: int = 0
 ) -> Bytes:
-    """Return the state, the gradients of `done` blocks, and what autograd keeps of the first `kept` blocks."""
+    """Return weights, AdamW's moments, gradients of `done` blocks, and what autograd keeps of the first `kept`."""
     N, D = shape.num_tokens, config.width
-    components = {**_state(config, shape), **_gradients(config, shape, done, is_root_done=is_root_done)}
+    elements = count_shard(root_shapes(config), shape.shards)
+    elements += config.num_layers * count_shard(block_shapes(config), shape.shards)
+    components = {"weights": FP32_BYTES * elements, "optimizer": 2 * FP32_BYTES * elements}
+    components |= _gradients(config, shape, done, is_root_done=is_root_done)
     if shape.activation_checkpointing:
         # The first block's values are a view of its queries, keys and values, which are therefore kept whole.
         first_values = 3 * N * D if config.value_residual and kept else 0
@@ -268,18 +264,13 @@ def _block_backward(config: ModelConfig, shape: StepShape, index: int) -> Bytes:
     N, D, F, c = shape.num_tokens, config.width, config.resolved_mlp_width, shape.compute_bytes
     components = _in_block(config, shape, index)
     if shape.activation_checkpointing:
-        components["recomputed block"] = sum(count_block_activations(config, shape).values()) + _block_copies(
-            config, shape
-        )
-        components["recomputed block"] -= _is_input_kept(config, shape) * N * D * c
+        kept = sum(count_block_activations(config, shape).values())
+        components["recomputed block"] = kept + _block_copies(config, shape)
+        # Where autograd keeps a block's input itself, recomputation keeps no second copy.
+        is_read_by_matrix = config.norm == "none" or config.norm_place == "post"
+        components["recomputed block"] -= (is_read_by_matrix or c == FP32_BYTES) * N * D * c
     factors = {"swiglu": 2, "relu2": 3}.get(config.mlp, 0) * N * F * c
     return components | {"block's gradients": N * D * c + max(N * F * c + F * D * c, F * D * FP32_BYTES, factors)}
-
-
-def _is_input_kept(config: ModelConfig, shape: StepShape) -> bool:
-    """Return whether autograd keeps a block's input itself, so that recomputation keeps no second copy."""
-    is_read_by_matrix = config.norm == "none" or config.norm_place == "post"
-    return is_read_by_matrix or shape.compute_bytes == FP32_BYTES
 
 
 def _attention_backward(config: ModelConfig, shape: StepShape, index: int) -> Bytes:

@@ -51,10 +51,6 @@ class KVCache:
             None if self.eot_id is None else torch.zeros(num_rows, config.context_len, dtype=torch.int64, device=device)
         )
 
-    @property
-    def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.keys + self.values)
-
 
 class Past(NamedTuple):
     """The cached tokens before a pass over B rows by T tokens.

@@ -39,21 +39,8 @@ LAYER = re.compile(r"transformer\.h\.(\d+)\.")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # fp32 represents every number of each
 NUM_NAMES_SHOWN = 3  # names that an error lists for one kind of fault
 # Reading damaged pickles and archives raised most of these errors (tests/unit/model/test_hf_folder.py); the others may.
-UNREADABLE = (
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-    struct.error,
-    OSError,
-    EOFError,
-    RuntimeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    TypeError,
-    ArithmeticError,
-    AssertionError,
-    MemoryError,
-)
+BROKEN_FILES = (pickle.UnpicklingError, zipfile.BadZipFile, struct.error, OSError, EOFError, MemoryError)
+WRONG_VALUES = (RuntimeError, ValueError, LookupError, AttributeError, TypeError, ArithmeticError, AssertionError)
 
 
 @dataclass(frozen=True)
@@ -154,7 +141,7 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
     except InputError:
         raise
-    except UNREADABLE as error:
+    except (*BROKEN_FILES, *WRONG_VALUES) as error:
         raise InputError(f"{path}: refused: {first_line(error)}") from error
     if not isinstance(content, dict) or not all(
         isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in content.items()

@@ -67,12 +67,6 @@ def to_hugging_face(state_dict: Mapping[str, Tensor], config: ModelConfig) -> di
     }
 
 
-def from_hugging_face(state_dict: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Return GPT2LMHeadModel's tensors for GPT.load_state_dict: matrices transposed, zero rows as padding."""
-    check_expressible(config)
-    return {name: as_ours(name, tensor, config) for name, tensor in state_dict.items()}
-
-
 def as_ours(name: str, tensor: Tensor, config: ModelConfig) -> Tensor:
     """Return our parameter `name`, given GPT2LMHeadModel's tensor of the same name."""
     padding = config.padded_vocab_size - tensor.shape[0] if name in (EMBEDDING, HEAD) else 0

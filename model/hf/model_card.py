@@ -90,34 +90,28 @@ def _result_lines(path: Path, step: int | None) -> list[str]:
     if not validations:
         return ["Not validated.", *scores]
     last = validations[-1]
-    error_of_mean = "" if last["val_loss_stderr"] is None else f" +- {last['val_loss_stderr']:.4f}"
     return [
         "| step | tokens | validation loss | bits per byte |",
         "|---|---|---|---|",
-        f"| {last['step']:,} | {last['tokens']:,} | {last['val_loss']:.4f}{error_of_mean} "
-        f"| {last['val_bits_per_byte']:.4f} |",
+        f"| {last['step']:,} | {last['tokens']:,} | {_measured(last, 'val_loss')} | {last['val_bits_per_byte']:.4f} |",
         *scores,
     ]
 
 
 def _score_line(row: dict[str, Any]) -> str:
-    """Return one sentence about a HellaSwag score; `acc` is nan if it has no number."""
-    accuracies = (
-        f"{name} nan"
-        if row[f"hellaswag_{name}"] is None
-        else f"{name} {row[f'hellaswag_{name}']:.4f}"
-        + ("" if row[f"hellaswag_{name}_stderr"] is None else f" +- {row[f'hellaswag_{name}_stderr']:.4f}")
-        for name in ("acc", "acc_norm")
-    )
+    """Return one sentence about a HellaSwag score."""
+    accuracies = ", ".join(f"{name} {_measured(row, f'hellaswag_{name}')}" for name in ("acc", "acc_norm"))
+    note = " It is not comparable with published scores: the items are not the whole validation set."
     return (
         f"\nHellaSwag, {row['hellaswag_items']:,} items in the completion style, at step {row['step']:,}: "
-        f"{', '.join(accuracies)} (by the mean loss per token)."
-        + (
-            ""
-            if row["hellaswag_pinned"]
-            else " It is not comparable with published scores: the items are not the whole validation set."
-        )
+        f"{accuracies} (by the mean loss per token).{'' if row['hellaswag_pinned'] else note}"
     )
+
+
+def _measured(row: dict[str, Any], name: str) -> str:
+    """Return a metric with its standard error if it has one; nan if it has no number."""
+    value, error = row[name], row[f"{name}_stderr"]
+    return "nan" if value is None else f"{value:.4f}" + ("" if error is None else f" +- {error:.4f}")
 
 
 def _read_record(path: Path) -> dict[str, Any]:

@@ -7,13 +7,15 @@ stream 0 is the input of the first block, and stream L the output of the last on
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
+from functools import partial
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_mask
+from torch.utils.hooks import RemovableHandle
 
 from model.gpt import GPT, Attention, Block, Shared, attention_weights
 
@@ -25,26 +27,14 @@ Edit = Callable[[Tensor], Tensor]
 # --- Hooks ------------------------------------------------------------------------------------------------------------
 
 
-@contextmanager
-def edited_input(module: nn.Module, edit: Edit) -> Iterator[None]:
-    """Give `module` edit(x) in place of its first argument x inside the context."""
-
-    def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (edit(args[0]), *args[1:])
-
-    with module.register_forward_pre_hook(hook):
-        yield
+def edited_input(module: nn.Module, edit: Edit) -> RemovableHandle:
+    """Return a context in which `module` gets edit(x) in place of its first argument x."""
+    return module.register_forward_pre_hook(lambda _, args: (edit(args[0]), *args[1:]))
 
 
-@contextmanager
-def edited_output(module: nn.Module, edit: Edit) -> Iterator[None]:
-    """Replace the output y of `module` by edit(y) inside the context."""
-
-    def hook(_: nn.Module, __: tuple[Tensor, ...], y: Tensor) -> Tensor:
-        return edit(y)
-
-    with module.register_forward_hook(hook):
-        yield
+def edited_output(module: nn.Module, edit: Edit) -> RemovableHandle:
+    """Return a context in which edit(y) is in place of the output y of `module`."""
+    return module.register_forward_hook(lambda _, __, y: edit(y))
 
 
 class Parts(NamedTuple):
@@ -63,11 +53,6 @@ def parts_of(model: GPT, layer: int) -> Parts:
 def stream_readers(model: GPT) -> list[nn.Module]:
     """Return the modules that read residual streams 0, 1, ..., L: each block, then the norm before the output head."""
     return [*model.blocks, model.transformer["ln_f"]]
-
-
-def head_columns(model: GPT, head: int) -> slice:
-    """Return the slice of c_proj's input that holds the head's output."""
-    return slice(head * model.config.head_size, (head + 1) * model.config.head_size)
 
 
 def inputs_of(model: GPT, modules: Sequence[nn.Module], tokens_BT: Tensor) -> Tensor:
@@ -96,17 +81,14 @@ def read_attention(model: GPT, tokens_BT: Tensor, on_weights: Callable[[int, Ten
     adds up to 1.
     """
 
-    def hook_of(layer: int) -> Callable[[Attention, tuple[Tensor, Shared]], None]:
-        def hook(attention: Attention, args: tuple[Tensor, Shared]) -> None:
-            x_BTD, shared = args
-            q_BHTK, k_BHTK, _ = attention.queries_keys_values(x_BTD, shared)
-            on_weights(layer, attention_weights(q_BHTK.float(), k_BHTK.float(), _masked(x_BTD, shared)))
-
-        return hook
+    def hook(layer: int, attention: Attention, args: tuple[Tensor, Shared]) -> None:
+        x_BTD, shared = args
+        q_BHTK, k_BHTK, _ = attention.queries_keys_values(x_BTD, shared)
+        on_weights(layer, attention_weights(q_BHTK.float(), k_BHTK.float(), _masked(x_BTD, shared)))
 
     with ExitStack() as stack:
         for layer in range(len(model.blocks)):
-            stack.enter_context(parts_of(model, layer).attention.register_forward_pre_hook(hook_of(layer)))
+            stack.enter_context(parts_of(model, layer).attention.register_forward_pre_hook(partial(hook, layer)))
         return vocab_logits(model, model.hidden_states(tokens_BT))
 
 
@@ -192,32 +174,24 @@ def mean_replacements(model: GPT, sequences_BS: Tensor) -> Replacements:
     return Replacements((heads_LD / num_tokens).float(), (mlp_LD / num_tokens).float())
 
 
-@contextmanager
-def without_head(model: GPT, layer: int, head: int, replacements: Replacements) -> Iterator[None]:
-    """Replace the head's output at every token inside the context.
+def without_head(model: GPT, layer: int, head: int, replacements: Replacements) -> RemovableHandle:
+    """Return a context in which the head's output is replaced at every token.
 
     With zeros this equals zeroing the columns of c_proj that read the head.
     """
-    columns = head_columns(model, head)
+    columns = slice(head * model.config.head_size, (head + 1) * model.config.head_size)
 
     def edit(y_BTD: Tensor) -> Tensor:
         y_BTD = y_BTD.clone()
         y_BTD[..., columns] = replacements.heads_LD[layer, columns].to(y_BTD.dtype)
         return y_BTD
 
-    with edited_input(parts_of(model, layer).attention.c_proj, edit):
-        yield
+    return edited_input(parts_of(model, layer).attention.c_proj, edit)
 
 
-@contextmanager
-def without_mlp(model: GPT, layer: int, replacements: Replacements) -> Iterator[None]:
-    """Replace the output of the layer's MLP, including its last bias, at every token inside the context."""
-
-    def edit(y_BTD: Tensor) -> Tensor:
-        return replacements.mlp_LD[layer].to(y_BTD.dtype).expand_as(y_BTD)
-
-    with edited_output(parts_of(model, layer).mlp, edit):
-        yield
+def without_mlp(model: GPT, layer: int, replacements: Replacements) -> RemovableHandle:
+    """Return a context in which the output of the layer's MLP, with its last bias, is replaced at every token."""
+    return edited_output(parts_of(model, layer).mlp, lambda y: replacements.mlp_LD[layer].to(y.dtype).expand_as(y))
 
 
 def losses_without_each(
@@ -238,7 +212,6 @@ def losses_without_each(
 # --- Patch ------------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def patch_stream(model: GPT, clean_T: Tensor, corrupt_T: Tensor, answers: Sequence[int]) -> Tensor:
     """Return the corrupt prompt's last logits of the answers, with each residual stream patched: [L + 1, T, answers].
 
@@ -246,57 +219,38 @@ def patch_stream(model: GPT, clean_T: Tensor, corrupt_T: Tensor, answers: Sequen
     Zhang & Nanda 2023). With --model.value-residual the first block also hands its values to the other blocks, beside
     the stream; these values are the clean prompt's only at l = 0.
     """
-    T = len(clean_T)
-    clean_LTD = residual_streams(model, clean_T[None])[:, 0]
-    logits_of_layers = []
-    for module, clean_TD in zip(stream_readers(model), clean_LTD, strict=True):
-        logits_of_passes = []
-        for positions in torch.arange(T, device=clean_T.device).split(rows_per_pass(T)):
-            logits_RV = _patched_logits(model, corrupt_T, module, positions, _patch_positions(clean_TD, positions))
-            logits_of_passes.append(logits_RV[:, list(answers)])
-        logits_of_layers.append(torch.cat(logits_of_passes))
-    return torch.stack(logits_of_layers)
+    is_patched_NTD = torch.eye(len(clean_T), dtype=torch.bool)[:, :, None]
+    return _patched_logits(model, stream_readers(model), is_patched_NTD, clean_T, corrupt_T, answers)
 
 
-def _patch_positions(clean_TD: Tensor, positions: Tensor) -> Edit:
-    def edit(x_RTD: Tensor) -> Tensor:
-        x_RTD = x_RTD.clone()
-        x_RTD[torch.arange(len(positions), device=positions.device), positions] = clean_TD[positions]
-        return x_RTD
-
-    return edit
-
-
-@torch.no_grad()
 def patch_heads(model: GPT, clean_T: Tensor, corrupt_T: Tensor, answers: Sequence[int]) -> Tensor:
     """Return the same logits with one head's outputs at all tokens from the clean prompt: [L, H, answers]."""
     projections = [parts_of(model, layer).attention.c_proj for layer in range(len(model.blocks))]
-    clean_LTD = inputs_of(model, projections, clean_T[None])[:, 0]
-    logits_of_layers = []
-    for module, clean_TD in zip(projections, clean_LTD, strict=True):
-        logits_of_passes = []
-        for heads in torch.arange(model.config.num_heads).split(rows_per_pass(len(clean_T))):
-            logits_RV = _patched_logits(model, corrupt_T, module, heads, _patch_heads(model, clean_TD, heads))
-            logits_of_passes.append(logits_RV[:, list(answers)])
-        logits_of_layers.append(torch.cat(logits_of_passes))
-    return torch.stack(logits_of_layers)
+    is_head_ND = torch.eye(model.config.num_heads, dtype=torch.bool).repeat_interleave(model.config.head_size, dim=1)
+    return _patched_logits(model, projections, is_head_ND[:, None], clean_T, corrupt_T, answers)
 
 
-def _patch_heads(model: GPT, clean_TD: Tensor, heads: Tensor) -> Edit:
-    def edit(y_RTD: Tensor) -> Tensor:
-        y_RTD = y_RTD.clone()
-        for row, head in enumerate(heads.tolist()):
-            columns = head_columns(model, head)
-            y_RTD[row, :, columns] = clean_TD[:, columns]
-        return y_RTD
+@torch.no_grad()
+def _patched_logits(
+    model: GPT,
+    modules: Sequence[nn.Module],
+    is_patched_NTD: Tensor,
+    clean_T: Tensor,
+    corrupt_T: Tensor,
+    answers: Sequence[int],
+) -> Tensor:
+    """Return the logits with each of N parts of each module's input from the clean prompt, [modules, N, answers]."""
+    is_patched_NTD = is_patched_NTD.to(clean_T.device)
+    logits = []
+    for module, clean_1TD in zip(modules, inputs_of(model, modules, clean_T[None]), strict=True):
+        for is_patched_RTD in is_patched_NTD.split(rows_per_pass(len(clean_T))):
 
-    return edit
+            def edit(x_RTD: Tensor, is_patched: Tensor = is_patched_RTD, clean: Tensor = clean_1TD) -> Tensor:
+                return torch.where(is_patched, clean, x_RTD)
 
-
-def _patched_logits(model: GPT, tokens_T: Tensor, module: nn.Module, rows: Tensor, edit: Edit) -> Tensor:
-    """Return the last logits of a pass in which `module` reads edit(x); the tokens are repeated once for each row."""
-    with edited_input(module, edit):
-        return last_logits(model, tokens_T.expand(len(rows), -1))
+            with edited_input(module, edit):
+                logits.append(last_logits(model, corrupt_T.expand(len(is_patched_RTD), -1))[:, list(answers)])
+    return torch.cat(logits).view(len(modules), len(is_patched_NTD), len(answers))
 
 
 @torch.no_grad()

@@ -118,7 +118,8 @@ def measure_checkpoints(options: Induction) -> Iterator[tuple[dict[str, Any], in
     """Yield each checkpoint's numbers, and the half that was used."""
     for path in checkpoints_of(options):
         model, trained = load_gpt(path, options)
-        usable = model.config.vocab_size - (trained.tokenizer.eot_id is not None)
+        vocab_size, eot_id, num_rows = model.config.vocab_size, trained.tokenizer.eot_id, options.num_sequences
+        usable = vocab_size - (eot_id is not None)
         largest = min(model.config.context_len // 2, usable)
         half = largest if options.half is None else options.half
         if not 2 <= half <= largest:
@@ -126,15 +127,10 @@ def measure_checkpoints(options: Induction) -> Iterator[tuple[dict[str, Any], in
                 f"--half {half} must be at least 2 and at most {largest}: half the context of "
                 f"{model.config.context_len}, and the vocabulary of {usable}"
             )
-        if options.num_sequences < 1:
-            raise InputError(f"--num-sequences {options.num_sequences} must be at least 1")
-        tokens_BT = repeated_tokens(
-            model.config.vocab_size,
-            trained.tokenizer.eot_id,
-            half=half,
-            num_rows=options.num_sequences,
-            seed=options.seed,
-        ).to(model.lm_head.weight.device)
+        if num_rows < 1:
+            raise InputError(f"--num-sequences {num_rows} must be at least 1")
+        tokens_BT = repeated_tokens(vocab_size, eot_id, half=half, num_rows=num_rows, seed=options.seed)
+        tokens_BT = tokens_BT.to(model.lm_head.weight.device)
         repeats = measure_repeats(model, tokens_BT)
         scores = {"induction": json_numbers(repeats.induction_LH), "previous": json_numbers(repeats.previous_LH)}
         first, second = loss_of_halves(repeats.losses_BT)

@@ -11,7 +11,6 @@ from data_prep.manifest import read_manifest
 from model import generate, ladder
 from model.checkpoint import load_model
 from model.cost import main as cost_command
-from model.hf.format import to_hugging_face
 from tests.distributed.test_exact import cut_back
 from tests.helpers.groups import run_on_ranks
 from tests.helpers.runs import (
@@ -25,7 +24,7 @@ from tests.helpers.runs import (
     tiny_flags,
     validations,
 )
-from tests.unit.model.test_ladder import BELOW, kind
+from tests.unit.model.test_ladder import BELOW
 from train import main as trainer
 from train.config import Config, with_vocabulary
 from train.main import run
@@ -81,8 +80,6 @@ def test_flags_that_a_rung_has_no_use_for_are_refused_by_name(tiny_data: Path, t
     assert not (tmp_path / "run").exists()
     cost = called(cost_command, "gpt2-small", "--model.kind", "head")
     assert cost.returncode == 2 and "--model.kind head: this command counts gpt only" in cost.stderr
-    with pytest.raises(ValueError, match="kind"):
-        to_hugging_face(kind("head").state_dict(), kind("head").config)
 
 
 def test_one_kinds_weights_and_run_directory_are_refused_for_another(tiny_data: Path, tmp_path: Path) -> None:

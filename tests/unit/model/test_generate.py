@@ -13,7 +13,6 @@ import torch
 from data_prep.tokenizer import BpeTokenizer, CharTokenizer
 from model.checkpoint import load_model
 from model.generate import encode_prompt, main, sample_generator
-from model.gpt import GPT
 from tests.helpers.runs import called, tiny_config
 from train.main import run
 from train.processes.group import ProcessGroup
@@ -82,13 +81,6 @@ def test_prompts_from_standard_input_and_a_stop_string(trained_run: Path, monkey
     for cut, row in zip(stopped, whole, strict=True):
         assert cut["text"] == row["text"].split(stop)[0] and cut["tokens"] == row["tokens"][: len(cut["tokens"])]
         assert (cut["stopped_by"] == "stop") == (stop in row["text"])
-
-
-def test_a_loaded_model_is_ready_to_use(trained_run: Path) -> None:
-    trained = load_model(trained_run)
-    assert trained.step == 100 and not trained.model.training
-    assert isinstance(trained.model, GPT) and trained.model.is_tied
-    assert trained.model.lm_head.weight is trained.model.transformer["wte"].weight
 
 
 def test_a_prompt_begins_a_document_and_is_never_empty() -> None:

@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from model.config import NAMED_SHAPES, ModelConfig
-from model.gpt import GPT, build_model
-from model.hf.format import from_hugging_face, to_hugging_face
+from model.config import ModelConfig
+from model.gpt import build_model
+from model.hf.format import as_ours, to_hugging_face
 
 TINY = ModelConfig(num_layers=2, num_heads=2, width=32, vocab_size=100, context_len=16)
 
@@ -44,7 +44,7 @@ def test_logits_and_gradients_equal_transformers(direction: str) -> None:
     assert ours.state_dict().keys() == theirs.state_dict().keys()
     if direction == "from":
         randomize(theirs, seed=3)
-        ours.load_state_dict(from_hugging_face(theirs.state_dict(), TINY))
+        ours.load_state_dict({name: as_ours(name, tensor, TINY) for name, tensor in theirs.state_dict().items()})
     else:
         randomize(ours, seed=4)
         theirs.load_state_dict(to_hugging_face(ours.state_dict(), TINY))
@@ -57,15 +57,6 @@ def test_logits_and_gradients_equal_transformers(direction: str) -> None:
     in_their_form = to_hugging_face(gradients, TINY)
     for name, parameter in theirs.named_parameters():
         torch.testing.assert_close(in_their_form[name], parameter.grad, rtol=0, atol=1e-4, msg=name)
-
-
-def test_gpt2_small_has_124439808_parameters() -> None:
-    config = NAMED_SHAPES["gpt2-small"]
-    with torch.device("meta"):
-        ours, theirs = GPT(config), hugging_face(config)
-    assert sum(p.numel() for p in ours.parameters()) - (50304 - 50257) * 768 == 124_439_808
-    assert sum(p.numel() for p in theirs.parameters()) == 124_439_808
-    assert ours.lm_head.weight is ours.transformer["wte"].weight
 
 
 def test_initial_weights_have_gpt2s_statistics() -> None:
@@ -93,11 +84,6 @@ def test_initial_weights_depend_on_the_seed_and_the_name_alone() -> None:
     last = "transformer.h.1.mlp.c_fc.weight"
     assert torch.equal(weights[last], build_model(dataclasses.replace(TINY, vocab_size=64), seed=1).state_dict()[last])
     assert not torch.equal(weights[last], weights["transformer.h.0.mlp.c_fc.weight"])
-
-
-def test_too_long_a_sequence_is_refused() -> None:
-    with pytest.raises(ValueError, match="17 tokens exceed the model's context of 16"):
-        build_model(TINY, seed=1)(torch.zeros(1, 17, dtype=torch.int64))
 
 
 def test_padding_makes_the_vocabulary_a_multiple() -> None:

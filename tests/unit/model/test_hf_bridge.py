@@ -229,10 +229,11 @@ def test_what_cannot_be_exported_or_imported_is_refused(
 
 
 def test_a_model_that_no_class_of_theirs_fits_is_refused_by_name(tmp_path: Path) -> None:
-    modern = dataclasses.replace(TINY, position_embedding="rope", mlp="swiglu", bias=False)
-    flags = "no --model.position-embedding rope, --model.mlp swiglu, --model.bias False"
-    with pytest.raises(InputError, match=flags):
-        write_folder(untrained(modern, ByteTokenizer(), tmp_path), tmp_path / "out")
+    switches: dict[str, Any] = {"position_embedding": "rope", "norm": "rmsnorm", "norm_place": "post", "mlp": "swiglu"}
+    switches |= {"bias": False, "qk_norm": True, "value_residual": True}
+    flags = [f"--model.{name.replace('_', '-')} {value}" for name, value in switches.items()]
+    with pytest.raises(InputError, match=f"no {', '.join(flags)};"):
+        write_folder(untrained(dataclasses.replace(TINY, **switches), ByteTokenizer(), tmp_path), tmp_path / "out")
     with pytest.raises(InputError, match=r"no --model\.kind heads"):
         check_expressible(ModelConfig(kind="heads", num_layers=2, num_heads=2, width=32, context_len=32))
     assert list(tmp_path.iterdir()) == []

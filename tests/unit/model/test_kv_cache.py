@@ -16,7 +16,8 @@ from tests.unit.model.test_switches import ONE_BY_ONE, moved, named, some_tokens
 
 EOT = 3
 FLEX: dict[str, Any] = {"attention": "flex", "eot_id": EOT}
-SWITCHES = [{}, *ONE_BY_ONE, FLEX, FLEX | {"position_embedding": "rope", "value_residual": True}, {"attention": "flex"}]
+SWITCHES = [{}, *ONE_BY_ONE, FLEX, FLEX | {"position_embedding": "rope", "value_residual": True}, {"eot_id": EOT}]
+SWITCHES += [{"attention": "flex", "eot_id": None}]
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 
@@ -58,18 +59,6 @@ def test_cached_logits_equal_the_whole_windows(switches: dict[str, Any]) -> None
 
 
 @torch.no_grad()
-def test_tokens_may_come_several_at_a_time() -> None:
-    model = moved(switched(**FLEX))
-    tokens_BT = tokens_with_documents(2)
-    cache = KVCache(model.config, num_rows=2, dtype=torch.float32)
-    logits = []
-    for begin, end in ((0, 5), (5, 12), (12, 16)):
-        past = Past(cache, torch.arange(2), torch.arange(begin, end).expand(2, -1), num_slots=end)
-        logits.append(model.logits(model.hidden_states(tokens_BT[:, begin:end], past)))
-    torch.testing.assert_close(torch.cat(logits, dim=1), model(tokens_BT), rtol=0, atol=1e-5)
-
-
-@torch.no_grad()
 def test_a_bfloat16_model_has_a_bfloat16_cache() -> None:
     model = moved(switched())
     model.compute_dtype = torch.bfloat16
@@ -88,14 +77,5 @@ def test_the_cost_account_has_the_caches_bytes() -> None:
     for name, dtype in (("gpt2-small", torch.float32), ("tinystories", torch.bfloat16)):
         config = dataclasses.replace(NAMED_SHAPES[name], context_len=64)
         cache = KVCache(config, num_rows=3, dtype=dtype, device="meta")
-        assert cache.num_bytes == 3 * 64 * count_cache_bytes(config, dtype.itemsize)
-
-
-def test_tokens_are_kept_only_for_attention_within_documents() -> None:
-    for switches, keeps_tokens in (
-        (FLEX, True),
-        ({"eot_id": EOT}, False),
-        ({"attention": "flex", "eot_id": None}, False),
-    ):
-        cache = KVCache(switched(**switches), num_rows=1, dtype=torch.float32)
-        assert (cache.tokens is not None) == keeps_tokens
+        num_bytes = sum(tensor.nbytes for tensor in cache.keys + cache.values)
+        assert num_bytes == 3 * 64 * count_cache_bytes(config, dtype.itemsize)

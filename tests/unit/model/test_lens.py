@@ -41,13 +41,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without to
 L, H, V = TINY.num_layers, TINY.num_heads, TINY.vocab_size
 
 
-def keep(x: Tensor) -> Tensor:
-    return x
-
-
 @torch.no_grad()
 def run_with_hook(
-    model: GPT, module: nn.Module, tokens_BT: Tensor, change: Callable[[Tensor], Tensor] = keep
+    model: GPT, module: nn.Module, tokens_BT: Tensor, change: Callable[[Tensor], Tensor] = torch.Tensor.clone
 ) -> tuple[Tensor, Tensor]:
     """Return the input of `module` in a pass, and the logits of the pass if `change` replaces this input."""
     inputs: list[Tensor] = []

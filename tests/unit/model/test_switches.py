@@ -11,10 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from common.errors import InputError
 from model.config import GPT2, ModelConfig
 from model.gpt import GPT, Block, Shared, build_model, make_norm, naive_attention
-from model.hf.format import from_hugging_face, to_hugging_face
 from train.losses import LossModel
 
 TINY = ModelConfig(num_layers=3, num_heads=2, width=32, vocab_size=100, context_len=16)
@@ -141,39 +139,6 @@ def test_with_their_switches_it_is_llama_and_qwen3(architecture: str) -> None:
     gradients = with_llamas_names({name: p.grad for name, p in ours.named_parameters() if p.grad is not None})
     for name, parameter in theirs.named_parameters():
         torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-5, msg=name)
-
-
-@pytest.mark.parametrize(
-    ("switches", "theirs"),
-    [
-        ({"mlp": "silu"}, {"activation_function": "silu"}),
-        ({"mlp": "relu2"}, {"activation_function": "relu2"}),
-        ({"mlp_width": 40}, {"n_inner": 40}),
-        ({"tie": False}, {"tie_word_embeddings": False}),
-        ({"attention": "naive"}, {}),
-    ],
-    ids=str,
-)
-def test_the_switches_that_gpt2lmheadmodel_has_agree_with_it(switches: dict[str, Any], theirs: dict[str, Any]) -> None:
-    config = switched(**switches)
-    shape = {"vocab_size": 100, "n_positions": 16, "n_embd": 32, "n_layer": 3, "n_head": 2}
-    model = transformers().GPT2LMHeadModel(transformers().GPT2Config(**shape, **theirs)).eval()
-    ours = moved(config)
-    model.load_state_dict(to_hugging_face(ours.state_dict(), config))
-    tokens_BT = some_tokens()
-    torch.testing.assert_close(ours(tokens_BT)[..., : config.vocab_size], model(tokens_BT).logits, rtol=1e-4, atol=1e-4)
-
-
-def test_switches_that_gpt2lmheadmodel_lacks_are_refused_by_name() -> None:
-    config = switched(**MODERN)
-    with pytest.raises(InputError) as caught:
-        to_hugging_face(build_model(config, seed=1).state_dict(), config)
-    for name in ("position-embedding rope", "norm rmsnorm", "mlp swiglu", "bias False", "qk-norm True"):
-        assert f"--model.{name}" in str(caught.value)
-    assert "--model.logit-softcap 5.0" in str(caught.value) and "--model.value-residual True" in str(caught.value)
-    assert "tie" not in str(caught.value)
-    with pytest.raises(InputError, match=r"has no --model\.norm-place post;"):
-        from_hugging_face({}, switched(norm_place="post"))
 
 
 # --- Parts ------------------------------------------------------------------------------------------------------------
