@@ -38,19 +38,6 @@ Row = dict[str, Any]
 Axis = Literal["step", "tokens", "seconds", "flops"]
 LAST_ROWS = 5  # of training loss in the table's mean
 ABSENT = "-"
-COLUMNS = (
-    "run",
-    "parameters",
-    "steps",
-    "tokens",
-    "val loss",
-    "bits/byte",
-    "best val loss",
-    "train loss",
-    "seconds",
-    "tokens/s",
-    "MFU",
-)
 
 
 @dataclass(frozen=True)
@@ -152,8 +139,8 @@ def points(run: RunMetrics, rows: Sequence[Row], x: Axis, loss: str) -> list[tup
     return [(row[x], math.nan if row[loss] is None else row[loss]) for row in rows]
 
 
-def results(run: RunMetrics) -> tuple[str, ...]:
-    """Return a run's cells under COLUMNS."""
+def results(run: RunMetrics) -> dict[str, str]:
+    """Return a run's cells by column."""
     rows = [*run.train_rows, *run.val_rows]
     last_val, best = ABSENT, ABSENT
     if run.val_rows:
@@ -165,24 +152,25 @@ def results(run: RunMetrics) -> tuple[str, ...]:
     bits_per_byte = values(run.val_rows[-1:], "val_bits_per_byte")
     mfu = values(run.train_rows[-1:], "mfu")
     tokens = values(rows, "tokens")
-    return (
-        run.label.replace("|", "\\|"),
-        ABSENT if run.num_parameters is None else f"{run.num_parameters:,}",
-        f"{max(row['step'] for row in rows):,}" if rows else ABSENT,
-        f"{max(tokens):,}" if tokens else ABSENT,
-        last_val,
-        f"{bits_per_byte[0]:.4f}" if bits_per_byte else ABSENT,
-        best,
-        f"{statistics.fmean(losses[-LAST_ROWS:]):.4f}" if losses else ABSENT,
-        f"{max(seconds):,.1f}" if seconds else ABSENT,
-        f"{statistics.median(rates):,.0f}" if rates else ABSENT,
-        f"{mfu[0]:.1%}" if mfu else ABSENT,
-    )
+    return {
+        "run": run.label.replace("|", "\\|"),
+        "parameters": ABSENT if run.num_parameters is None else f"{run.num_parameters:,}",
+        "steps": f"{max(row['step'] for row in rows):,}" if rows else ABSENT,
+        "tokens": f"{max(tokens):,}" if tokens else ABSENT,
+        "val loss": last_val,
+        "bits/byte": f"{bits_per_byte[0]:.4f}" if bits_per_byte else ABSENT,
+        "best val loss": best,
+        "train loss": f"{statistics.fmean(losses[-LAST_ROWS:]):.4f}" if losses else ABSENT,
+        "seconds": f"{max(seconds):,.1f}" if seconds else ABSENT,
+        "tokens/s": f"{statistics.median(rates):,.0f}" if rates else ABSENT,
+        "MFU": f"{mfu[0]:.1%}" if mfu else ABSENT,
+    }
 
 
 def table(runs: Sequence[RunMetrics]) -> str:
     """Return the Markdown table, with names on the left and numbers on the right."""
-    return markdown([COLUMNS, *map(results, runs)], right_from=1)
+    cells = [results(run) for run in runs]
+    return markdown([list(cells[0]), *(list(row.values()) for row in cells)], right_from=1)
 
 
 def plot(runs: Sequence[RunMetrics], x: Axis, out: Path) -> None:

@@ -117,10 +117,10 @@ def test_a_stop_during_an_evaluation_leaves_the_rest_to_the_next_start(
     config = scoring(sampling(tiny_config(tiny_data, tmp_path / "run", steps=8), every=8), tmp_path, every=8)
     evaluate = getattr(module, name)
 
-    def interrupted(*args: Any, stop_requests: Any, **options: Any) -> Any:
+    def interrupted(*args: Any) -> Any:
         if any(row["step"] == 8 for row in rows(tmp_path / "run")):
-            stop_requests.reason = "test"
-        return evaluate(*args, stop_requests=stop_requests, **options)
+            args[-1].stop_requests.reason = "test"
+        return evaluate(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(module, name, interrupted)

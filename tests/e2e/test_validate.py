@@ -144,9 +144,9 @@ def test_a_stop_ends_it_and_the_same_command_starts_again(
     data = json.loads((own_run / "config.json").read_text())["config"]["data"]["dir"]
     args = [str(own_run), "--data", data, "--hellaswag", str(items), "--micro-batch", "1"]
 
-    def stopping(*args: Any, stop_requests: Any, **options: Any) -> Any:
-        stop_requests.reason = "SIGTERM"
-        return sound(*args, stop_requests=stop_requests, **options)
+    def stopping(*args: Any) -> Any:
+        args[-1].stop_requests.reason = "SIGTERM"
+        return sound(*args)
 
     monkeypatch.setattr(validate, "ending_losses", stopping)
     done = called(main, *args)

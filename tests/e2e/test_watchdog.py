@@ -16,15 +16,7 @@ import torch
 import torch.distributed as dist
 
 from tests.helpers.groups import run_on_ranks, start_on_ranks
-from tests.helpers.runs import (
-    assert_same_tensors,
-    curve,
-    final_tensors,
-    rows,
-    status,
-    tiny_config,
-    tiny_flags,
-)
+from tests.helpers.runs import assert_same_tensors, curve, final_tensors, rows, status, tiny_config, tiny_flags
 from train import loop
 from train.config import Config, ParallelConfig, parse
 from train.guards import watchdog

@@ -12,7 +12,6 @@ import sys
 from dataclasses import asdict
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from common.errors import InputError, writing_to
@@ -128,9 +127,7 @@ class RunLogger:
     def __enter__(self) -> RunLogger:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.tracking is not None and kind is None:
             self.tracking.close(exit_code=0)
         elif self.tracking is not None:
