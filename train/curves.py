@@ -32,7 +32,7 @@ from common.files import write_atomically
 from common.tables import markdown, new_figure
 from model.config import ModelConfig, with_current_names
 from model.cost import model_cost
-from train.metrics.logger import METRICS_FILE
+from train.metrics.logger import METRICS_FILE, with_error
 
 Row = dict[str, Any]
 Axis = Literal["step", "tokens", "seconds", "flops"]
@@ -144,8 +144,7 @@ def results(run: RunMetrics) -> dict[str, str]:
     rows = [*run.train_rows, *run.val_rows]
     last_val, best = ABSENT, ABSENT
     if run.val_rows:
-        error = run.val_rows[-1].get("val_loss_stderr")
-        last_val = f"{run.val_rows[-1]['val_loss']:.4f}" + ("" if error is None else f" +- {error:.4f}")
+        last_val = with_error(run.val_rows[-1]["val_loss"], run.val_rows[-1].get("val_loss_stderr"))
         lowest = min(run.val_rows, key=lambda row: math.inf if math.isnan(row["val_loss"]) else row["val_loss"])
         best = f"{lowest['val_loss']:.4f} at {lowest['step']}"
     losses, seconds, rates = values(run.train_rows, "loss"), values(rows, "seconds"), values(rows, "tokens_per_second")

@@ -16,6 +16,7 @@ from tests.distributed.test_exact import cut_back
 from tests.helpers.groups import run_on_ranks
 from tests.helpers.hellaswag_items import write_items
 from tests.helpers.runs import assert_same_tensors, called, curve, final_tensors, rows, status, tiny_config, tiny_flags
+from tests.helpers.steps import before_each_step
 from train import loop
 from train import losses as train_losses
 from train.config import Config, SampleConfig
@@ -37,19 +38,12 @@ def graphs_compiled() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-def counts_before_each_step(config: Config, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def counts_before_each_step(config: Config) -> list[int]:
     """Return the number of compiled graphs before each step and at the end."""
     counts: list[int] = []
-    take_step = loop.take_step
-
-    def counting(run: loop.Run) -> loop.StepResult:
-        counts.append(graphs_compiled())
-        return take_step(run)
-
     torch._dynamo.reset()
     counters.clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "take_step", counting)
+    with before_each_step(lambda _: counts.append(graphs_compiled())):
         run(config, ALONE)
     return [*counts, graphs_compiled()]
 
@@ -84,13 +78,13 @@ def test_nothing_is_compiled_once_training_has_begun(
     config = dataclasses.replace(config, validate=dataclasses.replace(config.validate, every=5))
     config = scoring(config, tmp_path)
     graphs = 9 if loss == "plain" else 8
-    assert counts_before_each_step(config, monkeypatch) == [graphs] * 21
+    assert counts_before_each_step(config) == [graphs] * 21
     assert len([row for row in rows(tmp_path / "run") if "val_loss" in row]) == 5
     assert len(scores(tmp_path / "run")) == 4
     assert len((tmp_path / "run" / "samples.jsonl").read_text().splitlines()) == 4
     cut_back(tmp_path / "run", tmp_path / "resumed", step=10)
     resumed = dataclasses.replace(config, run_dir=tmp_path / "resumed")
-    assert counts_before_each_step(resumed, monkeypatch) == [graphs] * 11
+    assert counts_before_each_step(resumed) == [graphs] * 11
 
 
 def test_hellaswag_is_scored_at_its_own_interval_and_changes_nothing(tiny_data: Path, tmp_path: Path) -> None:
@@ -192,23 +186,15 @@ def test_garbage_is_collected_between_steps_only(tiny_data: Path, tmp_path: Path
     assert gc.isenabled() and gc.get_freeze_count() == 0
 
 
-def test_steps_leave_no_cycles_behind(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_leave_no_cycles_behind(tiny_data: Path, tmp_path: Path) -> None:
     """Otherwise memory would grow until the next row."""
     unreachable: list[int] = []
-    take_step = loop.take_step
-
-    def counting(run: loop.Run) -> loop.StepResult:
-        unreachable.append(gc.collect())
-        return take_step(run)
-
-    monkeypatch.setattr(loop, "take_step", counting)
-    run(tiny_config(tiny_data, tmp_path / "run", steps=9), ALONE)
+    with before_each_step(lambda _: unreachable.append(gc.collect())):
+        run(tiny_config(tiny_data, tmp_path / "run", steps=9), ALONE)
     assert unreachable[2:] == [0] * 7
 
 
-def test_samples_are_the_same_after_a_resume_and_do_not_touch_training(
-    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_samples_are_the_same_after_a_resume_and_do_not_touch_training(tiny_data: Path, tmp_path: Path) -> None:
     run(tiny_config(tiny_data, tmp_path / "silent", steps=20), ALONE)
     whole = sampling(tiny_config(tiny_data, tmp_path / "whole", steps=20))
     run(whole, ALONE)
@@ -219,16 +205,13 @@ def test_samples_are_the_same_after_a_resume_and_do_not_touch_training(
     assert all(len(sample["text"]) == 12 for row in drawn for sample in row["samples"])
 
     resumed = dataclasses.replace(whole, run_dir=tmp_path / "resumed")
-    take_step = loop.take_step
 
-    def stopping(this: loop.Run) -> loop.StepResult:
+    def stop(this: loop.Run) -> None:
         if this.state.progress.step == 11:
             this.processes.stop_requests.reason = "test"  # as a signal would
-        return take_step(this)
 
-    monkeypatch.setattr(loop, "take_step", stopping)
-    run(resumed, ALONE)
-    monkeypatch.setattr(loop, "take_step", take_step)
+    with before_each_step(stop):
+        run(resumed, ALONE)
     assert status(tmp_path / "resumed")["state"] == "stopped"
     run(resumed, ALONE)
     samples = [(tmp_path / name / "samples.jsonl").read_bytes() for name in ("whole", "resumed")]

@@ -90,11 +90,6 @@ def outcome_of(group: ProcessGroup, run_dir: Path) -> list[str]:
     return [*lines, "no error"]
 
 
-def on_a_host(name: str) -> None:
-    """Give this process another host name; it ends with its test."""
-    socket.gethostname = lambda: name
-
-
 def check_from_hosts(group: ProcessGroup, folder: Path) -> list[list[str]]:
     """Return the outcomes on two hosts: a new run directory, one in use, one not writable, and one not shared."""
     preflight.SECONDS_TO_SEE = 0.5

@@ -15,6 +15,7 @@ import torch
 from model.checkpoint import list_checkpoints, step_of
 from tests.helpers.groups import run_on_ranks
 from tests.helpers.runs import assert_same_tensors, curve, final_tensors, rows, status, tiny_config
+from tests.helpers.steps import before_each_step
 from train import loop
 from train.config import Config, SampleConfig
 from train.evals import samples
@@ -31,18 +32,12 @@ def test_a_run_stops_when_its_time_is_over_and_continues_at_the_next_start(
 ) -> None:
     """With a clock on which a step takes 10 s."""
     config = dataclasses.replace(tiny_config(tiny_data, tmp_path / "run", steps=100_000), stop_after="1m5s")
-    take_step, clock = loop.take_step, [time.perf_counter()]
-
-    def ticking(this: loop.Run) -> loop.StepResult:
-        clock[0] += 10
-        return take_step(this)
-
-    monkeypatch.setattr(loop, "take_step", ticking)
-    monkeypatch.setattr(
-        stop_requests, "time", SimpleNamespace(monotonic=lambda: clock[0], perf_counter=lambda: clock[0])
-    )
+    clock = [time.perf_counter()]
+    now = SimpleNamespace(monotonic=lambda: clock[-1], perf_counter=lambda: clock[-1])
+    monkeypatch.setattr(stop_requests, "time", now)
     for attempt in (1, 2):
-        run(config, ALONE, Startup(clock[0]))
+        with before_each_step(lambda _: clock.append(clock[-1] + 10)):
+            run(config, ALONE, Startup(clock[-1]))
         # The time is over in the seventh step; the host reads that one step later.
         expected = {"state": "stopped", "step": 8 * attempt, "reason": "--stop-after 1m5s", "attempt": attempt}
         assert status(tmp_path / "run") == expected
