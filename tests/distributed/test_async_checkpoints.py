@@ -1,7 +1,7 @@
 """Checkpoints written during training, on one and on two processes: the same bits, complete or absent."""
 
-import dataclasses
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -136,7 +136,7 @@ def save_by_the_clock(group: ProcessGroup, config: Config) -> None:
 
 def test_saves_follow_the_clock_of_rank_0(tiny_data: Path, tmp_path: Path) -> None:
     config = tiny_config(tiny_data, tmp_path / "run", steps=40)
-    config = dataclasses.replace(config, validate=dataclasses.replace(config.validate, every=None))
+    config = replace(config, validate=replace(config.validate, every=None))
     run_on_ranks(2, save_by_the_clock, with_save(config, every=1000, every_seconds=10))
     # A save is due in step 10; the host reads that after step 11 and saves after step 12, and so on.
     assert [step_of(path) for path in list_checkpoints(tmp_path / "run")] == [12, 24, 36, 40]

@@ -1,10 +1,10 @@
 """An error on one rank ends every rank in one line, and nobody waits for a rank that has gone."""
 
-import dataclasses
 import os
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,8 +39,8 @@ def start_unlike_others(group: ProcessGroup, data: Path, folder: Path) -> list[s
     """Return the errors if rank 1 lacks the data, if the run directory is a file, and if rank 2 has other settings."""
     missing = tiny_config(folder / "not_here" if group.rank == 1 else data, folder / "run")
     config = tiny_config(data, folder / "run")
-    skipped = dataclasses.replace(config.data, skip_sequences=(7,) if group.rank == 2 else ())
-    other = dataclasses.replace(config, seed=1337 + group.rank // 2, data=skipped)
+    skipped = replace(config.data, skip_sequences=(7,) if group.rank == 2 else ())
+    other = replace(config, seed=1337 + group.rank // 2, data=skipped)
     configs = [missing, tiny_config(data, folder / "blocked"), other]
     assert group.gather(group.rank) == [0, 1, 2] and group.on_main(lambda: group.rank) == 0
     return [error_of(lambda config=config: run(config, group)) for config in configs]  # type: ignore[misc]

@@ -1,10 +1,10 @@
 """The loop between steps: evaluations, samples, garbage, rates; and no graph compiled anew."""
 
-import dataclasses
 import gc
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ ALONE = ProcessGroup(0, 1, torch.device("cpu"))
 
 
 def sampling(config: Config, every: int = 5) -> Config:
-    return dataclasses.replace(config, sample=SampleConfig(every=every, prompts=("The ", "a", ""), tokens=12))
+    return replace(config, sample=SampleConfig(every=every, prompts=("The ", "a", ""), tokens=12))
 
 
 def graphs_compiled() -> int:
@@ -50,8 +50,8 @@ def counts_before_each_step(config: Config) -> list[int]:
 
 def scoring(config: Config, folder: Path, every: int = 5, num_items: int = 12) -> Config:
     path = write_items(folder / "items.jsonl", num_items)
-    check = dataclasses.replace(config.validate, hellaswag=path, hellaswag_every=every)
-    return dataclasses.replace(config, validate=check)
+    check = replace(config.validate, hellaswag=path, hellaswag_every=every)
+    return replace(config, validate=check)
 
 
 def scores(run_dir: Path) -> list[dict[str, Any]]:
@@ -75,7 +75,7 @@ def test_nothing_is_compiled_once_training_has_begun(
     monkeypatch.setattr(train_losses, "CHUNK_TOKENS", 64)
     options: dict[str, Any] = {"loss": loss, "activation_checkpointing": activation_checkpointing}
     config = sampling(tiny_config(tiny_data, tmp_path / "run", steps=20, compile=True, **options))
-    config = dataclasses.replace(config, validate=dataclasses.replace(config.validate, every=5))
+    config = replace(config, validate=replace(config.validate, every=5))
     config = scoring(config, tmp_path)
     graphs = 9 if loss == "plain" else 8
     assert counts_before_each_step(config) == [graphs] * 21
@@ -83,7 +83,7 @@ def test_nothing_is_compiled_once_training_has_begun(
     assert len(scores(tmp_path / "run")) == 4
     assert len((tmp_path / "run" / "samples.jsonl").read_text().splitlines()) == 4
     cut_back(tmp_path / "run", tmp_path / "resumed", step=10)
-    resumed = dataclasses.replace(config, run_dir=tmp_path / "resumed")
+    resumed = replace(config, run_dir=tmp_path / "resumed")
     assert counts_before_each_step(resumed) == [graphs] * 11
 
 
@@ -129,8 +129,8 @@ def test_a_stop_during_an_evaluation_leaves_the_rest_to_the_next_start(
 
 def score_here(group: ProcessGroup, config: Config, folder: Path) -> None:
     for mode in ("ddp", "fsdp"):
-        parallel = dataclasses.replace(config.parallel, mode=mode)
-        run(dataclasses.replace(config, parallel=parallel, run_dir=folder / mode), group)
+        parallel = replace(config.parallel, mode=mode)
+        run(replace(config, parallel=parallel, run_dir=folder / mode), group)
 
 
 @pytest.mark.long(reason="three processes; test_validate.py has two in `make test`")
@@ -204,7 +204,7 @@ def test_samples_are_the_same_after_a_resume_and_do_not_touch_training(tiny_data
     assert [sample["prompt"] for sample in drawn[0]["samples"]] == ["The ", "a", ""]
     assert all(len(sample["text"]) == 12 for row in drawn for sample in row["samples"])
 
-    resumed = dataclasses.replace(whole, run_dir=tmp_path / "resumed")
+    resumed = replace(whole, run_dir=tmp_path / "resumed")
 
     def stop(this: loop.Run) -> None:
         if this.state.progress.step == 11:
@@ -236,12 +236,8 @@ def test_rates_are_of_training_alone_and_data_wait_is_part_of_them(
     monkeypatch.setattr(Prefetcher, "take", slowly_take)
     monkeypatch.setattr(validation, "validate", slowly_validate)
     config = tiny_config(tiny_data, tmp_path / "run", steps=6)
-    config = dataclasses.replace(
-        config,
-        validate=dataclasses.replace(config.validate, every=3),
-        track=dataclasses.replace(config.track, peak_tflops=1e-5),
-    )
-    run(config, ALONE)
+    track, validate_every_3 = replace(config.track, peak_tflops=1e-5), replace(config.validate, every=3)
+    run(replace(config, validate=validate_every_3, track=track), ALONE)
     trained = [row for row in rows(tmp_path / "run") if "loss" in row]
     assert [round(row["step_seconds"], -2) for row in trained] == [100] * 6
     for row in trained:
@@ -256,7 +252,7 @@ def test_two_compiled_processes_train_the_same_run_and_hold_their_gradients_once
 ) -> None:
     alone = tiny_config(tiny_data, tmp_path / "one", steps=10, batch_tokens=768)  # kernels of the shapes compiled above
     run(alone, ALONE)
-    both = dataclasses.replace(alone, run_dir=tmp_path / "two", train=dataclasses.replace(alone.train, compile=True))
+    both = replace(alone, run_dir=tmp_path / "two", train=replace(alone.train, compile=True))
     storages = run_on_ranks(2, run_and_count_storages, both)
     for one, two in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
         assert f"{one[1]:.4f} {one[2]:.3f}" == f"{two[1]:.4f} {two[2]:.3f}"
