@@ -27,8 +27,7 @@ from common.errors import InputError, one_line_errors
 class Point:
     """One run of a grid."""
 
-    args: tuple[str, ...]
-    """Arguments of train/main.py: the preset, then flags, --run-dir last."""
+    args: tuple[str, ...]  # of train/main.py: the preset, then flags, --run-dir last
     run_dir: Path
 
 

@@ -96,9 +96,8 @@ def parse_minutes(text: str) -> int:
     match = re.fullmatch(r"(?:(\d+)-)?(\d+)(?::(\d+))?(?::(\d+))?", text)
     if match is None:
         raise InputError(f"--time {text}: write minutes, HOURS:MINUTES:SECONDS or DAYS-HOURS:MINUTES:SECONDS")
-    days, *parts = match.groups()
-    numbers = [int(part) for part in parts if part is not None]
-    if days is None and len(numbers) < 3:  # without days, one or two numbers begin with minutes
-        numbers = [0, *numbers]
-    hours, minutes, seconds = (*numbers, 0, 0)[:3]
+    days, *numbers = match.groups()
+    if days is None and numbers[2] is None:  # without days, one or two numbers begin with minutes
+        numbers = ["0", *numbers]
+    hours, minutes, seconds = (int(number or 0) for number in numbers[:3])
     return -(-((int(days or 0) * 24 + hours) * 3600 + minutes * 60 + seconds) // 60)

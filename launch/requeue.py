@@ -32,6 +32,7 @@ from train.processes.ranks import slurm_job
 STOPPED_BY_PEOPLE = ("STOP file", "SIGINT", "--stop-after")
 NEEDS_A_PERSON = ("NonFiniteError", "DivergedError")  # these save first, and would come again at the same step
 NEAR_THE_LIMIT_SECONDS = 400  # --signal=B:USR1@300 comes up to a minute early
+NO_STATUS: dict[str, Any] = {"attempt": 0, "step": 0}  # of a run that never began
 PATIENCE_SECONDS = 120  # with a Slurm controller that does not answer
 
 
@@ -39,26 +40,16 @@ PATIENCE_SECONDS = 120  # with a Slurm controller that does not answer
 class AttemptEnd:
     """The end of an attempt, and what Slurm reports about its job."""
 
-    state: str | None
-    """State in status.json; None if this attempt ended before it wrote one."""
-    reason: str | None
-    """Reason in status.json."""
-    step_before: int
-    """Step of the newest checkpoint when the attempt began."""
-    step: int
-    """Step of the newest checkpoint now."""
-    signal: str | None
-    """Signal that the batch shell received, after which it asked the run to stop."""
-    job_state: str
-    """State from squeue: RUNNING until Slurm itself or scancel ends the job."""
-    seconds_left: int | None
-    """Seconds until the time limit; None without a limit."""
-    restarts: int
-    """Times that the job was requeued so far."""
-    max_requeues: int
-    """Restarts after which the job is left to end."""
-    exit_status: int
-    """Exit status of srun."""
+    state: str | None  # in status.json; None if this attempt ended before it wrote one
+    reason: str | None  # in status.json
+    step_before: int  # of the newest checkpoint when the attempt began
+    step: int  # of the newest checkpoint now
+    signal: str | None  # that the batch shell received, after which it asked the run to stop
+    job_state: str  # from squeue: RUNNING until Slurm itself or scancel ends the job
+    seconds_left: int | None  # until the time limit; None without a limit
+    restarts: int  # times that the job was requeued so far
+    max_requeues: int  # restarts after which the job is left to end
+    exit_status: int  # of srun
 
 
 @dataclass(frozen=True)
@@ -112,14 +103,12 @@ def begin(run_dir: Path, job: str) -> str:
     are left to the trainer's own lock.
     """
     holder = (read_json(run_dir / "lock.json") or {}).get("job")
-    if holder not in (None, job):
-        state = job_state(holder)[0]
-        if state in ("RUNNING", "SUSPENDED", "STOPPED"):
-            raise InputError(f"{run_dir}: job {holder} is training here; wait for it, or choose another --run-dir")
+    if holder not in (None, job) and job_state(holder)[0] in ("RUNNING", "SUSPENDED", "STOPPED"):
+        raise InputError(f"{run_dir}: job {holder} is training here; wait for it, or choose another --run-dir")
     with writing_to(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "STOP").unlink(missing_ok=True)
-    status = read_json(run_dir / "status.json") or {"attempt": 0, "step": 0}
+    status = read_json(run_dir / "status.json") or NO_STATUS
     return f"{status['attempt']} {status['step']}"
 
 
@@ -129,14 +118,14 @@ def read_attempt_end(run_dir: Path, job: str, before: str, **known: Any) -> Atte
     `before` is what `begin` printed. status.json of an earlier attempt does not count.
     """
     attempt_before, step_before = (int(word) for word in before.split())
-    status = read_json(run_dir / "status.json")
-    is_ours = status is not None and status["attempt"] > attempt_before
+    status = read_json(run_dir / "status.json") or NO_STATUS
+    is_ours = status["attempt"] > attempt_before
     state, seconds_left = job_state(job)
     return AttemptEnd(
-        state=status["state"] if status is not None and is_ours else None,
-        reason=status["reason"] if status is not None and is_ours else None,
+        state=status["state"] if is_ours else None,
+        reason=status["reason"] if is_ours else None,
         step_before=step_before,
-        step=status["step"] if status is not None else 0,
+        step=status["step"],
         job_state=state,
         seconds_left=seconds_left,
         **known,
@@ -222,11 +211,8 @@ def main(args: list[str] | None = None) -> None:
             exit_status=options.exit_status,
         )
         decision = decide(attempt_end)
-        verb = "back to the queue" if decision.is_requeued else "ends"
-        print(
-            f"[job {job}.{restarts} {datetime.now().isoformat(timespec='milliseconds')}] {verb}: {decision.reason}",
-            flush=True,
-        )
+        verb, now = "back to the queue" if decision.is_requeued else "ends", datetime.now()
+        print(f"[job {job}.{restarts} {now.isoformat(timespec='milliseconds')}] {verb}: {decision.reason}", flush=True)
         if decision.is_requeued:
             ask_slurm("scontrol", "requeue", job)
     sys.exit(decision.exit_status)

@@ -33,14 +33,10 @@ class RunInfo:
     """A run directory at one moment."""
 
     run_dir: Path
-    state: State
-    """killed: status.json says running, but no process holds the run."""
-    status: dict[str, Any] | None
-    """Content of status.json; None if there is none."""
-    job: str | None
-    """Last job that was submitted for the run, or trained it."""
-    holder: str | None
-    """Process that trains the run now."""
+    state: State  # killed: status.json says running, but no process holds the run
+    status: dict[str, Any] | None  # content of status.json; None if there is none
+    job: str | None  # the last that was submitted for the run, or trained it
+    holder: str | None  # the process that trains the run now
 
     @property
     def step(self) -> int:
@@ -132,16 +128,10 @@ def table(runs: Sequence[RunInfo]) -> str:
         losses = [last_metric(run.run_dir, key) for key in ("loss", "val_loss")]
         reason = (run.status or {}).get("reason") or ""
         rows.append((str(run.run_dir), run.state, str(run.step), steps, *losses, run.job or ABSENT, reason))
-    widths = [max(len(row[column]) for row in rows) for column in range(7)]
-    is_right = (False, False, True, True, True, True, False)
-    lines = []
-    for row in rows:
-        cells = [
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, is_right, strict=False)
-        ]
-        lines.append("  ".join([*cells, row[-1]]).rstrip())
-    return "\n".join(lines)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    justify = (*[str.ljust] * 2, *[str.rjust] * 4, *[str.ljust] * 2)
+    cells = [[side(cell, width) for side, cell, width in zip(justify, row, widths, strict=True)] for row in rows]
+    return "\n".join("  ".join(line).rstrip() for line in cells)
 
 
 def last_metric(run_dir: Path, key: str) -> str:

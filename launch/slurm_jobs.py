@@ -157,25 +157,17 @@ def submit_prep(options: SubmitOptions, base: Path, code: Path, data_dir: Path, 
     pack_flags += [f"--output={log_dir}/pack-%A.log", f"--job-name={name}-pack"]
     pack_job = run_sbatch("pack", [*pack_flags, *common], code, flags)
     prep_jobs.append(pack_job)
-    print(
-        f"job {array_job} tokenizes into {data_dir}, {options.prep_tasks} tasks; job {pack_job} packs; logs in "
-        f"{log_dir}"
-    )
+    jobs = f"job {array_job} tokenizes into {data_dir}, {options.prep_tasks} tasks; job {pack_job} packs"
+    print(f"{jobs}; logs in {log_dir}")
     return pack_job
 
 
 def run_sbatch(stage: str, sbatch_flags: Sequence[str], code: Path, flags: Sequence[str]) -> str:
     """Submit one stage of the preparation and return its job; InputError if Slurm refuses."""
     variables = {"PREP_FINEWEB": stage, "PREP_FOLDER": str(Path.cwd())}
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(
-        ["sbatch", "--parsable", *sbatch_flags, PREP_SCRIPT, *flags],
-        cwd=code,
-        env=os.environ | variables | {"PATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    env = os.environ | variables | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    command = ["sbatch", "--parsable", *sbatch_flags, PREP_SCRIPT, *flags]
+    done = subprocess.run(command, cwd=code, env=env, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise InputError(refusal_message(done.stderr))
     return done.stdout.strip().partition(";")[0]

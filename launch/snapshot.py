@@ -127,21 +127,17 @@ def hash_names(hashes: dict[str, Any]) -> str:
 
 
 def has_commit(root: Path) -> bool:
-    done = subprocess.run(
-        ["git", "-C", str(root), "rev-parse", "-q", "--verify", "HEAD"], capture_output=True, check=False
-    )
-    return done.returncode == 0
+    command = ["git", "-C", str(root), "rev-parse", "-q", "--verify", "HEAD"]
+    return subprocess.run(command, capture_output=True, check=False).returncode == 0
 
 
 def ask_git(root: Path, *args: str) -> str:
+    command = ["git", "-C", str(root), *args]
     try:
-        done = subprocess.run(
-            ["git", "-C", str(root), *args], capture_output=True, text=True, errors="surrogateescape", check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, errors="surrogateescape", check=False)
     except FileNotFoundError as error:
-        raise InputError(
-            f"no git on {os.uname().nodename}, which lists the files to copy for a job; install it"
-        ) from error
+        fault = f"no git on {os.uname().nodename}, which lists the files to copy for a job; install it"
+        raise InputError(fault) from error
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines()
         raise InputError(f"{root}: {lines[0] if lines else f'git {args[0]} failed'}")

@@ -13,7 +13,6 @@ at its time limit and after a crash, by the same rules as sbatch slurm/gpt2_smal
 some seconds.
 """
 
-import dataclasses
 import sys
 import time
 from collections.abc import Collection, Sequence
@@ -44,10 +43,7 @@ def submit(preset: str, options: SubmitOptions, flags: Sequence[str]) -> None:
     """Train the run, or the runs of the grid; print their table if none is left in the queue or in training."""
     if not options.grid and (options.only_failed or options.max_parallel is not None):
         raise InputError("--only-failed and --max-parallel are for a --grid")
-    points = [
-        dataclasses.replace(point, run_dir=point.run_dir.absolute())
-        for point in expand_grid(preset, options.grid, flags)
-    ]
+    points = [Point(point.args, point.run_dir.absolute()) for point in expand_grid(preset, options.grid, flags)]
     run_dirs = [point.run_dir for point in points]
     if not options.grid:
         refuse_busy(inspect_runs(run_dirs)[0])

@@ -43,6 +43,7 @@ from launch.sweeps import (
     DEFAULT_PRESETS,
     DIVERGED,
     SWEEPS,
+    TIMED_STEPS,
     Entry,
     Result,
     build_sweep,
@@ -52,7 +53,6 @@ from launch.sweeps import (
     read_result,
     refuse_flags_of,
     sweep_table,
-    timing_flags,
 )
 from train.config import parse
 from train.curves import read_rows
@@ -160,7 +160,8 @@ def time_entries(
     The time of a step comes from a short run of each entry under the same circumstances. These runs are kept, so the
     same command again gives the same numbers of steps.
     """
-    points = make_points([replace(entry, flags=(*entry.flags, *timing_flags())) for entry in entries], common, base)
+    flags = (*length_flags(TIMED_STEPS), "--track.every", "1")
+    points = make_points([replace(entry, flags=(*entry.flags, *flags)) for entry in entries], common, base)
     train_points(points, base, options.how)
     runs = inspect_runs([point.run_dir for point in points])
     if options.how.dry_run:

@@ -42,7 +42,7 @@ ABLATIONS = {
 RUNGS = {"bigram": 1e-2, "head": 1e-2, "heads": 1e-2, "block": 1e-2, "gpt": 4e-3}
 SAMPLED_TOKENS = 120  # of which a table shows the first SHOWN_CHARACTERS characters
 SHOWN_CHARACTERS = 60
-TIMED_STEPS = 12
+TIMED_STEPS = 12  # of a short run that measures the time of a step
 DESCENT_RATES = (10.0, 100.0, 1000.0)
 DESCENT_STEPS = 6
 ABSENT = "-"
@@ -53,15 +53,11 @@ DIVERGED = "diverged"
 class Entry:
     """One run of a sweep."""
 
-    name: str
-    """Name of the run's folder."""
+    name: str  # of the run's folder
     flags: tuple[str, ...]
-    x: float = 0.0
-    """Position on the picture's x axis."""
-    series: str = "loss"
-    """Line of the picture that the run is a point of."""
-    published: str = ""
-    """Result of the published account, in the form of the table's last column."""
+    x: float = 0.0  # position on the picture's x axis
+    series: str = "loss"  # line of the picture that the run is a point of
+    published: str = ""  # result of the published account, in the form of the table's last column
 
 
 @dataclass(frozen=True)
@@ -70,21 +66,16 @@ class Sweep:
 
     title: str
     entries: tuple[Entry, ...]
-    columns: tuple[str, ...] = ("run", "steps", "val loss", "+-", "perplexity", "seconds", "")
-    """Columns of the table, by their names in COLUMNS."""
-    x_label: str | None = None
-    """Label of the x axis; None: the picture shows the runs' curves."""
-    is_ranked: bool = False
-    """Sort the table by validation loss."""
-    has_epochs: bool = False
-    """The sweep is one run, and the table has a row per validation."""
+    columns: tuple[str, ...] = ("run", "steps", "val loss", "+-", "perplexity", "seconds", "")  # of COLUMNS
+    x_label: str | None = None  # None: the picture shows the runs' curves
+    is_ranked: bool = False  # the table is sorted by validation loss
+    has_epochs: bool = False  # the sweep is one run, and the table has a row per validation
 
 
 def build_sweep(name: str, config: Config, *, world: int = 1, data_tokens: int = 0) -> Sweep:
     """Return the sweep called `name`.
 
-    config: the preset with the flags that all runs share. world: processes of each run. data_tokens: tokens of the
-    training split.
+    `config` has the flags that all runs share, `world` counts each run's processes, `data_tokens` the training split.
     """
     if name == "lr":
         entries = tuple(Entry(f"lr={lr:g}", ("--optim.lr-peak", f"{lr:g}"), x=lr) for lr in LEARNING_RATES)
@@ -94,8 +85,7 @@ def build_sweep(name: str, config: Config, *, world: int = 1, data_tokens: int =
         return Sweep("The same tokens in batches of different size", entries, x_label="sequences per step")
     if name == "ablate":
         entries = tuple(
-            Entry(part, (*BASELINE, *flags.split()), published=published)
-            for part, (flags, published) in ABLATIONS.items()
+            Entry(name, (*BASELINE, *flags.split()), published=result) for name, (flags, result) in ABLATIONS.items()
         )
         columns = (*Sweep.columns, "against the first", "published")
         return Sweep("One part left out or exchanged at a time", entries, columns)
@@ -137,10 +127,9 @@ def batch_entries(config: Config, *, world: int) -> tuple[Entry, ...]:
 
 def ladder_entries(config: Config) -> tuple[Entry, ...]:
     """Return a run for each kind of model, with a sample at the end."""
-    sample_flags = ("--sample.every", str(config.train.steps), "--sample.tokens", str(SAMPLED_TOKENS))
+    flags = ("--sample.every", str(config.train.steps), "--sample.tokens", str(SAMPLED_TOKENS))
     return tuple(
-        Entry(kind, ("--model.kind", kind, "--optim.lr-peak", f"{rate:g}", *sample_flags))
-        for kind, rate in RUNGS.items()
+        Entry(kind, ("--model.kind", kind, "--optim.lr-peak", f"{rate:g}", *flags)) for kind, rate in RUNGS.items()
     )
 
 
@@ -170,19 +159,9 @@ def length_flags(steps: int) -> tuple[str, ...]:
 
     A tenth of the steps is warm-up; there is one validation and one checkpoint, at the end, and about 50 rows.
     """
-    flags = {
-        "--train.steps": steps,
-        "--optim.warmup-steps": max(1, steps // 10),
-        "--validate.every": steps,
-        "--save.every": steps,
-        "--track.every": max(1, steps // 50),
-    }
+    flags = {"--train.steps": steps, "--optim.warmup-steps": max(1, steps // 10), "--validate.every": steps}
+    flags |= {"--save.every": steps, "--track.every": max(1, steps // 50)}
     return tuple(str(word) for pair in flags.items() for word in pair)
-
-
-def timing_flags() -> tuple[str, ...]:
-    """Return the flags of a short run that measures the time of a step."""
-    return (*length_flags(TIMED_STEPS), "--track.every", "1")
 
 
 def refuse_flags_of(sweep: Sweep, name: str, flags: Sequence[str]) -> None:
@@ -201,12 +180,9 @@ class Result:
 
     entry: Entry
     run: RunInfo
-    training: Sequence[Row]
-    """Rows of metrics.jsonl with a training loss."""
-    validations: Sequence[Row]
-    """Rows of metrics.jsonl with a validation loss."""
-    samples: Sequence[Row]
-    """Rows of samples.jsonl."""
+    training: Sequence[Row]  # of metrics.jsonl, with a training loss
+    validations: Sequence[Row]  # of metrics.jsonl, with a validation loss
+    samples: Sequence[Row]  # of samples.jsonl
 
     @property
     def outcome(self) -> str:
@@ -295,8 +271,8 @@ def epochs_table(result: Result, data_tokens: int) -> str:
     """Return a row per validation: epoch, step, loss, standard error and the beginning of a sample."""
     rows = [["epoch", "step", "val loss", "+-", "sample"]]
     for row in result.validations:
-        epoch, stderr = f"{row['tokens'] / data_tokens:.1f}", f"{row['val_loss_stderr']:.4f}"
-        rows.append([epoch, f"{row['step']:,}", format_loss(row), stderr, format_sample(result, row["step"])])
+        epoch, sample = f"{row['tokens'] / data_tokens:.1f}", format_sample(result, row["step"])
+        rows.append([epoch, f"{row['step']:,}", format_loss(row), f"{row['val_loss_stderr']:.4f}", sample])
     return markdown(rows)
 
 

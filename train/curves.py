@@ -32,25 +32,12 @@ from common.files import write_atomically
 from common.tables import markdown, new_figure
 from model.config import ModelConfig, with_current_names
 from model.cost import model_cost
-from train.metrics.logger import METRICS_FILE
+from train.metrics.logger import METRICS_FILE, with_error
 
 Row = dict[str, Any]
 Axis = Literal["step", "tokens", "seconds", "flops"]
 LAST_ROWS = 5  # of training loss in the table's mean
 ABSENT = "-"
-COLUMNS = (
-    "run",
-    "parameters",
-    "steps",
-    "tokens",
-    "val loss",
-    "bits/byte",
-    "best val loss",
-    "train loss",
-    "seconds",
-    "tokens/s",
-    "MFU",
-)
 
 
 @dataclass(frozen=True)
@@ -152,37 +139,37 @@ def points(run: RunMetrics, rows: Sequence[Row], x: Axis, loss: str) -> list[tup
     return [(row[x], math.nan if row[loss] is None else row[loss]) for row in rows]
 
 
-def results(run: RunMetrics) -> tuple[str, ...]:
-    """Return a run's cells under COLUMNS."""
+def results(run: RunMetrics) -> dict[str, str]:
+    """Return a run's cells by column."""
     rows = [*run.train_rows, *run.val_rows]
     last_val, best = ABSENT, ABSENT
     if run.val_rows:
-        error = run.val_rows[-1].get("val_loss_stderr")
-        last_val = f"{run.val_rows[-1]['val_loss']:.4f}" + ("" if error is None else f" +- {error:.4f}")
+        last_val = with_error(run.val_rows[-1]["val_loss"], run.val_rows[-1].get("val_loss_stderr"))
         lowest = min(run.val_rows, key=lambda row: math.inf if math.isnan(row["val_loss"]) else row["val_loss"])
         best = f"{lowest['val_loss']:.4f} at {lowest['step']}"
     losses, seconds, rates = values(run.train_rows, "loss"), values(rows, "seconds"), values(rows, "tokens_per_second")
     bits_per_byte = values(run.val_rows[-1:], "val_bits_per_byte")
     mfu = values(run.train_rows[-1:], "mfu")
     tokens = values(rows, "tokens")
-    return (
-        run.label.replace("|", "\\|"),
-        ABSENT if run.num_parameters is None else f"{run.num_parameters:,}",
-        f"{max(row['step'] for row in rows):,}" if rows else ABSENT,
-        f"{max(tokens):,}" if tokens else ABSENT,
-        last_val,
-        f"{bits_per_byte[0]:.4f}" if bits_per_byte else ABSENT,
-        best,
-        f"{statistics.fmean(losses[-LAST_ROWS:]):.4f}" if losses else ABSENT,
-        f"{max(seconds):,.1f}" if seconds else ABSENT,
-        f"{statistics.median(rates):,.0f}" if rates else ABSENT,
-        f"{mfu[0]:.1%}" if mfu else ABSENT,
-    )
+    return {
+        "run": run.label.replace("|", "\\|"),
+        "parameters": ABSENT if run.num_parameters is None else f"{run.num_parameters:,}",
+        "steps": f"{max(row['step'] for row in rows):,}" if rows else ABSENT,
+        "tokens": f"{max(tokens):,}" if tokens else ABSENT,
+        "val loss": last_val,
+        "bits/byte": f"{bits_per_byte[0]:.4f}" if bits_per_byte else ABSENT,
+        "best val loss": best,
+        "train loss": f"{statistics.fmean(losses[-LAST_ROWS:]):.4f}" if losses else ABSENT,
+        "seconds": f"{max(seconds):,.1f}" if seconds else ABSENT,
+        "tokens/s": f"{statistics.median(rates):,.0f}" if rates else ABSENT,
+        "MFU": f"{mfu[0]:.1%}" if mfu else ABSENT,
+    }
 
 
 def table(runs: Sequence[RunMetrics]) -> str:
     """Return the Markdown table, with names on the left and numbers on the right."""
-    return markdown([COLUMNS, *map(results, runs)], right_from=1)
+    cells = [results(run) for run in runs]
+    return markdown([list(cells[0]), *(list(row.values()) for row in cells)], right_from=1)
 
 
 def plot(runs: Sequence[RunMetrics], x: Axis, out: Path) -> None:

@@ -45,15 +45,8 @@ def command_line(args: Sequence[str]) -> list[str]:
         rest = [*words[:position], *words[position + 2 :]]
     if not any(flag.split("=")[0] in ("--batch_size", "-b", "--config", "-C") for flag in rest):
         rest += ["--batch_size", BATCH_SIZE]
-    return [
-        "lm_eval",
-        "run",
-        "--model",
-        "gpt-ladder",
-        "--model_args",
-        json.dumps({"path": model, "dtype": dtype}),
-        *rest,
-    ]
+    model_args = json.dumps({"path": model, "dtype": dtype})
+    return ["lm_eval", "run", "--model", "gpt-ladder", "--model_args", model_args, *rest]
 
 
 def main(args: Sequence[str] | None = None) -> None:

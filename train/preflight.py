@@ -48,17 +48,14 @@ class Rank:
 
     host: str
     device: str
-    index: int | None
-    """The GPU's index within this process; None on a CPU."""
+    index: int | None  # of the GPU within this process; None on a CPU
     driver: str
     cuda: str
     torch: str
     python: str
     free_bytes: int
-    fault: str | None = None
-    """Why the host cannot write into the run directory; None: it can, or another rank of the host tried."""
-    unseen: tuple[str, ...] = ()
-    """Hosts whose files in the run directory this process cannot read."""
+    fault: str | None = None  # why the host cannot write into the run directory; None: it can, or another rank tried
+    unseen: tuple[str, ...] = ()  # hosts whose files in the run directory this process cannot read
 
 
 def preflight(group: ProcessGroup, run_dir: Path, log: Callable[[str], None]) -> None:

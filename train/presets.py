@@ -258,19 +258,7 @@ def quickstart() -> Config:
 PRESETS = {
     config.preset: config
     for config in (
-        gpt2_small(),
-        gpt2_medium(),
-        gpt2_large(),
-        gpt2_xl(),
-        gpt2_small_134m(),
-        phase1(),
-        phase2(),
-        tinystories(),
-        openwebtext_32k(),
-        finetune(),
-        shakespeare_char(),
-        shakespeare_char_cpu(),
-        stories_cpu(),
-        quickstart(),
+        *(gpt2_small(), gpt2_medium(), gpt2_large(), gpt2_xl(), gpt2_small_134m(), phase1(), phase2(), tinystories()),
+        *(openwebtext_32k(), finetune(), shakespeare_char(), shakespeare_char_cpu(), stories_cpu(), quickstart()),
     )
 }

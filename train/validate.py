@@ -42,7 +42,7 @@ from model.hf.folder import is_hugging_face
 from train.evals.hellaswag import STYLE, HellaSwag, Score, ending_losses, open_hellaswag, score
 from train.evals.results import read_result, write_result
 from train.evals.subject import Subject, load_subject
-from train.evals.validation import Validation, ValidationSet, validate
+from train.evals.validation import Scoring, Validation, ValidationSet, validate
 from train.processes.group import ProcessGroup, open_process_group
 from train.processes.stop_requests import StopRequests
 
@@ -106,15 +106,13 @@ def choose_checkpoint(options: Options) -> Path | None:
 
 def open_validation(options: Options, subject: Subject) -> tuple[ValidationSet, dict[str, Any]] | None:
     """Return the validation tokens and the part of the report that describes them; None: no validation."""
-    directory = options.data
+    if options.data is None and options.hellaswag is not None:
+        return None
+    directory = options.data or subject.settings.data
     if directory is None:
-        if options.hellaswag is not None:
-            return None
-        directory = subject.settings.data
-        if directory is None:
-            raise InputError(f"{options.path}: names no data; give --data or --hellaswag")
-        if not directory.is_dir():
-            raise InputError(f"{directory}: the data of this run is not here; give --data or --hellaswag")
+        raise InputError(f"{options.path}: names no data; give --data or --hellaswag")
+    if options.data is None and not directory.is_dir():
+        raise InputError(f"{directory}: the data of this run is not here; give --data or --hellaswag")
     manifest, tokenizer = read_manifest(directory), load_tokenizer(directory)
     if options.data is None and manifest.fingerprint != subject.settings.fingerprint:
         raise InputError(f"{directory}: the run was trained on other data; give --data {directory} to use it anyway")
@@ -172,7 +170,7 @@ def evaluate(options: Options, group: ProcessGroup, stop_requests: StopRequests)
     hellaswag = group.on_all(lambda: open_questions(options, subject))
     at_step = "" if trained.step is None else f" at step {trained.step:,}"
     log(group, f"{options.path}{at_step}, {subject.key['dtype']}, processes: {group.world}, {group.device.type}")
-    scoring: dict[str, Any] = {"group": group, "stop_requests": stop_requests, "heartbeat": progress_of(group)}
+    scoring = Scoring(group, stop_requests, progress_of(group))
     report = {"model": str(trained.checkpoint), "step": trained.step, **subject.key}
     report |= {"validation": None, "hellaswag": None}
     if validation is not None:
@@ -183,15 +181,15 @@ def evaluate(options: Options, group: ProcessGroup, stop_requests: StopRequests)
 
 
 def report_validation(
-    subject: Subject, data: ValidationSet, source: dict[str, Any], scoring: dict[str, Any]
+    subject: Subject, data: ValidationSet, source: dict[str, Any], scoring: Scoring
 ) -> dict[str, Any]:
     """Return the validation results, new or kept, after printing them."""
-    group = scoring["group"]
+    group = scoring.group
     key = subject.key | {name: source[name] for name in ("data", "split", "tokens")}
     path = subject.path_of("validation", key)
     result = kept = group.on_main(lambda: read_result(path, key, Validation))
     if result is None:
-        result = validate(subject.loss_model, data, **scoring)
+        result = validate(subject.loss_model, data, scoring)
     if result is None:
         raise StoppedError
     perplexity = math.exp(result.loss) if not result.loss > LARGEST_EXPONENT else math.inf
@@ -208,15 +206,15 @@ def report_validation(
     return source | asdict(result) | {"perplexity": perplexity, "perplexity_stderr": perplexity_stderr}
 
 
-def report_hellaswag(subject: Subject, data: HellaSwag, scoring: dict[str, Any]) -> dict[str, Any]:
+def report_hellaswag(subject: Subject, data: HellaSwag, scoring: Scoring) -> dict[str, Any]:
     """Return the HellaSwag score, new or kept, after printing it."""
-    group = scoring["group"]
+    group = scoring.group
     questions = {"questions": data.fingerprint()}
     key = subject.key | questions
     path = subject.path_of("hellaswag", key)
     result = kept = group.on_main(lambda: read_result(path, key, Score))
     if result is None:
-        losses_Q4 = ending_losses(subject.loss_model, data, **scoring)
+        losses_Q4 = ending_losses(subject.loss_model, data, scoring)
         if losses_Q4 is None:
             raise StoppedError
         result = score(data.questions, losses_Q4)
@@ -232,10 +230,8 @@ def report_hellaswag(subject: Subject, data: HellaSwag, scoring: dict[str, Any])
 
 def table_of(rows: dict[str, tuple[float, float | None]], **counts: int) -> str:
     """Return a line for each number with its standard error, and one for each count."""
-    lines = [
-        f"  {name:<16}{value:>12.4f}" + ("" if stderr is None else f" +- {stderr:.4f}")
-        for name, (value, stderr) in rows.items()
-    ]
+    errors = {name: "" if stderr is None else f" +- {stderr:.4f}" for name, (_, stderr) in rows.items()}
+    lines = [f"  {name:<16}{value:>12.4f}{errors[name]}" for name, (value, _) in rows.items()]
     return "\n".join([*lines, *(f"  {name:<16}{count:>12,}" for name, count in counts.items())])
 
 

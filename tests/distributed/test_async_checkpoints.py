@@ -1,7 +1,7 @@
 """Checkpoints written during training, on one and on two processes: the same bits, complete or absent."""
 
-import dataclasses
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +14,7 @@ from model.checkpoint import fault_of, list_checkpoints, step_of
 from tests.distributed.test_exact import train_all
 from tests.helpers.groups import run_on_ranks
 from tests.helpers.runs import assert_same_tensors, curve, rows, status, tensors_of, tiny_config, with_save
+from tests.helpers.steps import before_each_step
 from train import loop
 from train.config import Config
 from train.main import run
@@ -126,22 +127,16 @@ def test_a_stop_finishes_the_pending_save_and_makes_its_own(tiny_data: Path, tmp
 
 def save_by_the_clock(group: ProcessGroup, config: Config) -> None:
     """Train with a clock that advances by a second a step on rank 0, and that is always far ahead on the others."""
-    take_step, ticks = loop.take_step, [0]
-
-    def ticking(this: loop.Run) -> loop.StepResult:
-        ticks[0] += 1
-        return take_step(this)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "take_step", ticking)
-        clock = SimpleNamespace(monotonic=lambda: ticks[0] * (1.0 if group.is_main else 1e6))
+    steps: list[loop.Run] = []
+    clock = SimpleNamespace(monotonic=lambda: len(steps) * (1.0 if group.is_main else 1e6))
+    with pytest.MonkeyPatch.context() as patch, before_each_step(steps.append):
         patch.setattr(checkpoints, "time", clock)
         run(config, group)
 
 
 def test_saves_follow_the_clock_of_rank_0(tiny_data: Path, tmp_path: Path) -> None:
     config = tiny_config(tiny_data, tmp_path / "run", steps=40)
-    config = dataclasses.replace(config, validate=dataclasses.replace(config.validate, every=None))
+    config = replace(config, validate=replace(config.validate, every=None))
     run_on_ranks(2, save_by_the_clock, with_save(config, every=1000, every_seconds=10))
     # A save is due in step 10; the host reads that after step 11 and saves after step 12, and so on.
     assert [step_of(path) for path in list_checkpoints(tmp_path / "run")] == [12, 24, 36, 40]
@@ -152,22 +147,20 @@ def test_a_run_that_fails_releases_its_directory_only_after_its_thread_is_done(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise the next start of the run would meet another writer."""
-    take_step, seal, was_locked = loop.take_step, checkpoints._seal, []
+    seal, was_locked = checkpoints._seal, []
 
-    def failing(this: loop.Run) -> loop.StepResult:
+    def fail(this: loop.Run) -> None:
         if this.state.progress.step == 7:
             raise RuntimeError("out of luck")
-        return take_step(this)
 
     def seal_slowly(*args: Any) -> None:
         time.sleep(0.3)
         seal(*args)
         was_locked.append((tmp_path / "run" / "lock.json").exists())
 
-    monkeypatch.setattr(loop, "take_step", failing)
     monkeypatch.setattr(checkpoints, "_seal", seal_slowly)
     config = with_save(tiny_config(tiny_data, tmp_path / "run", steps=10), every=5, mode="async")
-    with pytest.raises(RuntimeError, match="out of luck"):
+    with pytest.raises(RuntimeError, match="out of luck"), before_each_step(fail):
         run(config, ProcessGroup(0, 1, torch.device("cpu")))
     assert was_locked == [True]
     assert not (tmp_path / "run" / "lock.json").exists()

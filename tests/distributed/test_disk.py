@@ -22,6 +22,7 @@ from model.checkpoint import fault_of, list_checkpoints
 from tests.distributed.test_exact import cut_back
 from tests.helpers.groups import run_on_ranks, run_with_own_mounts
 from tests.helpers.runs import assert_same_tensors, called, curve, final_tensors, rows, status, tiny_flags, validations
+from tests.helpers.steps import before_each_step
 from train import loop
 from train.config import Config, parse
 from train.main import main, run
@@ -101,7 +102,7 @@ def assert_same_run(run_dir: Path, whole: Path) -> None:
 
 def train_on_a_disk_that_fills_up(can_mount: bool, data: Path, whole: Path, folder: Path) -> None:
     """Fill the disk during a save, then between saves, and start on a full disk; free it and train to the end."""
-    disk, run_dir, usage, take_step = Disk(folder, can_mount), folder / "run", shutil.disk_usage, loop.take_step
+    disk, run_dir, usage = Disk(folder, can_mount), folder / "run", shutil.disk_usage
     cut_back(whole, run_dir, step=10)
 
     def fill_after_the_check(path: Any) -> Any:
@@ -109,10 +110,9 @@ def train_on_a_disk_that_fills_up(can_mount: bool, data: Path, whole: Path, fold
         disk.fill(leaving=60_000)
         return free
 
-    def fill_before_step_13(run: loop.Run) -> loop.StepResult:
+    def fill_before_step_13(run: loop.Run) -> None:
         if run.state.progress.step == 12:
             disk.fill(leaving=0)
-        return take_step(run)
 
     shutil.disk_usage = fill_after_the_check
     refused = called(main, *flags(data, run_dir))
@@ -124,9 +124,8 @@ def train_on_a_disk_that_fills_up(can_mount: bool, data: Path, whole: Path, fold
     assert len(rows(run_dir)) == 21 and not (run_dir / "lock.json").exists()
 
     disk.free()
-    loop.take_step = fill_before_step_13
-    refused = called(main, *flags(data, run_dir, "--save.every", "100"))
-    loop.take_step = take_step
+    with before_each_step(fill_before_step_13):
+        refused = called(main, *flags(data, run_dir, "--save.every", "100"))
     warning, error = refused.stderr.splitlines()
     assert refused.returncode == 2 and warning == f"warning: {run_dir}/status.json still says running"
     assert error.startswith(f"train: {run_dir}: cannot be written ([Errno ")
@@ -180,16 +179,15 @@ def test_only_the_run_directory_must_be_writable(tiny_data: Path, whole: Path, t
 
 def lose_the_disk_on_rank_0(group: ProcessGroup, config: Config) -> str:
     """Train; from step 12 on no file of rank 0 may grow beyond the size that metrics.jsonl has then."""
-    take_step, metrics = loop.take_step, config.directory / "metrics.jsonl"
+    metrics = config.directory / "metrics.jsonl"
 
-    def limiting(run: loop.Run) -> loop.StepResult:
+    def limit(run: loop.Run) -> None:
         if run.state.progress.step == 12 and group.is_main:
             resource.setrlimit(resource.RLIMIT_FSIZE, (metrics.stat().st_size, resource.RLIM_INFINITY))
-        return take_step(run)
 
-    loop.take_step = limiting
     try:
-        run(config, group)
+        with before_each_step(limit):
+            run(config, group)
     except InputError as error:
         return str(error)
     return "trained on"

@@ -1,7 +1,7 @@
 """--train.diverged-above ends a run on every rank after two rows above it, and not after one."""
 
-import dataclasses
 import itertools
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -16,7 +16,7 @@ from train.processes.group import ProcessGroup
 
 def train_at_a_high_rate(group: ProcessGroup, data: Path, run_dir: Path) -> str:
     config = tiny_config(data, run_dir, diverged_above=3.3)
-    config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, lr_peak=30.0, clip_norm=None))
+    config = replace(config, optim=replace(config.optim, lr_peak=30.0, clip_norm=None))
     try:
         run(config, group)
     except DivergedError as error:

@@ -1,8 +1,8 @@
 """A new run from the weights of another run."""
 
-import dataclasses
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -26,12 +26,12 @@ def old(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run with checkpoints of steps 10 and 20, validated at both."""
     folder = tmp_path_factory.mktemp("old") / "run"
     config = tiny_config(tiny_data, folder, steps=20)
-    run(dataclasses.replace(config, validate=dataclasses.replace(config.validate, every=10)), ALONE)
+    run(replace(config, validate=replace(config.validate, every=10)), ALONE)
     return folder
 
 
 def continued(data: Path, run_dir: Path, name: str, **train: int) -> Config:
-    return dataclasses.replace(tiny_config(data, run_dir, **{"steps": 10} | train), from_checkpoint=name)
+    return replace(tiny_config(data, run_dir, **{"steps": 10} | train), from_checkpoint=name)
 
 
 @pytest.mark.parametrize(("suffix", "step"), [("", 20), ("@10", 10), ("/checkpoints/step_00000010", 10)])

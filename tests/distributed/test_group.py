@@ -1,11 +1,12 @@
 """An error on one rank ends every rank in one line, and nobody waits for a rank that has gone."""
 
-import dataclasses
 import os
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from model.config import ModelConfig
 from model.gpt import build_model
 from tests.helpers.groups import run_on_ranks
 from tests.helpers.runs import status, tiny_config
+from tests.helpers.steps import before_each_step
 from train import loop
 from train.config import Config, OptimConfig, SaveConfig
 from train.main import run
@@ -37,8 +39,8 @@ def start_unlike_others(group: ProcessGroup, data: Path, folder: Path) -> list[s
     """Return the errors if rank 1 lacks the data, if the run directory is a file, and if rank 2 has other settings."""
     missing = tiny_config(folder / "not_here" if group.rank == 1 else data, folder / "run")
     config = tiny_config(data, folder / "run")
-    skipped = dataclasses.replace(config.data, skip_sequences=(7,) if group.rank == 2 else ())
-    other = dataclasses.replace(config, seed=1337 + group.rank // 2, data=skipped)
+    skipped = replace(config.data, skip_sequences=(7,) if group.rank == 2 else ())
+    other = replace(config, seed=1337 + group.rank // 2, data=skipped)
     configs = [missing, tiny_config(data, folder / "blocked"), other]
     assert group.gather(group.rank) == [0, 1, 2] and group.on_main(lambda: group.rank) == 0
     return [error_of(lambda config=config: run(config, group)) for config in configs]  # type: ignore[misc]
@@ -82,16 +84,8 @@ def use_local_disks(group: ProcessGroup, data: Path, folder: Path) -> list[str]:
     (disk / "checkpoints" / ".step_00000000.writing_1").mkdir(parents=True)
     os.chdir(disk)
     model = build_model(ModelConfig(2, 2, 32, vocab_size=50, context_len=8), seed=1)
-    writer = CheckpointWriter(
-        disk,
-        attempt=1,
-        model=model,
-        optimizer=build_optimizer(model, OptimConfig()),
-        config=SaveConfig(),
-        state={},
-        loaded=None,
-        group=group,
-    )
+    parts: dict[str, Any] = {"model": model, "optimizer": build_optimizer(model, OptimConfig()), "group": group}
+    writer = CheckpointWriter(disk, attempt=1, config=SaveConfig(), state={}, loaded=None, **parts)
     writer.begin(Progress())
     return [error_of(lambda: run(tiny_config(data, Path("run")), group)), error_of(writer.finish)]
 
@@ -106,15 +100,11 @@ def test_without_shared_storage_no_run_starts_and_no_checkpoint_is_completed(tin
 
 
 def run_out_of_memory_on_rank_1(group: ProcessGroup, config: Config) -> None:
-    take_step = loop.take_step
-
-    def failing(this: loop.Run) -> loop.StepResult:
+    def fail(this: loop.Run) -> None:
         if group.rank == 1 and this.state.progress.step == 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return take_step(this)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "take_step", failing)
+    with before_each_step(fail):
         run(config, group)
 
 

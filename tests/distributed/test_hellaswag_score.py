@@ -17,6 +17,7 @@ from model.config import ModelConfig
 from model.ladder import make_model
 from tests.helpers.hellaswag_items import make_rows, plain_scores, write_items
 from train.evals.hellaswag import HellaSwag, ending_losses, make_questions, open_hellaswag, score
+from train.evals.validation import Scoring
 from train.losses import LossModel
 from train.processes.group import ProcessGroup
 from train.processes.stop_requests import StopRequests
@@ -57,10 +58,8 @@ def check_against_plain(
     questions, _ = make_questions(items, tokenizer, context_len)
     data = HellaSwag(questions, context_len=context_len, batch_tokens=batch_tokens, fixed_shapes=fixed_shapes)
     heartbeats: list[str] = []
-    stop_requests = StopRequests(Path("none"), is_main=True)
-    losses_Q4 = ending_losses(
-        LossModel(model, chunked=False), data, group=ALONE, stop_requests=stop_requests, heartbeat=heartbeats.append
-    )
+    scoring = Scoring(ALONE, StopRequests(None, is_main=True), heartbeats.append)
+    losses_Q4 = ending_losses(LossModel(model, chunked=False), data, scoring)
     assert losses_Q4 is not None and len(heartbeats) == data.num_batches
     plain = torch.tensor(plain_scores(model, tokenizer, items), dtype=torch.float64)
     sums_Q4, num_scored_Q4 = plain.unbind(dim=2)
@@ -113,12 +112,8 @@ def test_a_row_that_is_too_long_is_cut_on_the_left_and_counted(tmp_path: Path) -
     path.write_text(json.dumps(row) + "\n")
     (question,), num_cut = make_questions(open_items(path).items, ByteTokenizer(), 12)
     assert (num_cut, question.num_scored) == (1, (4, 9, 10, 12))
-    assert [bytes(row) for row in question.rows] == [
-        b"c" * 9 + b" eee",
-        b"cccc " + b"e" * 8,
-        b"ccc " + b"e" * 9,
-        b"e" * 13,
-    ]
+    rows = [b"c" * 9 + b" eee", b"cccc " + b"e" * 8, b"ccc " + b"e" * 9, b"e" * 13]
+    assert [bytes(row) for row in question.rows] == rows
     data = open_hellaswag(path, ByteTokenizer(), context_len=12, batch_tokens=100, fixed_shapes=True)
     assert [remark.split(": ", 1)[1] for remark in data.remarks] == [
         "1 items, not the whole pinned set, so the score is not comparable",

@@ -1,8 +1,8 @@
 """A slow rank is named in the log after two checks in a row."""
 
-import dataclasses
 import itertools
 import socket
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Literal
@@ -33,8 +33,8 @@ def test_only_the_slow_rank_is_named(
 ) -> None:
     """A rank's own time consists of `num_pieces` pieces, each as long as one reading of the clock."""
     config = tiny_config(tiny_data, tmp_path / "run", steps=11)
-    config = dataclasses.replace(config, validate=dataclasses.replace(config.validate, every=None))
-    config = dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, mode=mode))
+    config = replace(config, validate=replace(config.validate, every=None))
+    config = replace(config, parallel=replace(config.parallel, mode=mode))
     run_on_ranks(3, train_with_rank_2_slow, config)
     warnings = [line for line in (tmp_path / "run" / "log.txt").read_text().splitlines() if "is slow" in line]
     assert warnings == [

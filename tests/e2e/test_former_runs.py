@@ -1,15 +1,14 @@
 """A run of the version before the renames continues bitwise, and its flags are refused by their new names."""
 
-import hashlib
 import json
 import shutil
 from pathlib import Path
 
-import pytest
 import torch
 
 from model.checkpoint import list_checkpoints
 from model.config import FORMER_NAMES
+from tests.distributed.test_checkpoints import sign_again
 from tests.helpers.runs import assert_same_tensors, called, curve, final_tensors, tiny_config, tiny_flags
 from train.curves import count_parameters_of
 from train.main import main, run
@@ -36,9 +35,7 @@ def test_a_run_with_the_former_names_continues_bitwise(tiny_data: Path, tmp_path
     as_before(tmp_path / "former" / "config.json")
     (checkpoint,) = list_checkpoints(tmp_path / "former")
     as_before(checkpoint / "state.json")
-    files = sorted(path for path in checkpoint.iterdir() if path.name != "SHA256SUMS")
-    sums = [f"{hashlib.sha256(path.read_bytes()).hexdigest()}  {path.name}\n" for path in files]
-    (checkpoint / "SHA256SUMS").write_text("".join(sums))
+    sign_again(checkpoint)
     assert count_parameters_of(tmp_path / "former") == count_parameters_of(tmp_path / "whole") is not None
 
     run(tiny_config(tiny_data, tmp_path / "former", steps=20), ALONE)
@@ -46,18 +43,13 @@ def test_a_run_with_the_former_names_continues_bitwise(tiny_data: Path, tmp_path
     assert_same_tensors(final_tensors(tmp_path / "former"), final_tensors(tmp_path / "whole"))
 
 
-@pytest.mark.parametrize(
-    ("flags", "line"),
-    [
+def test_former_flags_are_refused_with_their_new_names(tiny_data: Path, tmp_path: Path) -> None:
+    for flags, line in (
         (["--model.rung", "head"], "--model.rung is now called --model.kind"),
         (["--model.hidden_size=8"], "--model.hidden-size is now called --model.mlp-width"),
         (["--model.positions", "rope"], "--model.positions is now called --model.position-embedding"),
         (["--data.leave-out", "7"], "--data.leave-out is now called --data.skip-sequences"),
         (["--parallel.accumulate", "whole"], "--parallel.accumulate is now called --parallel.reduce-gradients step"),
-    ],
-)
-def test_a_former_flag_is_refused_with_its_new_name(
-    tiny_data: Path, tmp_path: Path, flags: list[str], line: str
-) -> None:
-    done = called(main, *tiny_flags(tiny_data, tmp_path / "run"), *flags)
-    assert done.returncode == 2 and done.stderr.startswith(f"train: {line}") and done.stderr.count("\n") == 1
+    ):
+        done = called(main, *tiny_flags(tiny_data, tmp_path / "run"), *flags)
+        assert done.returncode == 2 and done.stderr.startswith(f"train: {line}") and done.stderr.count("\n") == 1

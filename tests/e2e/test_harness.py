@@ -82,16 +82,9 @@ def evaluated(model: str, model_args: dict[str, Any], folder: Path, tasks: list[
     import lm_eval
     from lm_eval.tasks import TaskManager
 
-    results: dict[str, Any] = lm_eval.simple_evaluate(
-        model=model,
-        model_args=model_args,
-        tasks=tasks,
-        batch_size=3,
-        device="cpu",
-        bootstrap_iters=0,
-        log_samples=True,
-        task_manager=TaskManager(include_path=str(folder / "tasks"), include_defaults=False),
-    )
+    manager = TaskManager(include_path=str(folder / "tasks"), include_defaults=False)
+    settings: dict[str, Any] = {"batch_size": 3, "device": "cpu", "bootstrap_iters": 0, "log_samples": True}
+    results: dict[str, Any] = lm_eval.simple_evaluate(model, model_args, tasks, task_manager=manager, **settings)
     return results
 
 
@@ -208,10 +201,8 @@ def test_lm_evals_command_line() -> None:
 
 def test_errors_of_the_command(monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
     done = called(harness.main, "--tasks", "x")
-    assert (done.returncode, done.stderr) == (
-        2,
-        "harness: --tasks: the model comes first: train/harness.py MODEL --tasks ...\n",
-    )
+    assert done.returncode == 2
+    assert done.stderr == "harness: --tasks: the model comes first: train/harness.py MODEL --tasks ...\n"
     assert "usage:" in called(harness.main, "--help").stdout
     monkeypatch.setitem(sys.modules, "lm_eval._cli", None)
     done = called(harness.main, "runs/none", "--tasks", "x")

@@ -1,10 +1,10 @@
 """The loop between steps: evaluations, samples, garbage, rates; and no graph compiled anew."""
 
-import dataclasses
 import gc
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from tests.distributed.test_exact import cut_back
 from tests.helpers.groups import run_on_ranks
 from tests.helpers.hellaswag_items import write_items
 from tests.helpers.runs import assert_same_tensors, called, curve, final_tensors, rows, status, tiny_config, tiny_flags
+from tests.helpers.steps import before_each_step
 from train import loop
 from train import losses as train_losses
 from train.config import Config, SampleConfig
@@ -30,34 +31,27 @@ ALONE = ProcessGroup(0, 1, torch.device("cpu"))
 
 
 def sampling(config: Config, every: int = 5) -> Config:
-    return dataclasses.replace(config, sample=SampleConfig(every=every, prompts=("The ", "a", ""), tokens=12))
+    return replace(config, sample=SampleConfig(every=every, prompts=("The ", "a", ""), tokens=12))
 
 
 def graphs_compiled() -> int:
     return int(counters["stats"]["unique_graphs"])
 
 
-def counts_before_each_step(config: Config, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+def counts_before_each_step(config: Config) -> list[int]:
     """Return the number of compiled graphs before each step and at the end."""
     counts: list[int] = []
-    take_step = loop.take_step
-
-    def counting(run: loop.Run) -> loop.StepResult:
-        counts.append(graphs_compiled())
-        return take_step(run)
-
     torch._dynamo.reset()
     counters.clear()
-    with monkeypatch.context() as patch:
-        patch.setattr(loop, "take_step", counting)
+    with before_each_step(lambda _: counts.append(graphs_compiled())):
         run(config, ALONE)
     return [*counts, graphs_compiled()]
 
 
 def scoring(config: Config, folder: Path, every: int = 5, num_items: int = 12) -> Config:
     path = write_items(folder / "items.jsonl", num_items)
-    check = dataclasses.replace(config.validate, hellaswag=path, hellaswag_every=every)
-    return dataclasses.replace(config, validate=check)
+    check = replace(config.validate, hellaswag=path, hellaswag_every=every)
+    return replace(config, validate=check)
 
 
 def scores(run_dir: Path) -> list[dict[str, Any]]:
@@ -81,16 +75,16 @@ def test_nothing_is_compiled_once_training_has_begun(
     monkeypatch.setattr(train_losses, "CHUNK_TOKENS", 64)
     options: dict[str, Any] = {"loss": loss, "activation_checkpointing": activation_checkpointing}
     config = sampling(tiny_config(tiny_data, tmp_path / "run", steps=20, compile=True, **options))
-    config = dataclasses.replace(config, validate=dataclasses.replace(config.validate, every=5))
+    config = replace(config, validate=replace(config.validate, every=5))
     config = scoring(config, tmp_path)
     graphs = 9 if loss == "plain" else 8
-    assert counts_before_each_step(config, monkeypatch) == [graphs] * 21
+    assert counts_before_each_step(config) == [graphs] * 21
     assert len([row for row in rows(tmp_path / "run") if "val_loss" in row]) == 5
     assert len(scores(tmp_path / "run")) == 4
     assert len((tmp_path / "run" / "samples.jsonl").read_text().splitlines()) == 4
     cut_back(tmp_path / "run", tmp_path / "resumed", step=10)
-    resumed = dataclasses.replace(config, run_dir=tmp_path / "resumed")
-    assert counts_before_each_step(resumed, monkeypatch) == [graphs] * 11
+    resumed = replace(config, run_dir=tmp_path / "resumed")
+    assert counts_before_each_step(resumed) == [graphs] * 11
 
 
 def test_hellaswag_is_scored_at_its_own_interval_and_changes_nothing(tiny_data: Path, tmp_path: Path) -> None:
@@ -117,10 +111,10 @@ def test_a_stop_during_an_evaluation_leaves_the_rest_to_the_next_start(
     config = scoring(sampling(tiny_config(tiny_data, tmp_path / "run", steps=8), every=8), tmp_path, every=8)
     evaluate = getattr(module, name)
 
-    def interrupted(*args: Any, stop_requests: Any, **options: Any) -> Any:
+    def interrupted(*args: Any) -> Any:
         if any(row["step"] == 8 for row in rows(tmp_path / "run")):
-            stop_requests.reason = "test"
-        return evaluate(*args, stop_requests=stop_requests, **options)
+            args[-1].stop_requests.reason = "test"
+        return evaluate(*args)
 
     with monkeypatch.context() as patch:
         patch.setattr(module, name, interrupted)
@@ -135,8 +129,8 @@ def test_a_stop_during_an_evaluation_leaves_the_rest_to_the_next_start(
 
 def score_here(group: ProcessGroup, config: Config, folder: Path) -> None:
     for mode in ("ddp", "fsdp"):
-        parallel = dataclasses.replace(config.parallel, mode=mode)
-        run(dataclasses.replace(config, parallel=parallel, run_dir=folder / mode), group)
+        parallel = replace(config.parallel, mode=mode)
+        run(replace(config, parallel=parallel, run_dir=folder / mode), group)
 
 
 @pytest.mark.long(reason="three processes; test_validate.py has two in `make test`")
@@ -192,23 +186,15 @@ def test_garbage_is_collected_between_steps_only(tiny_data: Path, tmp_path: Path
     assert gc.isenabled() and gc.get_freeze_count() == 0
 
 
-def test_steps_leave_no_cycles_behind(tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_leave_no_cycles_behind(tiny_data: Path, tmp_path: Path) -> None:
     """Otherwise memory would grow until the next row."""
     unreachable: list[int] = []
-    take_step = loop.take_step
-
-    def counting(run: loop.Run) -> loop.StepResult:
-        unreachable.append(gc.collect())
-        return take_step(run)
-
-    monkeypatch.setattr(loop, "take_step", counting)
-    run(tiny_config(tiny_data, tmp_path / "run", steps=9), ALONE)
+    with before_each_step(lambda _: unreachable.append(gc.collect())):
+        run(tiny_config(tiny_data, tmp_path / "run", steps=9), ALONE)
     assert unreachable[2:] == [0] * 7
 
 
-def test_samples_are_the_same_after_a_resume_and_do_not_touch_training(
-    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_samples_are_the_same_after_a_resume_and_do_not_touch_training(tiny_data: Path, tmp_path: Path) -> None:
     run(tiny_config(tiny_data, tmp_path / "silent", steps=20), ALONE)
     whole = sampling(tiny_config(tiny_data, tmp_path / "whole", steps=20))
     run(whole, ALONE)
@@ -218,17 +204,14 @@ def test_samples_are_the_same_after_a_resume_and_do_not_touch_training(
     assert [sample["prompt"] for sample in drawn[0]["samples"]] == ["The ", "a", ""]
     assert all(len(sample["text"]) == 12 for row in drawn for sample in row["samples"])
 
-    resumed = dataclasses.replace(whole, run_dir=tmp_path / "resumed")
-    take_step = loop.take_step
+    resumed = replace(whole, run_dir=tmp_path / "resumed")
 
-    def stopping(this: loop.Run) -> loop.StepResult:
+    def stop(this: loop.Run) -> None:
         if this.state.progress.step == 11:
             this.processes.stop_requests.reason = "test"  # as a signal would
-        return take_step(this)
 
-    monkeypatch.setattr(loop, "take_step", stopping)
-    run(resumed, ALONE)
-    monkeypatch.setattr(loop, "take_step", take_step)
+    with before_each_step(stop):
+        run(resumed, ALONE)
     assert status(tmp_path / "resumed")["state"] == "stopped"
     run(resumed, ALONE)
     samples = [(tmp_path / name / "samples.jsonl").read_bytes() for name in ("whole", "resumed")]
@@ -253,12 +236,8 @@ def test_rates_are_of_training_alone_and_data_wait_is_part_of_them(
     monkeypatch.setattr(Prefetcher, "take", slowly_take)
     monkeypatch.setattr(validation, "validate", slowly_validate)
     config = tiny_config(tiny_data, tmp_path / "run", steps=6)
-    config = dataclasses.replace(
-        config,
-        validate=dataclasses.replace(config.validate, every=3),
-        track=dataclasses.replace(config.track, peak_tflops=1e-5),
-    )
-    run(config, ALONE)
+    track, validate_every_3 = replace(config.track, peak_tflops=1e-5), replace(config.validate, every=3)
+    run(replace(config, validate=validate_every_3, track=track), ALONE)
     trained = [row for row in rows(tmp_path / "run") if "loss" in row]
     assert [round(row["step_seconds"], -2) for row in trained] == [100] * 6
     for row in trained:
@@ -273,7 +252,7 @@ def test_two_compiled_processes_train_the_same_run_and_hold_their_gradients_once
 ) -> None:
     alone = tiny_config(tiny_data, tmp_path / "one", steps=10, batch_tokens=768)  # kernels of the shapes compiled above
     run(alone, ALONE)
-    both = dataclasses.replace(alone, run_dir=tmp_path / "two", train=dataclasses.replace(alone.train, compile=True))
+    both = replace(alone, run_dir=tmp_path / "two", train=replace(alone.train, compile=True))
     storages = run_on_ranks(2, run_and_count_storages, both)
     for one, two in zip(curve(tmp_path / "one"), curve(tmp_path / "two"), strict=True):
         assert f"{one[1]:.4f} {one[2]:.3f}" == f"{two[1]:.4f} {two[2]:.3f}"

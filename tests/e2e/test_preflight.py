@@ -1,8 +1,8 @@
 """What is wrong with worlds of every kind, and what preflight checks between real processes."""
 
-import dataclasses
 import os
 import socket
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,15 +21,15 @@ GPU = Rank("n1", "NVIDIA H100", 0, "570.124.06", "12.8", "2.13.0+cu128", "3.11.7
 
 
 def gpus(num_hosts: int, each: int = 2) -> list[Rank]:
-    return [dataclasses.replace(GPU, host=f"n{1 + n // each}", index=n % each) for n in range(num_hosts * each)]
+    return [replace(GPU, host=f"n{1 + n // each}", index=n % each) for n in range(num_hosts * each)]
 
 
 def cpus(num_hosts: int) -> list[Rank]:
-    return [dataclasses.replace(GPU, host=f"n{1 + n}", device="CPU process", index=None) for n in range(num_hosts)]
+    return [replace(GPU, host=f"n{1 + n}", device="CPU process", index=None) for n in range(num_hosts)]
 
 
 def with_rank(ranks: list[Rank], number: int, **changes: object) -> list[Rank]:
-    return [dataclasses.replace(rank, **changes) if n == number else rank for n, rank in enumerate(ranks)]  # type: ignore[arg-type]
+    return [replace(rank, **changes) if n == number else rank for n, rank in enumerate(ranks)]  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def with_rank(ranks: list[Rank], number: int, **changes: object) -> list[Rank]:
             "choose a --run-dir that all hosts share",
         ),
         (
-            [dataclasses.replace(rank, fault="Read-only file system") for rank in cpus(5)],
+            [replace(rank, fault="Read-only file system") for rank in cpus(5)],
             "runs/x cannot be written from n1, n2, n3 and 2 more (Read-only file system): fix that, or change "
             "--run-dir",
         ),
@@ -88,11 +88,6 @@ def outcome_of(group: ProcessGroup, run_dir: Path) -> list[str]:
     except InputError as error:
         return [*lines, str(error)]
     return [*lines, "no error"]
-
-
-def on_a_host(name: str) -> None:
-    """Give this process another host name; it ends with its test."""
-    socket.gethostname = lambda: name
 
 
 def check_from_hosts(group: ProcessGroup, folder: Path) -> list[list[str]]:

@@ -1,10 +1,10 @@
 """A request to stop is honoured in the warm-up, in sampling and by the clock."""
 
-import dataclasses
 import os
 import signal
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from model.checkpoint import list_checkpoints, step_of
 from tests.helpers.groups import run_on_ranks
 from tests.helpers.runs import assert_same_tensors, curve, final_tensors, rows, status, tiny_config
+from tests.helpers.steps import before_each_step
 from train import loop
 from train.config import Config, SampleConfig
 from train.evals import samples
@@ -30,19 +31,13 @@ def test_a_run_stops_when_its_time_is_over_and_continues_at_the_next_start(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a clock on which a step takes 10 s."""
-    config = dataclasses.replace(tiny_config(tiny_data, tmp_path / "run", steps=100_000), stop_after="1m5s")
-    take_step, clock = loop.take_step, [time.perf_counter()]
-
-    def ticking(this: loop.Run) -> loop.StepResult:
-        clock[0] += 10
-        return take_step(this)
-
-    monkeypatch.setattr(loop, "take_step", ticking)
-    monkeypatch.setattr(
-        stop_requests, "time", SimpleNamespace(monotonic=lambda: clock[0], perf_counter=lambda: clock[0])
-    )
+    config = replace(tiny_config(tiny_data, tmp_path / "run", steps=100_000), stop_after="1m5s")
+    clock = [time.perf_counter()]
+    now = SimpleNamespace(monotonic=lambda: clock[-1], perf_counter=lambda: clock[-1])
+    monkeypatch.setattr(stop_requests, "time", now)
     for attempt in (1, 2):
-        run(config, ALONE, Startup(clock[0]))
+        with before_each_step(lambda _: clock.append(clock[-1] + 10)):
+            run(config, ALONE, Startup(clock[-1]))
         # The time is over in the seventh step; the host reads that one step later.
         expected = {"state": "stopped", "step": 8 * attempt, "reason": "--stop-after 1m5s", "attempt": attempt}
         assert status(tmp_path / "run") == expected
@@ -98,8 +93,7 @@ def stop_in_sampling(group: ProcessGroup, interrupted: Config, whole: Config) ->
 def test_a_stop_in_sampling_leaves_the_sample_to_the_next_start(tiny_data: Path, tmp_path: Path) -> None:
     sample = SampleConfig(every=10, prompts=("The ",), tokens=40)
     interrupted, whole = (
-        dataclasses.replace(tiny_config(tiny_data, tmp_path / name, steps=10), sample=sample)
-        for name in ("interrupted", "whole")
+        replace(tiny_config(tiny_data, tmp_path / name, steps=10), sample=sample) for name in ("interrupted", "whole")
     )
     assert run_on_ranks(2, stop_in_sampling, interrupted, whole) == [5, 5]
     assert status(tmp_path / "interrupted")["state"] == "done"
@@ -128,7 +122,7 @@ def sample_differently(group: ProcessGroup, config: Config) -> None:
 
 def test_ranks_that_draw_different_samples_do_not_wait_for_each_other(tiny_data: Path, tmp_path: Path) -> None:
     sample = SampleConfig(every=5, prompts=("The ",), tokens=10)
-    config = dataclasses.replace(tiny_config(tiny_data, tmp_path / "run", steps=10), sample=sample)
+    config = replace(tiny_config(tiny_data, tmp_path / "run", steps=10), sample=sample)
     run_on_ranks(2, sample_differently, config)
     assert status(tmp_path / "run")["state"] == "done"
     assert (tmp_path / "run" / "samples.jsonl").read_text().count("\n") == 2

@@ -1,16 +1,14 @@
-"""A run that is finished, held by another process or refused, and one whose console goes away."""
+"""A run that is finished or refused, and one whose console goes away."""
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
 from tests.distributed.test_exact import train_all
-from tests.helpers.groups import run_on_ranks, start_on_ranks
+from tests.helpers.groups import run_on_ranks
 from tests.helpers.runs import ROOT, called, status, tiny_flags
-from tests.helpers.soak import num_rows
 from train.config import parse
 from train.main import main
 from train.presets import PRESETS
@@ -31,24 +29,6 @@ def test_a_finished_run_stays_finished(tiny_data: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert f"done at step {STEPS}" in done.stdout
     assert {path: path.read_bytes() for path in (run_dir / "checkpoints").rglob("*") if path.is_file()} == before
-
-
-def test_a_second_run_in_the_same_directory_is_refused(tiny_data: Path, tmp_path: Path) -> None:
-    run_dir = tmp_path / "run"
-    endless = [*flags(tiny_data, run_dir), "--train.steps", "100000"]
-    (tmp_path / "meet").mkdir()
-    (process,) = start_on_ranks(1, str(tmp_path / "meet"), train_all, [parse(endless, PRESETS)]).processes
-    try:
-        while num_rows(run_dir) <= 5:
-            assert process.is_alive()
-            time.sleep(0.01)
-        second = called(main, *endless)
-        assert process.is_alive()
-    finally:
-        process.kill()
-        process.join()
-    assert second.returncode == 2
-    assert "another process is training here (pid" in second.stderr
 
 
 def test_restarts_in_place_that_would_hang_are_refused_with_the_line_to_export(tiny_data: Path, tmp_path: Path) -> None:

@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.runs import ROOT
 from train.metrics import wandb_process
 from train.metrics.wandb_process import Tracking, open_tracking
 
-ROOT = Path(__file__).resolve().parents[2]
 ID = "abcd1234"
 BLOCK_BYTES = 32_768
 ROWS: list[dict[str, Any]] = [
@@ -48,9 +48,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., tuple[Tracking, list[str]]]]
 
     def started(mode: Any = "offline", **options: Any) -> tuple[Tracking, list[str]]:
         messages: list[str] = []
-        tracked = open_tracking(
-            mode=mode, **(OPTIONS | {"run_dir": tmp_path / "run", "log": messages.append} | options)
-        )
+        tracked = open_tracking(mode=mode, **OPTIONS | {"run_dir": tmp_path / "run", "log": messages.append} | options)
         assert tracked is not None
         opened.append(tracked)
         return tracked, messages
@@ -167,11 +165,7 @@ def test_the_run_is_recorded_and_a_later_attempt_is_the_same_run(start: Any, tmp
     assert "Would sync 2 run(s)" in sync(messages[0], tmp_path, "--dry-run")
 
 
-@pytest.mark.parametrize(
-    ("key", "message"),
-    [(None, "No API key configured"), ("a" * 40, "connection refused")],
-    ids=["no login", "no server"],
-)
+@pytest.mark.parametrize(("key", "message"), [(None, "No API key configured"), ("a" * 40, "connection refused")])
 def test_without_a_login_or_a_server_it_records_offline(
     start: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, key: str | None, message: str
 ) -> None:
@@ -320,9 +314,8 @@ os.kill(os.getpid(), signal.SIGKILL)
 
 def test_ctrl_c_does_not_reach_it_and_the_run_of_a_killed_trainer_is_ended(tmp_path: Path) -> None:
     code = TRAINER.format(root=str(ROOT), id=ID)
-    trainer = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, start_new_session=True, capture_output=True, text=True, timeout=30
-    )
+    command = [sys.executable, "-c", code]
+    trainer = subprocess.run(command, cwd=tmp_path, start_new_session=True, capture_output=True, text=True, timeout=30)
     assert trainer.returncode == -signal.SIGKILL, trainer.stderr
     wait_for(lambda: [code for attempt in attempts(tmp_path / "run") for code in exit_codes(attempt)])
     (attempt,) = attempts(tmp_path / "run")

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from common.files import sha256_of_file
 from data_prep.textfiles import Options, prepare
-from model.checkpoint import STATE_FILE, SUMS_FILE
+from model.checkpoint import STATE_FILE
 from model.hf_bridge import main as bridge
+from tests.distributed.test_checkpoints import sign_again
 from tests.helpers.corpus import make_text
 from tests.helpers.groups import run_on_ranks
 from tests.helpers.hellaswag_items import write_items
@@ -144,9 +144,9 @@ def test_a_stop_ends_it_and_the_same_command_starts_again(
     data = json.loads((own_run / "config.json").read_text())["config"]["data"]["dir"]
     args = [str(own_run), "--data", data, "--hellaswag", str(items), "--micro-batch", "1"]
 
-    def stopping(*args: Any, stop_requests: Any, **options: Any) -> Any:
-        stop_requests.reason = "SIGTERM"
-        return sound(*args, stop_requests=stop_requests, **options)
+    def stopping(*args: Any) -> Any:
+        args[-1].stop_requests.reason = "SIGTERM"
+        return sound(*args)
 
     monkeypatch.setattr(validate, "ending_losses", stopping)
     done = called(main, *args)
@@ -212,12 +212,8 @@ def test_a_hugging_face_folder_scores_as_its_run_and_nothing_is_written_there(
 def test_bad_input_is_one_line(own_run: Path, tiny_data: Path, tmp_path: Path) -> None:
     items = write_items(tmp_path / "items.jsonl", 3)
     line = items.read_text().splitlines()[0]
-    bad = {
-        "label.jsonl": line.replace('"label": ', '"label": 7'),
-        "other.jsonl": line.replace('"ctx": "', '"ctx": "\\u4e00'),
-    }
-    for name, content in bad.items():
-        (tmp_path / name).write_text(content + "\n")
+    (tmp_path / "label.jsonl").write_text(line.replace('"label": ', '"label": 7') + "\n")
+    (tmp_path / "other.jsonl").write_text(line.replace('"ctx": "', '"ctx": "\\u4e00') + "\n")
     (tmp_path / "text.txt").write_text(make_text(5_000))
     prepare(Options(input=(str(tmp_path / "text.txt"),), out=tmp_path / "bytes", tokenizer="byte"))
     for flags, message in {
@@ -281,7 +277,5 @@ def test_a_state_that_does_not_fit_is_refused(
     if value is None:
         del settings[name]
     (checkpoint / STATE_FILE).write_text(json.dumps(state))
-    names = sorted(path.name for path in checkpoint.iterdir() if path.name != SUMS_FILE)
-    sums = "".join(f"{sha256_of_file(checkpoint / name)}  {name}\n" for name in names)
-    (checkpoint / SUMS_FILE).write_text(sums)
+    sign_again(checkpoint)
     check_refused(message, own_run)

@@ -16,15 +16,8 @@ import torch
 import torch.distributed as dist
 
 from tests.helpers.groups import run_on_ranks, start_on_ranks
-from tests.helpers.runs import (
-    assert_same_tensors,
-    curve,
-    final_tensors,
-    rows,
-    status,
-    tiny_config,
-    tiny_flags,
-)
+from tests.helpers.runs import assert_same_tensors, curve, final_tensors, rows, status, tiny_config, tiny_flags
+from tests.helpers.steps import before_each_step
 from train import loop
 from train.config import Config, ParallelConfig, parse
 from train.guards import watchdog
@@ -49,19 +42,17 @@ def configured(data: Path, run_dir: Path) -> Config:
 def lose_rank_1_after_a_suspension(group: ProcessGroup, config: Config, folder: Path) -> None:
     """Train; wait in step 13 for the file `go`, so that the test can suspend all; rank 1 stops before step 16."""
     watchdog.GRACE_SECONDS = 2.0
-    take_step = loop.take_step
 
-    def stopping(run: loop.Run) -> loop.StepResult:
+    def stop(run: loop.Run) -> None:
         if run.state.progress.step == 12 and group.is_main:
             (folder / "reached").touch()
             while not (folder / "go").exists():
                 time.sleep(0.01)
         if run.state.progress.step == 15 and group.rank == 1:
             os.kill(os.getpid(), signal.SIGSTOP)
-        return take_step(run)
 
-    loop.take_step = stopping
-    run(config, group)
+    with before_each_step(stop):
+        run(config, group)
 
 
 def hang(config: Config, folder: Path) -> None:

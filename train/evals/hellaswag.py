@@ -19,7 +19,7 @@ then in the ending, and is counted. A row's first token is never predicted.
 import hashlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -29,10 +29,8 @@ from torch import Tensor
 from common.errors import InputError
 from data_prep.hellaswag import NUM_ENDINGS, Item, open_items
 from data_prep.tokenizer import Tokenizer
-from train.evals.validation import StopRequestedError, scored_batches
+from train.evals.validation import Scoring, StopRequestedError, scored_batches
 from train.losses import IGNORED, LossModel
-from train.processes.group import ProcessGroup
-from train.processes.stop_requests import StopRequests
 
 SHORTEST = 32  # tokens; rows are padded at least to this length
 STYLE = "completion, as build-nanogpt's: acc_norm is by the mean loss per token"
@@ -151,9 +149,8 @@ class HellaSwag:
         inputs_BT, targets_BT = torch.zeros(B, T, dtype=torch.int64), torch.full((B, T), IGNORED)
         for row_group, number in enumerate(self.questions_of(index)):
             question = self.questions[number]
-            for b, (row, num_scored) in enumerate(
-                zip(question.rows, question.num_scored, strict=True), start=row_group * NUM_ENDINGS
-            ):
+            endings = zip(question.rows, question.num_scored, strict=True)
+            for b, (row, num_scored) in enumerate(endings, start=row_group * NUM_ENDINGS):
                 end = len(row) - 1
                 inputs_BT[b, :end] = torch.tensor(row[:-1])
                 targets_BT[b, end - num_scored : end] = torch.tensor(row[-num_scored:])
@@ -192,29 +189,20 @@ def open_hellaswag(
     )
 
 
-def ending_losses(
-    loss_model: LossModel,
-    data: HellaSwag,
-    *,
-    group: ProcessGroup,
-    stop_requests: StopRequests,
-    heartbeat: Callable[[str], None],
-) -> Tensor | None:
+def ending_losses(loss_model: LossModel, data: HellaSwag, scoring: Scoring) -> Tensor | None:
     """Return the summed loss of each ending in nats, or None if a stop is requested meanwhile. Collective.
 
     fp64 [questions, 4] on the CPU, the same at every world size.
     """
-    losses_Q4 = torch.zeros(len(data.questions), NUM_ENDINGS, dtype=torch.float64, device=group.device)
+    losses_Q4 = torch.zeros(len(data.questions), NUM_ENDINGS, dtype=torch.float64, device=scoring.group.device)
     try:
-        for index, _, losses_BT in scored_batches(
-            loss_model, data, name="HellaSwag", group=group, stop_requests=stop_requests, heartbeat=heartbeat
-        ):
+        for index, _, losses_BT in scored_batches(loss_model, data, scoring, name="HellaSwag"):
             sums_Q4 = losses_BT.double().sum(dim=1).view(-1, NUM_ENDINGS)
             questions = data.questions_of(index)
             losses_Q4[questions] = sums_Q4[: len(questions)]
     except StopRequestedError:
         return None
-    return group.sum_(losses_Q4).cpu()
+    return scoring.group.sum_(losses_Q4).cpu()
 
 
 def score(questions: Sequence[Question], losses_Q4: Tensor) -> Score:
@@ -225,13 +213,8 @@ def score(questions: Sequence[Question], losses_Q4: Tensor) -> Score:
         (losses.argmin(dim=1) == labels_Q).double().mean().item() if losses.isfinite().all() else math.nan
         for losses in (losses_Q4, losses_Q4 / num_scored_Q4)
     )
-    return Score(
-        acc=acc,
-        acc_stderr=standard_error(acc, len(questions)),
-        acc_norm=acc_norm,
-        acc_norm_stderr=standard_error(acc_norm, len(questions)),
-        items=len(questions),
-    )
+    items = len(questions)
+    return Score(acc, standard_error(acc, items), acc_norm, standard_error(acc_norm, items), items)
 
 
 def standard_error(share: float, num_items: int) -> float | None:

@@ -11,7 +11,7 @@ from typing import Any
 from train.evals import hellaswag, validation
 from train.evals.hellaswag import HellaSwag
 from train.evals.samples import Sampler
-from train.evals.validation import ValidationSet
+from train.evals.validation import Scoring, ValidationSet
 from train.guards.watchdog import Watchdog
 from train.losses import LossModel
 from train.metrics.logger import RunLogger
@@ -66,43 +66,28 @@ class Evaluator:
     logger: RunLogger
     meters: Meters
 
+    @property
+    def _scoring(self) -> Scoring:
+        return Scoring(self.group, self.stop_requests, self.watchdog.heartbeat)
+
     def validation(self, data: ValidationSet, *, every: int) -> PeriodicEvaluation:
         """Return the evaluation of the validation loss and bits per byte, also before the first step."""
 
         def evaluate(progress: Progress) -> Row | None:
-            result = validation.validate(
-                self.loss_model,
-                data,
-                group=self.group,
-                stop_requests=self.stop_requests,
-                heartbeat=self.watchdog.heartbeat,
-            )
+            result = validation.validate(self.loss_model, data, self._scoring)
             if result is None:
                 return None
             values = {"loss": result.loss, "loss_stderr": result.stderr, "bits_per_byte": result.bits_per_byte}
             return {f"val_{name}": value for name, value in values.items()}
 
-        return PeriodicEvaluation(
-            every,
-            self.last_step,
-            self.logger.validated_steps,
-            evaluate,
-            self._log_row,
-            at_start=True,
-            shapes=(data.shape,),
-        )
+        done, shapes = self.logger.validated_steps, (data.shape,)
+        return PeriodicEvaluation(every, self.last_step, done, evaluate, self._log_row, at_start=True, shapes=shapes)
 
     def hellaswag(self, data: HellaSwag, *, every: int) -> PeriodicEvaluation:
         """Return the evaluation of HellaSwag's score, in the completion style."""
 
         def evaluate(progress: Progress) -> Row | None:
-            losses_Q4 = hellaswag.ending_losses(
-                self.loss_model,
-                data,
-                group=self.group,
-                stop_requests=self.stop_requests,
-                heartbeat=self.watchdog.heartbeat,
-            )
+            losses_Q4 = hellaswag.ending_losses(self.loss_model, data, self._scoring)
             if losses_Q4 is None:
                 return None
             values = asdict(hellaswag.score(data.questions, losses_Q4)) | {"pinned": data.is_pinned}
@@ -111,9 +96,8 @@ class Evaluator:
                 for name, value in values.items()
             }
 
-        return PeriodicEvaluation(
-            every, self.last_step, self.logger.scored_steps, evaluate, self._log_row, shapes=tuple(data.shapes)
-        )
+        done, shapes = self.logger.scored_steps, tuple(data.shapes)
+        return PeriodicEvaluation(every, self.last_step, done, evaluate, self._log_row, shapes=shapes)
 
     def samples(self, sampler: Sampler, *, every: int, shape: tuple[int, int]) -> PeriodicEvaluation:
         """Return the evaluation that continues the fixed prompts, alike on every rank."""

@@ -32,6 +32,15 @@ class Validation:
     tokens: int
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """The processes that score together, their requests to stop, and a heartbeat before each batch."""
+
+    group: ProcessGroup
+    stop_requests: StopRequests
+    heartbeat: Callable[[str], None]
+
+
 class StopRequestedError(Exception):
     """Some rank was asked to stop before everything was scored; raised on all ranks."""
 
@@ -48,24 +57,18 @@ class Batches(Protocol):
 
 
 def scored_batches(
-    loss_model: LossModel,
-    data: Batches,
-    *,
-    name: str,
-    group: ProcessGroup,
-    stop_requests: StopRequests,
-    heartbeat: Callable[[str], None],
+    loss_model: LossModel, data: Batches, scoring: Scoring, *, name: str
 ) -> Iterator[tuple[int, Tensor, Tensor]]:
     """Yield (index, targets_BT, losses_BT) of each batch of this rank; the ranks take batches in turn.
 
     Collective: every rank must exhaust the iterator. A rank without a batch left gets one without targets, so that all
-    ranks call the model equally often. Raise StopRequestedError on all ranks if any rank is asked to stop. `heartbeat`
-    is called before each batch.
+    ranks call the model equally often. Raise StopRequestedError on all ranks if any rank is asked to stop.
     """
+    group = scoring.group
     loss_model.eval()
     stop: Tensor | None = None  # above 0: some rank must stop; read one batch late, so that no batch waits
     for first in range(0, data.num_batches, group.world):
-        heartbeat(f"{name}, batches from {first} of {data.num_batches}")
+        scoring.heartbeat(f"{name}, batches from {first} of {data.num_batches}")
         index = first + group.rank
         inputs_BT, targets_BT = (
             pinned(tensor_BT, group.device).to(group.device, non_blocking=True) for tensor_BT in data.batch(index)
@@ -73,7 +76,7 @@ def scored_batches(
         yield index, targets_BT, loss_model.token_losses(inputs_BT, targets_BT)
         if stop is not None and stop.item():
             break
-        stop = group.sum_(torch.full((), float(stop_requests.wanted()), device=group.device))
+        stop = group.sum_(torch.full((), float(scoring.stop_requests.wanted()), device=group.device))
     loss_model.train()
     if stop is not None and stop.item():
         raise StopRequestedError
@@ -87,13 +90,7 @@ class ValidationSet:
     """
 
     def __init__(
-        self,
-        stream: TokenStream,
-        *,
-        seq_len: int,
-        micro_batch: int,
-        num_tokens: int | None,
-        byte_lengths: np.ndarray,
+        self, stream: TokenStream, *, seq_len: int, micro_batch: int, num_tokens: int | None, byte_lengths: np.ndarray
     ) -> None:
         available = len(stream) - 1
         if available < 1:
@@ -125,32 +122,24 @@ class ValidationSet:
         return torch.from_numpy(inputs).view(B, T), torch.from_numpy(targets).view(B, T)
 
 
-def validate(
-    loss_model: LossModel,
-    data: ValidationSet,
-    *,
-    group: ProcessGroup,
-    stop_requests: StopRequests,
-    heartbeat: Callable[[str], None],
-) -> Validation | None:
+def validate(loss_model: LossModel, data: ValidationSet, scoring: Scoring) -> Validation | None:
     """Return the loss of the set, batch i on rank i mod W; None if a stop is requested meanwhile. Collective.
 
     Losses are summed in fp32 within a sequence and in fp64 over sequences, so that the number of ranks changes only the
     rounding of the fp64 sums.
     """
-    byte_lengths_V = torch.from_numpy(data.byte_lengths).to(group.device)
-    totals = torch.zeros(2, 6, dtype=torch.float64, device=group.device)  # per token, per byte
+    device = scoring.group.device
+    byte_lengths_V = torch.from_numpy(data.byte_lengths).to(device)
+    totals = torch.zeros(2, 6, dtype=torch.float64, device=device)  # per token, per byte
     try:
-        for _, targets_BT, losses_BT in scored_batches(
-            loss_model, data, name="validation", group=group, stop_requests=stop_requests, heartbeat=heartbeat
-        ):
+        for _, targets_BT, losses_BT in scored_batches(loss_model, data, scoring, name="validation"):
             is_scored_BT = targets_BT != IGNORED
             bytes_BT = byte_lengths_V[targets_BT.clamp(min=0)] * is_scored_BT
             losses_B = losses_BT.sum(dim=1).double()
             totals += torch.stack([sequence_sums(losses_B, each_BT.sum(dim=1)) for each_BT in (is_scored_BT, bytes_BT)])
     except StopRequestedError:
         return None
-    per_token, per_byte = group.sum_(totals).tolist()
+    per_token, per_byte = scoring.group.sum_(totals).tolist()
     loss, tokens, *_ = per_token
     byte_stderr = standard_error(*per_byte)
     return Validation(

@@ -17,7 +17,6 @@ import threading
 import time
 import traceback
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from common.errors import InputError
@@ -32,6 +31,7 @@ from train.run.directory import RunDirectory
 FOLDER = "hang"
 VERDICT_FILE = "verdict.txt"
 STDERR = 2
+ALL_BEHIND = "all ranks are at the same place"
 MAX_RANKS_NAMED = 16  # in one line
 GRACE_SECONDS = 30.0  # to wait for the other ranks' reports: a network file system may show a new file late
 MAX_TICK_SECONDS = 10.0  # between checks; each asks for one file on a file system that may be shared
@@ -62,9 +62,7 @@ class Watchdog:
         self._thread.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._stop.set()
         self._thread.join()  # If the thread has found a hang, it ends the process and this never returns.
         if kind is not None and file_exists(self._folder / VERDICT_FILE):
@@ -114,20 +112,14 @@ class Watchdog:
     def _report(self, silent_seconds: float) -> None:
         """Write rank_00003.txt, a line of JSON and every thread's stack, and beside it the last collectives."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        path = self._folder / f"rank_{self._group.rank:05}.txt"
         with tempfile.TemporaryFile("w+") as file:
             faulthandler.dump_traceback(file, all_threads=True)
             file.seek(0)
             stacks = file.read()
-        report = {
-            "rank": self._group.rank,
-            "host": self.hosts[self._group.rank],
-            "pid": os.getpid(),
-            "beats": self._beats,
-            "where": self._position,
-            "silent_seconds": round(silent_seconds, 1),
-            "collectives": None,
-        }
+        rank = self._group.rank
+        report = {"rank": rank, "host": self.hosts[rank], "pid": os.getpid(), "beats": self._beats}
+        path = self._folder / f"rank_{rank:05}.txt"
+        report |= {"where": self._position, "silent_seconds": round(silent_seconds, 1), "collectives": None}
         write_atomically(path, f"{json.dumps(report)}\n{stacks}")  # First: the recorder may hang.
         try:
             report["collectives"] = flight_recorder.num_collectives(path)
@@ -135,16 +127,15 @@ class Watchdog:
             print(f"train: the flight recorder could not be read: {error}", file=sys.stderr, flush=True)
             return
         write_atomically(path, f"{json.dumps(report)}\n{stacks}")
-        flight_recorder.write_for_torchfrtrace(self._folder, self._group.rank)
+        flight_recorder.write_for_torchfrtrace(self._folder, rank)
 
     def _gather(self, seconds: float) -> dict[int, dict[str, Any]]:
         """Return the reports by rank, once all are complete or after `seconds`."""
         end = time.monotonic() + seconds
         while True:
-            is_over = time.monotonic() > end
+            is_over = time.monotonic() > end  # before the last reading
             reports = read_reports(self._folder)
-            num_complete = sum(report["collectives"] is not None for report in reports.values())
-            if num_complete == self._group.world or is_over:
+            if is_over or sum(report["collectives"] is not None for report in reports.values()) == self._group.world:
                 return reports
             time.sleep(seconds / 100)
 
@@ -182,11 +173,7 @@ def verdict(reports: dict[int, dict[str, Any]], hosts: list[str]) -> str:
     behind = [rank for rank in sorted(reached) if reached[rank] == last]
     position = position_of(reports[behind[0]])
     if last == first:
-        return (
-            f"rank 0 on {hosts[0]} is at {position}"
-            if len(hosts) == 1
-            else f"all ranks are at the same place, {position}"
-        )
+        return f"{named_ranks([0], hosts)} is at {position}" if len(hosts) == 1 else f"{ALL_BEHIND}, {position}"
     ahead = next(rank for rank in sorted(reached) if reached[rank] == first)
     verb = "is" if len(behind) == 1 else "are"
     ahead_position = position_of(reports[ahead])

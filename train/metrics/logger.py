@@ -12,7 +12,6 @@ import sys
 from dataclasses import asdict
 from io import FileIO
 from pathlib import Path
-from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from common.errors import InputError, writing_to
@@ -128,9 +127,7 @@ class RunLogger:
     def __enter__(self) -> RunLogger:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.tracking is not None and kind is None:
             self.tracking.close(exit_code=0)
         elif self.tracking is not None:
@@ -169,19 +166,13 @@ def kept_rows(path: Path, step: int | None) -> list[dict[str, Any]]:
 def line_of(row: dict[str, Any]) -> str:
     """Return a record as one line in fixed columns."""
     if "val_loss" in row:
-        stderr = "" if row["val_loss_stderr"] is None else f" +- {row['val_loss_stderr']:.4f}"
-        return (
-            f"step {row['step']:>7}  val loss {row['val_loss']:.4f}{stderr}  bits/byte {row['val_bits_per_byte']:.4f}"
-        )
+        loss = with_error(row["val_loss"], row["val_loss_stderr"])
+        return f"step {row['step']:>7}  val loss {loss}  bits/byte {row['val_bits_per_byte']:.4f}"
     if "hellaswag_acc" in row:
-        shares = [
-            f"{name} nan"
-            if (share := row[f"hellaswag_{name}"]) is None
-            else f"{name} {share:.4f}"
-            + ("" if (stderr := row[f"hellaswag_{name}_stderr"]) is None else f" +- {stderr:.4f}")
-            for name in ("acc", "acc_norm")
-        ]
-        return f"step {row['step']:>7}  hellaswag {'  '.join(shares)}  of {row['hellaswag_items']:,}"
+        acc, acc_norm = (
+            with_error(row[f"hellaswag_{name}"], row[f"hellaswag_{name}_stderr"]) for name in ("acc", "acc_norm")
+        )
+        return f"step {row['step']:>7}  hellaswag acc {acc}  acc_norm {acc_norm}  of {row['hellaswag_items']:,}"
     mfu = "    -" if row["mfu"] is None else f"{row['mfu']:5.1%}"
     loss = "     nan" if row["loss"] is None else f"{row['loss']:8.4f}"
     norm = "skipped" if row["grad_norm"] is None else f"{row['grad_norm']:7.3f}"
@@ -190,6 +181,11 @@ def line_of(row: dict[str, Any]) -> str:
         f"{row['step_seconds'] * 1e3:8.1f} ms  {row['tokens_per_second']:>11,.0f} tok/s  mfu {mfu}  "
         f"left {duration(row['eta_seconds'])}"
     )
+
+
+def with_error(value: float | None, stderr: float | None) -> str:
+    """Return a value with four decimals and its standard error, if it has one."""
+    return "nan" if value is None else f"{value:.4f}" + ("" if stderr is None else f" +- {stderr:.4f}")
 
 
 def duration(seconds: float) -> str:

@@ -94,12 +94,7 @@ class Meters:
 
     def axes(self, *, step: int, tokens: int, seconds: float) -> dict[str, Any]:
         """Return the values against which any record can be plotted."""
-        return {
-            "step": step,
-            "tokens": tokens,
-            "seconds": round(seconds, 4),
-            "flops": tokens * self._flops_per_token,
-        }
+        return {"step": step, "tokens": tokens, "seconds": round(seconds, 4), "flops": tokens * self._flops_per_token}
 
     def row(
         self,
@@ -115,12 +110,13 @@ class Meters:
         """Return the record of a step done after `seconds` of training, and start the next lap."""
         num_steps, lap_seconds = step - self._lap_step, seconds - self._lap_seconds
         tokens_per_second = num_steps * self._batch_tokens / lap_seconds
+        flops_per_second = tokens_per_second * self._flops_per_token
         row = self.axes(step=step, tokens=tokens, seconds=seconds) | {
             "loss": loss,
             "lr": lr,
             "grad_norm": norm,
             "tokens_per_second": round(tokens_per_second, 1),
-            "mfu": self._mfu(tokens_per_second),
+            "mfu": None if self._peak_flops is None else round(flops_per_second / self._peak_flops, 4),
             "step_seconds": round(lap_seconds / num_steps, 6),
             "data_wait_fraction": round((data_wait_seconds - self._lap_data_wait) / lap_seconds, 4),
             "peak_memory_gib": round(peak_memory_gib(self._device), 3),
@@ -129,8 +125,3 @@ class Meters:
         }
         self._lap_step, self._lap_seconds, self._lap_data_wait = step, seconds, data_wait_seconds
         return row
-
-    def _mfu(self, tokens_per_second: float) -> float | None:
-        if self._peak_flops is None:
-            return None
-        return round(tokens_per_second * self._flops_per_token / self._peak_flops, 4)

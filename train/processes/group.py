@@ -35,8 +35,7 @@ class ProcessGroup:
     rank: int
     world: int
     device: torch.device
-    program: str = "train"
-    """The word with which error messages begin."""
+    program: str = "train"  # the word with which error messages begin
 
     def __enter__(self) -> "ProcessGroup":
         return self

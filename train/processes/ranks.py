@@ -24,9 +24,8 @@ class RankInfo:
     world: int = 1
     local_rank: int = 0
     local_world: int = 1
-    host: str = "localhost"
-    """Host of rank 0, where all ranks meet: MASTER_ADDR if set. `port` likewise: MASTER_PORT."""
-    port: int = FIRST_PORT
+    host: str = "localhost"  # of rank 0, where all ranks meet: MASTER_ADDR if set
+    port: int = FIRST_PORT  # likewise MASTER_PORT
 
     def __post_init__(self) -> None:
         if not (0 <= self.rank < self.world and 0 <= self.local_rank < self.local_world <= self.world):

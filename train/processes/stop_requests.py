@@ -7,7 +7,7 @@ act on it: the loop adds up `wanted()` in each step's one all-reduce, so that ev
 import signal
 import time
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 
 from common.errors import writing_to
 from train.config import parse_duration
@@ -46,9 +46,7 @@ class StopRequests:
         self._previous = {number: signal.signal(number, self._handle) for number in handled}
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for number, handler in self._previous.items():
             signal.signal(number, handler)
 

@@ -14,7 +14,6 @@ import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -66,10 +65,8 @@ class PendingCheckpoint:
     step: int
     temporary: Path
     final: Path
-    staged: torch.cuda.Event | None
-    """Recorded when the tensors are copied out of the GPU; None: nothing is left to copy."""
-    written: Future[None]
-    """This rank's part: done, or the error that writing it met."""
+    staged: torch.cuda.Event | None  # recorded when the tensors are copied out of the GPU; None: nothing to copy
+    written: Future[None]  # this rank's part: done, or the error that writing it met
 
 
 class CheckpointWriter:
@@ -97,7 +94,8 @@ class CheckpointWriter:
         loaded: Path | None,
         group: ProcessGroup,
     ) -> None:
-        self.is_async = config.mode == "async" or (config.mode == "auto" and group.device.type == "cuda")
+        is_cuda = group.device.type == "cuda"
+        self.is_async = config.mode == "async" or (config.mode == "auto" and is_cuda)
         self.saved_step = None if loaded is None else step_of(loaded)  # the newest checkpoint's
         self._run_dir = run_dir
         self._attempt = attempt
@@ -110,12 +108,12 @@ class CheckpointWriter:
         self._undeletable: set[Path] = set()
         self._last_begin = time.monotonic()
         # Each thread has its own current CUDA device, and DCP copies from the current one.
-        on_gpu = functools.partial(torch.cuda.set_device, group.device) if group.device.type == "cuda" else None
+        on_gpu = functools.partial(torch.cuda.set_device, group.device) if is_cuda else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saves", initializer=on_gpu)
         self._purging: Future[None] | None = None
         self._save_group = dist.new_group(backend="gloo") if group.world > 1 else None
         self._copies: dict[str, Tensor] = {}
-        self._stream = torch.cuda.Stream(group.device) if group.device.type == "cuda" and self.is_async else None
+        self._stream = torch.cuda.Stream(group.device) if is_cuda and self.is_async else None
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
     def begin(self, progress: Progress) -> None:
@@ -139,20 +137,16 @@ class CheckpointWriter:
 
     def _copy(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
         """Copy tensors to host memory, allocated once; return the copies and the event of their end (None: copied)."""
+        stream = self._stream
         for name, tensor in tensors.items():
             if name not in self._copies:
-                self._copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=self._stream is not None)
-        if self._stream is None:
+                self._copies[name] = torch.empty_like(tensor, device="cpu", pin_memory=stream is not None)
+        if stream is not None:
+            stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # None: changes nothing
             for name, tensor in tensors.items():
-                local(self._copies[name]).copy_(local(tensor))
-            return self._copies, None
-        self._stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self._stream):
-            for name, tensor in tensors.items():
-                local(self._copies[name]).copy_(local(tensor), non_blocking=True)
-        staged = torch.cuda.Event()
-        staged.record(self._stream)
-        return self._copies, staged
+                local(self._copies[name]).copy_(local(tensor), non_blocking=stream is not None)
+        return self._copies, None if stream is None else stream.record_event()
 
     def wait_until_staged(self) -> None:
         """Make the GPU, not the host, wait for the pending save's copies. Call before tensors change."""
@@ -203,20 +197,17 @@ class CheckpointWriter:
     def __enter__(self) -> "CheckpointWriter":
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self._thread.shutdown(wait=kind is None or self._group.world == 1)
 
     def _make_room(self, folder: Path, temporary: Path, tensors: dict[str, Tensor]) -> None:
         """Make the temporary folder. Raise InputError if the whole checkpoint does not fit on the disk."""
         if self._purging is not None:
             self._purging.result()
-        with writing_to(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(temporary, ignore_errors=True)
         needed = sum(tensor.nbytes for tensor in tensors.values()) + SPARE_BYTES
         with writing_to(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(temporary, ignore_errors=True)
             free = shutil.disk_usage(folder).free
         if free < needed:
             raise InputError(

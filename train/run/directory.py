@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy
@@ -26,16 +25,11 @@ from train.processes.group import ProcessGroup
 from train.processes.ranks import slurm_job
 from train.run.lock import RunLock
 
-# Settings that identify a run. All others (processes, micro-batch, compilation, intervals) may change on the way.
+# Flags that identify a run, --model and --optim with all below them. All others (processes, micro-batch, compilation,
+# intervals) may change on the way.
 IDENTITY = (
-    "seed",
-    "from_checkpoint",
-    "model",
-    "train.seq_len",
-    "train.steps",
-    "train.batch_tokens",
-    "train.dtype",
-    "optim",
+    *("--seed", "--from-checkpoint", "--model", "--train.seq-len", "--train.steps", "--train.batch-tokens"),
+    *("--train.dtype", "--optim"),
 )
 
 STATUS_FILE = "status.json"
@@ -76,20 +70,17 @@ class RunDirectory:
     def _check_shared(self) -> None:
         """Raise InputError unless this rank sees rank 0's lock: all ranks write checkpoints into one directory."""
         end = time.monotonic() + SECONDS_TO_SEE
-        while not self._sees_lock():
+        while True:
+            with reading_from(self.path):
+                if self._lock.reads(self._claimed):
+                    return
             if time.monotonic() > end:
                 raise InputError(
                     f"{self.path}: {socket.gethostname()} does not see what rank 0 writes; share --run-dir"
                 )
             time.sleep(0.1)
 
-    def _sees_lock(self) -> bool:
-        with reading_from(self.path):
-            return self._lock.reads(self._claimed)
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         try:
             if kind is not None and not self._ended:
                 self._report_error(kind, error)
@@ -199,8 +190,7 @@ class RunDirectory:
         self._lock.release()
 
     def _write_status(self, state: str, reason: str | None) -> None:
-        status = {"state": state, "step": self._step, "reason": reason, "attempt": self.attempt}
-        self._write(STATUS_FILE, status)
+        self._write(STATUS_FILE, {"state": state, "step": self._step, "reason": reason, "attempt": self.attempt})
         self._state = state
 
     def _write(self, name: str, content: dict[str, Any]) -> None:
@@ -246,27 +236,15 @@ def flat(values: dict[str, Any], prefix: str = "--") -> dict[str, Any]:
 
 def differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """Return the flag, new value and old value of each identity field that differs between two configurations."""
-    differences = []
-    for name in IDENTITY:
-        was, now = _lookup(old, name), _lookup(new, name)
-        pairs = {name: (was, now)}
-        if isinstance(now, dict):
-            keys = now.keys() | (was.keys() if isinstance(was, dict) else set())
-            pairs = {f"{name}.{key}": (_lookup(was, key), now.get(key)) for key in sorted(keys)}
-        for field, (before, after) in pairs.items():
-            if before != after:
-                differences.append(f"--{field.replace('_', '-')} {after} (was {before})")
-    return differences
-
-
-def _lookup(values: Any, name: str) -> Any:
-    for key in name.split("."):
-        values = values.get(key) if isinstance(values, dict) else None
-    return values
+    was, now = flat(old), flat(new)
+    flags = [flag for prefix in IDENTITY for flag in sorted(was | now) if f"{flag}.".startswith(f"{prefix}.")]
+    return [f"{flag} {now.get(flag)} (was {was.get(flag)})" for flag in flags if was.get(flag) != now.get(flag)]
 
 
 def provenance(config: Config) -> dict[str, Any]:
     """Return what made this run: commit, uncommitted changes, command, host, versions, precision, threads."""
+    cpu = platform.processor() or platform.machine()
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "command": shlex.join([sys.executable, *sys.argv]),
@@ -278,9 +256,7 @@ def provenance(config: Config) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "numpy": numpy.__version__,
-        "device": torch.cuda.get_device_name()
-        if torch.cuda.is_available()
-        else platform.processor() or platform.machine(),
+        "device": device,
         "dtype": config.train.dtype,
         "tf32": torch.backends.cuda.matmul.allow_tf32,
         "deterministic": torch.are_deterministic_algorithms_enabled(),
@@ -293,7 +269,7 @@ def _code() -> dict[str, Any]:
     try:
         record = json.loads((ROOT / SNAPSHOT_FILE).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        return {"code": str(ROOT), "commit": _git("rev-parse", "HEAD"), "changes": _git("diff", "HEAD")}
+        record = {"commit": _git("rev-parse", "HEAD"), "changes": _git("diff", "HEAD")}
     return {"code": str(ROOT), "commit": record["commit"], "changes": record["changes"]}
 
 

@@ -152,7 +152,7 @@ def _is_alive_here(text: str) -> bool | None:
         holder = json.loads(text)
         if holder["host"] == socket.gethostname():
             return holder["started"] is not None and _start_time(int(holder["pid"])) == holder["started"]
-    except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError):
         pass
     return None
 

@@ -7,7 +7,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from common.errors import InputError
@@ -141,9 +140,8 @@ def _refuse_misfit(
 ) -> None:
     """Raise InputError with each difference between the weights' model and this run's."""
     old, new = asdict(theirs), asdict(ours)
-    differences = [
-        f"{key} {old[key]} (this run: {new[key]})" for key in new if old[key] != new[key] and key not in FREE_SETTINGS
-    ]
+    changed = [key for key in new if old[key] != new[key] and key not in FREE_SETTINGS]
+    differences = [f"{key} {old[key]} (this run: {new[key]})" for key in changed]
     if not gives_same_ids(their_tokenizer, tokenizer):
         differences.append("another tokenizer")
     if differences:
@@ -152,8 +150,7 @@ def _refuse_misfit(
 
 def _restore_random_state(states: dict[str, str], device: torch.device) -> None:
     tensors = {
-        name: torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype=np.uint8).copy())
-        for name, text in states.items()
+        name: torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8) for name, text in states.items()
     }
     torch.set_rng_state(tensors["cpu"])
     if device.type == "cuda" and "cuda" in tensors:

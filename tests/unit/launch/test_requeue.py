@@ -1,6 +1,5 @@
 """The decision whether a job is requeued, as a table; the facts that it rests on."""
 
-import dataclasses
 import json
 import re
 import subprocess
@@ -15,23 +14,17 @@ from launch import requeue
 from launch.requeue import AttemptEnd, begin, decide, parse_time_left
 from tests.helpers.runs import called
 
-ATTEMPT = AttemptEnd(
-    state="running",
-    reason=None,
-    step_before=100,
-    step=100,
-    signal=None,
-    job_state="RUNNING",
-    seconds_left=36_000,
-    restarts=0,
-    max_requeues=50,
-    exit_status=1,
-)
+ATTEMPT: dict[str, Any] = {
+    **{"state": "running", "reason": None, "step_before": 100, "step": 100, "signal": None, "job_state": "RUNNING"},
+    **{"seconds_left": 36_000, "restarts": 0, "max_requeues": 50, "exit_status": 1},
+}
 STOPPED = {"state": "stopped", "reason": "STOP file", "step": 130}
-CRASHED = {"state": "failed", "reason": "rank 3 on n2: RuntimeError: CUDA error", "step": 130}
 CRASH = "rank 3 on n2: RuntimeError: CUDA error"
+CRASHED = {"state": "failed", "reason": CRASH, "step": 130}
 
-REQUEUED = [
+NO_STEP = "no step was done before the time limit"
+
+REQUEUED: list[tuple[dict[str, Any], str]] = [
     ({**STOPPED, "signal": "USR1"}, "stopped by SIGUSR1 at step 130"),
     ({**STOPPED, "signal": "TERM", "step": 100}, "stopped by SIGTERM at step 100"),
     ({**STOPPED, "signal": "USR1", "seconds_left": 200}, "stopped by SIGUSR1 at step 130"),
@@ -49,7 +42,7 @@ REQUEUED = [
     ({**CRASHED, "reason": "InputError: /runs: cannot be written"}, "failed: InputError: /runs: cannot be written; "),
     ({**CRASHED, "reason": "hang: rank 1 on n1 gave no sign"}, "failed: hang: rank 1 on n1 gave no sign; its "),
 ]
-ENDED = [
+ENDED: list[tuple[dict[str, Any], int, str]] = [
     ({"state": "done", "step": 500}, 0, "done at step 500"),
     ({"state": "done", "step": 500, "signal": "USR1"}, 0, "done at step 500"),
     ({"state": "done", "step": 500, "job_state": "COMPLETING"}, 0, "done at step 500"),
@@ -62,11 +55,7 @@ ENDED = [
         ({**STOPPED, "reason": reason}, 0, f"stopped at step 130 as a person asked ({reason}); sbatch again to go on")
         for reason in ("STOP file", "SIGINT", "--stop-after 3h50m")
     ),
-    (
-        {**STOPPED, "signal": "USR1", "step": 100, "seconds_left": 290},
-        1,
-        "no step was done before the time limit (SIGUSR1); give a longer --time",
-    ),
+    ({**STOPPED, "signal": "USR1", "step": 100, "seconds_left": 290}, 1, f"{NO_STEP} (SIGUSR1); give a longer --time"),
     ({"exit_status": 137}, 137, "no new checkpoint since step 100; ended as running"),
     ({**CRASHED, "step": 100}, 1, f"no new checkpoint since step 100; failed: {CRASH}"),
     # A damaged checkpoint was passed over, and the attempt did not come as far again.
@@ -80,12 +69,12 @@ ENDED = [
 
 
 def test_which_attempts_are_requeued() -> None:
-    for requeued in (True, False):
-        cases = [(changes, 0, reason) for changes, reason in REQUEUED] if requeued else ENDED
-        for changes, exit_status, reason in cases:
-            decision = decide(dataclasses.replace(ATTEMPT, **changes))  # type: ignore[arg-type]
-            assert (decision.is_requeued, decision.exit_status) == (requeued, exit_status), changes
-            assert decision.reason.startswith(reason), changes
+    cases = [(changes, True, 0, reason) for changes, reason in REQUEUED]
+    cases += [(changes, False, exit_status, reason) for changes, exit_status, reason in ENDED]
+    for changes, requeued, exit_status, reason in cases:
+        decision = decide(AttemptEnd(**ATTEMPT | changes))
+        assert (decision.is_requeued, decision.exit_status) == (requeued, exit_status), changes
+        assert decision.reason.startswith(reason), changes
 
 
 def test_times_left_of_squeue() -> None:

@@ -99,11 +99,8 @@ def test_wrong_input_is_one_line_and_nothing_is_written(tiny_data: Path, tmp_pat
 def test_sbatch_flags_that_submit_sets_itself_are_refused() -> None:
     flags = parse_sbatch_flags(("qos=high", "--exclude=n1,n2", "exclusive"))
     assert flags == {"qos": "high", "exclude": "n1,n2", "exclusive": True}
-    for flag, own in (
-        ("cpus-per-task=16", "--cpus-per-gpu"),
-        ("cpus_per_task=16", "--cpus-per-gpu"),
-        ("array=0-3", "--grid"),
-    ):
+    refused = {"cpus-per-task=16": "--cpus-per-gpu", "cpus_per_task=16": "--cpus-per-gpu", "array=0-3": "--grid"}
+    for flag, own in refused.items():
         with pytest.raises(InputError, match=f"--sbatch {flag}: use {own}"):
             parse_sbatch_flags((flag,))
 

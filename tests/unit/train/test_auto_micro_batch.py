@@ -23,16 +23,16 @@ SIZES = divisors(512)
 
 
 class Memory:
-    """A device with `capacity` bytes on which a step takes `fixed` bytes and `per_sequence` more for each sequence."""
+    """A device with 1000 bytes on which a step takes 100 bytes and `per_sequence` more for each sequence."""
 
-    def __init__(self, fixed: int, per_sequence: float, capacity: int) -> None:
-        self.fixed, self.per_sequence, self.capacity = fixed, per_sequence, capacity
+    def __init__(self, per_sequence: float) -> None:
+        self.per_sequence = per_sequence
         self.tried: list[int] = []
 
     def measure(self, sequences: int) -> int | None:
         self.tried.append(sequences)
-        peak = int(self.fixed + self.per_sequence * sequences)
-        return peak if peak <= self.capacity else None
+        peak = int(100 + self.per_sequence * sequences)
+        return peak if peak <= 1000 else None
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,7 @@ class Memory:
     [(0, 512), (1, 512), (10, 64), (15.5, 32), (120, 4), (300, 2), (400, 2), (500, 1), (819, 1)],
 )
 def test_the_largest_share_within_the_budget(per_sequence: float, expected: int) -> None:
-    memory = Memory(fixed=100, per_sequence=per_sequence, capacity=1000)
+    memory = Memory(per_sequence)
     assert largest_that_fits(SIZES, memory.measure, budget=920) == expected
     assert len(memory.tried) <= 3, "a trial costs a compilation"
 
@@ -62,8 +62,7 @@ def test_a_sharded_model_tries_nothing_that_might_not_fit() -> None:
         return 100 + 500 * sequences
 
     assert largest_that_fits(SIZES, measure, budget=920, may_fail=False) == 1
-    memory = Memory(fixed=100, per_sequence=10, capacity=1000)
-    assert largest_that_fits(SIZES, memory.measure, budget=920, may_fail=False) == 64
+    assert largest_that_fits(SIZES, Memory(per_sequence=10).measure, budget=920, may_fail=False) == 64
 
 
 def test_an_error_if_not_even_one_sequence_fits() -> None:
@@ -85,16 +84,15 @@ def test_config_json_keeps_the_result(tiny_data: Path, tmp_path: Path) -> None:
     with RunDirectory(config, read_manifest(tiny_data).fingerprint, ALONE) as directory:
         directory.record(result)
     run(config, ALONE)  # there is no checkpoint, so this is a new run
-    assert config_json(config)["found"] == {}
+    assert found_in(config) == {}
     with RunDirectory(with_vocabulary(config, 33), read_manifest(tiny_data).fingerprint, ALONE) as directory:
         directory.record(result)
     run(dataclasses.replace(config, train=dataclasses.replace(config.train, micro_batch=4)), ALONE)
-    assert config_json(config)["found"] == result
+    assert found_in(config) == result
 
 
-def config_json(config: Config) -> dict[str, Any]:
-    content: dict[str, Any] = json.loads((config.directory / "config.json").read_text())
-    return content
+def found_in(config: Config) -> Any:
+    return json.loads((config.directory / "config.json").read_text())["found"]
 
 
 def test_a_cpu_needs_a_number(tiny_data: Path, tmp_path: Path) -> None:

@@ -37,14 +37,11 @@ def test_no_preset_is_gpt2_small_as_published() -> None:
     assert config.data.dir == Path("data/fineweb_edu_10B")
 
 
-def test_flags_override_the_preset() -> None:
+def test_flags_override_the_preset_under_the_names_that_scripts_rely_on() -> None:
     config = parsed("shakespeare-char-cpu", "--model.width", "64", "--train.compile", "--optim.clip-norm", "None")
     assert (config.model.width, config.train.compile, config.optim.clip_norm) == (64, True, None)
     assert config.model.num_layers == 4
     assert config.model.context_len == config.train.seq_len == 64
-
-
-def test_the_flag_names_that_scripts_rely_on() -> None:
     args = "--run-dir a --seed 2 --no-resume --data.dir d --model.num-layers 3 --model.num-heads 2 --model.width 8"
     args += " --train.seq-len 16 --train.steps 5 --train.batch-tokens 64 --train.micro-batch 2 --train.dtype fp32"
     args += " --train.no-compile --optim.name adamw --optim.lr-peak 1e-3 --optim.schedule constant"
@@ -82,9 +79,6 @@ def test_all_faults_are_reported_at_once_with_value_rule_and_flag() -> None:
         "--optim.warmup-steps -5 must not be negative",
     ):
         assert line in text
-
-
-def test_numbers_must_be_finite() -> None:
     text = refusal("--optim.lr-final", "nan", "--optim.lr-peak", "inf")
     assert "lr-final nan must be a finite" in text and "lr-peak inf must be a finite" in text
 

@@ -23,37 +23,18 @@ WARMED_UP = OptimConfig(lr_peak=1.0, lr_final=0.1, warmup_steps=10)
 LINEAR = OptimConfig(lr_peak=1.0, warmup_steps=0, schedule="wsd", warmdown_fraction=1.0)
 
 
-@pytest.mark.parametrize(
-    ("config", "num_steps", "rates"),
-    [
-        pytest.param(
-            WARMED_UP,
-            110,
-            {0: 0.1, 4: 0.5, 9: 1.0, 10: 1.0, 35: 0.868198, 60: 0.55, 85: 0.231802, 109: 0.100222},
-            id="cosine",
-        ),
-        pytest.param(
-            dataclasses.replace(WARMED_UP, schedule="wsd", warmdown_fraction=0.2),
-            100,
-            {0: 0.1, 9: 1.0, 10: 1.0, 79: 1.0, 80: 1.0, 81: 0.955, 90: 0.55, 99: 0.145},
-            id="wsd",
-        ),
-        pytest.param(LINEAR, 4, {0: 1.0, 1: 0.75, 2: 0.5, 3: 0.25}, id="wsd without a plateau"),
-        pytest.param(LINEAR, 1, {0: 1.0}, id="wsd of one step"),
-        pytest.param(
-            OptimConfig(lr_peak=0.5, schedule="constant", warmup_steps=0),
-            10,
-            dict.fromkeys((0, 5, 9), 0.5),
-            id="constant",
-        ),
-        pytest.param(
-            OptimConfig(),
-            19_073,
-            {0: 6e-4 / 700, 699: 6e-4, 700: 6e-4, 9_886: 3.00026e-4, 19_072: 0.0},
-            id="GPT-2 small",
-        ),
-    ],
-)
+WSD = dataclasses.replace(WARMED_UP, schedule="wsd", warmdown_fraction=0.2)
+SCHEDULES = {  # the configuration, the number of steps, and rates by step
+    "cosine": (WARMED_UP, 110, {0: 0.1, 4: 0.5, 9: 1, 10: 1, 35: 0.868198, 60: 0.55, 85: 0.231802, 109: 0.100222}),
+    "wsd": (WSD, 100, {0: 0.1, 9: 1.0, 10: 1.0, 79: 1.0, 80: 1.0, 81: 0.955, 90: 0.55, 99: 0.145}),
+    "wsd without a plateau": (LINEAR, 4, {0: 1.0, 1: 0.75, 2: 0.5, 3: 0.25}),
+    "wsd of one step": (LINEAR, 1, {0: 1.0}),
+    "constant": (OptimConfig(lr_peak=0.5, schedule="constant", warmup_steps=0), 10, {0: 0.5, 5: 0.5, 9: 0.5}),
+    "GPT-2 small": (OptimConfig(), 19_073, {0: 6e-4 / 700, 699: 6e-4, 700: 6e-4, 9_886: 3.00026e-4, 19_072: 0.0}),
+}
+
+
+@pytest.mark.parametrize(("config", "num_steps", "rates"), SCHEDULES.values(), ids=SCHEDULES)
 def test_learning_rates(config: OptimConfig, num_steps: int, rates: dict[int, float]) -> None:
     for step, rate in rates.items():
         assert learning_rate(step, config, num_steps) == pytest.approx(rate, rel=1e-5, abs=1e-8)

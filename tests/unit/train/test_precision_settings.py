@@ -18,24 +18,11 @@ def after(good: str) -> tuple[float, float]:
     return loss_scale.scale.item(), loss_scale.good_steps.item()
 
 
-@pytest.mark.parametrize(
-    ("steps", "scale", "good_steps"),
-    [
-        ("", 65536, 0),
-        ("++", 65536, 2),
-        ("-", 32768, 0),
-        ("++-", 32768, 0),
-        ("-+--", 8192, 0),
-        ("+++", 131072, 0),
-        ("++-+++", 65536, 0),
-        ("+++++++", 262144, 1),
-    ],
-)
-def test_three_good_steps_double_and_a_bad_one_halves(
-    monkeypatch: pytest.MonkeyPatch, steps: str, scale: float, good_steps: float
-) -> None:
+def test_three_good_steps_double_and_a_bad_one_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precision, "STEPS_TO_DOUBLE", 3)
-    assert after(steps) == (scale, good_steps)
+    scales = {"": (65536, 0), "++": (65536, 2), "-": (32768, 0), "++-": (32768, 0), "-+--": (8192, 0)}
+    scales |= {"+++": (131072, 0), "++-+++": (65536, 0), "+++++++": (262144, 1)}
+    assert {steps: after(steps) for steps in scales} == scales
 
 
 def test_the_scale_follows_torchs_own_scaler() -> None:

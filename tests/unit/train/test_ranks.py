@@ -24,6 +24,7 @@ SRUN = {
     **{"SLURM_LOCALID": "0", "SLURM_NODEID": "2", "SLURM_STEP_TASKS_PER_NODE": "3,2(x2)"},
     **{"SLURM_STEP_NODELIST": "n[03-05]", "SLURM_NTASKS": "7"},
 }
+BOTH = SRUN | {"RANK": "0", "WORLD_SIZE": "1"}
 BATCH_SCRIPT = {"SLURM_JOB_ID": "70", "SLURM_NTASKS": "8"} | dict.fromkeys(
     ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID"), "0"
 )
@@ -59,10 +60,7 @@ def test_every_launcher_is_understood(environ: dict[str, str], expected: RankInf
 @pytest.mark.parametrize(
     ("environ", "line"),
     [
-        (
-            SRUN | {"RANK": "0", "WORLD_SIZE": "1"},
-            "srun started rank 5 of 7, but RANK=0 and WORLD_SIZE=1 are set; unset",
-        ),
+        (BOTH, "srun started rank 5 of 7, but RANK=0 and WORLD_SIZE=1 are set; unset RANK, WORLD_SIZE and LOCAL_RANK"),
         ({"RANK": "3", "WORLD_SIZE": "2"}, "rank 3 of 2, 3 of 2 on its host: impossible; unset RANK, WORLD_SIZE"),
         ({"WORLD_SIZE": "8"}, "cannot tell this process's rank from the environment: KeyError('RANK')"),
         ({"RANK": "3"}, "cannot tell this process's rank from the environment: KeyError('WORLD_SIZE')"),

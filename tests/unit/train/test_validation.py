@@ -13,7 +13,7 @@ from data_prep.shards import TokenStream, open_shard
 from data_prep.tokenizer import load_tokenizer
 from model.config import ModelConfig
 from model.gpt import GPT, build_model
-from train.evals.validation import ValidationSet, sequence_sums, standard_error, validate
+from train.evals.validation import Scoring, ValidationSet, sequence_sums, standard_error, validate
 from train.losses import LossModel
 from train.processes.group import ProcessGroup
 from train.processes.stop_requests import StopRequests
@@ -26,16 +26,6 @@ T = 32
 def model(tiny_data: Path) -> GPT:
     vocab_size = load_tokenizer(tiny_data).vocab_size
     return build_model(ModelConfig(2, 2, 32, vocab_size=vocab_size, context_len=T), seed=1)
-
-
-def validation_set(data: Path, micro_batch: int, num_tokens: int | None) -> ValidationSet:
-    return ValidationSet(
-        open_split(data, "val"),
-        seq_len=T,
-        micro_batch=micro_batch,
-        num_tokens=num_tokens,
-        byte_lengths=load_tokenizer(data).byte_lengths(),
-    )
 
 
 @pytest.mark.parametrize("num_tokens", [None, 1000, 31, 960])
@@ -54,16 +44,11 @@ def test_equals_a_plain_loop(tiny_data: Path, model: GPT, micro_batch: int, num_
             sequence_losses.append(torch.nn.functional.cross_entropy(logits, targets, reduction="sum").item())
     loss_sum = math.fsum(sequence_losses)
 
-    data = validation_set(tiny_data, micro_batch, num_tokens)
-    loss_model = LossModel(model, chunked=micro_batch == 7)
+    byte_lengths = load_tokenizer(tiny_data).byte_lengths()
+    data = ValidationSet(stream, seq_len=T, micro_batch=micro_batch, num_tokens=num_tokens, byte_lengths=byte_lengths)
     heartbeats: list[str] = []
-    result = validate(
-        loss_model,
-        data,
-        group=ALONE,
-        stop_requests=StopRequests(Path("none"), is_main=True),
-        heartbeat=heartbeats.append,
-    )
+    scoring = Scoring(ALONE, StopRequests(None, is_main=True), heartbeats.append)
+    result = validate(LossModel(model, chunked=micro_batch == 7), data, scoring)
     assert result is not None and result.tokens == scored
     assert len(heartbeats) == data.num_batches
     assert result.loss == pytest.approx(loss_sum / scored, abs=1e-6)
