@@ -2,13 +2,15 @@
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal
 
 import tyro
 
 Kind = Literal["bigram", "head", "heads", "block", "gpt"]
 MLP_TOLERANCE = 0.02  # relative difference allowed between SwiGLU's parameters and those of two 4 x width matrices
+# Fields that say how large a model is, not which architecture it has.
+SIZES = ("num_layers", "num_heads", "width", "vocab_multiple", "vocab_size", "context_len", "eot_id")
 
 
 @dataclass(frozen=True)
@@ -97,11 +99,8 @@ class ModelConfig:
 
     def switched(self) -> dict[str, object]:
         """Return the fields, with their values, in which this architecture differs from GPT-2's."""
-        names = (
-            "kind mlp_width position_embedding norm norm_place mlp tie bias qk_norm logit_softcap "
-            "zero_init_projections value_residual attention"
-        )
-        return {name: getattr(self, name) for name in names.split() if getattr(self, name) != getattr(GPT2, name)}
+        names = [field.name for field in fields(self) if field.name not in SIZES]
+        return {name: getattr(self, name) for name in names if getattr(self, name) != getattr(GPT2, name)}
 
     def faults(self) -> list[str]:
         """Return every reason why this shape is impossible, one line each: value, rule and flag."""

@@ -235,8 +235,12 @@ def flat(values: dict[str, Any], prefix: str = "--") -> dict[str, Any]:
 
 
 def differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return the flag, new value and old value of each identity field that differs between two configurations."""
-    was, now = flat(old), flat(new)
+    """Return the flag, new value and old value of each identity field that differs between two configurations.
+
+    A field that a recorded configuration lacks, because the field is newer, has its default.
+    """
+    defaults = flat(Config().to_json())
+    was, now = defaults | flat(old), defaults | flat(new)
     flags = [flag for prefix in IDENTITY for flag in sorted(was | now) if f"{flag}.".startswith(f"{prefix}.")]
     return [f"{flag} {now.get(flag)} (was {was.get(flag)})" for flag in flags if was.get(flag) != now.get(flag)]
 

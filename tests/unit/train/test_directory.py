@@ -105,3 +105,7 @@ def test_differences_are_named_as_flags() -> None:
     old = {"seed": 1, "model": {"width": 8}, "train": {"steps": 5, "compile": True}, "optim": {"lr_peak": 0.1}}
     new = {"seed": 1, "model": {"width": 16}, "train": {"steps": 5, "compile": False}, "optim": {"lr_peak": 0.2}}
     assert differing(old, new) == ["--model.width 16 (was 8)", "--optim.lr-peak 0.2 (was 0.1)"]
+    newer = {"optim": {"lr_peak": 0.1, "beta1": 0.9}}  # the recorded configuration is of a version without beta1
+    assert differing({"optim": {"lr_peak": 0.1}}, newer) == []
+    newer["optim"]["beta1"] = 0.8
+    assert differing({"optim": {"lr_peak": 0.1}}, newer) == ["--optim.beta1 0.8 (was 0.9)"]
