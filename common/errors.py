@@ -66,19 +66,26 @@ def print_error(program: str, error: BaseException) -> None:
 def one_line_errors(program: str) -> Iterator[None]:
     """Turn an InputError into one line on stderr and exit status 2, and Ctrl-C into one line and exit status 130.
 
-    A closed pipe ends the command quietly. Every other exception keeps its traceback, since it is a bug of ours. That
-    includes a bare OSError: code that opens what the user named wraps it in `reading_from` or `writing_to`. Under
-    torchrun every rank raises the same InputError, so only rank 0 prints it. A character that the console cannot show
-    is printed as its escape.
+    A stdout that is a closed pipe ends the command quietly, one on a full disk with one line. Every other exception
+    keeps its traceback, since it is a bug of ours. That includes a bare OSError: code that opens what the user named
+    wraps it in `reading_from` or `writing_to`. Under torchrun every rank raises the same InputError, so only rank 0
+    prints it. A character that the console cannot show is printed as its escape.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         yield
+        sys.stdout.flush()
     except (InputError, KeyboardInterrupt) as error:
         if os.environ.get("RANK", "0") == "0":
             print_error(program, error)
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
-    except BrokenPipeError:  # nobody reads stdout any more, as in `generate.py RUN | head`
+    except OSError as error:
+        # What this program writes on purpose names its file; stdout has no name.
+        if error.filename is not None or error.errno not in (errno.EPIPE, *FULL_DISK):
+            raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's last flush succeeds
-        sys.exit(141)  # 128 + SIGPIPE, as the shell reports a command that a closed pipe ended
+        if isinstance(error, BrokenPipeError):  # nobody reads any more, as in `generate.py RUN | head`
+            sys.exit(141)  # 128 + SIGPIPE, as the shell reports a command that a closed pipe ended
+        print(f"{program}: its output cannot be written ({error})", file=sys.stderr, flush=True)
+        sys.exit(2)

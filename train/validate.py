@@ -33,7 +33,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from common.errors import InputError, one_line_errors
+from common.errors import InputError, one_line_errors, reading_from
 from data_prep.manifest import open_split, read_manifest
 from data_prep.tokenizer import gives_same_ids, load_tokenizer, name_of
 from model.checkpoint import find_checkpoint
@@ -111,7 +111,9 @@ def open_validation(options: Options, subject: Subject) -> tuple[ValidationSet, 
     directory = options.data or subject.settings.data
     if directory is None:
         raise InputError(f"{options.path}: names no data; give --data or --hellaswag")
-    if options.data is None and not directory.is_dir():
+    with reading_from(directory):
+        is_there = directory.is_dir()
+    if options.data is None and not is_there:
         raise InputError(f"{directory}: the data of this run is not here; give --data or --hellaswag")
     manifest, tokenizer = read_manifest(directory), load_tokenizer(directory)
     if options.data is None and manifest.fingerprint != subject.settings.fingerprint:
@@ -267,7 +269,10 @@ def main(args: Sequence[str] | None = None) -> None:
             group.barrier()  # launchers kill the rest when the first process exits
         if reasons:
             if group.is_main:
-                print(f"validate: stopped ({reasons[0]}); the same command continues", file=sys.stderr)
+                print(
+                    f"validate: stopped ({reasons[0]}); the same command starts again what was not finished",
+                    file=sys.stderr,
+                )
             sys.exit(1)
 
 

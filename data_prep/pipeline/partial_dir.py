@@ -126,7 +126,8 @@ def existing_data(
                 _finish_swap(out)
         if is_free(out):
             return None
-    if not (out / FILE_NAME).is_file():
+        is_data = (out / FILE_NAME).is_file()
+    if not is_data:
         raise InputError(f"--out {out}: exists and is no data directory; choose another or remove it")
     if overwrite:
         return None

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import InputError, reading_from
-from data_prep.manifest import FILE_NAME, Manifest, read_manifest
+from data_prep.manifest import Manifest, read_manifest
 from model.checkpoint import TrainedModel
 
 NUM_FILES_LISTED = 20  # data files that the card names
@@ -52,8 +52,6 @@ def _data_lines(run: dict[str, Any]) -> list[str]:
 
 def _manifest(data_dir: Path, fingerprint: str | None) -> Manifest | None:
     """Return the manifest of the data, or None if it is missing, damaged or of other data."""
-    if not (data_dir / FILE_NAME).is_file():
-        return None
     try:
         manifest = read_manifest(data_dir)
     except InputError:  # The model can be exported without its data.

@@ -150,7 +150,10 @@ def test_a_stop_ends_it_and_the_same_command_starts_again(
 
     monkeypatch.setattr(validate, "ending_losses", stopping)
     done = called(main, *args)
-    assert (done.returncode, done.stderr) == (1, "validate: stopped (SIGTERM); the same command continues\n")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "validate: stopped (SIGTERM); the same command starts again what was not finished\n",
+    )
     assert [path.name[:10] for path in (own_run / "evaluations").iterdir()] == ["validation"]
     monkeypatch.setattr(validate, "ending_losses", sound)
     text, report = evaluated(*args)

@@ -10,6 +10,7 @@ on, except for rounding: weights, tokens scored, dtype.
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar, get_type_hints
 
@@ -18,6 +19,7 @@ import torch
 from common.errors import InputError, reading_from, writing_to
 from common.files import write_json_atomically
 from model.base import LanguageModel
+from model.config import FORMER_NAMES
 
 FOLDER = "evaluations"
 Key = Mapping[str, Any]
@@ -25,8 +27,13 @@ T = TypeVar("T")
 
 
 def fingerprint_of(model: LanguageModel) -> str:
-    """Return the hash of a model's shape and weights, the same on every device."""
-    digest = hashlib.sha256(repr(model.config).encode())
+    """Return the hash of a model's shape and weights, the same on every device.
+
+    The shape is spelt as the first version spelt it, so that results that it kept are found.
+    """
+    former = {new: old for old, new in FORMER_NAMES.items()}
+    shape = ", ".join(f"{former.get(name, name)}={value!r}" for name, value in asdict(model.config).items())
+    digest = hashlib.sha256(f"ModelConfig({shape})".encode())
     for name, tensor in model.state_dict().items():
         digest.update(name.encode())
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
@@ -44,12 +51,14 @@ def read_result(path: Path | None, key: Key, form: type[T]) -> T | None:
 
     `form` is the result's dataclass; a file may hold more than its fields. Raise InputError for any other content.
     """
-    if path is None or not path.is_file():
+    if path is None:
         return None
+    with reading_from(path):
+        if not path.is_file():
+            return None
+        content = path.read_bytes()
     fields = get_type_hints(form)
     try:
-        with reading_from(path):
-            content = path.read_bytes()
         record = json.loads(content)
         values = {name: record["result"][name] for name in fields}
         is_sound = record["key"] == key and all(isinstance(values[name], kind) for name, kind in fields.items())

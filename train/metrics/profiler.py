@@ -107,7 +107,9 @@ class Trace:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             path.with_name(path.name.replace(".json.gz", ".txt")).write_text(table + "\n", encoding="utf-8")
-            profiler.export_chrome_trace(str(path))
+            whole = path.with_name(f".{path.name}")  # the name's ending decides the format
+            profiler.export_chrome_trace(str(whole))
+            whole.replace(path)
             if self._is_cuda:
                 torch.cuda.memory._dump_snapshot(str(path).replace(".json.gz", "_memory.pickle"))
             self._log(f"trace of steps {first} to {last}: {path}\n{table}")
