@@ -1,7 +1,7 @@
 """GPT-2 (Radford et al. 2019) and every switch of model/config.py: the whole forward pass in one file.
 
 The model is plain single-device PyTorch. It knows nothing of processes, precision policies or training.
-Read from the bottom up: GPT calls its blocks, a Block calls Attention and MLP.
+Read it from its last class upward: GPT calls its blocks, a Block calls Attention and MLP.
 
 Tensors carry their shape in their name: B batch, T time, D model, H heads, K head size, F feed-forward, V padded
 vocabulary. State-dict names are Hugging Face's; every matrix has nn.Linear's orientation.
@@ -168,9 +168,9 @@ class Attention(nn.Module):
 
     def forward(self, x_BTD: Tensor, shared: Shared) -> tuple[Tensor, Tensor | None]:
         q_BHTK, k_BHTK, v_BHTK = self.queries_keys_values(x_BTD, shared)
-        cached_BHSK = None if shared.cache is None else shared.cache.update(k_BHTK, v_BHTK)
-        if cached_BHSK is not None and shared.visible_B1TS is not None:
-            y_BHTK = F.scaled_dot_product_attention(q_BHTK, *cached_BHSK, attn_mask=shared.visible_B1TS)
+        cached_keys_values = None if shared.cache is None else shared.cache.update(k_BHTK, v_BHTK)
+        if cached_keys_values is not None and shared.visible_B1TS is not None:
+            y_BHTK = F.scaled_dot_product_attention(q_BHTK, *cached_keys_values, attn_mask=shared.visible_B1TS)
         elif self.kind == "naive":
             y_BHTK = naive_attention(q_BHTK, k_BHTK, v_BHTK)
         elif self.kind == "flex":
@@ -180,7 +180,7 @@ class Attention(nn.Module):
         else:
             y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True)
         y_BTD = self.c_proj(y_BHTK.transpose(1, 2).reshape(x_BTD.shape))
-        return y_BTD, v_BHTK if self.gives_values else None
+        return y_BTD, (v_BHTK if self.gives_values else None)
 
 
 def naive_attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor) -> Tensor:
