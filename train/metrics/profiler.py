@@ -10,6 +10,7 @@ The traced steps run slower: trust their proportions, not their rows in metrics.
 """
 
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -103,11 +104,11 @@ class Trace:
         """Write the files of the traced steps."""
         first, last = self._steps.start, self._end - 1
         path = self._folder / f"steps_{first}_{self._end}_rank{self._rank}.json.gz"
+        whole = path.with_name(f".{path.name}")  # the name's ending decides the format
         table = top_kernels(profiler, is_cuda=self._is_cuda)
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             path.with_name(path.name.replace(".json.gz", ".txt")).write_text(table + "\n", encoding="utf-8")
-            whole = path.with_name(f".{path.name}")  # the name's ending decides the format
             profiler.export_chrome_trace(str(whole))
             whole.replace(path)
             if self._is_cuda:
@@ -115,6 +116,8 @@ class Trace:
             self._log(f"trace of steps {first} to {last}: {path}\n{table}")
         except OSError as error:  # a full disk is no reason to lose the run
             self._log(f"warning: no trace of steps {first} to {last}: {error}")
+            with suppress(OSError):
+                whole.unlink()
         if self._is_cuda:
             torch.cuda.memory._record_memory_history(enabled=None)
 

@@ -114,6 +114,15 @@ def test_a_trace_that_cannot_be_written_is_a_warning(tmp_path: Path) -> None:
     assert text.startswith("warning: no trace of steps 1 to 1: ")
 
 
+def test_a_trace_that_cannot_take_its_name_leaves_no_part_of_itself(tmp_path: Path) -> None:
+    (tmp_path / "traces" / "steps_1_2_rank0.json.gz").mkdir(parents=True)
+    trace, messages = open_here(tmp_path, range(1, 2))
+    train(trace, range(3))
+    (text,) = messages
+    assert text.startswith("warning: no trace of steps 1 to 1: ")
+    assert written(tmp_path) == ["steps_1_2_rank0.txt"]
+
+
 def test_steps_are_parsed_or_refused() -> None:
     assert parse_steps("10:15") == range(10, 15) and parse_steps("0:1") == range(0, 1)
     for text in ("15:10", "5:5", "a:b", "-1:3", "3", "1:2:3", "", "1: 2", "1:"):
