@@ -81,7 +81,7 @@ def one_line_errors(program: str) -> Iterator[None]:
             print_error(program, error)
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
     except OSError as error:
-        # What this program writes on purpose names its file; stdout has no name.
+        # Our own files are written inside `writing_to`, so a full disk or a closed pipe that arrives here is stdout's.
         if error.filename is not None or error.errno not in (errno.EPIPE, *FULL_DISK):
             raise
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's last flush succeeds

@@ -40,7 +40,7 @@ def no_slurm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_command_lines_that_are_shown_parse() -> None:
-    assert len(SHOWN) >= 11
+    assert len(SHOWN) >= 13
     for line in SHOWN:
         words, flags = split_at_dashes(shlex.split(line, comments=True)[2:])
         if words[0] in submit.COMMANDS:
