@@ -1,5 +1,7 @@
 """Files that are either whole or absent: they are written under another name, fsynced and renamed."""
 
+from __future__ import annotations  # launch/requeue.py runs on Python 3.9
+
 import hashlib
 import json
 import os
@@ -7,6 +9,8 @@ from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from common.errors import InputError, reading_from
 
 ROOT = Path(__file__).resolve().parents[1]  # of the code that runs: a checkout, or a job's copy of one
 
@@ -53,6 +57,23 @@ def write_blocks_atomically(path: Path, blocks: Iterable[bytes | memoryview]) ->
 def write_json_atomically(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, like `write_atomically`."""
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=True) + "\n")
+
+
+def read_own_json(path: Path) -> dict[str, Any] | None:
+    """Return a JSON object that `write_json_atomically` wrote; None if the file does not exist.
+
+    Such files are replaced whole, so one that does not parse is damaged: InputError.
+    """
+    with reading_from(path):
+        try:
+            value = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except (json.JSONDecodeError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: damaged ({error}); remove it") from error
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: damaged (it holds no JSON object); remove it")
+    return value
 
 
 def sha256_of_json(value: Any) -> str:

@@ -9,7 +9,6 @@ import contextlib
 import dataclasses
 import glob
 import itertools
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.errors import InputError, reading_from
-from common.files import sha256_of_json, write_json_atomically
+from common.files import read_own_json, sha256_of_json, write_json_atomically
 from data_prep.hub import files as hub
 from data_prep.hub.files import HubFile, HubListing
 from data_prep.pipeline.encode import Backend
@@ -157,7 +156,7 @@ def list_hub_files(partial: Path, options: Options) -> HubListing:
     """Return the Hub's list of files. The first task asks for it and writes it; the others need no network."""
     path = partial / PARTS / LISTING
     request = describe_request(options)
-    stored = _read(path)
+    stored = read_own_json(path)
     if stored is None or stored["asked"] != request:
         listing = hub.list_files(options.dataset, options.name, options.revision)
         record = {"asked": request, "listing": dataclasses.asdict(listing)}
@@ -170,16 +169,6 @@ def list_hub_files(partial: Path, options: Options) -> HubListing:
     return HubListing(**fields, files=files)
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    try:
-        value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: damaged ({error}); remove it") from error
-    return value
-
-
 def _write_once(path: Path, value: dict[str, Any], *, replace: bool) -> dict[str, Any]:
     """Write `value`, unless the file exists and `replace` is not set; return the file's content."""
     if replace:
@@ -190,7 +179,7 @@ def _write_once(path: Path, value: dict[str, Any], *, replace: bool) -> dict[str
         with contextlib.suppress(FileExistsError):  # another task was first
             path.hardlink_to(own)
         own.unlink()
-    content = _read(path)
+    content = read_own_json(path)
     assert content is not None
     return content
 

@@ -11,7 +11,6 @@ of the job's log.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import re
 import subprocess
@@ -25,7 +24,8 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.errors import InputError, one_line_errors, reading_from, writing_to
+from common.errors import InputError, one_line_errors, writing_to
+from common.files import read_own_json
 from train.processes.ranks import slurm_job
 
 # Reasons in status.json that come from a person: a STOP file that this job did not make, W&B's stop button, a flag.
@@ -102,13 +102,13 @@ def begin(run_dir: Path, job: str) -> str:
     Raises InputError, before anything is touched, if Slurm says that another job trains there. Holders outside Slurm
     are left to the trainer's own lock.
     """
-    holder = (read_json(run_dir / "lock.json") or {}).get("job")
+    holder = (read_own_json(run_dir / "lock.json") or {}).get("job")
     if holder not in (None, job) and job_state(holder)[0] in ("RUNNING", "SUSPENDED", "STOPPED"):
         raise InputError(f"{run_dir}: job {holder} is training here; wait for it, or choose another --run-dir")
     with writing_to(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "STOP").unlink(missing_ok=True)
-    status = read_json(run_dir / "status.json") or NO_STATUS
+    status = read_own_json(run_dir / "status.json") or NO_STATUS
     return f"{status['attempt']} {status['step']}"
 
 
@@ -118,7 +118,7 @@ def read_attempt_end(run_dir: Path, job: str, before: str, **known: Any) -> Atte
     `before` is what `begin` printed. status.json of an earlier attempt does not count.
     """
     attempt_before, step_before = (int(word) for word in before.split())
-    status = read_json(run_dir / "status.json") or NO_STATUS
+    status = read_own_json(run_dir / "status.json") or NO_STATUS
     is_ours = status["attempt"] > attempt_before
     state, seconds_left = job_state(job)
     return AttemptEnd(
@@ -130,21 +130,6 @@ def read_attempt_end(run_dir: Path, job: str, before: str, **known: Any) -> Atte
         seconds_left=seconds_left,
         **known,
     )
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """Return a small file of the run directory, None if it does not exist.
-
-    Such files are replaced whole, so a file that does not parse is damaged: InputError.
-    """
-    with reading_from(path):
-        try:
-            value: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: damaged ({error}); remove it") from error
-    return value
 
 
 def job_state(job: str) -> tuple[str, int | None]:

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.errors import InputError, reading_from, writing_to
-from common.files import write_json_atomically
+from common.files import read_own_json, write_json_atomically
 from launch.grid import Point
-from launch.requeue import ask_slurm, read_json
+from launch.requeue import ask_slurm
 from train.metrics.logger import METRICS_FILE
 from train.processes.stop_requests import FILE_NAME as STOP_FILE
 from train.run.directory import STATUS_FILE
@@ -56,7 +56,7 @@ def inspect_runs(run_dirs: Iterable[Path]) -> list[RunInfo]:
 
 def _inspect_run(run_dir: Path, job: str | None, queue: dict[str, str]) -> RunInfo:
     with reading_from(run_dir):
-        status, holder = read_json(run_dir / STATUS_FILE), living_holder(run_dir)
+        status, holder = read_own_json(run_dir / STATUS_FILE), living_holder(run_dir)
     state: State = "new" if status is None else status["state"]
     job_state = queue.get(job or "")
     if holder is not None:
@@ -75,7 +75,7 @@ def read_job(run_dir: Path) -> str | None:
     with reading_from(run_dir):
         files = [run_dir / name for name in (SUBMITTED_FILE, "provenance.json") if (run_dir / name).is_file()]
         newest = max(files, key=lambda path: path.stat().st_mtime, default=None)
-    return None if newest is None else (read_json(newest) or {}).get("job")
+    return None if newest is None else (read_own_json(newest) or {}).get("job")
 
 
 def record_submission(point: Point, job: str | None) -> None:
@@ -90,7 +90,7 @@ def is_submitted_for(run_dir: Path, job: str | None) -> bool:
 
     Another job may be the shell in which a person started the run; it goes on when the run has ended.
     """
-    return (read_json(run_dir / SUBMITTED_FILE) or {}).get("job") == job
+    return (read_own_json(run_dir / SUBMITTED_FILE) or {}).get("job") == job
 
 
 def queued_jobs(jobs: Collection[str]) -> dict[str, str]:
@@ -123,7 +123,7 @@ def table(runs: Sequence[RunInfo]) -> str:
     """Return a line per run: state, step, last training and validation loss, job, and the reason of its end."""
     rows: list[tuple[str, ...]] = [("run", "", "step", "of", "loss", "val loss", "job", "")]
     for run in runs:
-        settings = (read_json(run.run_dir / "config.json") or {}).get("config", {})
+        settings = (read_own_json(run.run_dir / "config.json") or {}).get("config", {})
         steps = str(settings.get("train", {}).get("steps", ABSENT))
         losses = [last_metric(run.run_dir, key) for key in ("loss", "val_loss")]
         reason = (run.status or {}).get("reason") or ""

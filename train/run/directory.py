@@ -16,7 +16,7 @@ import numpy
 import torch
 
 from common.errors import InputError, reading_from, writing_to
-from common.files import ROOT, write_json_atomically
+from common.files import ROOT, read_own_json, write_json_atomically
 from data_prep.tokenizer import load_tokenizer
 from model.checkpoint import list_checkpoints
 from model.config import with_current_names
@@ -202,15 +202,7 @@ class RunDirectory:
 
 def read_status(run_dir: Path) -> dict[str, Any] | None:
     """Return status.json: {state: running|stopped|done|failed, step, reason, attempt}; None before the first start."""
-    path = run_dir / STATUS_FILE
-    with reading_from(path):
-        try:
-            status: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: damaged ({error}); remove it to go on") from error
-    return status
+    return read_own_json(run_dir / STATUS_FILE)
 
 
 def refuse_disagreement(config: Config, fingerprint: str, group: ProcessGroup) -> None:
