@@ -147,7 +147,8 @@ def test_a_killed_run_goes_on_bitwise_as_if_it_had_not_been(trained: Path, tiny_
         while not metrics.exists() or metrics.read_bytes().count(b"\n") < 20:
             time.sleep(0.01)
         for process in processes.processes:
-            process.kill()
+            process.kill()  # both, before the second sees that the first is gone and writes that the run failed
+        for process in processes.processes:
             process.join()
     assert status(config.directory)["state"] == "running"
     run_on_ranks(2, train_all, [config])
