@@ -10,8 +10,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from common.errors import InputError, reading_from
-
 ROOT = Path(__file__).resolve().parents[1]  # of the code that runs: a checkout, or a job's copy of one
 
 
@@ -59,21 +57,13 @@ def write_json_atomically(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=True) + "\n")
 
 
-def read_own_json(path: Path) -> dict[str, Any] | None:
-    """Return a JSON object that `write_json_atomically` wrote; None if the file does not exist.
-
-    Such files are replaced whole, so one that does not parse is damaged: InputError.
-    """
-    with reading_from(path):
-        try:
-            value = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            return None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise InputError(f"{path}: damaged ({error}); remove it") from error
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: damaged (it holds no JSON object); remove it")
-    return value
+def move_aside(path: Path) -> Path:
+    """Rename whatever has this name to the first free NAME.aside_N beside it, links themselves too; return that."""
+    number = 1
+    while os.path.lexists(aside := path.with_name(f"{path.name}.aside_{number}")):
+        number += 1
+    path.rename(aside)
+    return aside
 
 
 def sha256_of_json(value: Any) -> str:

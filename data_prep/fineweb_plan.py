@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.errors import InputError, reading_from
-from common.files import read_own_json, sha256_of_json, write_json_atomically
+from common.files import sha256_of_json, write_json_atomically
+from common.reading import read_own_json
 from data_prep.hub import files as hub
 from data_prep.hub.files import HubFile, HubListing
 from data_prep.pipeline.encode import Backend

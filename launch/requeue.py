@@ -25,7 +25,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common.errors import InputError, one_line_errors, writing_to
-from common.files import read_own_json
+from common.reading import read_own_json
 from train.processes.ranks import slurm_job
 
 # Reasons in status.json that come from a person: a STOP file that this job did not make, W&B's stop button, a flag.

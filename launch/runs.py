@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from common.errors import InputError, reading_from, writing_to
-from common.files import read_own_json, write_json_atomically
+from common.files import write_json_atomically
+from common.reading import read_own_json
 from launch.grid import Point
 from launch.requeue import ask_slurm
 from train.metrics.logger import METRICS_FILE

@@ -16,7 +16,8 @@ import numpy
 import torch
 
 from common.errors import InputError, reading_from, writing_to
-from common.files import ROOT, read_own_json, write_json_atomically
+from common.files import ROOT, write_json_atomically
+from common.reading import read_own_json
 from data_prep.tokenizer import load_tokenizer
 from model.checkpoint import list_checkpoints
 from model.config import with_current_names

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from common.errors import InputError
-from common.files import read_own_json, write_json_atomically
+from common.files import write_json_atomically
+from common.reading import read_own_json
 
 
 def test_an_object_comes_back_and_an_absent_file_is_none(tmp_path: Path) -> None:
@@ -24,8 +25,3 @@ def test_a_damaged_file_is_one_line_that_names_it(tmp_path: Path, content: bytes
         read_own_json(path)
     assert str(error.value).startswith(f"{path}: damaged (") and str(error.value).endswith("; remove it")
     assert "\n" not in str(error.value)
-
-
-def test_what_is_no_file_is_one_line_that_names_it(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="give a file, not a directory"):
-        read_own_json(tmp_path)
