@@ -12,6 +12,7 @@ it: hashes are checked first, and DCP's pickled .metadata is read through an all
 Hugging Face folders.
 """
 
+import hashlib
 import io
 import json
 import pickle
@@ -31,6 +32,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 
 from common.errors import InputError, reading_from
 from common.files import sha256_of_file
+from common.reading import parse_json, read_regular
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from model.base import HEAD, LanguageModel
 from model.config import ModelConfig, with_current_names
@@ -55,8 +57,8 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first, whether their hashes hold or not."""
     folder = run_dir / CHECKPOINTS
     with reading_from(folder):
-        checkpoints = [path for path in folder.iterdir() if STEP_NAME.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(checkpoints, key=step_of)
+        named = [path for path in folder.iterdir() if STEP_NAME.fullmatch(path.name)] if folder.is_dir() else []
+        return sorted((path for path in named if path.is_dir() and not path.is_symlink()), key=step_of)
 
 
 def fault_of(checkpoint: Path) -> str | None:
@@ -81,6 +83,18 @@ def fault_of(checkpoint: Path) -> str | None:
     except OSError as error:
         return f"{checkpoint}: unreadable: {error}"
     return None
+
+
+def sealed_state(checkpoint: Path) -> dict[str, Any] | None:
+    """Return a checkpoint's state.json if its own hash holds, whatever became of the tensors; None if it does not."""
+    try:
+        lines = read_regular(checkpoint / SUMS_FILE, inside=checkpoint).decode("ascii").splitlines()
+        content = read_regular(checkpoint / STATE_FILE, inside=checkpoint)
+        state = parse_json(content)
+    except ValueError:  # an InputError is one
+        return None
+    is_sealed = f"{hashlib.sha256(content).hexdigest()}  {STATE_FILE}" in lines
+    return state if is_sealed and isinstance(state, dict) else None
 
 
 def newest_sound(run_dir: Path) -> tuple[Path | None, list[str]]:

@@ -23,6 +23,7 @@ from tests.helpers.runs import (
     assert_same_tensors,
     called,
     final_tensors,
+    forget_checkpoints,
     rows,
     status,
     tiny_config,
@@ -226,6 +227,6 @@ def test_another_run_in_the_same_directory_is_refused_with_each_difference(
 
 
 def test_a_run_that_never_saved_may_start_over_with_other_settings(run_dir: Path, tiny_data: Path) -> None:
-    shutil.rmtree(run_dir / "checkpoints")
+    forget_checkpoints(run_dir)
     run(tiny_config(tiny_data, run_dir, steps=12), ALONE)
     assert [row["step"] for row in rows(run_dir) if "loss" in row] == list(range(1, 13))

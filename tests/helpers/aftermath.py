@@ -9,7 +9,7 @@ from model.checkpoint import fault_of, list_checkpoints, step_of
 from tests.helpers.attempts import Attempt, is_running
 from tests.helpers.faults import FREEZE, KILLS, PAUSE, STOPS, Episode, Struck, at, killed_rank_0, stood_beside_the_loop
 from tests.helpers.runs import rows, status
-from train.metrics.logger import KEPT_FILES, METRICS_FILE, SAMPLES_FILE
+from train.metrics.rows import KEPT_FILES, METRICS_FILE, SAMPLES_FILE
 
 STEPS = 150
 KEEP = 3

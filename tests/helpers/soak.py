@@ -41,7 +41,7 @@ from tests.helpers.runs import (
 )
 from train.config import Config, parse
 from train.main import run
-from train.metrics.logger import SAMPLES_FILE
+from train.metrics.rows import SAMPLES_FILE
 from train.presets import PRESETS
 from train.processes.group import ProcessGroup
 
