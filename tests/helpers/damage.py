@@ -1,15 +1,14 @@
-"""Damage to one file of a run or data directory, as hypothesis draws it."""
+"""Random damage to one file of a run or data directory."""
 
 import hashlib
 import json
 import os
+import random
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
-
-from hypothesis import strategies as st
 
 # What stands in place of a JSON value: one of every type, and the odd ones of each.
 VALUES: list[Any] = [None, True, -1, 0, 5, 2**70, 1.5, "", "x", "5", [], [None], {}, {"x": 1}]
@@ -21,30 +20,30 @@ KINDS = (
 )
 
 
-def damage(path: Path, draw: Callable[[Any], Any], outside: Path) -> str:
+def damage(path: Path, rng: random.Random, outside: Path, kinds: Sequence[str] = KINDS) -> str:
     """Damage a file, and return how. `outside` is a folder for the file that a link leads to."""
-    kind: str = draw(st.sampled_from(KINDS))
+    kind = rng.choice(kinds)
     content = path.read_bytes()
     if kind in ("json", "raw json") and not _is_json(content):
         kind = "flipped"
     match kind:
         case "truncated":
             # Every class of length: nothing, one byte, around a block, all but one.
-            length = draw(st.one_of(st.sampled_from([1, len(content) - 1]), st.integers(0, max(0, len(content) - 1))))
-            path.write_bytes(content[: max(0, length)])
+            length = max(0, rng.choice([1, len(content) - 1, rng.randrange(len(content) + 1)]))
+            path.write_bytes(content[:length])
             return f"truncated to {length} of {len(content)} bytes"
         case "flipped" if content:
-            where, mask = draw(st.integers(0, len(content) - 1)), draw(st.integers(1, 255))
+            where, mask = rng.randrange(len(content)), rng.randint(1, 255)
             path.write_bytes(content[:where] + bytes([content[where] ^ mask]) + content[where + 1 :])
             return f"byte {where} of {len(content)} xor {mask}"
         case "json" | "raw json":
-            return _alter_json(path, json.loads(content), draw, raw=kind == "raw json")
+            return _alter_json(path, json.loads(content), rng, raw=kind == "raw json")
         case "binary":
-            path.write_bytes(draw(st.binary(min_size=1, max_size=2000)))
+            path.write_bytes(rng.randbytes(rng.randint(1, 2000)))
         case "other text":
-            path.write_text(draw(st.sampled_from(["5\n", "{}\n", "[]\n", "null\n", '"x"\n', "\n", "{}\n5\n"])))
+            path.write_text(rng.choice(["5\n", "{}\n", "[]\n", "null\n", '"x"\n', "\n", "{}\n5\n"]))
         case "appended":
-            path.write_bytes(content + draw(st.sampled_from([b"5\n", b"{}\n", b"\xff\n", b'{"step": 1', b"\0" * 100])))
+            path.write_bytes(content + rng.choice([b"5\n", b"{}\n", b"\xff\n", b'{"step": 1', b"\0" * 100]))
         case _:
             _replace(path, kind, outside)
     return kind
@@ -72,22 +71,22 @@ def _places(value: Any, place: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]
         yield from _places(value[key], (*place, key))
 
 
-def _alter_json(path: Path, value: Any, draw: Callable[[Any], Any], *, raw: bool) -> str:
+def _alter_json(path: Path, value: Any, rng: random.Random, *, raw: bool) -> str:
     """Exchange the value at a key for one of another type, or remove the key."""
-    place = draw(st.sampled_from(sorted(_places(value), key=str)))
+    place = rng.choice(sorted(_places(value), key=str))
     holder = value
     for key in place[:-1]:
         holder = holder[key]
     if raw:
-        text = draw(st.sampled_from(RAW_VALUES))
+        text = rng.choice(RAW_VALUES)
         holder[place[-1]] = "HERE"
         path.write_text(json.dumps(value).replace('"HERE"', text))
         return f"{place} is {text[:10]}"
-    if draw(st.booleans()) and isinstance(holder, dict):
+    if rng.random() < 0.5 and isinstance(holder, dict):
         del holder[place[-1]]
         change = f"{place} is absent"
     else:
-        holder[place[-1]] = draw(st.sampled_from(VALUES))
+        holder[place[-1]] = rng.choice(VALUES)
         change = f"{place} is {holder[place[-1]]!r}"
     path.write_text(json.dumps(value, indent=2) + "\n")
     return change
