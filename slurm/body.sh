@@ -38,6 +38,7 @@ prepare() {
   local record tries=0
   [ -n "${SLURM_JOB_ID:-}" ] ||
     refuse "this is no Slurm job: give the script to sbatch, or use torchrun --nproc_per_node=N train/main.py on one machine"
+  [[ ${MAX_REQUEUES:-50} =~ ^[0-9]{1,9}$ ]] || refuse "MAX_REQUEUES='$MAX_REQUEUES': give a whole number"
   cd "$SLURM_SUBMIT_DIR" || refuse "$SLURM_SUBMIT_DIR is not there on $(hostname): submit from a folder that the nodes share"
   clear_leftovers
   # scontrol tells the restart count and the array. Slurm sets their variables only in restarted jobs and in arrays, so
@@ -62,7 +63,7 @@ prepare() {
   [ ! -d .venv/bin ] || PATH=$PWD/.venv/bin:$PATH
 }
 
-# run_dir_of PRESET FLAGS...: print the run directory that train/main.py will use
+# run_dir_of PRESET FLAGS...: print the run directory that train/main.py will use, so that no command takes it for a flag
 run_dir_of() {
   local run_dir=runs/$1
   shift
@@ -73,7 +74,8 @@ run_dir_of() {
     esac
     shift
   done
-  echo "$run_dir"
+  case $run_dir in -*) run_dir=./$run_dir ;; esac
+  printf '%s\n' "$run_dir"
 }
 
 # on_stop SIGNAL: ask the run to save and stop
@@ -114,7 +116,7 @@ begin() {
   # SLURM_GPUS_ON_NODE would be all GPUs of the node in a job that is --exclusive. "h100:8" also means 8.
   gpus=${SLURM_GPUS_PER_NODE:-}
   gpus=${gpus##*:}
-  [ -n "$gpus" ] || refuse "no GPUs were asked for: sbatch --gpus-per-node N"
+  [[ $gpus =~ ^[0-9]+$ ]] || refuse "SLURM_GPUS_PER_NODE='${SLURM_GPUS_PER_NODE:-}': ask for GPUs by sbatch --gpus-per-node N"
   # All ranks meet at the first host, on the network whose interface the site names, and at a port that nobody can tell
   # beforehand. The port lies below the kernel's own range, which begins at 32768; one that is in use is passed over.
   local interface=${GLOO_SOCKET_IFNAME:-}
@@ -159,12 +161,12 @@ train() {
 
 # sweep PRESET --grid ... -- FLAGS...: train the run of this task of the array
 sweep() {
-  local run
+  local words run
   listen
   prepare
   [ "$#" -gt 0 ] || refuse "which runs? slurm/sweep.sh PRESET --grid FLAG=VALUE,VALUE ... -- FLAGS"
-  run=$(python3 launch/grid.py "${@:1:1}" --point "${SLURM_ARRAY_TASK_ID:-0}" "${@:2}") || exit
-  mapfile -t run <<<"$run"
+  words=$(python3 launch/grid.py "${@:1:1}" --point "${SLURM_ARRAY_TASK_ID:-0}" "${@:2}") || exit
+  eval "run=($words)" # they are quoted
   train_run "${run[@]}"
 }
 

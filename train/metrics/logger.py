@@ -78,7 +78,7 @@ class RunLogger:
 
     def _write(self, name: str, line: str) -> None:
         """Write a line at once, or nothing after an earlier line that could not be written."""
-        rest = memoryview(f"{line}\n".encode())
+        rest = memoryview(f"{line}\n".encode(errors="backslashreplace"))
         try:
             while rest and self._fault is None:
                 rest = rest[self._open(name).write(rest) :]

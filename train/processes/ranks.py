@@ -79,15 +79,15 @@ def _of_slurm_step(environ: Mapping[str, str]) -> RankInfo:
     if "SLURM_STEP_NUM_TASKS" not in environ:
         return RankInfo()
     rank, world = _rank_of(environ, "SLURM_PROCID", "SLURM_STEP_NUM_TASKS")
-    node, counts = _number(environ, "SLURM_NODEID"), tasks_per_node(_text(environ, "SLURM_STEP_TASKS_PER_NODE"))
+    node, counts = number_in(environ, "SLURM_NODEID"), tasks_per_node(_text(environ, "SLURM_STEP_TASKS_PER_NODE"))
     _require(node < len(counts), environ, "SLURM_NODEID", f"SLURM_STEP_TASKS_PER_NODE has {len(counts)} nodes")
     _require(sum(counts) == world, environ, "SLURM_STEP_NUM_TASKS", f"SLURM_STEP_TASKS_PER_NODE has {sum(counts)}")
-    local_rank = _number(environ, "SLURM_LOCALID")
+    local_rank = number_in(environ, "SLURM_LOCALID")
     _require(local_rank < counts[node], environ, "SLURM_LOCALID", f"node {node} has {counts[node]} tasks")
     host = LOOPBACK
     if counts[node] < world:
         host = environ.get("MASTER_ADDR") or first_host(_text(environ, "SLURM_STEP_NODELIST"))
-    port = port_of(_number(environ, "SLURM_JOB_ID"), _number(environ, "SLURM_STEP_ID"))
+    port = port_of(number_in(environ, "SLURM_JOB_ID"), number_in(environ, "SLURM_STEP_ID"))
     return RankInfo(rank, world, local_rank, counts[node], host, _port(environ, port))
 
 
@@ -96,25 +96,26 @@ def _of_submitit(environ: Mapping[str, str]) -> RankInfo:
     if environ.get("SUBMITIT_LOCAL_NTASKS", "1") == "1":
         return RankInfo()
     rank, world = _rank_of(environ, "SUBMITIT_LOCAL_GLOBALID", "SUBMITIT_LOCAL_NTASKS")
-    port = port_of(_number(environ, "SUBMITIT_LOCAL_JOB_ID"), 0)
+    port = port_of(number_in(environ, "SUBMITIT_LOCAL_JOB_ID"), 0)
     return RankInfo(rank, world, rank, world, LOOPBACK, _port(environ, port))
 
 
 def _rank_of(
     environ: Mapping[str, str], rank_name: str, world_name: str, defaults: tuple[int | None, int | None] = (None, None)
 ) -> tuple[int, int]:
-    rank, world = _number(environ, rank_name, defaults[0]), _number(environ, world_name, defaults[1])
+    rank, world = number_in(environ, rank_name, defaults[0]), number_in(environ, world_name, defaults[1])
     _require(rank < world, environ, rank_name, f"{world_name}={world} allows 0 to {world - 1}")
     return rank, world
 
 
 def _port(environ: Mapping[str, str], default: int) -> int:
-    port = _number(environ, "MASTER_PORT", default)
+    port = number_in(environ, "MASTER_PORT", default)
     _require(0 < port < 2**16, environ, "MASTER_PORT", "ports are 1 to 65535")
     return port
 
 
-def _number(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+def number_in(environ: Mapping[str, str], name: str, default: int | None = None) -> int:
+    """Return the whole number in a variable; raise RankError if it is no number, or not set and has no default."""
     if name not in environ and default is not None:
         return default
     text = _text(environ, name)
