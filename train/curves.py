@@ -110,7 +110,10 @@ def labels_of(run_dirs: Sequence[Path]) -> list[str]:
         num_parts = 1
         while sum(tail(other, num_parts) == tail(path, num_parts) for other in paths) > 1:
             num_parts += 1
-        labels.append("/".join(tail(path, num_parts)))
+        label = "/".join(tail(path, num_parts))
+        labels.append(
+            label.encode(errors="backslashreplace").decode()
+        )  # a path need not be UTF-8, a picture's text has to
     return labels
 
 
