@@ -136,7 +136,7 @@ def test_a_dry_run_names_the_runs_and_writes_nothing(tiny_data: Path, tmp_path: 
 def test_any_name_stands_quoted_in_the_job_script(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The script is the one of a dry run, which calls nothing of Slurm. It says that its copy of the code is missing."""
+    """The script is the one of a dry run, which calls nothing of Slurm. It says that there is no copy of the code."""
     for name in ("sbatch", "srun", "squeue", "scancel"):
         (tmp_path / name).write_text("#!/bin/sh\nexit 9\n")
         (tmp_path / name).chmod(0o755)
