@@ -33,7 +33,7 @@ class Options:
     name: str | None = None
     """Name of the job; None: the name of the run directory."""
     max_requeues: int = 50
-    """Restarts of a job after which it is left to end."""
+    """Restarts of a job after which it is left to end; 0: it never goes back to the queue by itself."""
     max_parallel: int | None = None
     """Runs that train at a time; None: as many as the cluster allows, or one with --cluster local."""
     only_failed: bool = False
@@ -86,6 +86,8 @@ def refuse_contradictions(options: Options) -> None:
         value = getattr(options, name, None)
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    if options.max_requeues < 0:
+        raise InputError(f"--max-requeues {options.max_requeues} must be at least 0")
     if wants_preparation(options):  # refuse wrong flags here, before eight tasks fail with them
         tyro.cli(fineweb_plan.Options, prog="--prep-flags", args=shlex.split(options.prep_flags))
     parse_minutes(options.time)

@@ -1,18 +1,18 @@
 """Inspect many run directories from outside: how far each run is, whether a job trains it, and how to stop it."""
 
-import json
 import shutil
 import time
 from collections.abc import Collection, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from common.errors import InputError, reading_from, writing_to
 from common.files import write_json_atomically
-from common.reading import read_own_json
+from common.reading import NATURAL, misfit, parse_json, read_own_json
 from launch.grid import Point
-from launch.requeue import ask_slurm
+from launch.requeue import JOB_ID, ask_slurm, read_status
 from train.metrics.logger import METRICS_FILE
 from train.processes.stop_requests import FILE_NAME as STOP_FILE
 from train.run.directory import STATUS_FILE
@@ -21,6 +21,7 @@ from train.run.lock import living_holder
 SUBMITTED_FILE = "submitted.json"
 PATIENCE_SECONDS = 600.0  # with a run that was asked to stop: a long step, a big checkpoint
 SECONDS_BETWEEN_POLLS = 1.0
+JOB_FORM = {"job": (str, None)}  # of submitted.json and provenance.json
 ABSENT = "-"
 # squeue's states of a job that has started and not yet ended.
 STARTED = ("RUNNING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "COMPLETING")
@@ -57,7 +58,7 @@ def inspect_runs(run_dirs: Iterable[Path]) -> list[RunInfo]:
 
 def _inspect_run(run_dir: Path, job: str | None, queue: dict[str, str]) -> RunInfo:
     with reading_from(run_dir):
-        status, holder = read_own_json(run_dir / STATUS_FILE), living_holder(run_dir)
+        status, holder = read_status(run_dir), living_holder(run_dir)
     state: State = "new" if status is None else status["state"]
     job_state = queue.get(job or "")
     if holder is not None:
@@ -76,7 +77,13 @@ def read_job(run_dir: Path) -> str | None:
     with reading_from(run_dir):
         files = [run_dir / name for name in (SUBMITTED_FILE, "provenance.json") if (run_dir / name).is_file()]
         newest = max(files, key=lambda path: path.stat().st_mtime, default=None)
-    return None if newest is None else (read_own_json(newest) or {}).get("job")
+    return None if newest is None else _job_in(newest)
+
+
+def _job_in(path: Path) -> str | None:
+    """Return the job that a file names, None if it names none that Slurm could know."""
+    job = (read_own_json(path, JOB_FORM) or {"job": None})["job"]
+    return job if job is not None and JOB_ID.fullmatch(job) else None
 
 
 def record_submission(point: Point, job: str | None) -> None:
@@ -91,7 +98,7 @@ def is_submitted_for(run_dir: Path, job: str | None) -> bool:
 
     Another job may be the shell in which a person started the run; it goes on when the run has ended.
     """
-    return (read_own_json(run_dir / SUBMITTED_FILE) or {}).get("job") == job
+    return _job_in(run_dir / SUBMITTED_FILE) == job
 
 
 def queued_jobs(jobs: Collection[str]) -> dict[str, str]:
@@ -124,10 +131,13 @@ def table(runs: Sequence[RunInfo]) -> str:
     """Return a line per run: state, step, last training and validation loss, job, and the reason of its end."""
     rows: list[tuple[str, ...]] = [("run", "", "step", "of", "loss", "val loss", "job", "")]
     for run in runs:
-        settings = (read_own_json(run.run_dir / "config.json") or {}).get("config", {})
-        steps = str(settings.get("train", {}).get("steps", ABSENT))
-        losses = [last_metric(run.run_dir, key) for key in ("loss", "val_loss")]
         reason = (run.status or {}).get("reason") or ""
+        try:
+            content = read_own_json(run.run_dir / "config.json", {"config": {"train": {"steps": NATURAL}}})
+            steps = ABSENT if content is None else str(content["config"]["train"]["steps"])
+        except InputError as error:  # one damaged file must not hide the other runs
+            steps, reason = ABSENT, str(error)
+        losses = [last_metric(run.run_dir, key) for key in ("loss", "val_loss")]
         rows.append((str(run.run_dir), run.state, str(run.step), steps, *losses, run.job or ABSENT, reason))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     justify = (*[str.ljust] * 2, *[str.rjust] * 4, *[str.ljust] * 2)
@@ -136,14 +146,16 @@ def table(runs: Sequence[RunInfo]) -> str:
 
 
 def last_metric(run_dir: Path, key: str) -> str:
-    """Return the last value of `key` in metrics.jsonl, with four decimals."""
+    """Return the last number at `key` in metrics.jsonl, with four decimals; damaged lines are passed over."""
     path = run_dir / METRICS_FILE
     with reading_from(path):
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
+        lines = path.read_bytes().splitlines(keepends=True) if path.is_file() else []
     for line in reversed(lines):
-        if f'"{key}"' in line and line.endswith("\n"):  # a line without its end is still being written
-            value = json.loads(line).get(key)
-            return ABSENT if value is None else f"{value:.4f}"
+        if f'"{key}"'.encode() in line and line.endswith(b"\n"):  # a line without its end is still being written
+            with suppress(ValueError):
+                row = parse_json(line)
+                if misfit(row, {key: (float, None)}) is None:
+                    return ABSENT if row[key] is None else f"{row[key]:.4f}"
     return ABSENT
 
 

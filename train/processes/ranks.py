@@ -132,3 +132,12 @@ def slurm_job(environ: Mapping[str, str]) -> str | None:
     if "SLURM_ARRAY_TASK_ID" in environ:
         return f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
     return environ.get("SLURM_JOB_ID")
+
+
+def is_automatic_restart(environ: Mapping[str, str] = os.environ) -> bool:
+    """Return whether Slurm has started this job again by itself: after a requeue, a preemption or a lost node.
+
+    False at a job's first start, which a person submitted, and outside a job.
+    """
+    count = environ.get("SLURM_RESTART_COUNT", "")
+    return slurm_job(environ) is not None and re.fullmatch("[0-9]*[1-9][0-9]*", count) is not None
