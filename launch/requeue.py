@@ -2,7 +2,7 @@
 
     python3 launch/requeue.py begin RUN_DIR                # prints "ATTEMPT STEP": where the run is now
     python3 launch/requeue.py end RUN_DIR --before "ATTEMPT STEP" --asked USR1 --exit-status 1 --max-requeues 50
-    python3 launch/requeue.py preempted RUN_DIR --before "ATTEMPT STEP"        # or without a run, for other jobs
+    python3 launch/requeue.py preempted RUN_DIR --before "ATTEMPT STEP" --asked "" --max-requeues 50
 
 slurm/body.sh calls these in the batch shell; each takes well under a second. They run with the Python of the node, also
 where a container holds everything else, so they need Python 3.9 and no packages. `end` writes its decision as one line
@@ -94,8 +94,7 @@ def decide(end: AttemptEnd) -> Decision:
     if end.state == "stopped" and end.signal is None and reason.startswith(STOPPED_BY_PEOPLE):
         return Decision(False, f"stopped at step {end.step} as a person asked ({reason}); sbatch again to go on", 0)
     if end.job_state == PREEMPTED:
-        explanation = "Slurm cancels the job for another one (preemption)"
-        explanation += f"; newest checkpoint at step {end.step}" if end.step > 0 else ""
+        explanation = f"Slurm cancels the job for another one (preemption); newest checkpoint at step {end.step}"
     elif end.signal is not None or (end.state == "stopped" and reason.startswith("SIG")):
         signal = f"SIG{end.signal}" if end.signal is not None else reason
         is_near = end.seconds_left is not None and end.seconds_left < NEAR_THE_LIMIT_SECONDS
@@ -131,13 +130,13 @@ def begin(run_dir: Path, job: str) -> str:
     return f"{status['attempt']} {status['step']}"
 
 
-def read_attempt_end(run_dir: Path | None, job: str, before: tuple[int, int], **known: Any) -> AttemptEnd:
+def read_attempt_end(run_dir: Path, job: str, before: tuple[int, int], **known: Any) -> AttemptEnd:
     """Return how the attempt ended, from status.json, Slurm and the `known` fields.
 
     `before` is what `begin` printed. status.json of an earlier attempt does not count.
     """
     attempt_before, step_before = before
-    status = NO_STATUS if run_dir is None else warned_status(run_dir)
+    status = warned_status(run_dir)
     is_ours = status["attempt"] != attempt_before
     state, seconds_left = job_state(job)
     if state == "COMPLETING" and is_cancelled_for_another(ask_slurm("scontrol", "show", "job", "--oneliner", job)):
@@ -286,7 +285,7 @@ def parse(args: list[str] | None) -> argparse.Namespace:
     """Return the options; InputError if they are not complete."""
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("when", choices=("begin", "end", "preempted"))
-    parser.add_argument("run_dir", type=Path, nargs="?")
+    parser.add_argument("run_dir", type=Path)
     parser.add_argument("--before", type=attempt_and_step, metavar='"ATTEMPT STEP"', help="the line that begin printed")
     parser.add_argument(
         "--asked", default="", choices=("", "USR1", "TERM"), help="the signal that the batch shell received earlier"
@@ -296,9 +295,7 @@ def parse(args: list[str] | None) -> argparse.Namespace:
         "--max-requeues", type=max_requeues, default=50, help="restarts after which the job is left to end"
     )
     options = parser.parse_args(args)
-    if options.run_dir is None and options.when != "preempted":
-        parser.error(f"{options.when}: which run? give its directory")
-    if options.run_dir is not None and options.when != "begin" and options.before is None:
+    if options.when != "begin" and options.before is None:
         parser.error(f'{options.when}: --before is missing; give it the line "ATTEMPT STEP" that begin printed')
     return options
 
@@ -317,7 +314,7 @@ def main(args: list[str] | None = None) -> None:
         attempt_end = read_attempt_end(
             options.run_dir,
             job,
-            options.before or (0, 0),
+            options.before,
             signal=options.asked or None,
             restarts=int(restarts),
             max_requeues=options.max_requeues,

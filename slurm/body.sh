@@ -78,7 +78,7 @@ run_dir_of() {
 
 # unharmed COMMAND...: run a command to its end, whatever signals come
 #
-# When Slurm ends a job, the commands of the batch shell get SIGTERM, too; but what they do has to be done.
+# Where Slurm follows processes by their group, the commands of the batch shell get its signals, too.
 unharmed() {
   (
     trap '' USR1 TERM

@@ -20,7 +20,6 @@ body=${SLURM_SUBMIT_DIR:-.}/slurm/body.sh # this script runs from a copy elsewhe
 . "$body"
 prepare
 code=$PWD
-trap 'requeue preempted' TERM # where Slurm cancels the job for another one, it comes back
 cd "${PREP_FOLDER:-$PWD}" || exit # the relative paths given to launch/submit.py start there
 
 # fineweb STAGE FLAGS...: run one stage of the preparation

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,18 +12,17 @@ from tests.cluster.slurm import Cluster, Job, environment_of
 from tests.cluster.test_jobs import attempt, steps_saved
 from tests.cluster.test_submit import jobs_in, submit
 from tests.cluster.tiny import STEPS, assert_same_curve, flags, train_plainly
-from tests.helpers.pages import make_pages, write_pages
 from tests.helpers.runs import assert_same_tensors, final_tensors, status
 
 ENDLESS = ("--train.steps", "100000")
 CANCELLED = "back to the queue: Slurm cancels the job for another one (preemption)"
 
 
-def preempt(cluster: Cluster, log: Path, nodes: Sequence[str] | None = None) -> None:
+def preempt(cluster: Cluster, log: Path, nodes: Sequence[str] | None = None) -> Job:
     """Submit a job of higher priority that wants these nodes for itself, or all nodes, for a second."""
     nodes = nodes or cluster.nodes
     shape = (f"--nodes={len(nodes)}", f"--nodelist={','.join(nodes)}", "--exclusive")
-    cluster.sbatch(log, "--partition=high", *shape, "--wrap", "sleep 1")
+    return cluster.sbatch(log, "--partition=high", *shape, "--wrap", "sleep 1")
 
 
 def record(cluster: Cluster, job: Job) -> dict[str, str]:
@@ -87,11 +85,12 @@ def test_what_a_person_cancels_stays_so(cluster: Cluster, tiny_data: Path, tmp_p
     job.wait_for(lambda: steps_saved(run_dir) >= 10, "a checkpoint")
     if in_grace:
         freeze(job)
-        preempt(cluster, tmp_path / "preemptor")
+        preemptor = preempt(cluster, tmp_path / "preemptor")
         job.wait_for(lambda: job.lines("SIGUSR1: asking") != [], "the notice")
         time.sleep(2)
     cluster.run("scancel", str(job.id))
     assert job.wait() == "CANCELLED", job.text()
+    assert not in_grace or preemptor.wait() == "COMPLETED"
     job.wait_for(lambda: not job.processes(), "the end of its processes")
     time.sleep(2)
     assert job.state() == "CANCELLED" and not job.lines("back to the queue"), job.text()
@@ -105,7 +104,8 @@ def test_cancellations_are_counted_and_bounded(cluster: Cluster, tiny_data: Path
     job = cluster.train(tmp_path / "log", arguments, *shape, env={"MAX_REQUEUES": "1"})
     for number in (1, 2):
         job.wait_for(lambda number=number: attempt(run_dir) == number, f"start {number}")  # type: ignore[misc]
-        preempt(cluster, tmp_path / f"preemptor_{number}")
+        preemptor = preempt(cluster, tmp_path / f"preemptor_{number}")
+        assert preemptor.wait() == "COMPLETED"
     job.wait_for(lambda: job.state() == "PREEMPTED", "its last end")
     assert len(job.lines(CANCELLED)) == 1, job.text()
     line = "ends: restarted 1 times (MAX_REQUEUES 1); Slurm cancels the job for another one (preemption)"
@@ -157,26 +157,3 @@ def test_one_task_of_a_grid_is_cancelled_and_comes_back_alone(
     uninterrupted = train_plainly(2, tiny_data, tmp_path / "plain", *flags_of_task)
     assert_same_curve(run_dir, uninterrupted)
     assert_same_tensors(final_tensors(run_dir), final_tensors(uninterrupted))
-
-
-def test_the_preparation_of_data_comes_back(cluster: Cluster, tmp_path: Path) -> None:
-    """The first python that the job calls stands still; the job that packs goes on waiting for the array."""
-    write_pages(tmp_path / "pages" / "000_00000.parquet", make_pages(60, 0))
-    slow = tmp_path / "bin" / "python"
-    slow.parent.mkdir()
-    slow.write_text(f"""#!/usr/bin/env bash
-        [ -e {tmp_path}/called ] || {{ touch {tmp_path}/called; sleep 600; }}
-        exec {sys.executable} "$@" """)
-    slow.chmod(0o755)
-    arguments = ["--source", "local", "--data-files", str(tmp_path / "pages"), "--tokenizer", "byte"]
-    arguments += ["--shard-tokens", "20000", "--val-tokens", "5000", "--out", str(tmp_path / "data")]
-    job = cluster.sbatch(
-        tmp_path / "log",
-        *("--array=0", "--partition=cancel", "--exclusive", "--cpus-per-task=1", "slurm/prep_fineweb.sh", *arguments),
-        env={"PATH": f"{slow.parent}:{cluster.env['PATH']}"},
-    )
-    job.wait_for((tmp_path / "called").exists, "its first start")
-    preempt(cluster, tmp_path / "preemptor")
-    job.wait_for(lambda: cluster.run("squeue", "-h").stdout == "", "the end of all jobs")
-    assert len(job.lines(CANCELLED)) == 1, job.text()
-    assert (tmp_path / "data" / "manifest.json").exists(), job.text()

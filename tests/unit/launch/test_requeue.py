@@ -47,7 +47,7 @@ REQUEUED: list[tuple[dict[str, Any], str]] = [
     ({"job_state": "PREEMPTED"}, f"{PREEMPTED}; newest checkpoint at step 100"),
     ({"job_state": "PREEMPTED", "seconds_left": 200}, f"{PREEMPTED}; newest checkpoint at step 100"),
     ({**STOPPED, "job_state": "PREEMPTED", "signal": "USR1"}, f"{PREEMPTED}; newest checkpoint at step 130"),
-    ({"job_state": "PREEMPTED", "state": None, "step_before": 0, "step": 0}, PREEMPTED),
+    ({"job_state": "PREEMPTED", "state": None, "step_before": 0, "step": 0}, f"{PREEMPTED}; newest "),
 ]
 ENDED: list[tuple[dict[str, Any], int, str]] = [
     ({"state": "done", "step": 500}, 0, "done at step 500"),
@@ -188,9 +188,8 @@ def test_bad_input_is_one_line(tmp_path: Path, squeue: Answer, monkeypatch: pyte
     [
         (["end", "RUN"], 'end: --before is missing; give it the line "ATTEMPT STEP" that begin printed'),
         (["preempted", "RUN"], "preempted: --before is missing"),
-        (["end"], "end: which run? give its directory"),
-        (["begin"], "begin: which run? give its directory"),
-        ([], "the following arguments are required: when"),
+        (["end"], "the following arguments are required: run_dir"),
+        ([], "the following arguments are required: when, run_dir"),
         (["ende", "RUN"], "argument when: invalid choice: 'ende'"),
         (["end", "RUN", "--before", "2"], "argument --before: '2' is not \"ATTEMPT STEP\", which begin prints"),
         (["end", "RUN", "--before", "two 30"], "argument --before: 'two 30' is not"),
