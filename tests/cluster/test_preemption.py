@@ -57,7 +57,10 @@ def test_cancelled_without_notice_a_job_comes_back(cluster: Cluster, tiny_data: 
     assert len(job.lines(": asking the run to save and stop")) == 1, job.text()
 
 
-@pytest.mark.parametrize("is_frozen", [False, True], ids=["which saves in time", "which does not"])
+@pytest.mark.parametrize(
+    "is_frozen",
+    [pytest.param(False, id="which saves in time"), pytest.param(True, id="which does not", marks=pytest.mark.slow)],
+)
 def test_cancelled_with_notice_a_job_comes_back(
     cluster: Cluster, tiny_data: Path, tmp_path: Path, is_frozen: bool
 ) -> None:
@@ -78,7 +81,10 @@ def freeze(job: Job) -> None:
         os.kill(pid, signal.SIGSTOP)
 
 
-@pytest.mark.parametrize("in_grace", [False, True], ids=["training", "in the time of grace"])
+@pytest.mark.parametrize(
+    "in_grace",
+    [pytest.param(False, id="training"), pytest.param(True, id="in the time of grace", marks=pytest.mark.slow)],
+)
 def test_what_a_person_cancels_stays_so(cluster: Cluster, tiny_data: Path, tmp_path: Path, in_grace: bool) -> None:
     run_dir = tmp_path / "run"
     job = cluster.train(tmp_path / "log", flags(tiny_data, run_dir, *ENDLESS), "--partition=notice", "--exclusive")
