@@ -35,7 +35,7 @@ class Options:
     name: str | None = None
     """Name of the job; None: the name of the run directory."""
     max_requeues: int = 50
-    """Restarts of a job after which it is left to end."""
+    """Restarts of a job after which it is left to end; 0: it never goes back to the queue by itself."""
     max_parallel: int | None = None
     """Runs that train at a time; None: as many as the cluster allows, or one with --cluster local."""
     only_failed: bool = False

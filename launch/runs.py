@@ -9,17 +9,18 @@ from typing import Any, Literal
 
 from common.errors import InputError, reading_from, warn, writing_to
 from common.files import write_json_atomically
-from common.reading import NATURAL, Form, is_there, read_own_json
+from common.reading import NATURAL, read_own_json
 from launch.grid import Point
-from launch.requeue import ask_slurm
+from launch.requeue import JOB_ID, ask_slurm
 from train.metrics.rows import METRICS_FILE, read_lines
 from train.processes.stop_requests import FILE_NAME as STOP_FILE
 from train.run.lock import living_holder
-from train.run.status import STATUS_FILE, read_status_or_warn
+from train.run.status import STATUS_FILE, find_status
 
 SUBMITTED_FILE = "submitted.json"
 PATIENCE_SECONDS = 600.0  # with a run that was asked to stop: a long step, a big checkpoint
 SECONDS_BETWEEN_POLLS = 1.0
+JOB_FORM = {"job": (str, None)}  # of submitted.json and provenance.json
 ABSENT = "-"
 # squeue's states of a job that has started and not yet ended.
 STARTED = ("RUNNING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "COMPLETING")
@@ -55,12 +56,9 @@ def inspect_runs(run_dirs: Iterable[Path]) -> list[RunInfo]:
 
 
 def _inspect_run(run_dir: Path, job: str | None, queue: dict[str, str]) -> RunInfo:
-    status = read_status_or_warn(run_dir, "submit")
     with reading_from(run_dir):
-        holder = living_holder(run_dir)
+        status, holder = find_status(run_dir), living_holder(run_dir)
     state: State = "new" if status is None else status["state"]
-    if status is None and is_there(run_dir / STATUS_FILE):  # damaged: the next start tells how far the run is
-        state = "killed"
     job_state = queue.get(job or "")
     if holder is not None:
         state = "running"
@@ -78,16 +76,17 @@ def read_job(run_dir: Path) -> str | None:
     with reading_from(run_dir):
         files = [run_dir / name for name in (SUBMITTED_FILE, "provenance.json") if (run_dir / name).is_file()]
         newest = max(files, key=lambda path: path.stat().st_mtime, default=None)
-    return None if newest is None else (_read(newest, {"job": (str, None)}) or {"job": None})["job"]
+    return None if newest is None else _job_in(newest)
 
 
-def _read(path: Path, form: Form) -> dict[str, Any] | None:
-    """Return a small file's content, None with a warning if it is damaged: the next start or submission mends it."""
+def _job_in(path: Path) -> str | None:
+    """Return the job that a file names; None if it names none that Slurm could know, or with a warning is damaged."""
     try:
-        return read_own_json(path, form, remedy="the next start writes it again")
+        job = (read_own_json(path, JOB_FORM) or {"job": None})["job"]
     except InputError as error:
         warn("submit", str(error))
         return None
+    return job if job is not None and JOB_ID.fullmatch(job) else None
 
 
 def record_submission(point: Point, job: str | None) -> None:
@@ -102,8 +101,7 @@ def is_submitted_for(run_dir: Path, job: str | None) -> bool:
 
     Another job may be the shell in which a person started the run; it goes on when the run has ended.
     """
-    content = _read(run_dir / SUBMITTED_FILE, {"job": (str, None)})
-    return content is not None and content["job"] == job
+    return _job_in(run_dir / SUBMITTED_FILE) == job
 
 
 def queued_jobs(jobs: Collection[str]) -> dict[str, str]:
@@ -136,10 +134,13 @@ def table(runs: Sequence[RunInfo]) -> str:
     """Return a line per run: state, step, last training and validation loss, job, and the reason of its end."""
     rows: list[tuple[str, ...]] = [("run", "", "step", "of", "loss", "val loss", "job", "")]
     for run in runs:
-        settings = _read(run.run_dir / "config.json", {"config": {"train": {"steps": NATURAL}}})
-        steps = ABSENT if settings is None else str(settings["config"]["train"]["steps"])
-        losses = [last_metric(run.run_dir, key) for key in ("loss", "val_loss")]
         reason = (run.status or {}).get("reason") or ""
+        try:
+            content = read_own_json(run.run_dir / "config.json", {"config": {"train": {"steps": NATURAL}}})
+            steps = ABSENT if content is None else str(content["config"]["train"]["steps"])
+        except InputError as error:  # one damaged file must not hide the other runs
+            steps, reason = ABSENT, str(error)
+        losses = [last_metric(run.run_dir, key) for key in ("loss", "val_loss")]
         rows.append((str(run.run_dir), run.state, str(run.step), steps, *losses, run.job or ABSENT, reason))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     justify = (*[str.ljust] * 2, *[str.rjust] * 4, *[str.ljust] * 2)

@@ -78,17 +78,44 @@ run_dir_of() {
   printf '%s\n' "$run_dir"
 }
 
+# unharmed COMMAND...: run a command to its end, whatever signals come
+#
+# Where Slurm follows processes by their group, the commands of the batch shell get its signals, too.
+unharmed() {
+  (
+    trap '' USR1 TERM
+    exec "$@"
+  )
+}
+
+# requeue WHEN ...: ask launch/requeue.py
+requeue() { unharmed python3 "$code/launch/requeue.py" "$@" --max-requeues="${MAX_REQUEUES:-50}"; }
+
 # on_stop SIGNAL: ask the run to save and stop
 #
 # The signal is SIGTERM, or SIGUSR1 from --signal=B:USR1@300 near the time limit or at preemption. Under
 # proctrack/cgroup no signal reaches the trainer behind a torchrun, so the trainer is asked by the STOP file. The job's
 # tasks are signalled 20 s later, in case the file system is slow to show the file; torchrun passes the signal on and
-# waits (--signals-to-handle, --shutdown-timeout).
+# waits (--signals-to-handle, --shutdown-timeout). A STOP file that is there before the first signal is a person's: the
+# run ends as the person asked.
+#
+# After SIGTERM this shell may be killed before the run has saved. So if Slurm cancels the job for another one, the job
+# is requeued first; it starts again when the last of its processes has ended.
 on_stop() {
+  if [ -z "$asked" ] && [ -e "$run_dir/STOP" ]; then
+    return 0
+  fi
+  if [ "$1" = TERM ] && [ -z "$decided" ]; then
+    ! requeue preempted "$run_dir" --before="$before" --asked="$asked" || decided=yes
+    if [ -n "$decided" ] && [ -n "$backup" ]; then
+      kill "$backup" 2>/dev/null # the next start must not get its signal
+    fi
+  fi
   [ -z "$asked" ] || return 0
   asked=$1
   log "SIG$1: asking the run to save and stop"
   : >"$run_dir/STOP"
+  [ -z "$decided" ] || return 0
   {
     sleep 20
     scancel --signal=USR1 "$job"
@@ -98,7 +125,7 @@ on_stop() {
 
 # listen: remember a signal that comes before there is a run to stop
 listen() {
-  asked='' backup=''
+  asked='' backup='' decided=''
   trap 'asked=USR1' USR1
   trap 'asked=TERM' TERM
 }
@@ -106,7 +133,7 @@ listen() {
 # begin RUN_DIR: take the run for this job, and set hosts, gpus, address and port
 begin() {
   run_dir=$1
-  before=$(python3 "$code/launch/requeue.py" begin "$run_dir") || exit
+  before=$(requeue begin "$run_dir") || exit
   trap 'on_stop USR1' USR1
   trap 'on_stop TERM' TERM
   if [ -n "$asked" ]; then
@@ -165,7 +192,7 @@ sweep() {
   listen
   prepare
   [ "$#" -gt 0 ] || refuse "which runs? slurm/sweep.sh PRESET --grid FLAG=VALUE,VALUE ... -- FLAGS"
-  words=$(python3 launch/grid.py "${@:1:1}" --point "${SLURM_ARRAY_TASK_ID:-0}" "${@:2}") || exit
+  words=$(unharmed python3 launch/grid.py "${@:1:1}" --point "${SLURM_ARRAY_TASK_ID:-0}" "${@:2}") || exit
   eval "run=($words)" # they are quoted
   train_run "${run[@]}"
 }
@@ -175,7 +202,7 @@ train_run() {
   run_dir=$(run_dir_of "$@")
   code=$PWD
   if [ "$SLURM_RESTART_COUNT" -gt 0 ] && [ -e "$run_dir/code/job_$job" ]; then
-    code=$(python3 "$run_dir/code/job_$job/launch/snapshot.py" check "$run_dir/code/job_$job") || exit
+    code=$(unharmed python3 "$run_dir/code/job_$job/launch/snapshot.py" check "$run_dir/code/job_$job") || exit
     # shellcheck source=slurm/body.sh
     . "$code/slurm/body.sh" # so that edits of the checkout do not change this job
   fi
@@ -186,7 +213,7 @@ train_run() {
 train_with_code() {
   begin "$run_dir"
   if [ "$code" = "$PWD" ] && [ "${SNAPSHOT:-on}" = on ]; then
-    code=$(python3 launch/snapshot.py take "$run_dir" --job "$job") || exit
+    code=$(unharmed python3 launch/snapshot.py take "$run_dir" --job "$job") || exit
   fi
   # --max-restarts=0: Slurm restarts the job, and torchrun restarts nothing. So nobody joins later, and the rendezvous
   # can be the static one: in that of c10d, torchrun unpickles what anybody puts into its store. torchrun also reads its
@@ -206,7 +233,7 @@ train_with_code() {
 submitted() {
   listen
   prepare
-  code=$(python3 "$1/launch/snapshot.py" check "$1") || exit
+  code=$(unharmed python3 "$1/launch/snapshot.py" check "$1") || exit
   shift "$((1 + ${SLURM_ARRAY_TASK_ID:-0}))"
   begin "$1"
 }
@@ -222,7 +249,8 @@ per_rank() {
 # status.json tells how the run ended. The exit status does not: it is 1 for a run that saved and stopped, too.
 finish() {
   [ -z "$backup" ] || kill "$backup" 2>/dev/null
-  python3 "$code/launch/requeue.py" end "$run_dir" --before "$before" --asked "$asked" --exit-status "$1" \
-    --max-requeues "${MAX_REQUEUES:-50}"
+  [ -z "$decided" ] || exit "$1"
+  trap '' USR1 TERM # the decision takes them into account
+  requeue end "$run_dir" --before="$before" --asked="$asked" --exit-status="$1"
   exit
 }

@@ -18,7 +18,8 @@
 # named by node, not by cluster, so the node names cXXXXn1, cXXXXn2, ... depend on the cluster's folder: clusters in
 # different folders do not interfere.
 #
-# Partitions: debug (default), and low, which high preempts by requeueing.
+# Partitions: debug (default), and three that high preempts: low by requeueing, cancel by cancelling without a time of
+# grace, and notice by cancelling five seconds after a signal.
 #
 # Environment, when `up` is called:
 #   SLURM_CLUSTER_DIR=/tmp/slurm-cluster   configuration, keys, sockets, logs, pids
@@ -168,6 +169,8 @@ CONF
     done
     echo "PartitionName=debug Nodes=ALL Default=YES MaxTime=INFINITE State=UP PriorityTier=5 PreemptMode=OFF"
     echo "PartitionName=low Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=REQUEUE GraceTime=$GRACE"
+    echo "PartitionName=cancel Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=CANCEL GraceTime=0"
+    echo "PartitionName=notice Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=1 PreemptMode=CANCEL GraceTime=5"
     echo "PartitionName=high Nodes=ALL MaxTime=INFINITE State=UP PriorityTier=9 PreemptMode=OFF"
   } >"$SLURM_CONF"
   # A GPU needs File=, or slurmd reports none; any file will do. Copies of /dev/null named nvidia0 and so on make Slurm

@@ -87,9 +87,12 @@ def booted_again(cluster: Cluster) -> Iterator[list[int]]:
 def test_when_a_node_dies_the_run_goes_on_with_another(
     cluster: Cluster, tiny_data: Path, tmp_path: Path, booted_again: list[int], which: int
 ) -> None:
-    """The node's processes and network vanish. Slurm notices after 10 s, and the dead rank 0's lock is waited for."""
+    """The node's processes and network vanish. Slurm notices after 10 s, and the dead rank 0's lock is waited for.
+
+    The partition is one where preemption cancels: that has no influence on what happens to the jobs of a dead node.
+    """
     run_dir = tmp_path / "run"
-    job = cluster.train(tmp_path / "log", flags(tiny_data, run_dir, "--train.steps", "100000"))
+    job = cluster.train(tmp_path / "log", flags(tiny_data, run_dir, "--train.steps", "100000"), "--partition=cancel")
     job.wait_for(lambda: steps_saved(run_dir) >= 10, "a checkpoint")
     victim = cluster.nodes.index(job.nodes()[which]) + 1
     booted_again.append(victim)

@@ -168,6 +168,10 @@ def slurm_job(environ: Mapping[str, str]) -> str | None:
     return f"{array}_{task}" if array and task else environ.get("SLURM_JOB_ID") or None
 
 
-def is_automatic_restart(environ: Mapping[str, str]) -> bool:
-    """Return whether Slurm started this job again by itself."""
-    return environ.get("SLURM_RESTART_COUNT", "0") != "0"
+def is_automatic_restart(environ: Mapping[str, str] = os.environ) -> bool:
+    """Return whether Slurm has started this job again by itself: after a requeue, a preemption or a lost node.
+
+    False at a job's first start, which a person submitted, and outside a job.
+    """
+    count = environ.get("SLURM_RESTART_COUNT", "")
+    return slurm_job(environ) is not None and re.fullmatch("[0-9]*[1-9][0-9]*", count) is not None

@@ -19,7 +19,7 @@ from common.errors import InputError, reading_from, writing_to
 from common.files import ROOT, write_json_atomically
 from common.reading import is_there
 from data_prep.tokenizer import load_tokenizer
-from model.checkpoint import CHECKPOINTS, list_checkpoints, newest_sound, step_of
+from model.checkpoint import CHECKPOINTS, list_checkpoints, newest_sound
 from train.config import Config
 from train.metrics.logger import LOG_FILE
 from train.metrics.rows import METRICS_FILE, read_lines
@@ -29,7 +29,7 @@ from train.run.identity import CONFIG_FILE, recorded_run, refuse_another_run
 from train.run.lock import FILE_NAME as LOCK_FILE
 from train.run.lock import RunLock
 from train.run.obstacles import clear_the_way, set_aside
-from train.run.status import STATUS_FILE, read_status
+from train.run.status import STATUS_FILE, UNKNOWN_ATTEMPT, find_status, read_status
 
 SNAPSHOT_FILE = "SNAPSHOT.json"
 SECONDS_TO_SEE = 30.0  # a network file system may show a new file late
@@ -135,12 +135,10 @@ class RunDirectory:
 
     def _read_status(self) -> None:
         """Take attempt and step from status.json; a damaged one is written again."""
-        try:
-            status = read_status(self.path)
-        except InputError as error:
-            self.remarks.append(str(error))
-            checkpoints = list_checkpoints(self.path)
-            status = {"attempt": 0, "step": step_of(checkpoints[-1]) if checkpoints else 0}
+        status = find_status(self.path)
+        if status is not None and status["attempt"] == UNKNOWN_ATTEMPT:
+            self.remarks.append(f"{status['reason']}; written again")
+            status["attempt"] = 0
         if status is not None:
             self.attempt, self._step = status["attempt"] + 1, status["step"]
 

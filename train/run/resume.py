@@ -1,7 +1,6 @@
 """Finds where a run begins: its newest sound checkpoint, another run's weights, or new weights; and loads them."""
 
 import base64
-import os
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -52,7 +51,7 @@ def find_start(run_dir: Path, *, save_every: int, group: ProcessGroup) -> tuple[
         checkpoint, faults = newest_sound(run_dir)
         if checkpoint is None and faults:
             checkpoints = list_checkpoints(run_dir)
-            if is_automatic_restart(os.environ) and len(checkpoints) == 1 and step_of(checkpoints[0]) <= save_every:
+            if is_automatic_restart() and len(checkpoints) == 1 and step_of(checkpoints[0]) <= save_every:
                 with writing_to(run_dir):
                     return None, faults + set_aside(run_dir)
             newest = step_of(checkpoints[-1])

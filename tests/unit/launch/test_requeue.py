@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import pytest
 
 from common.errors import InputError
 from launch import requeue
-from launch.requeue import AttemptEnd, begin, decide, parse_time_left, read_attempt_end
+from launch.requeue import AttemptEnd, begin, decide, parse_time_left
 from tests.helpers.runs import called
 
 ATTEMPT: dict[str, Any] = {
@@ -25,6 +24,7 @@ CRASH = "rank 3 on n2: RuntimeError: CUDA error"
 CRASHED = {"state": "failed", "reason": CRASH, "step": 130}
 
 NO_STEP = "no step was done before the time limit"
+PREEMPTED = "Slurm cancels the job for another one (preemption)"
 
 REQUEUED: list[tuple[dict[str, Any], str]] = [
     ({**STOPPED, "signal": "USR1"}, "stopped by SIGUSR1 at step 130"),
@@ -43,6 +43,11 @@ REQUEUED: list[tuple[dict[str, Any], str]] = [
     # A disk that is still full when the job starts again gives no progress, which ends the job then.
     ({**CRASHED, "reason": "InputError: /runs: cannot be written"}, "failed: InputError: /runs: cannot be written; "),
     ({**CRASHED, "reason": "hang: rank 1 on n1 gave no sign"}, "failed: hang: rank 1 on n1 gave no sign; its "),
+    # Slurm cancels the job for another one. The run was asked to stop before, or not, or has not begun.
+    ({"job_state": "PREEMPTED"}, f"{PREEMPTED}; newest checkpoint at step 100"),
+    ({"job_state": "PREEMPTED", "seconds_left": 200}, f"{PREEMPTED}; newest checkpoint at step 100"),
+    ({**STOPPED, "job_state": "PREEMPTED", "signal": "USR1"}, f"{PREEMPTED}; newest checkpoint at step 130"),
+    ({"job_state": "PREEMPTED", "state": None, "step_before": 0, "step": 0}, f"{PREEMPTED}; newest "),
 ]
 ENDED: list[tuple[dict[str, Any], int, str]] = [
     ({"state": "done", "step": 500}, 0, "done at step 500"),
@@ -67,6 +72,10 @@ ENDED: list[tuple[dict[str, Any], int, str]] = [
     ({**CRASHED, "reason": "DivergedError: step 131"}, 1, "it would fail again: DivergedError"),
     ({**STOPPED, "signal": "USR1", "restarts": 50}, 1, "restarted 50 times (MAX_REQUEUES 50); stopped by SIGUSR1 at "),
     ({**STOPPED, "signal": "USR1", "max_requeues": 0}, 1, "restarted 0 times (MAX_REQUEUES 0); stopped by SIGUSR1 at "),
+    ({"job_state": "PREEMPTED", "restarts": 50}, 1, f"restarted 50 times (MAX_REQUEUES 50); {PREEMPTED}"),
+    ({"job_state": "PREEMPTED", "state": "done", "step": 500}, 0, "done at step 500"),
+    ({**STOPPED, "job_state": "PREEMPTED"}, 0, "stopped at step 130 as a person asked (STOP file)"),
+    ({**CRASHED, "job_state": "PREEMPTED", "reason": "DivergedError: x"}, 1, "it would fail again: DivergedError: x"),
 ]
 
 
@@ -77,6 +86,27 @@ def test_which_attempts_are_requeued() -> None:
         decision = decide(AttemptEnd(**ATTEMPT | changes))
         assert (decision.is_requeued, decision.exit_status) == (requeued, exit_status), changes
         assert decision.reason.startswith(reason), changes
+
+
+def test_an_end_by_preemption_is_told_from_others() -> None:
+    """The parts of records that a real Slurm 22.05 showed while the batch shell handled SIGTERM."""
+    end, start = "2026-11-29T12:51:37", "2026-11-29T12:51:17"
+    cases = {
+        f"EndTime={end} Deadline=N/A PreemptEligibleTime={start} PreemptTime={end} SuspendTime=None": True,
+        # The controller's clock moved on between the two.
+        f"EndTime={end} Deadline=N/A PreemptEligibleTime={start} PreemptTime={end[:-1]}6 SuspendTime=None": True,
+        # A person cancelled the job in its time of grace.
+        f"EndTime={end} Deadline=N/A PreemptEligibleTime={start} PreemptTime={start} SuspendTime=None": False,
+        # A person cancelled it, or its time was over: where jobs can be preempted, and where they cannot.
+        f"EndTime={end} Deadline=N/A PreemptEligibleTime={start} PreemptTime=None SuspendTime=None": False,
+        f"EndTime={end} Deadline=N/A SuspendTime=None": False,
+        # PreemptMode=REQUEUE
+        "EndTime=Unknown Deadline=N/A SuspendTime=None": False,
+        "": False,
+    }
+    for rest, expected in cases.items():
+        record = f"JobId=3 JobName=PreemptTime={end} JobState=COMPLETING StartTime={start} {rest} Command=x"
+        assert requeue.is_cancelled_for_another(record) == expected, rest
 
 
 def test_times_left_of_squeue() -> None:
@@ -94,6 +124,8 @@ def squeue(monkeypatch: pytest.MonkeyPatch) -> Answer:
 
     def answer(stdout: str = "", stderr: str = "", returncode: int = 0) -> None:
         def run(command: tuple[str, ...], **_: Any) -> "subprocess.CompletedProcess[str]":
+            if command[:2] == ("scontrol", "requeue"):
+                return subprocess.CompletedProcess(command, 0, "", "")
             assert command[0] == "squeue"
             return subprocess.CompletedProcess(command, returncode, stdout, stderr)
 
@@ -117,59 +149,6 @@ def test_a_run_begins_at_its_newest_checkpoint_and_without_a_stop_file(tmp_path:
     write_lock(tmp_path, "7")  # a crash of this job left it
     assert begin(tmp_path, "7") == "2 30"
     assert not (tmp_path / "STOP").exists()
-
-
-DAMAGE: tuple[bytes, ...] = (
-    b"",
-    b"{}",
-    b"[]",
-    b"5",
-    b'{"state": "run',
-    b"\xff\x00",
-    b"[" * 100_000,
-    b'{"attempt": ' + b"9" * 5000,
-)
-
-
-@pytest.mark.parametrize(
-    "content", [*DAMAGE, b'{"state": "running", "reason": null, "attempt": "2", "step": -1}', None]
-)
-def test_damaged_files_stop_no_job(content: bytes | None, tmp_path: Path, squeue: Answer) -> None:
-    """The trainer mends them. Checkpoints tell the progress, and whether an attempt was made at all. None: a FIFO."""
-    squeue("RUNNING 1:00:00")
-    (tmp_path / "checkpoints" / "step_00000040").mkdir(parents=True)
-
-    def damage(name: str) -> None:
-        (tmp_path / name).unlink(missing_ok=True)
-        os.mkfifo(tmp_path / name) if content is None else (tmp_path / name).write_bytes(content)
-
-    damage("lock.json")
-    write_status(tmp_path, state="running", step=30, attempt=2)
-    before = begin(tmp_path, "7")
-    assert before == "2 30"
-    damage("status.json")
-    end = end_of(tmp_path, before)
-    assert (end.state, end.reason, end.step_before, end.step) == ("running", "status.json is damaged", 30, 40)
-    assert decide(end).is_requeued and not decide(replace(end, step=30)).is_requeued
-
-    before = begin(tmp_path, "7")
-    assert before == "? 40"
-    assert end_of(tmp_path, before).state is None, "nobody mended it, so training did not begin"
-    (tmp_path / "status.json").unlink()
-    write_status(tmp_path, state="done", step=50, attempt=1)
-    assert (end_of(tmp_path, before).state, end_of(tmp_path, before).step) == ("done", 50)
-
-
-def end_of(run_dir: Path, before: str) -> AttemptEnd:
-    return read_attempt_end(run_dir, "7", before, signal=None, restarts=0, max_requeues=50, exit_status=1)
-
-
-@pytest.mark.parametrize("before", [None, "", "7", "x y", "1 2 3", "-1 5", "1 2\n"])
-def test_end_without_what_begin_printed_is_one_line(before: str | None, tmp_path: Path) -> None:
-    words = ["end", str(tmp_path), *(["--before", before] if before is not None else [])]
-    done = called(requeue.main, *words, SLURM_JOB_ID="7")
-    line = f"slurm: --before {before or ''!r}: give the line that `begin` printed, like --before '3 1000'\n"
-    assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
 
 
 @pytest.mark.parametrize("value", ["", "x", "-1", "1.5"])
@@ -214,11 +193,112 @@ def test_a_status_of_an_earlier_attempt_does_not_count(tmp_path: Path, squeue: A
 def test_bad_input_is_one_line(tmp_path: Path, squeue: Answer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_JOB_ID", raising=False)
     assert called(requeue.main, "begin", str(tmp_path)).stderr.startswith("slurm: SLURM_JOB_ID is not set")
-    (tmp_path / "status.json").write_text("{")
-    damaged = called(requeue.main, "begin", str(tmp_path), SLURM_JOB_ID="7")
-    assert damaged.returncode == 0 and damaged.stderr.count("\n") == 1
-    assert damaged.stderr.startswith(f"slurm: warning: {tmp_path}/status.json: damaged (")
     squeue(stderr="squeue: error: something new\n", returncode=1)
     write_lock(tmp_path, "6")
     unknown = called(requeue.main, "begin", str(tmp_path), SLURM_JOB_ID="7")
     assert (unknown.returncode, unknown.stderr) == (2, "slurm: squeue: squeue: error: something new\n")
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["end", "RUN"], 'end: --before is missing; give it the line "ATTEMPT STEP" that begin printed'),
+        (["preempted", "RUN"], "preempted: --before is missing"),
+        (["end"], "the following arguments are required: run_dir"),
+        ([], "the following arguments are required: when, run_dir"),
+        (["ende", "RUN"], "argument when: invalid choice: 'ende'"),
+        (["end", "RUN", "--before", "2"], "argument --before: '2' is not \"ATTEMPT STEP\", which begin prints"),
+        (["end", "RUN", "--before", "two 30"], "argument --before: 'two 30' is not"),
+        (["end", "RUN", "--before", "2 30\n"], "argument --before: '2 30\\n' is not"),
+        (["end", "RUN", "--before", "2 \u0663"], "argument --before: "),
+        (["end", "RUN", "--before", "2 " + "9" * 5000], "argument --before: "),
+        (["end", "RUN", "--before", "2 30", "--exit-status", "-1"], "argument --exit-status: "),
+        (["end", "RUN", "--before", "2 30", "--exit-status", "x"], "argument --exit-status: 'x' is not a whole number"),
+        (["end", "RUN", "--before", "2 30", "--asked", "KILL"], "argument --asked: invalid choice: 'KILL'"),
+        (["end", "RUN", "--before", "2 30", "a\nb"], "unrecognized arguments: a b"),
+        (
+            ["begin", "RUN", "--max-requeues", "many"],
+            "'many' is not a whole number; MAX_REQUEUES where sbatch was called",
+        ),
+        (["begin", "RUN", "--max-requeues=-1"], "'-1' is not a whole number; MAX_REQUEUES"),
+    ],
+)
+def test_a_garbled_argument_is_one_line(words: list[str], expected: str) -> None:
+    done = called(requeue.main, *words, SLURM_JOB_ID="7")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert done.stderr.startswith("slurm: ") and expected in done.stderr, done.stderr
+
+
+def make_damage(path: Path, kind: str) -> None:
+    """Put something else in the place of a JSON file."""
+    contents = {
+        "binary": b"\xff\x00\x80",
+        "empty": b"",
+        "torn": b'{"state": "running", "step": 1',
+        "an empty object": b"{}",
+        "a list": b"[]",
+        "a number": b"5",
+        "nested": b"[" * 100_000,
+        "long digits": b'{"attempt": ' + b"9" * 5000 + b"}",
+        "wrong types": b'{"state": 3, "step": "x", "reason": [], "attempt": null, "job": {}}',
+        "other names": b'{"state": "asleep", "step": -1, "reason": null, "attempt": 2, "job": 7}',
+    }
+    path.unlink(missing_ok=True)
+    if kind == "a FIFO":
+        os.mkfifo(path)
+    elif kind == "a directory":
+        path.mkdir()
+    elif kind == "a link to itself":
+        path.symlink_to(path)
+    else:
+        path.write_bytes(contents[kind])
+
+
+DAMAGES = ["binary", "empty", "torn", "an empty object", "a list", "a number", "nested", "long digits", "wrong types"]
+DAMAGES += ["other names", "a FIFO", "a directory", "a link to itself"]
+
+
+def end_of(run_dir: Path, before: str, *more: str) -> "subprocess.CompletedProcess[str]":
+    words = ("end", str(run_dir), "--before", before, "--exit-status", "1", *more)
+    return called(requeue.main, *words, SLURM_JOB_ID="7", SLURM_RESTART_COUNT="1")
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_status_keeps_no_job_from_coming_back(tmp_path: Path, squeue: Answer, damage: str) -> None:
+    """The checkpoints' names tell the progress, and one line of warning names the file."""
+    squeue("RUNNING 10:00:00")
+    for step in (20, 30):
+        (tmp_path / "checkpoints" / f"step_{step:08d}").mkdir(parents=True)
+    (tmp_path / "checkpoints" / "step_00000099").write_text("junk")
+    make_damage(tmp_path / "status.json", damage)
+    make_damage(tmp_path / "lock.json", damage)
+    begun = called(requeue.main, "begin", str(tmp_path), SLURM_JOB_ID="7")
+    assert (begun.returncode, begun.stdout) == (0, "-1 30\n"), begun.stderr
+    assert re.fullmatch(r"slurm: warning: .*lock\.json: .*\nslurm: warning: .*status\.json: .*\n", begun.stderr)
+
+    # Damaged while an attempt ran: a signal and a crash after progress bring the job back, a crash without does not.
+    for before, more, word in (
+        ("2 30", ["--asked", "USR1"], "back to the queue: stopped by SIGUSR1"),
+        ("2 20", [], "back to the queue: running: "),
+        ("2 30", [], "ends: no new checkpoint since step 30; running: "),
+    ):
+        done = end_of(tmp_path, before, *more)
+        assert f"] {word}" in done.stdout and done.stdout.count("\n") == 1, done.stdout + done.stderr
+        assert done.stderr.count("\n") == 1 and f"{tmp_path}/status.json: " in done.stderr, done.stderr
+    # Damaged before it, and nothing of it since: the trainer refused to begin.
+    assert "] ends: training did not begin" in end_of(tmp_path, "-1 30").stdout
+    # Damaged before it, and made anew by it.
+    path = tmp_path / "status.json"
+    path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
+    write_status(tmp_path, state="failed", step=40, attempt=1)
+    done = end_of(tmp_path, "-1 30")
+    assert "] back to the queue: ended as failed; its checkpoints moved on from step 30 to 40" in done.stdout
+    assert not done.stderr
+
+
+def test_a_status_that_is_gone_is_damaged(tmp_path: Path, squeue: Answer) -> None:
+    squeue("RUNNING 10:00:00")
+    (tmp_path / "checkpoints" / "step_00000030").mkdir(parents=True)
+    done = end_of(tmp_path, "2 20")
+    assert "its checkpoints moved on from step 20 to 30" in done.stdout and "status.json: gone; " in done.stderr

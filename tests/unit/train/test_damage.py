@@ -150,6 +150,7 @@ def test_unsound_checkpoints_alone_are_given_up_when_asked_or_when_little_is_los
 ) -> None:
     config = copy_of(trained, tmp_path)
     damage_checkpoints(config.directory)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
     for restarts in ("0", "1"):
         monkeypatch.setenv("SLURM_RESTART_COUNT", restarts)
         with pytest.raises(InputError, match=r"no sound checkpoint .*--no-resume .* trains its 20 steps again"):

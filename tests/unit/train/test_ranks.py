@@ -10,6 +10,7 @@ from train.processes.ranks import (
     RankInfo,
     find_rank,
     first_host,
+    is_automatic_restart,
     port_of,
     slurm_job,
     take_rank,
@@ -153,3 +154,10 @@ def test_slurms_notations_are_read() -> None:
 def test_ports_of_neighbouring_jobs_and_restarts_differ_and_stay_below_the_kernels() -> None:
     ports = [port_of(job, start) for job in range(2_000_000, 2_000_100) for start in range(10)]
     assert len(set(ports)) == len(ports) and min(ports) >= FIRST_PORT and max(ports) < FIRST_PORT + NUM_PORTS <= 32768
+
+
+def test_an_automatic_restart_is_told_from_a_persons_start() -> None:
+    for count, expected in (("0", False), ("1", True), ("10", True), ("00", False), ("", False), ("x1", False)):
+        assert is_automatic_restart({"SLURM_JOB_ID": "9", "SLURM_RESTART_COUNT": count}) == expected, count
+    assert not is_automatic_restart({"SLURM_JOB_ID": "9"})
+    assert not is_automatic_restart({"SLURM_RESTART_COUNT": "3"}), "left over from a job, outside any"
