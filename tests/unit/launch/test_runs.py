@@ -38,5 +38,5 @@ def test_damaged_rows_of_metrics_are_passed_over(tmp_path: Path) -> None:
         file.write(b'5\n{}\n["loss"]\n{"loss": "x"}\n\xff"loss"\x00\n{"loss": ' + b"9" * 5000 + b'}\n{"loss": 1.4')
     assert table(inspect_runs([tmp_path])).splitlines()[1].split()[3:6] == ["50", "1.5000", "1.2500"]
     with (tmp_path / "metrics.jsonl").open("a") as file:
-        file.write(', "step": 51}\n{"loss": null}\n')
+        file.write(', "step": 51}\n{"step": 52, "loss": null}\n')
     assert table(inspect_runs([tmp_path])).splitlines()[1].split()[3:6] == ["50", "-", "1.2500"]
