@@ -28,7 +28,8 @@ from data_prep.tokenizer import Tokenizer
 from model.base import EMBEDDING, HEAD
 from model.config import ModelConfig
 from model.gpt import GPT
-from model.hf.format import POSITIONS, as_ours, from_json, read_json, to_hugging_face
+from model.hf.files import checked, has_file, read_json
+from model.hf.format import POSITIONS, as_ours, from_json, to_hugging_face
 from model.hf.tokenizer import read_tokenizer
 
 CONFIG_FILE = "config.json"
@@ -73,8 +74,7 @@ class Folder:
 
 def is_hugging_face(path: Path) -> bool:
     """Return whether `path` is a folder with weights under Hugging Face's names."""
-    with reading_from(path):
-        return any((path / name).is_file() for name in WEIGHTS_FILES)
+    return any(has_file(path / name) for name in WEIGHTS_FILES)
 
 
 def open_folder(path: Path) -> Folder:
@@ -89,7 +89,7 @@ def open_folder(path: Path) -> Folder:
             f"{path}: the tokenizer has {tokenizer.vocab_size} ids, but {CONFIG_FILE} says "
             f"vocab_size {config.vocab_size}"
         )
-    weights = next(path / name for name in WEIGHTS_FILES if (path / name).is_file())
+    weights = next(path / name for name in WEIGHTS_FILES if has_file(path / name))
     stored = _read_parts(weights) if weights.suffix == ".json" else _read_file(weights)
     tensors = _check_tensors(stored, config, weights)
     return Folder(path, weights.name, replace(config, eot_id=tokenizer.eot_id), tokenizer, tensors)
@@ -104,7 +104,7 @@ def _read_parts(index: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(file_of.values())):
         path = index.parent / file
-        if Path(file).name != file or path.suffix not in (".safetensors", ".bin") or not path.is_file():
+        if Path(file).name != file or path.suffix not in (".safetensors", ".bin") or not has_file(path):
             raise InputError(f"{index}: {reprlib.repr(file)} is no weights file beside it")
         part = _read_file(path)
         if part.keys() != {name for name, part_file in file_of.items() if part_file == file}:
@@ -114,7 +114,7 @@ def _read_parts(index: Path) -> dict[str, Tensor]:
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
-    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_bin(path)
+    return _read_safetensors(checked(path)) if path.suffix == ".safetensors" else _read_bin(checked(path))
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from common.errors import InputError
 from launch import snapshot
 from launch.snapshot import check, take
 from tests.helpers.runs import ROOT, called
-from train.run.directory import SNAPSHOT_FILE
+from train.run.provenance import SNAPSHOT_FILE
 
 
 @pytest.fixture
@@ -121,10 +121,10 @@ def test_a_copy_of_the_whole_checkout_runs_its_own_files_and_says_so(tmp_path: P
     assert done.stdout == f"{link.resolve()}\n" and link.is_symlink(), done.stderr
     assert called(snapshot.main, "check", str(link)).stdout == done.stdout
     script = f"import sys; sys.argv = ['{link}/train/main.py']; import runpy; m = runpy.run_path(sys.argv[0]); "
-    script += "import json, train.run.directory as r; print(json.dumps([r.__file__, r._code()]))"
+    script += "import json, train.run.provenance as r; print(json.dumps([r.__file__, r.code()]))"
     ran = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     path, code = json.loads(ran.stdout)
-    assert path == f"{link.resolve()}/train/run/directory.py"
+    assert path == f"{link.resolve()}/train/run/provenance.py"
     assert code["code"] == str(link.resolve())
     head = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     assert code["commit"] == (head.stdout.strip() or None)
