@@ -1,7 +1,8 @@
 """The range of --seed, and its use with generators that take 32 bits of a seed."""
 
+import hashlib
+
 SEEDS = range(2**63)
-FIBONACCI = 2_654_435_761  # 2^32 over the golden ratio, an odd number that spreads (Knuth, TAOCP 3, section 6.4)
 
 
 def seed_fault(seed: int) -> str | None:
@@ -14,4 +15,4 @@ def as_32_bits(seed: int) -> int:
 
     torch's generator on the CPU, mt19937, ignores all but 32 bits of a seed.
     """
-    return seed if seed < 2**32 else (seed + (seed >> 32) * FIBONACCI) % 2**32
+    return seed if seed < 2**32 else int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4], "little")

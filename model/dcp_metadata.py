@@ -32,6 +32,8 @@ STORAGE_INFO = "torch.distributed.checkpoint.filesystem._StorageInfo"
 PROTOCOLS = (2, 3, 4, 5)
 MOST_BYTES = 2**26  # a GPT-2 XL on 64 ranks has 2**24
 MOST_DIMENSIONS = 8
+LONGEST_NUMBER = 10  # bytes; of the old format's magic number
+DICT, PERSISTENT = "collections.OrderedDict", "a persistent id"
 DTYPES = {
     f"torch.{name}": getattr(torch, name) for name in ("float32", "bfloat16", "float16", "float64", "int64", "uint8")
 }
@@ -63,7 +65,10 @@ class Name:
 
 
 class Interpreter:
-    """A machine for the opcodes of which torch's pickles consist. Any other opcode is refused."""
+    """A machine for the opcodes of which torch's pickles consist. Any other opcode is refused.
+
+    `calls` has the names of everything that was called. An OrderedDict is a dict here, without attributes.
+    """
 
     def __init__(self, content: bytes) -> None:
         self._content = content
@@ -71,9 +76,15 @@ class Interpreter:
         self._stack: list[Any] = []
         self._marks: list[int] = []
         self._memo: dict[int, Any] = {}
+        self.calls: set[str] = set()
+
+    @property
+    def is_at_end(self) -> bool:
+        return self._at == len(self._content)
 
     def run(self) -> Any:
-        """Return the pickle's value: None, bool, int, str, tuple, list, dict, Name or Made. Raise RefusedError."""
+        """Return the next pickle's value: None, bool, int, str, tuple, list, dict, Name or Made. Raise RefusedError."""
+        self._stack, self._marks, self._memo = [], [], {}
         try:
             while (opcode := self._take(1)) != b".":
                 if opcode not in self.OPCODES:
@@ -86,8 +97,6 @@ class Interpreter:
             if isinstance(error, RefusedError):
                 raise
             raise RefusedError(f"damaged near byte {self._at}") from error
-        if self._at != len(self._content):
-            raise RefusedError(f"goes on after its end at byte {self._at}")
         return value
 
     def _take(self, count: int) -> bytes:
@@ -136,7 +145,7 @@ class Interpreter:
 
     def _long(self) -> None:
         count = self._number("<B")
-        if count > 8:
+        if count > LONGEST_NUMBER:
             raise RefusedError(f"a number of {count} bytes at byte {self._at}")
         self._push(int.from_bytes(self._take(count), "little", signed=True))
 
@@ -158,10 +167,18 @@ class Interpreter:
 
     def _call(self) -> None:
         arguments, called = self._pop(tuple), self._pop(Name)
-        self._push(Made(called.name, arguments))
+        self.calls.add(called.name)
+        self._push({} if called.name == DICT and not arguments else Made(called.name, arguments))
+
+    def _persistent(self) -> None:
+        self.calls.add(PERSISTENT)
+        self._push(Made(PERSISTENT, (self._stack.pop(),)))
 
     def _build(self) -> None:
-        state, made = self._stack.pop(), self._top(Made)
+        state = self._stack.pop()
+        if type(self._stack[-1]) is dict:
+            return
+        made = self._top(Made)
         if made.state is not None or state is None:
             raise RefusedError(f"the state of {reprlib.repr(made.name)} is set twice or to nothing")
         made.state = state
@@ -210,7 +227,7 @@ class Interpreter:
         b"R": _call,
         b"\x81": _call,  # NEWOBJ
         b"b": _build,
-        b"Q": lambda self: self._push(Made("a persistent id", (self._stack.pop(),))),
+        b"Q": _persistent,
     }
 
 
@@ -218,7 +235,11 @@ def interpret(content: bytes) -> Any:
     """Return the value of a pickle of torch's; see `Interpreter.run`. Nothing in it is executed or imported."""
     if len(content) > MOST_BYTES:
         raise RefusedError(f"it has {len(content)} bytes, more than the {MOST_BYTES} that any checkpoint needs")
-    return Interpreter(content).run()
+    interpreter = Interpreter(content)
+    value = interpreter.run()
+    if not interpreter.is_at_end:
+        raise RefusedError("goes on after its end")
+    return value
 
 
 # --- What the records hold --------------------------------------------------------------------------------------------

@@ -28,7 +28,7 @@ from torch.futures import Future
 
 from common.errors import InputError, reading_from
 from common.reading import child, open_regular, read_regular
-from model.dcp_metadata import RefusedError, called, description, interpret, natural, naturals, require
+from model.dcp_metadata import PERSISTENT, RefusedError, called, description, interpret, natural, naturals, require
 
 METADATA_FILE = ".metadata"
 STORAGES = {
@@ -117,7 +117,7 @@ def saved_tensor(content: bytes) -> Tensor:
     arguments = called(interpret(bytes(stored("data.pkl"))), "torch._utils._rebuild_tensor_v2")
     require(len(arguments) in (6, 7), "a tensor has another number of properties")
     storage, offset, shape, stride = arguments[0], natural(arguments[1]), naturals(arguments[2]), naturals(arguments[3])
-    identity = called(storage, "a persistent id")[0]
+    identity = called(storage, PERSISTENT)[0]
     require(type(identity) is tuple and len(identity) == 5 and type(identity[2]) is str, "a storage of another kind")
     dtype = STORAGES.get(getattr(identity[1], "name", ""))
     if dtype is None:

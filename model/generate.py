@@ -30,7 +30,7 @@ import tyro
 
 from common.errors import InputError, first_line, one_line_errors, reading_from
 from common.reading import parse_json
-from common.seeds import FIBONACCI, as_32_bits, seed_fault
+from common.seeds import as_32_bits, seed_fault
 from data_prep.tokenizer import Tokenizer
 from model.base import LanguageModel
 from model.checkpoint import check_device, load_model
@@ -96,8 +96,8 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 def sample_generator(seed: int, index: int, prompt_index: int = 0) -> torch.Generator:
     """Return the generator of sample `index` of a prompt, which depends on no other sample."""
-    prompt_seed = prompt_index * FIBONACCI % 2**32
-    return torch.Generator().manual_seed(as_32_bits(seed) * 1_000_003 + index + prompt_seed)
+    # The golden ratio spreads prompts over the 32 bits (Knuth, TAOCP 3, section 6.4).
+    return torch.Generator().manual_seed(as_32_bits(seed) * 1_000_003 + index + prompt_index * 2_654_435_761 % 2**32)
 
 
 @dataclass(frozen=True)

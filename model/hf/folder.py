@@ -24,9 +24,11 @@ import torch
 from torch import Tensor
 
 from common.errors import InputError, first_line, reading_from
+from common.reading import open_regular
 from data_prep.tokenizer import Tokenizer
 from model.base import EMBEDDING, HEAD
 from model.config import ModelConfig
+from model.dcp_metadata import DICT, MOST_BYTES, PERSISTENT, Interpreter, RefusedError
 from model.gpt import GPT
 from model.hf.files import checked, has_file, read_json
 from model.hf.format import POSITIONS, as_ours, from_json, to_hugging_face
@@ -38,6 +40,8 @@ WEIGHTS_FILES = (WEIGHTS_FILE, f"{WEIGHTS_FILE}.index.json", "pytorch_model.bin"
 BUFFER = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask, which old folders store
 LAYER = re.compile(r"transformer\.h\.(\d+)\.")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # fp32 represents every number of each
+# What a pickle of a state_dict calls.
+CALLS = {"torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter", DICT, PERSISTENT}
 NUM_NAMES_SHOWN = 3  # names that an error lists for one kind of fault
 # Reading damaged pickles and archives raised most of these errors (tests/unit/model/test_hf_folder.py); the others may.
 BROKEN_FILES = (pickle.UnpicklingError, zipfile.BadZipFile, struct.error, OSError, EOFError, MemoryError)
@@ -123,6 +127,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
         raise InputError(f"{path}: reading it needs safetensors: pip install -e '.[hf]'") from error
+    if "\\udc" in ascii(path):
+        raise InputError(f"{path}: safetensors opens no path that is not UTF-8; rename the folder")
     with reading_from(path):
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
@@ -136,6 +142,8 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
     try:
         if zipfile.is_zipfile(path):  # The format before torch 1.6 is no zip file and has no checksums.
             _check_archive(path)
+        else:
+            _check_old_format(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Torch warns of other pickle versions; an unreadable one raises too.
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
@@ -159,9 +167,32 @@ def _check_archive(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise InputError(f"{path}: refused: it is compressed, and torch.save never compresses")
+        for entry in archive.infolist():
+            if entry.filename.endswith("/data.pkl"):
+                with archive.open(entry) as file:
+                    _check_calls(file.read(MOST_BYTES + 1), num_pickles=1)
         damaged = archive.testzip()
         if damaged is not None:
             raise InputError(f"{path}: damaged: the checksum of {_list([damaged])} is wrong")
+
+
+def _check_old_format(path: Path) -> None:
+    """Raise RefusedError for other calls in the pickles before the numbers: magic, version, system, tensors, keys."""
+    with open_regular(path) as file:
+        _check_calls(file.read(MOST_BYTES), num_pickles=5)
+
+
+def _check_calls(content: bytes, *, num_pickles: int) -> None:
+    """Raise RefusedError if a pickle of torch.save calls anything but what makes tensors and dicts.
+
+    torch.load with weights_only also calls bytearray and storages of whatever size the file says.
+    """
+    interpreter = Interpreter(content)
+    for _ in range(num_pickles):
+        interpreter.run()
+    other = sorted(interpreter.calls - CALLS)
+    if other:
+        raise RefusedError(f"{_list(other)} has no place in a dict of tensors")
 
 
 def _check_tensors(stored: dict[str, Tensor], config: ModelConfig, path: Path) -> dict[str, Tensor]:

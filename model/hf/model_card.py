@@ -6,7 +6,7 @@ from typing import Any
 
 from common.errors import InputError
 from common.reading import NATURAL, Form, is_there, parse_json, read_own_json, read_regular
-from common.redaction import redacted
+from common.redaction import redacted_words
 from data_prep.manifest import Manifest, read_manifest
 from model.checkpoint import TrainedModel
 
@@ -35,7 +35,7 @@ def model_card(trained: TrainedModel, name: str, description: list[str]) -> str:
     sections = {
         f"# {name}": [origin, "", *(f"  {line}" for line in description), *note],
         "## Data": _data_lines(run),
-        "## Command": _command_lines(run, _read_record(run_dir / "provenance.json", PROVENANCE_FORM)),
+        "## Command": _command_lines(run, run_dir / "provenance.json"),
         "## Results": _result_lines(run_dir / "metrics.jsonl", trained.step),
     }
     text = "\n".join([*FRONT_MATTER, *(line for title, lines in sections.items() for line in (title, "", *lines, ""))])
@@ -66,10 +66,14 @@ def _manifest(data_dir: Path, fingerprint: str | None) -> Manifest | None:
     return manifest if manifest.fingerprint == fingerprint else None
 
 
-def _command_lines(run: dict[str, Any], provenance: dict[str, Any]) -> list[str]:
-    if "command" not in provenance:
+def _command_lines(run: dict[str, Any], path: Path) -> list[str]:
+    provenance = _read_record(path, PROVENANCE_FORM)
+    if not provenance:
         return ["Not recorded."]
-    program, *arguments = shlex.split(redacted(provenance["command"]))
+    try:
+        program, *arguments = redacted_words(shlex.split(provenance["command"]))
+    except ValueError as error:
+        raise InputError(f"{path}: damaged (its command: {error}); the model card needs it") from error
     changes = " with uncommitted changes" if provenance["changes"] else ""
     origin = run.get("config", {}).get("from_checkpoint")
     return [
