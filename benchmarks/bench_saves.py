@@ -37,7 +37,7 @@ from common.errors import InputError, one_line_errors
 from model.checkpoint import list_checkpoints
 from train.config import Config, ParallelConfig, SaveConfig
 from train.processes.group import ProcessGroup, open_process_group
-from train.run.directory import read_status
+from train.run.status import read_status
 from train.state import Run
 
 MAX_STEPS = 500  # that may pass during one save

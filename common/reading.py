@@ -17,7 +17,7 @@ from typing import Any
 from common.errors import InputError, reading_from
 
 # What a JSON value must be: a type (float takes integers too), None, a range, a frozenset of strings, a tuple of forms
-# of which one must fit, or the forms of an object's keys.
+# of which one must fit, a list with the form of an array's entries, or a mapping with the forms of an object's keys.
 Form = Any
 NATURAL = range(2**63)
 LARGEST_SMALL_FILE = 2**28  # bytes; a manifest of 100,000 shards has 2**25
@@ -93,6 +93,10 @@ def misfit(value: Any, form: Form, name: str = "it") -> str | None:
         if missing is not None:
             return f"{name} has no key {missing!r}"
         return next((fault for key in form if (fault := misfit(value[key], form[key], repr(key)))), None)
+    if isinstance(form, list):
+        if not isinstance(value, list):
+            return f"{name} is no JSON array"
+        return next((fault for each in value if (fault := misfit(each, form[0], f"an entry of {name}"))), None)
     if isinstance(form, tuple):
         fits = any(misfit(value, each) is None for each in form)
     elif form is None or isinstance(value, bool):

@@ -18,7 +18,7 @@ from launch.options import Options, parse_minutes
 from launch.runs import record_submission
 from launch.slurm_jobs import NOTICE_SECONDS, import_submitit, submit_points
 from train.processes.stop_requests import FILE_NAME as STOP_FILE
-from train.run.directory import read_status
+from train.run.status import read_status_or_warn
 
 
 def train_here(options: Options, base: Path, code: Path, points: Sequence[Point]) -> None:
@@ -68,7 +68,7 @@ def train_here(options: Options, base: Path, code: Path, points: Sequence[Point]
 
 def read_attempt(run_dir: Path) -> int:
     """Return the number of the run's last attempt, 0 before the first."""
-    status = read_status(run_dir)
+    status = read_status_or_warn(run_dir, "submit")
     return 0 if status is None else int(status["attempt"])
 
 
@@ -126,5 +126,5 @@ def ignoring_interrupts(cluster: str) -> Iterator[None]:
 
 
 def is_stopped_by_a_person(run_dir: Path) -> bool:
-    status = read_status(run_dir)
+    status = read_status_or_warn(run_dir, "submit")
     return status is not None and status["state"] == "stopped" and status["reason"] in ("STOP file", "SIGINT")

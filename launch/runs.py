@@ -1,6 +1,5 @@
 """Inspect many run directories from outside: how far each run is, whether a job trains it, and how to stop it."""
 
-import json
 import shutil
 import time
 from collections.abc import Collection, Iterable, Sequence
@@ -8,15 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from common.errors import InputError, reading_from, writing_to
+from common.errors import InputError, reading_from, warn, writing_to
 from common.files import write_json_atomically
-from common.reading import read_own_json
+from common.reading import NATURAL, Form, is_there, read_own_json
 from launch.grid import Point
 from launch.requeue import ask_slurm
-from train.metrics.logger import METRICS_FILE
+from train.metrics.rows import METRICS_FILE, read_lines
 from train.processes.stop_requests import FILE_NAME as STOP_FILE
-from train.run.directory import STATUS_FILE
 from train.run.lock import living_holder
+from train.run.status import STATUS_FILE, read_status_or_warn
 
 SUBMITTED_FILE = "submitted.json"
 PATIENCE_SECONDS = 600.0  # with a run that was asked to stop: a long step, a big checkpoint
@@ -56,9 +55,12 @@ def inspect_runs(run_dirs: Iterable[Path]) -> list[RunInfo]:
 
 
 def _inspect_run(run_dir: Path, job: str | None, queue: dict[str, str]) -> RunInfo:
+    status = read_status_or_warn(run_dir, "submit")
     with reading_from(run_dir):
-        status, holder = read_own_json(run_dir / STATUS_FILE), living_holder(run_dir)
+        holder = living_holder(run_dir)
     state: State = "new" if status is None else status["state"]
+    if status is None and is_there(run_dir / STATUS_FILE):  # damaged: the next start tells how far the run is
+        state = "killed"
     job_state = queue.get(job or "")
     if holder is not None:
         state = "running"
@@ -76,7 +78,16 @@ def read_job(run_dir: Path) -> str | None:
     with reading_from(run_dir):
         files = [run_dir / name for name in (SUBMITTED_FILE, "provenance.json") if (run_dir / name).is_file()]
         newest = max(files, key=lambda path: path.stat().st_mtime, default=None)
-    return None if newest is None else (read_own_json(newest) or {}).get("job")
+    return None if newest is None else (_read(newest, {"job": (str, None)}) or {"job": None})["job"]
+
+
+def _read(path: Path, form: Form) -> dict[str, Any] | None:
+    """Return a small file's content, None with a warning if it is damaged: the next start or submission mends it."""
+    try:
+        return read_own_json(path, form, remedy="the next start writes it again")
+    except InputError as error:
+        warn("submit", str(error))
+        return None
 
 
 def record_submission(point: Point, job: str | None) -> None:
@@ -91,7 +102,8 @@ def is_submitted_for(run_dir: Path, job: str | None) -> bool:
 
     Another job may be the shell in which a person started the run; it goes on when the run has ended.
     """
-    return (read_own_json(run_dir / SUBMITTED_FILE) or {}).get("job") == job
+    content = _read(run_dir / SUBMITTED_FILE, {"job": (str, None)})
+    return content is not None and content["job"] == job
 
 
 def queued_jobs(jobs: Collection[str]) -> dict[str, str]:
@@ -124,8 +136,8 @@ def table(runs: Sequence[RunInfo]) -> str:
     """Return a line per run: state, step, last training and validation loss, job, and the reason of its end."""
     rows: list[tuple[str, ...]] = [("run", "", "step", "of", "loss", "val loss", "job", "")]
     for run in runs:
-        settings = (read_own_json(run.run_dir / "config.json") or {}).get("config", {})
-        steps = str(settings.get("train", {}).get("steps", ABSENT))
+        settings = _read(run.run_dir / "config.json", {"config": {"train": {"steps": NATURAL}}})
+        steps = ABSENT if settings is None else str(settings["config"]["train"]["steps"])
         losses = [last_metric(run.run_dir, key) for key in ("loss", "val_loss")]
         reason = (run.status or {}).get("reason") or ""
         rows.append((str(run.run_dir), run.state, str(run.step), steps, *losses, run.job or ABSENT, reason))
@@ -137,14 +149,8 @@ def table(runs: Sequence[RunInfo]) -> str:
 
 def last_metric(run_dir: Path, key: str) -> str:
     """Return the last value of `key` in metrics.jsonl, with four decimals."""
-    path = run_dir / METRICS_FILE
-    with reading_from(path):
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True) if path.is_file() else []
-    for line in reversed(lines):
-        if f'"{key}"' in line and line.endswith("\n"):  # a line without its end is still being written
-            value = json.loads(line).get(key)
-            return ABSENT if value is None else f"{value:.4f}"
-    return ABSENT
+    values = [row[key] for row in read_lines(run_dir / METRICS_FILE).rows if key in row]
+    return ABSENT if not values or values[-1] is None else f"{values[-1]:.4f}"
 
 
 def stop(run_dirs: Sequence[Path]) -> None:

@@ -1,6 +1,5 @@
 """What each sweep of launch/sweep.py trains, as grids of flags, and the table and picture of its results."""
 
-import json
 import math
 import re
 from collections.abc import Callable, Sequence
@@ -10,12 +9,12 @@ from typing import Any
 
 import torch
 
-from common.errors import InputError, reading_from, writing_to
+from common.errors import InputError, writing_to
 from common.tables import markdown, new_figure
 from launch.runs import RunInfo
 from train.config import Config
-from train.curves import Row, count_parameters_of, plot, read_rows, read_runs
-from train.metrics.logger import METRICS_FILE, SAMPLES_FILE
+from train.curves import Row, count_parameters_of, plot, read_runs
+from train.metrics.rows import METRICS_FILE, SAMPLES_FILE, read_lines
 
 SWEEPS = ("lr", "batch", "ablate", "budget", "ladder", "epochs")
 CPU_PRESET = "stories-cpu"
@@ -202,17 +201,13 @@ class Result:
 
 def read_result(entry: Entry, run: RunInfo) -> Result:
     """Return what the run wrote so far."""
-    metrics, samples = run.run_dir / METRICS_FILE, run.run_dir / SAMPLES_FILE
-    # A run that ended before its first step leaves an empty file.
-    with reading_from(run.run_dir):
-        rows = read_rows(run.run_dir) if metrics.is_file() and metrics.stat().st_size > 0 else []
-        lines = samples.read_text(encoding="utf-8").splitlines() if samples.is_file() else []
+    rows, samples = (read_lines(run.run_dir / name).rows for name in (METRICS_FILE, SAMPLES_FILE))
     return Result(
         entry,
         run,
         [row for row in rows if "loss" in row],
         [row for row in rows if "val_loss" in row],
-        [json.loads(line) for line in lines],
+        samples,
     )
 
 

@@ -55,7 +55,7 @@ def train_as_task(folder: Path, run_dir: Path, args: tuple[str, ...]) -> dict[st
 
 def _train(run_dir: Path, args: tuple[str, ...]) -> dict[str, Any]:
     from train.main import main
-    from train.run.directory import read_status
+    from train.run.status import read_status
 
     main(args)
     status = read_status(run_dir)

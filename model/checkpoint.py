@@ -50,6 +50,7 @@ STATE_FORM: Form = {
     "versions": dict,
     "wandb_id": (str, None),
 }
+SEAL_FORM: Form = {"bytes": NATURAL, "sha256": str}  # of the rows that the run had written (train/metrics/rows.py)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -62,10 +63,15 @@ def step_of(checkpoint: Path) -> int:
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first, whether their hashes hold or not."""
+    return [path for path, is_folder in _named_checkpoints(run_dir) if is_folder]
+
+
+def _named_checkpoints(run_dir: Path) -> list[tuple[Path, bool]]:
+    """Return what has the name of a checkpoint, by step, and whether it is a folder, to which links do not count."""
     folder = run_dir / CHECKPOINTS
     with reading_from(folder):
-        checkpoints = [path for path in folder.iterdir() if STEP_NAME.fullmatch(path.name)] if folder.is_dir() else []
-    return sorted(checkpoints, key=step_of)
+        named = [path for path in folder.iterdir() if STEP_NAME.fullmatch(path.name)] if folder.is_dir() else []
+        return [(path, path.is_dir() and not path.is_symlink()) for path in sorted(named, key=step_of)]
 
 
 def fault_of(checkpoint: Path) -> str | None:
@@ -115,6 +121,16 @@ def _shown(name: str) -> str:
     return name if name.isascii() and name.isprintable() else ascii(name)
 
 
+def sealed_state(checkpoint: Path) -> dict[str, Any] | None:
+    """Return a checkpoint's state.json if its own hash holds, whatever became of the tensors; None if it does not."""
+    try:
+        content = read_regular(checkpoint / STATE_FILE, inside=checkpoint)
+        is_sealed = _read_sums(checkpoint).get(STATE_FILE) == hashlib.sha256(content).hexdigest()
+        return read_state(checkpoint) if is_sealed else None
+    except InputError:
+        return None
+
+
 def newest_sound(run_dir: Path) -> tuple[Path | None, list[str]]:
     """Return the newest sound checkpoint, and the faults of the newer ones."""
     faults: list[str] = []
@@ -135,12 +151,19 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         if isinstance(error, InputError):
             raise
         raise InputError(f"{path}: damaged ({str(error)[:200]})") from error
-    fault = misfit(state, STATE_FORM) or _random_fault(state["random"])
+    fault = misfit(state, STATE_FORM) or _later_fault(state) or _random_fault(state["random"])
     if fault is None and state["progress"]["step"] != step_of(checkpoint):
         fault = f"it is of step {state['progress']['step']}"
     if fault is not None:
         raise InputError(f"{path}: damaged ({fault})")
     return state
+
+
+def _later_fault(state: dict[str, Any]) -> str | None:
+    """Return how the keys that older checkpoints lack differ from their form, or None."""
+    fault = misfit({"found": {}, "rows": {}} | state, {"found": dict, "rows": dict})
+    seals = list(state.get("rows", {}).values()) if fault is None else []
+    return fault or misfit(seals, [SEAL_FORM], "'rows'")
 
 
 def _random_fault(states: dict[str, Any]) -> str | None:
@@ -199,6 +222,9 @@ def find_checkpoint(name: str | Path) -> Path:
         newest, faults = (path, []) if fault is None else (None, [fault])
     else:
         newest, faults = newest_sound(path)
+        for other, is_folder in _named_checkpoints(path):
+            if not is_folder and (newest is None or step_of(other) > step_of(newest)):
+                faults.append(f"{other}: not a checkpoint")
     if newest is None:
         no_weights = f"{path}: no checkpoint in it yet, and no weights as Hugging Face names them"
         raise InputError("; ".join(faults) or no_weights)

@@ -13,7 +13,6 @@ also written beside the PNG as curves.md, one row per run:
     tokens/s     median of the training rows; MFU is the last row's
 """
 
-import json
 import math
 import statistics
 import sys
@@ -27,12 +26,14 @@ if not __package__:
 
 import tyro
 
-from common.errors import InputError, one_line_errors, reading_from, writing_to
+from common.errors import InputError, one_line_errors, warn, writing_to
 from common.files import write_atomically
+from common.reading import is_there, read_own_json
 from common.tables import markdown, new_figure
 from model.config import ModelConfig, with_current_names
 from model.cost import model_cost
-from train.metrics.logger import METRICS_FILE, with_error
+from train.metrics.logger import with_error
+from train.metrics.rows import METRICS_FILE, read_lines
 
 Row = dict[str, Any]
 Axis = Literal["step", "tokens", "seconds", "flops"]
@@ -66,14 +67,11 @@ class RunMetrics:
 def read_rows(run_dir: Path) -> list[Row]:
     """Return the complete rows of a run's metrics.jsonl, without a line that is still being written."""
     path = run_dir / METRICS_FILE
-    with reading_from(path):
-        if not path.is_file():
-            raise InputError(f"{run_dir}: no {METRICS_FILE} in it; give a run directory")
-        lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
-    try:
-        rows = [json.loads(line) for line in lines if line.endswith("\n")]
-    except json.JSONDecodeError as error:
-        raise InputError(f"{path}: damaged ({error})") from error
+    if not is_there(path):
+        raise InputError(f"{run_dir}: no {METRICS_FILE} in it; give a run directory")
+    rows, _, damaged = read_lines(path)
+    if damaged:
+        warn("curves", f"{path}: {len(damaged)} lines are damaged and left out (the first is line {damaged[0]})")
     if not rows:
         raise InputError(f"{path}: no rows yet")
     return rows
@@ -82,15 +80,16 @@ def read_rows(run_dir: Path) -> list[Row]:
 def count_parameters_of(run_dir: Path) -> int | None:
     """Return the parameters of the model in config.json; None without one, or with a warning if it is unknown."""
     path = run_dir / "config.json"
-    if not path.is_file():
-        return None
     try:
-        with reading_from(path):
-            recorded = json.loads(path.read_text(encoding="utf-8"))["config"]["model"]
-        return model_cost(ModelConfig(**with_current_names(recorded))).num_parameters
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        print(f"curves: warning: {path}: no model of this version in it ({error!r})", file=sys.stderr)
-        return None
+        content = read_own_json(path, {"config": {"model": dict}}, remedy="the next start writes it again")
+        if content is None:
+            return None
+        return model_cost(ModelConfig(**with_current_names(content["config"]["model"]))).num_parameters
+    except InputError as error:
+        warn("curves", str(error))
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        warn("curves", f"{path}: no model of this version in it ({error!r})")
+    return None
 
 
 def labels_of(run_dirs: Sequence[Path]) -> list[str]:

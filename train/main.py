@@ -45,7 +45,8 @@ from train.processes.group import ProcessGroup, open_process_group
 from train.processes.ranks import RankInfo, take_rank
 from train.processes.stop_requests import StopRequests
 from train.run.card import CPU, run_card
-from train.run.directory import RunDirectory, refuse_disagreement
+from train.run.directory import RunDirectory
+from train.run.identity import refuse_disagreement
 from train.run.resume import settle_origin
 from train.setup import open_evaluation_data, open_sequences, set_up
 from train.state import Run

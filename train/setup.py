@@ -63,18 +63,19 @@ def set_up(
     module = apply.wrap(loss_model, parallel_plan)
     loss_scale = LossScale(group.device) if config.train.dtype == "fp16" else None
 
-    loaded, faults = resume.find_start(directory.path, group=group)
-    progress, saved_wandb_id, origin = Progress(), None, None
+    loaded, faults = resume.find_start(directory.path, save_every=config.save.every, group=group)
+    progress, saved_wandb_id, origin, seals = Progress(), None, None, None
     if loaded is not None:
         saved = resume.load(loaded, model=loss_model.model, optimizer=optimizer, loss_scale=loss_scale, group=group)
-        progress, saved_wandb_id = Progress(**saved["progress"]), saved["wandb_id"]
+        progress, saved_wandb_id, seals = Progress(**saved["progress"]), saved["wandb_id"], saved.get("rows")
     elif config.from_checkpoint is not None:
         origin = resume.load_weights(config.from_checkpoint, loss_model.model, tokenizer, group)
 
-    logger = RunLogger(directory.path, step=progress.step if loaded else None, group=group, stop_requests=stop_requests)
-    for line in [f"passed over {fault}" for fault in faults] + warnings_of(
-        config, parallel_plan, evaluation_data, group
-    ):
+    logger = RunLogger(
+        directory.path, step=progress.step if loaded else None, group=group, stop_requests=stop_requests, seals=seals
+    )
+    remarks = [*directory.remarks, *(f"passed over {fault}" for fault in faults), *logger.remarks]
+    for line in remarks + warnings_of(config, parallel_plan, evaluation_data, group):
         logger.log(f"warning: {line}")
     if origin is not None:
         logger.log(f"weights from {origin}")
@@ -97,6 +98,8 @@ def set_up(
             "data": manifest.fingerprint,
             "versions": versions(),
             "wandb_id": wandb_id,
+            "found": directory.found,
+            "rows": logger.seals,
         },
         loaded=loaded,
         group=group,

@@ -13,7 +13,7 @@ from data_prep.textfiles import Options, prepare
 from model.checkpoint import load_model
 from tests.distributed.test_exact import cut_back
 from tests.helpers.corpus import make_text
-from tests.helpers.runs import curve, rows, tiny_config, validations
+from tests.helpers.runs import curve, forget_checkpoints, rows, tiny_config, validations
 from train.config import Config
 from train.main import run
 from train.processes.group import ProcessGroup
@@ -64,7 +64,7 @@ def test_the_newest_checkpoint_of_a_run_that_goes_on_is_chosen_once(old: Path, t
     cut_back(old, tmp_path / "old", step=10)
     config = continued(tiny_data, tmp_path / "new", str(tmp_path / "old"))
     run(config, ALONE)
-    shutil.rmtree(tmp_path / "new" / "checkpoints")
+    forget_checkpoints(tmp_path / "new")
     shutil.copytree(old / "checkpoints" / "step_00000020", tmp_path / "old" / "checkpoints" / "step_00000020")
     run(config, ALONE)
     assert (tmp_path / "new" / "log.txt").read_text().count("weights from") == 2

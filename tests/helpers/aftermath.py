@@ -5,11 +5,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from common.errors import InputError
 from model.checkpoint import fault_of, list_checkpoints, step_of
 from tests.helpers.attempts import Attempt, is_running
-from tests.helpers.faults import FREEZE, KILLS, PAUSE, STOPS, Episode, Struck, at, killed_rank_0, stood_beside_the_loop
-from tests.helpers.runs import rows, status
-from train.metrics.logger import KEPT_FILES, METRICS_FILE, SAMPLES_FILE
+from tests.helpers.faults import (
+    FREEZE,
+    FULL,
+    HARMLESS,
+    KILLS,
+    STOPS,
+    Episode,
+    Struck,
+    at,
+    killed_rank_0,
+    stood_beside_the_loop,
+)
+from train.metrics.rows import KEPT_FILES, METRICS_FILE, SAMPLES_FILE, read_lines
+from train.run.status import read_status
 
 STEPS = 150
 KEEP = 3
@@ -19,8 +31,9 @@ KEEP = 3
 class Snapshot:
     """The state of a run directory while nobody writes to it."""
 
-    status: dict[str, Any] | None
-    checkpoints: tuple[int, ...]
+    status: dict[str, Any] | None  # None: there is none, or it is damaged
+    checkpoints: tuple[int, ...]  # the sound ones
+    unsound: frozenset[int] = frozenset()
 
     @property
     def newest(self) -> int:
@@ -32,19 +45,25 @@ class Snapshot:
 
 
 def snapshot_of(run_dir: Path) -> Snapshot:
-    has_status = (run_dir / "status.json").exists()
-    return Snapshot(status(run_dir) if has_status else None, tuple(step_of(path) for path in list_checkpoints(run_dir)))
+    sound = {step_of(path): fault_of(path) is None for path in list_checkpoints(run_dir)}
+    unsound = frozenset(step for step in sound if not sound[step])
+    try:
+        status = read_status(run_dir)
+    except InputError:
+        status = None
+    return Snapshot(status, tuple(step for step in sound if sound[step]), unsound)
 
 
 def check(attempt: Attempt, episode: Episode, struck: Struck, before: Snapshot, after: Snapshot) -> None:
     """Raise AssertionError for anything in the run directory that the fault does not explain."""
     check_checkpoints(attempt.run_dir, episode, before, after)
     check_attempts(attempt, struck, before, after)
+    check_tracebacks(attempt, struck)
     if after.status is None:
         return
     left_hard = any(killed_rank_0(strike) or strike.kind == FREEZE for strike in struck.strikes) or not struck.all_heard
     lock = attempt.run_dir / "lock.json"
-    if lock.exists():
+    if lock.exists() and list(attempt.control.glob("claimed_*")):
         assert not is_running(json.loads(lock.read_text())["pid"]), "the lock of a living process"
         assert left_hard, "the lock was not given up"
     if after.attempt == before.attempt and before.status is not None:
@@ -55,13 +74,20 @@ def check(attempt: Attempt, episode: Episode, struck: Struck, before: Snapshot, 
 
 
 def check_checkpoints(run_dir: Path, episode: Episode, before: Snapshot, after: Snapshot) -> None:
-    """Check that every checkpoint is sound and none is lost."""
-    for path in list_checkpoints(run_dir):
-        assert (fault := fault_of(path)) is None, fault
+    """Check that no checkpoint became unsound and none is lost."""
+    for step in after.unsound - before.unsound:
+        raise AssertionError(fault_of(run_dir / "checkpoints" / f"step_{step:08d}"))
     ever = sorted({*before.checkpoints, *after.checkpoints})
     for step in {*before.checkpoints} - {*after.checkpoints}:
         assert step not in ever[-KEEP:], f"the checkpoint of step {step} was lost"
         assert episode.in_place or step != before.newest, f"step {step} was deleted, which this attempt had loaded"
+
+
+def check_tracebacks(attempt: Attempt, struck: Struck) -> None:
+    """Check that no traceback of ours was printed, unless a rank lost another one: it says where it stood then."""
+    if not {strike.kind for strike in struck.strikes} & {*KILLS, FREEZE}:
+        output = attempt.output.read_text(errors="replace")
+        assert 'faulty_train.py", line' not in output, "a traceback was printed"
 
 
 def check_attempts(attempt: Attempt, struck: Struck, before: Snapshot, after: Snapshot) -> None:
@@ -74,7 +100,7 @@ def check_attempts(attempt: Attempt, struck: Struck, before: Snapshot, after: Sn
 
 def is_something_left(run_dir: Path) -> bool:
     """Return whether the last step's validation or samples are still to be done."""
-    done = {name: [row for row in rows(run_dir, name) if row["step"] == STEPS] for name in KEPT_FILES}
+    done = {name: [row for row in read_lines(run_dir / name).rows if row["step"] == STEPS] for name in KEPT_FILES}
     return not done[SAMPLES_FILE] or not any("val_loss" in row for row in done[METRICS_FILE])
 
 
@@ -84,7 +110,7 @@ def check_state(attempt: Attempt, episode: Episode, struck: Struck, before: Snap
     state, step, reason = after.status["state"], after.status["step"], after.status["reason"]
     kinds = {strike.kind for strike in struck.strikes}
     aimed = all(fault.stays for fault in struck.faults) and not stood_beside_the_loop(episode, struck)
-    is_stop = kinds <= {*STOPS, PAUSE} and bool(kinds - {PAUSE})
+    is_stop = kinds <= {*STOPS, *HARMLESS} and bool(kinds - HARMLESS)
     code = attempt.process.returncode
     summary = f"status.json says {after.status}, and the newest checkpoint is of step {after.newest}"
     if before.checkpoints and state in ("done", "stopped"):
@@ -92,7 +118,7 @@ def check_state(attempt: Attempt, episode: Episode, struck: Struck, before: Snap
         assert line in (attempt.run_dir / "log.txt").read_text(), f"not in the log: {line}"
     if state == "done":
         assert after.newest == step == STEPS and reason is None, summary
-        if not struck.strikes or kinds == {PAUSE} or episode.in_place:
+        if kinds <= HARMLESS or episode.in_place:
             assert code == 0, f"torchrun ended with {code} though the run was done"
         if is_stop and struck.all_heard and aimed:
             assert struck.rows >= STEPS - 1, f"asked to stop at row {struck.rows}, it went on to the end"
@@ -105,12 +131,13 @@ def check_state(attempt: Attempt, episode: Episode, struck: Struck, before: Snap
         assert not (attempt.run_dir / "STOP").exists() or kinds - {"STOP file"}, "the STOP file is still there"
         if aimed:
             assert step <= max(struck.rows, before.newest) + 5, f"asked at row {struck.rows}: {summary}"
-        if is_stop and struck.all_heard and kinds <= {"STOP file", "SIGTERM rank", "SIGUSR1 rank", PAUSE}:
+        if is_stop and struck.all_heard and kinds <= {"STOP file", "SIGTERM rank", "SIGUSR1 rank", *HARMLESS}:
             assert code == 0, f"torchrun ended with {code} though the run was stopped in order"
         return
     assert step <= after.newest, summary
-    assert kinds & {*KILLS, FREEZE} or not struck.all_heard, f"a stop was not honoured: {summary}"
+    assert kinds & {*KILLS, FREEZE, FULL} or not struck.all_heard, f"a stop was not honoured: {summary}"
     if state == "running":
-        assert any(killed_rank_0(strike) for strike in struck.strikes) or not struck.all_heard, summary
+        is_explained = FULL in kinds or any(killed_rank_0(strike) for strike in struck.strikes)
+        assert is_explained or not struck.all_heard, summary
     else:
         assert state == "failed" and reason, summary

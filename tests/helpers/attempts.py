@@ -3,17 +3,27 @@
 import contextlib
 import json
 import os
+import random
 import signal
 import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
-from tests.helpers.faults import PAUSE, SIGNALS, WORLD, Episode, Strike
+from tests.helpers.faults import CLOCK, FULL, PAUSE, SIGNALS, Episode, Strike
 from tests.helpers.runs import torchrun
 
 SECONDS_TO_REACH = 240.0  # to reach a place or the end, on a busy machine
 SECONDS_TO_END = 240.0  # for every process, after the last strike; the watchdog and torchrun take a minute
+
+
+# Files keep the real clock, which is the file server's.
+FAKE_CLOCK = {
+    "LD_PRELOAD": "/usr/$LIB/faketime/libfaketime.so.1",  # where Debian's package has it
+    "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+    "FAKETIME_CACHE_DURATION": "1",
+    "NO_FAKE_STAT": "1",
+}
 
 
 class StuckError(AssertionError):
@@ -43,21 +53,33 @@ def send(pid: int, number: signal.Signals) -> None:
         os.kill(pid, number)
 
 
+def fill(path: Path) -> None:
+    """Fill the disk with this file."""
+    with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(2**16))
+
+
 class Attempt:
     """A torchrun of faulty_train.py and the marks that its processes leave."""
 
-    def __init__(self, control: Path, episode: Episode, run_dir: Path, flags: list[str]) -> None:
-        self.control, self.run_dir = control, run_dir
+    def __init__(self, control: Path, episode: Episode, run_dir: Path, flags: list[str], world: int) -> None:
+        self.control, self.run_dir, self.world = control, run_dir, world
+        self.clock = control / "clock"
+        self.filler = run_dir.parent / "filler"
         control.mkdir()
         holds = [asdict(fault) for fault in episode.faults]
         (control / "holds.json").write_text(json.dumps(holds))
         env = {"SOAK_CONTROL": str(control)}
+        if any(strike.kind == CLOCK for fault in episode.faults for strike in fault.strikes):
+            self.clock.write_text("+0")
+            env |= FAKE_CLOCK | {"FAKETIME_TIMESTAMP_FILE": str(self.clock)}
         if episode.in_place:
             env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         self.output = control / "output.txt"
         with self.output.open("w") as output:
             self.process = torchrun(
-                WORLD,
+                world,
                 *(*flags, *episode.flags),
                 script="tests/helpers/faulty_train.py",
                 launcher_flags=(*episode.launcher_flags, f"--max-restarts={3 if episode.in_place else 0}"),
@@ -97,12 +119,12 @@ class Attempt:
 
     def is_under_way(self, start: int) -> bool:
         """Wait until every rank of this start runs; return False if the attempt is over."""
-        return all(self.reaches(f"pid_{start}_{rank}") for rank in range(WORLD)) and self.process.poll() is None
+        return all(self.reaches(f"pid_{start}_{rank}") for rank in range(self.world)) and self.process.poll() is None
 
     def strike(self, start: int, strike: Strike) -> bool:
         """Inflict the strike; return whether every process that it addresses was listening for signals."""
-        pids = [int((self.control / f"pid_{start}_{rank}").read_text()) for rank in range(WORLD)]
-        targets = [strike.rank] if strike.kind.endswith(" rank") else range(WORLD)
+        pids = [int((self.control / f"pid_{start}_{rank}").read_text()) for rank in range(self.world)]
+        targets = [strike.rank] if strike.kind.endswith(" rank") else range(self.world)
         listening = all(self.has(f"listening_{start}_{rank}") for rank in targets)
         name, _, target = strike.kind.partition(" ")
         match strike.kind:
@@ -117,6 +139,10 @@ class Attempt:
             case "kill launcher":
                 self.process.kill()
                 self.process.wait()
+            case _ if strike.kind == CLOCK:
+                self.clock.write_text(random.Random(strike.rank).choice(["+2h", "-2h", "+400d", "-400d"]))
+            case _ if strike.kind == FULL:
+                fill(self.filler)
             case "STOP file":
                 (self.run_dir / "STOP").touch()
             case "pause rank" | "freeze rank":

@@ -2,9 +2,8 @@
 
 import random
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-
-WORLD = 2
 
 # For each place: the largest number of the visit that is struck, and which rank may wait there.
 PLACES: dict[str, tuple[int, str]] = {
@@ -30,6 +29,7 @@ BESIDE_THE_LOOP = ("purge", "deleting")
 BESIDE_THE_LOOP_IF_ASYNC = ("save", "writing", "commit")
 ASYNC_SAVES = ("--save.mode", "async")
 SHARDED = ("--parallel.mode", "fsdp")  # on two processes, bit for bit what DDP trains
+AT_REST = ("damaged file", "damaged file", "damaged file", "damaged checkpoint", "damaged checkpoint", "wrong data")
 RESTART_PLACES = ("start", "process group", "claim", "find start", "load", "warm-up")
 
 KILLS = ("kill rank", "kill ranks", "kill everything")
@@ -44,6 +44,9 @@ STOPS = {  # kind: the reason in status.json
     "kill launcher": "launcher died",
 }
 PAUSE = "pause rank"  # SIGSTOP, then SIGCONT: the run must continue
+CLOCK = "clock step"  # the wall clock jumps by hours or years: the run must continue
+FULL = "full disk"  # for some seconds: the run continues, or ends and continues at the next start
+HARMLESS = {PAUSE, CLOCK}
 FREEZE = "freeze rank"  # SIGSTOP for good: the other rank must exit, and torchrun must end the stopped one
 
 
@@ -79,9 +82,13 @@ class Fault:
 
 @dataclass(frozen=True)
 class Episode:
-    """One start of torchrun with one fault, or with in-place restarts one for each of its attempts."""
+    """One start of torchrun with one fault, or with in-place restarts one for each of its attempts.
+
+    `at_rest`: what is damaged before the start (helpers/at_rest.py), and the seed that draws how.
+    """
 
     faults: tuple[Fault, ...]
+    at_rest: tuple[str, int] | None = None
     in_place: bool = False
     flags: tuple[str, ...] = ()
     launcher_flags: tuple[str, ...] = ()
@@ -89,6 +96,7 @@ class Episode:
     def __str__(self) -> str:
         text = "; then ".join(map(str, self.faults))
         extra = " ".join((*self.launcher_flags, *self.flags))
+        text = ", ".join(filter(None, (text, f"{self.at_rest[0]} ({self.at_rest[1]})" if self.at_rest else "")))
         return text + (" (in-place restarts)" if self.in_place else "") + (f" ({extra})" if extra else "")
 
 
@@ -118,25 +126,32 @@ def stood_beside_the_loop(episode: Episode, struck: Struck) -> bool:
     return at(struck, *places)
 
 
-def draw(rng: random.Random) -> Episode:
-    """Return a random episode.
+def draw(
+    rng: random.Random, world: int, *, may_shard: bool, has_begun: bool = False, kinds: Sequence[str] = ()
+) -> Episode:
+    """Return a random episode; `kinds`: faults beside kills, stops and pauses that this machine can inflict.
 
     One in two saves asynchronously, one in two shards the model, one in eight restarts in place, and one in twelve
-    freezes a rank.
+    freezes a rank. Of a run that `has_begun`, three in four others find something damaged at the start; one in ten of
+    these is not struck as well.
     """
-    flags = (*(ASYNC_SAVES if rng.random() < 0.5 else ()), *(SHARDED if rng.random() < 0.5 else ()))
+    flags = (*(ASYNC_SAVES if rng.random() < 0.5 else ()), *(SHARDED if may_shard and rng.random() < 0.5 else ()))
+    at_rest = (rng.choice(AT_REST), rng.randrange(10**6)) if rng.random() < 0.75 and has_begun else None
     if rng.random() < 0.12:
-        faults = tuple(draw_fault(rng, KILLS[:2]) for _ in range(rng.randint(1, 3)))
+        faults = tuple(draw_fault(rng, KILLS[:2], world) for _ in range(rng.randint(1, 3)))
         return Episode(faults, in_place=True, flags=flags)
     if rng.random() < 0.08:
-        fault = draw_fault(rng, (FREEZE,), places=("step", "update", "validation", "save"))
+        fault = draw_fault(rng, (FREEZE,), world, places=("step", "update", "validation", "save"))
         return Episode(
             (fault,), flags=(*flags, "--parallel.timeout-seconds", "10"), launcher_flags=("--shutdown-timeout=5",)
         )
-    return Episode((draw_fault(rng, (*KILLS, *STOPS, PAUSE)),), flags=flags)
+    if at_rest is not None and rng.random() < 0.1:
+        return Episode((), at_rest, flags=flags)
+    kind = (rng.choice(kinds),) if kinds and rng.random() < 0.25 else (*KILLS, *STOPS, PAUSE)
+    return Episode((draw_fault(rng, kind, world),), at_rest, flags=flags)
 
 
-def draw_fault(rng: random.Random, kinds: tuple[str, ...], places: tuple[str, ...] | None = None) -> Fault:
+def draw_fault(rng: random.Random, kinds: tuple[str, ...], world: int, places: tuple[str, ...] | None = None) -> Fault:
     """Return a random fault: one in four at some moment, the others in a place; one in four stops is struck again."""
     stays, delay_seconds = places is not None or rng.random() < 0.75, 0.0
     if not stays:
@@ -148,14 +163,14 @@ def draw_fault(rng: random.Random, kinds: tuple[str, ...], places: tuple[str, ..
     else:
         place = rng.choice([name for name in PLACES if name not in RESTART_PLACES])
     most_visits, holders = PLACES[place]
-    strikes = [Strike(rng.choice(kinds), rng.randrange(WORLD))]
-    if strikes[0].kind == PAUSE or (strikes[0].kind in STOPS and rng.random() < 0.25):
-        strikes.append(Strike(rng.choice((*KILLS, *STOPS)), rng.randrange(WORLD)))
+    strikes = [Strike(rng.choice(kinds), rng.randrange(world))]
+    if strikes[0].kind in HARMLESS or (strikes[0].kind in STOPS and rng.random() < 0.25):
+        strikes.append(Strike(rng.choice((*KILLS, *STOPS)), rng.randrange(world)))
     return Fault(
         place,
         tuple(strikes),
         visit=rng.randint(1, most_visits),
-        holder=rng.randrange(WORLD) if holders == "any" else 0,
+        holder=rng.randrange(world) if holders == "any" else 0,
         stays=stays,
         delay_seconds=delay_seconds,
         pause_seconds=rng.uniform(0, 0.5),

@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -162,6 +163,12 @@ def assert_same_tensors(left: dict[str, Tensor], right: dict[str, Tensor]) -> No
 def status(run_dir: Path) -> dict[str, Any]:
     value: dict[str, Any] = json.loads((run_dir / "status.json").read_text())
     return value
+
+
+def forget_checkpoints(run_dir: Path) -> None:
+    """Make a run look as if its attempt had ended before its first checkpoint."""
+    shutil.rmtree(run_dir / "checkpoints")
+    (run_dir / "status.json").write_text(json.dumps(status(run_dir) | {"state": "running", "step": 0}))
 
 
 def with_save(config: Config, **save: Any) -> Config:

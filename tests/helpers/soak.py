@@ -2,10 +2,12 @@
 
     python tests/helpers/soak.py --seed 7 --faults 100    # 20 minutes on two cores; a seed always draws the same faults
 
-Each episode starts the same real torchrun of two processes of helpers/faulty_train.py, which waits where the fault is
-aimed. The soak strikes, waits until the last process is gone, and checks what is left: sound checkpoints, none lost, a
-truthful status.json, a lock that the next start may take. A run that reaches its end is compared bit for bit with the
-uninterrupted one, and the next run begins. Expect `... runs finished, each bitwise the uninterrupted one`.
+Each episode starts a real torchrun of two or three processes of helpers/faulty_train.py, which waits where the fault is
+aimed. Before it, a file of the run or of its data may be damaged. The soak strikes, waits until the last process is
+gone, and checks what is left: sound checkpoints, none lost, a truthful status.json, a lock that the next start may
+take, no traceback. A run that reaches its end is compared bit for bit with the uninterrupted one, and the next run
+begins. Expect `... runs finished, each bitwise the uninterrupted one`, and the damage that needed a person: changed
+data, which no start may train on.
 """
 
 import argparse
@@ -14,20 +16,22 @@ import io
 import os
 import random
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[2])
 
-from tests.helpers.aftermath import KEEP, STEPS, check, snapshot_of
-from tests.helpers.attempts import Attempt
-from tests.helpers.faults import PLACES, WORLD, Episode, Struck, draw
+from tests.helpers.aftermath import KEEP, STEPS, check, check_checkpoints, snapshot_of
+from tests.helpers.at_rest import inflict
+from tests.helpers.attempts import FAKE_CLOCK, Attempt
+from tests.helpers.faults import CLOCK, FULL, PLACES, SHARDED, Episode, Struck, draw
 from tests.helpers.groups import run_on_ranks
 from tests.helpers.runs import (
     assert_same_tensors,
@@ -41,10 +45,11 @@ from tests.helpers.runs import (
 )
 from train.config import Config, parse
 from train.main import run
-from train.metrics.logger import SAMPLES_FILE
+from train.metrics.rows import SAMPLES_FILE
 from train.presets import PRESETS
 from train.processes.group import ProcessGroup
 
+SECONDS_FULL = 2.0
 SECONDS_BETWEEN_CHECKS = 1.2  # between the engine's checks of the STOP file and of its launcher, and a little more
 
 
@@ -53,61 +58,118 @@ class SoakError(AssertionError):
 
 
 class Soak:
-    """Strikes one run after the other; `episodes` and `table` record what was done so far."""
+    """Strikes one run after the other; `episodes` and `table` record what was done so far.
 
-    def __init__(self, folder: Path, data: Path, *, seed: int = 0, log: Callable[[str], None] = print) -> None:
+    Runs alternate between two processes and three, which share the model in one way for all of a run, since only two
+    add up in the same order whatever the layout. `disk`: a small file system for the run directories, which can be
+    filled. `kinds`: faults beside kills, stops and pauses.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        data: Path,
+        *,
+        seed: int = 0,
+        log: Callable[[str], None] = print,
+        disk: Path | None = None,
+        kinds: Sequence[str] = (),
+    ) -> None:
         self.folder, self.data, self.seed, self.log = folder, data, seed, log
-        self.whole = folder / "whole"
+        self.disk, self.kinds = disk or folder, kinds
         self.episodes: list[Episode] = []
         self.table: Counter[tuple[str, str]] = Counter()
         self.ends: Counter[str] = Counter()  # how attempts ended: status.json's state
+        self.persons: list[str] = []  # the damage that a start refused, so that a person had to mend it
         self.num_faults = self.num_finished = self.num_restarts = 0
-        run_on_ranks(WORLD, train_whole, parse([*self.flags(self.whole), "--save.keep", "1000"], PRESETS))
-        assert status(self.whole) == {"state": "done", "step": STEPS, "reason": None, "attempt": 1}
+        self.has_lost_rows = False  # of the present run, to damage at rest that was named
+
+    @property
+    def setting(self) -> tuple[int, tuple[str, ...]]:
+        """The present run's number of processes, and its flags."""
+        world = 2 + self.num_finished % 2
+        return world, SHARDED if world == 3 and self.num_finished % 4 == 3 else ()
+
+    def whole(self) -> Path:
+        """Return the uninterrupted run of the present run's setting; it is trained when it is first wanted."""
+        world, flags = self.setting
+        run_dir = self.folder / f"whole_{world}{'_sharded' if flags else ''}"
+        if not run_dir.exists():
+            run_on_ranks(world, train_whole, parse([*self.flags(run_dir), "--save.keep", "1000", *flags], PRESETS))
+            assert status(run_dir) == {"state": "done", "step": STEPS, "reason": None, "attempt": 1}
+        return run_dir
 
     def flags(self, run_dir: Path) -> list[str]:
-        return [*tiny_flags(self.data, run_dir), "--train.steps", str(STEPS), "--save.keep", str(KEEP)]
+        flags = [*tiny_flags(self.data, run_dir), "--train.steps", str(STEPS), "--save.keep", str(KEEP)]
+        return [*flags, "--train.micro-batch", "2"]  # which divides what each of two and three processes has
 
     @property
     def run_dir(self) -> Path:
-        return self.folder / f"run_{self.num_finished}"
+        return self.disk / f"run_{self.num_finished}"
 
     def soak(self, num_faults: int) -> None:
-        """Do random episodes until `num_faults` faults were reached; then let the last run finish."""
+        """Do random episodes until `num_faults` faults were inflicted; then let the last run finish."""
         while self.num_faults < num_faults:
             rng = random.Random(f"{self.seed}:{len(self.episodes)}")
-            self.do(draw(rng))
+            world, _ = self.setting
+            has_begun = (self.run_dir / "status.json").exists()
+            self.do(draw(rng, world, may_shard=world == 2, has_begun=has_begun, kinds=self.kinds))
         if snapshot_of(self.run_dir).status is not None:
             self.do(Episode(()))
 
     def do(self, episode: Episode) -> dict[str, Any] | None:
-        """Start torchrun once, strike and check; return status.json afterwards. Raise SoakError if a check fails."""
+        """Damage, start torchrun once, strike, check; return status.json afterwards. Raise SoakError on a failure."""
         self.episodes.append(episode)
-        run_dir, before, began = self.run_dir, snapshot_of(self.run_dir), time.monotonic()
+        run_dir, began = self.run_dir, time.monotonic()
+        world, flags = self.setting
+        whole = self.whole()
         (run_dir / "STOP").unlink(missing_ok=True)  # as launchers do before a start
-        attempt = Attempt(self.folder / f"control_{len(self.episodes)}", episode, run_dir, self.flags(run_dir))
+        at_rest = self.folder / f"at_rest_{len(self.episodes)}"
+        at_rest.mkdir()
+        damage = inflict(episode, run_dir, self.data, at_rest)
+        before = snapshot_of(run_dir)
+        control = self.folder / f"control_{len(self.episodes)}"
+        attempt = Attempt(control, episode, run_dir, [*self.flags(run_dir), *flags], world)
         try:
             struck = self.strike_all(attempt, episode)
             attempt.wait_for_the_end()
             after = snapshot_of(run_dir)
-            check(attempt, episode, struck, before, after)
-            state = after.status["state"] if after.status is not None else "not begun"
+            refusal = refusal_of(attempt) if damage is not None else None
+            if damage is not None and (damage.is_data or refusal is not None):
+                assert refusal is not None or struck.faults, f"trained on changed data: {damage.text}"
+                check_checkpoints(run_dir, episode, before, after)
+                damage.mend(run_dir, self.data)
+                state, after = "refused", snapshot_of(run_dir)
+                if refusal is not None:
+                    self.persons.append(f"{damage.text}: {refusal}")
+            else:
+                self.has_lost_rows |= damage is not None and damage.is_of_rows
+                check(attempt, episode, struck, before, after)
+                state = after.status["state"] if after.status is not None else "not begun"
             if state == "done":
-                compare(run_dir, self.whole)
+                compare(run_dir, whole, with_rows=not self.has_lost_rows)
         except (AssertionError, OSError, ValueError) as error:
             attempt.kill_everything()
-            raise SoakError(self.account(attempt, error)) from error
-        self.num_faults += len(struck.faults)
+            text = damage.text if damage is not None else "nothing"
+            raise SoakError(f"damaged at rest: {text}\n{self.account(attempt, error)}") from error
+        finally:
+            attempt.filler.unlink(missing_ok=True)
+        self.num_faults += len(struck.faults) + (damage is not None)
         self.num_restarts += len(list(attempt.control.glob("pid_*_0")))
         self.ends[state] += 1
         for fault in struck.faults:
             self.table[" + ".join(strike.kind for strike in fault.strikes), fault.place if fault.stays else "any"] += 1
+        if damage is not None and episode.at_rest is not None:
+            self.table[episode.at_rest[0], "at rest"] += 1
         seconds, steps = time.monotonic() - began, f"step {before.newest:3} -> {after.newest:3}"
-        prefix = "" if struck.faults else "not met: "
-        self.log(f"{self.num_faults:4} faults  {seconds:5.1f} s  {steps}  {state:9}  {prefix}{episode}".rstrip())
+        prefix = "" if struck.faults or not episode.faults else "not met: "
+        text = f"{prefix}{episode}" + (f"  [{damage.text}]" if damage is not None else "")
+        self.log(f"{self.num_faults:4} faults  {seconds:5.1f} s  {world} x  {steps}  {state:9}  {text}".rstrip())
         if state == "done":
             self.num_finished += 1
+            self.has_lost_rows = False
         shutil.rmtree(attempt.control)
+        shutil.rmtree(at_rest)
         return after.status
 
     def strike_all(self, attempt: Attempt, episode: Episode) -> Struck:
@@ -129,6 +191,9 @@ class Soak:
             if {"STOP file", "kill launcher"} & {strike.kind for strike in fault.strikes}:
                 time.sleep(SECONDS_BETWEEN_CHECKS)
             (attempt.control / f"released_{start}").touch()
+            if FULL in {strike.kind for strike in fault.strikes}:
+                time.sleep(SECONDS_FULL)
+                attempt.filler.unlink()
         return struck
 
     def account(self, attempt: Attempt, error: BaseException) -> str:
@@ -139,7 +204,7 @@ class Soak:
             f"  {path.relative_to(attempt.run_dir)}"
             for path in sorted(attempt.run_dir.glob("*")) + sorted(attempt.run_dir.glob("checkpoints/*"))
         )
-        last_status = status(attempt.run_dir) if (attempt.run_dir / "status.json").exists() else None
+        last_status = snapshot_of(attempt.run_dir).status
         return (
             f"{error}\nseed {self.seed}, run {self.num_finished}, episodes, the last of which failed:\n{history}\n"
             f"status.json: {last_status}\n{attempt.run_dir}:\n{kept}\noutput:\n{tail}"
@@ -147,7 +212,7 @@ class Soak:
 
     def report(self) -> Iterator[str]:
         """Return the lines of a table, kinds of faults by places, and the totals."""
-        places = [place for place in (*PLACES, "any") if any(place == other for _, other in self.table)]
+        places = [place for place in (*PLACES, "any", "at rest") if any(place == other for _, other in self.table)]
         kinds = sorted({kind for kind, _ in self.table}, key=lambda kind: (" + " in kind, kind))
         yield "| fault | " + " | ".join(places) + " | all |"
         yield "|---" * (len(places) + 2) + "|"
@@ -161,6 +226,8 @@ class Soak:
             f"{self.num_faults} faults in {len(self.episodes)} starts of torchrun ({ends}); workers started "
             f"{self.num_restarts} times; {self.num_finished} runs finished, each bitwise the uninterrupted one"
         )
+        yield f"{len(self.persons)} starts needed a person:"
+        yield from (f"  {person}" for person in self.persons)
 
 
 def train_whole(group: ProcessGroup, config: Config) -> None:
@@ -170,15 +237,52 @@ def train_whole(group: ProcessGroup, config: Config) -> None:
 
 def num_rows(run_dir: Path) -> int:
     path = run_dir / "metrics.jsonl"
-    return path.read_bytes().count(b'"loss"') if path.exists() else 0
+    return path.read_bytes().count(b'"loss"') if path.is_file() else 0
 
 
-def compare(run_dir: Path, whole: Path) -> None:
+def refusal_of(attempt: Attempt) -> str | None:
+    """Return the line with which a start refused to begin; None if it began, or was struck before it could say so."""
+    lines = attempt.output.read_text(errors="replace").splitlines()
+    refusals = [line for line in lines if line.startswith("train: ") and "warning" not in line]
+    is_begun = any(attempt.control.glob("claimed_*")) and "step " in "\n".join(lines)
+    if not refusals or is_begun:
+        return None
+    assert len(refusals) == 1 and 'faulty_train.py", line' not in "\n".join(lines), "more than one line"
+    return refusals[0]
+
+
+def compare(run_dir: Path, whole: Path, *, with_rows: bool) -> None:
     """Raise AssertionError unless both runs are bitwise equal, except for timings."""
+    assert_same_tensors(final_tensors(run_dir), final_tensors(whole))
+    if not with_rows:
+        return
     assert curve(run_dir) == curve(whole), "the training rows differ from the uninterrupted run's"
     assert validations(run_dir) == validations(whole), "the validation rows differ from the uninterrupted run's"
     assert rows(run_dir, SAMPLES_FILE) == rows(whole, SAMPLES_FILE), "the samples differ from the uninterrupted run's"
-    assert_same_tensors(final_tensors(run_dir), final_tensors(whole))
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path) -> Iterator[Path | None]:
+    """Mount a file system in memory that is soon full, below `folder`; None where that takes more rights."""
+    disk = folder / "disk"
+    disk.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64m", "tmpfs", disk], capture_output=True, check=False)
+    if done.returncode != 0:
+        print("no full disks: mounting a small one needs root")
+        yield None
+        return
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "--lazy", disk], check=True)
+
+
+def has_fake_clock() -> bool:
+    """Return whether libfaketime is installed, which steps the clock of the processes that load it."""
+    done = subprocess.run(["true"], env=os.environ | FAKE_CLOCK, capture_output=True, check=False)
+    if done.stderr:
+        print("no clock steps: install libfaketime")
+    return not done.stderr
 
 
 def main() -> None:
@@ -188,12 +292,14 @@ def main() -> None:
     parser.add_argument("--faults", type=int, default=100)
     args = parser.parse_args()
     began = time.monotonic()
-    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder, small_disk(Path(folder)) as disk:
         soak = Soak(
             Path(folder),
             make_tiny_data(Path(folder)),
             seed=args.seed,
             log=lambda line: print(line, flush=True),
+            disk=disk,
+            kinds=[*([FULL] if disk is not None else []), *([CLOCK] if has_fake_clock() else [])],
         )
         try:
             soak.soak(args.faults)

@@ -6,16 +6,18 @@ writes no more, so that no row follows a gap. `make_durable`, before the stop's 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import asdict
 from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from common.errors import InputError, writing_to
-from common.files import write_atomically
+from common.errors import writing_to
+from train.metrics.rows import KEPT_FILES, METRICS_FILE, SAMPLES_FILE, Row, Seal, restore_rows
 
 if TYPE_CHECKING:  # these import torch, which costs curves.py seconds
     from train.evals.samples import Sample
@@ -23,10 +25,7 @@ if TYPE_CHECKING:  # these import torch, which costs curves.py seconds
     from train.processes.group import ProcessGroup
     from train.processes.stop_requests import StopRequests
 
-METRICS_FILE = "metrics.jsonl"
-SAMPLES_FILE = "samples.jsonl"
 NONFINITE_FILE = "nonfinite.jsonl"
-KEPT_FILES = (METRICS_FILE, SAMPLES_FILE)
 LOG_FILE = "log.txt"
 
 
@@ -34,20 +33,39 @@ class RunLogger:
     """The reports of rank 0; on other ranks every method does nothing.
 
     Opening drops the rows after `step`. A fresh start (`step` None) drops every row, since they come from an attempt
-    that ended before its first checkpoint. `tracking` is the W&B run, set by the caller; None: no tracking.
+    that ended before its first checkpoint. `seals` describe the rows at that checkpoint (train/metrics/rows.py); from
+    then on `self.seals` are those of the last `make_durable`. `tracking` is the W&B run, set by the caller; None: no
+    tracking.
     """
 
-    def __init__(self, run_dir: Path, *, step: int | None, group: ProcessGroup, stop_requests: StopRequests) -> None:
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        step: int | None,
+        group: ProcessGroup,
+        stop_requests: StopRequests,
+        seals: Mapping[str, Seal] | None = None,
+    ) -> None:
         self._run_dir = run_dir
         self._group = group
         self._stop_requests = stop_requests
         self._files: dict[str, FileIO] = {}
         self._fault: OSError | None = None
         self.tracking: Tracking | None = None
+        self.remarks: list[str] = []  # on rank 0: damage that was found
+        self.seals: dict[str, Seal] = {}
+        self._sizes = dict.fromkeys(KEPT_FILES, 0)
+        self._digests = {name: hashlib.sha256() for name in KEPT_FILES}
 
-        def open_files() -> list[list[dict[str, Any]]]:
+        def open_files() -> list[list[Row]]:
             with writing_to(run_dir):
-                kept = [drop_rows_after(run_dir / name, step) for name in KEPT_FILES]
+                kept = []
+                for name in KEPT_FILES:
+                    rows, content, remark = restore_rows(run_dir / name, step, (seals or {}).get(name))
+                    self._count(name, content)
+                    self.remarks += [] if remark is None else [remark]
+                    kept.append(rows)
                 self._open(METRICS_FILE)
                 self._open(LOG_FILE)
             return kept
@@ -78,15 +96,22 @@ class RunLogger:
 
     def _write(self, name: str, line: str) -> None:
         """Write a line at once, or nothing after an earlier line that could not be written."""
-        rest = memoryview(f"{line}\n".encode())
+        content = f"{line}\n".encode()
+        rest = memoryview(content)
         try:
             while rest and self._fault is None:
                 rest = rest[self._open(name).write(rest) :]
+            self._count(name, content)
         except OSError as error:
             self._fault = error
             self._stop_requests.reason = self._stop_requests.reason or f"{name} could not be written"
 
-    def row(self, row: dict[str, Any]) -> None:
+    def _count(self, name: str, content: bytes) -> None:
+        if name in KEPT_FILES:
+            self._sizes[name] += len(content)
+            self._digests[name].update(content)
+
+    def row(self, row: Row) -> None:
         """Write a record for programs, and its line for people."""
         if self._group.is_main:
             self._write(METRICS_FILE, json.dumps(row))
@@ -123,6 +148,8 @@ class RunLogger:
                 raise self._fault
             for file in self._files.values():
                 os.fsync(file.fileno())
+        for name in KEPT_FILES:
+            self.seals[name] = {"bytes": self._sizes[name], "sha256": self._digests[name].hexdigest()}
 
     def __enter__(self) -> RunLogger:
         return self
@@ -134,33 +161,6 @@ class RunLogger:
             self.tracking.leave()
         for file in self._files.values():
             file.close()
-
-
-def drop_rows_after(path: Path, step: int | None) -> list[dict[str, Any]]:
-    """Rewrite a file with its rows up to `step`, and return them."""
-    if not path.exists():
-        return []
-    rows = kept_rows(path, step)
-    write_atomically(path, "".join(json.dumps(row) + "\n" for row in rows))
-    return rows
-
-
-def kept_rows(path: Path, step: int | None) -> list[dict[str, Any]]:
-    """Return a file's rows up to `step`, without a last line that a kill cut short."""
-    if step is None or not path.is_file():
-        return []
-    rows = []
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            if number == len(lines):
-                break
-            raise InputError(f"{path}:{number}: damaged ({error}); repair or remove that line") from error
-        if row["step"] <= step:
-            rows.append(row)
-    return rows
 
 
 def line_of(row: dict[str, Any]) -> str:

@@ -132,3 +132,8 @@ def slurm_job(environ: Mapping[str, str]) -> str | None:
     if "SLURM_ARRAY_TASK_ID" in environ:
         return f"{environ['SLURM_ARRAY_JOB_ID']}_{environ['SLURM_ARRAY_TASK_ID']}"
     return environ.get("SLURM_JOB_ID")
+
+
+def is_automatic_restart(environ: Mapping[str, str]) -> bool:
+    """Return whether Slurm started this job again by itself."""
+    return environ.get("SLURM_RESTART_COUNT", "0") != "0"

@@ -1,34 +1,28 @@
 """The run directory's own files: config.json, provenance.json, status.json, the tokenizer and the lock."""
 
 import contextlib
-import json
 import socket
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from common.errors import InputError, reading_from, writing_to
 from common.files import write_json_atomically
-from common.reading import read_own_json
+from common.reading import is_there
 from data_prep.tokenizer import load_tokenizer
-from model.checkpoint import list_checkpoints
-from model.config import with_current_names
+from model.checkpoint import CHECKPOINTS, list_checkpoints, newest_sound, step_of
 from train.config import Config
+from train.metrics.logger import LOG_FILE
+from train.metrics.rows import METRICS_FILE, read_lines
 from train.processes.group import ProcessGroup
+from train.run.identity import CONFIG_FILE, recorded_run, refuse_another_run
+from train.run.lock import FILE_NAME as LOCK_FILE
 from train.run.lock import RunLock
+from train.run.obstacles import clear_the_way, set_aside
 from train.run.provenance import provenance
+from train.run.status import STATUS_FILE, read_status
 
-# Flags that identify a run, --model and --optim with all below them. All others (processes, micro-batch, compilation,
-# intervals) may change on the way.
-IDENTITY = (
-    *("--seed", "--from-checkpoint", "--model", "--train.seq-len", "--train.steps", "--train.batch-tokens"),
-    *("--train.dtype", "--optim"),
-)
-
-STATUS_FILE = "status.json"
 SECONDS_TO_SEE = 30.0  # a network file system may show a new file late
 
 
@@ -50,8 +44,9 @@ class RunDirectory:
         self._ended = False
         self._lock = RunLock(self.path)
         self._claimed = self._lock.text  # after entry: the text of rank 0's lock, on every rank
-        self.found: dict[str, Any] = {}  # on rank 0 only, like provenance
+        self.found: dict[str, Any] = {}  # on rank 0 only, like provenance and remarks
         self.provenance: dict[str, Any] = {}
+        self.remarks: list[str] = []  # what was mended at the start, for the log
 
     def __enter__(self) -> "RunDirectory":
         self._claimed, self.attempt, self._step = self._group.on_main(self._claim)
@@ -96,9 +91,10 @@ class RunDirectory:
         """
         if not self._group.is_main and issubclass(kind, InputError):
             return
-        status = read_status(self.path)
-        if status is not None and status["state"] == "failed" and status["attempt"] == self.attempt:
-            return
+        with contextlib.suppress(InputError):
+            status = read_status(self.path)
+            if status is not None and status["state"] == "failed" and status["attempt"] == self.attempt:
+                return
         prefix = "" if self._group.is_main else f"rank {self._group.rank} on {socket.gethostname()}: "
         first_line = str(error).strip().partition("\n")[0]
         self._write_status("failed", f"{prefix}{kind.__name__}: {first_line}")
@@ -107,13 +103,17 @@ class RunDirectory:
         """Lock the directory and write its files; return the lock's text, the attempt and its first step."""
         with writing_to(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            was_locked = is_there(self.path / LOCK_FILE)
             self._lock.acquire()
         with contextlib.ExitStack() as undo:
             undo.callback(self._lock.release)
-            self.check_start()
-            status = read_status(self.path)
-            if status is not None:
-                self.attempt, self._step = status["attempt"] + 1, status["step"]
+            with writing_to(self.path):
+                self.remarks = self._lock.remarks + clear_the_way(self.path)
+            self.remarks += self.check_start(was_locked=was_locked)
+            self._read_status()
+            if not self._config.resume:
+                with writing_to(self.path):
+                    self.remarks += set_aside(self.path)
             tokenizer = load_tokenizer(self._config.data.dir)
             self.provenance = provenance(self._config)
             self._write_config()
@@ -124,37 +124,44 @@ class RunDirectory:
             undo.pop_all()
         return self._lock.text, self.attempt, self._step
 
-    def check_start(self) -> None:
-        """Raise InputError if the directory holds another run, or a run with --no-resume. Write nothing."""
-        path = self.path / "config.json"
-        with reading_from(path):
-            if not path.is_file() or not list_checkpoints(self.path):
-                return  # there is no other run to protect
-            text = path.read_bytes()
+    def _read_status(self) -> None:
+        """Take attempt and step from status.json; a damaged one is written again."""
         try:
-            content = json.loads(text)
-            old, old_data, self.found = content["config"], content["data"], content["found"]
-            old = old | {"model": with_current_names(old["model"])}
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(f"{path}: damaged ({error}); the run cannot be compared with these settings") from error
-        differences = differing(old, self._config.to_json())
-        if old_data != self._fingerprint:
-            differences.append(
-                f"--data.dir holds other tokens (fingerprint {self._fingerprint[:12]}, was {old_data[:12]})"
-            )
-        if differences:
-            raise InputError(
-                f"{self.path}: is another run: {'; '.join(differences)}; "
-                "choose another --run-dir, or give the values it began with"
-            )
+            status = read_status(self.path)
+        except InputError as error:
+            self.remarks.append(str(error))
+            checkpoints = list_checkpoints(self.path)
+            status = {"attempt": 0, "step": step_of(checkpoints[-1]) if checkpoints else 0}
+        if status is not None:
+            self.attempt, self._step = status["attempt"] + 1, status["step"]
+
+    def check_start(self, *, was_locked: bool | None = None) -> list[str]:
+        """Raise InputError if the directory holds another run, or progress that this start would lose. Write nothing.
+
+        Return a line if this start will write config.json again. `was_locked`: an attempt before left its lock.
+        """
         if not self._config.resume:
+            if newest_sound(self.path)[0] is not None:
+                raise InputError(
+                    f"{self.path}: holds checkpoints; drop --no-resume to continue it, or choose another --run-dir"
+                )
+            return []
+        recorded, remarks = recorded_run(self.path)
+        if recorded is not None and list_checkpoints(self.path):
+            self.found = recorded.found
+            refuse_another_run(self.path, recorded, self._config, self._fingerprint)
+            return remarks
+        was_locked = is_there(self.path / LOCK_FILE) if was_locked is None else was_locked
+        if (sign := sign_of_progress(self.path, was_locked=was_locked)) is not None:
             raise InputError(
-                f"{self.path}: holds checkpoints; drop --no-resume to continue it, or choose another --run-dir"
+                f"{self.path}: {sign}, but there is no checkpoint; put its {CHECKPOINTS} back, choose another "
+                "--run-dir, or start afresh with --no-resume, which keeps the rows of before aside"
             )
+        return []
 
     def _write_config(self) -> None:
         content = {"config": self._config.to_json(), "data": self._fingerprint, "found": self.found}
-        self._write("config.json", content)
+        self._write(CONFIG_FILE, content)
 
     def record(self, measured: dict[str, Any]) -> None:
         """Keep in config.json what set-up measured (parallel/auto_micro_batch.py), for later attempts."""
@@ -195,38 +202,21 @@ class RunDirectory:
                 write_json_atomically(self.path / name, content)
 
 
-def read_status(run_dir: Path) -> dict[str, Any] | None:
-    """Return status.json: {state: running|stopped|done|failed, step, reason, attempt}; None before the first start."""
-    return read_own_json(run_dir / STATUS_FILE)
+def sign_of_progress(run_dir: Path, *, was_locked: bool) -> str | None:
+    """Return what says that a run without checkpoints once had one; None for a new run, or one that never saved.
 
-
-def refuse_disagreement(config: Config, fingerprint: str, group: ProcessGroup) -> None:
-    """Raise InputError on all ranks if settings, data or torch differ between ranks. Collective."""
-    settings = flat(config.to_json()) | {"data fingerprint": fingerprint, "torch version": torch.__version__}
-    first, *others = group.gather(settings)
-    for rank, other in enumerate(others, start=1):
-        differences = [
-            f"{name} {other.get(name)} (rank 0: {value})" for name, value in first.items() if other.get(name) != value
-        ]
-        if differences:
-            raise InputError(f"rank {rank} was started differently: {'; '.join(differences)}")
-
-
-def flat(values: dict[str, Any], prefix: str = "--") -> dict[str, Any]:
-    """Return nested settings by the names of their flags."""
-    settings: dict[str, Any] = {}
-    for name, value in values.items():
-        flag = prefix + name.replace("_", "-")
-        settings |= flat(value, flag + ".") if isinstance(value, dict) else {flag: value}
-    return settings
-
-
-def differing(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Return the flag, new value and old value of each identity field that differs between two configurations.
-
-    A field that a recorded configuration lacks, because the field is newer, has its default.
+    An attempt writes status.json before its first row and its first line of log.
     """
-    defaults = flat(Config().to_json())
-    was, now = defaults | flat(old), defaults | flat(new)
-    flags = [flag for prefix in IDENTITY for flag in sorted(was | now) if f"{flag}.".startswith(f"{prefix}.")]
-    return [f"{flag} {now.get(flag)} (was {was.get(flag)})" for flag in flags if was.get(flag) != now.get(flag)]
+    damage = ""
+    try:
+        status = read_status(run_dir)
+        if status is not None:
+            return f"{STATUS_FILE} says that step {status['step']} was saved" if status["step"] > 0 else None
+    except InputError:
+        damage = f" and {STATUS_FILE} is damaged"
+    rows, _, damaged = read_lines(run_dir / METRICS_FILE)
+    if damaged or any(row["step"] > 0 for row in rows):
+        return f"{METRICS_FILE} has rows{damage}"
+    if was_locked and is_there(run_dir / LOG_FILE):
+        return f"an attempt left its {LOCK_FILE}{damage}"
+    return None

@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import stat
 import sys
 import tempfile
 import threading
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import InputError
+from common.files import move_aside
+from common.reading import parse_json
 from train.processes.ranks import slurm_job
 
 FILE_NAME = "lock.json"
@@ -32,6 +35,7 @@ class RunLock:
         self._stop = threading.Event()
         self._changing = threading.Lock()
         self._now = 0.0
+        self.remarks: list[str] = []  # what `acquire` moved away
         self._me: dict[str, Any] = {
             "host": socket.gethostname(),
             "pid": os.getpid(),
@@ -44,10 +48,13 @@ class RunLock:
         """Take the lock; raise InputError with the holder's name if it is alive."""
         first: tuple[str, float] | None = None  # text and heartbeat of another host's lock when first read
         while not self._create():
-            try:
-                text, heartbeat = self._path.read_text(encoding="utf-8"), self._path.stat().st_mtime
-            except FileNotFoundError:
+            if os.path.lexists(self._path) and not _is_file(self._path):
+                self.remarks.append(f"{self._path}: not a lock; moved aside to {move_aside(self._path).name}")
+                continue
+            holder = _read_lock(self._path)
+            if holder is None:
                 continue  # It was released meanwhile.
+            text, heartbeat = holder
             is_alive = _is_alive_here(text)
             if is_alive is None and self._now - heartbeat < DEAD_AFTER_SECONDS:
                 if first is None or first[0] != text:
@@ -73,10 +80,8 @@ class RunLock:
 
     def reads(self, text: str) -> bool:
         """Return whether the lock file has this text."""
-        try:
-            return self._path.read_text(encoding="utf-8") == text
-        except FileNotFoundError:
-            return False
+        holder = _read_lock(self._path)
+        return holder is not None and holder[0] == text
 
     def _create(self) -> bool:
         """Write the lock; return False if there is one already."""
@@ -98,7 +103,8 @@ class RunLock:
             self._path.rename(aside)
         except FileNotFoundError:
             return
-        if aside.read_text(encoding="utf-8") != text:
+        holder = _read_lock(aside)
+        if holder is not None and holder[0] != text:
             os.link(aside, self._path)
         aside.unlink()
 
@@ -126,15 +132,28 @@ class RunLock:
 
 def living_holder(run_dir: Path) -> str | None:
     """Return who trains in the run directory, as far as is known without waiting; None if nobody does."""
-    path = run_dir / FILE_NAME
-    try:
-        text, heartbeat = path.read_text(encoding="utf-8"), path.stat().st_mtime
-    except FileNotFoundError:
+    holder = _read_lock(run_dir / FILE_NAME)
+    if holder is None:
         return None
+    text, heartbeat = holder
     is_alive = _is_alive_here(text)
     if is_alive is None:
         is_alive = _file_time(run_dir) - heartbeat < DEAD_AFTER_SECONDS
     return _describe(text) if is_alive else None
+
+
+def _is_file(path: Path) -> bool:
+    return stat.S_ISREG(path.lstat().st_mode)
+
+
+def _read_lock(path: Path) -> tuple[str, float] | None:
+    """Return a lock's text, whatever it holds, and its last heartbeat; None if there is no lock, or no file."""
+    try:
+        if _is_file(path):
+            return path.read_bytes().decode("utf-8", "replace"), path.stat().st_mtime
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    return None
 
 
 def _file_time(folder: Path) -> float:
@@ -149,7 +168,7 @@ def _file_time(folder: Path) -> float:
 def _is_alive_here(text: str) -> bool | None:
     """Return whether the holder runs on this host; None, if it is elsewhere or unreadable: the heartbeat decides."""
     try:
-        holder = json.loads(text)
+        holder = parse_json(text)
         if holder["host"] == socket.gethostname():
             return holder["started"] is not None and _start_time(int(holder["pid"])) == holder["started"]
     except (KeyError, TypeError, ValueError):
@@ -181,8 +200,8 @@ def _start_time(pid: int) -> str | None:
 def _describe(text: str) -> str:
     """Return the holder that a lock's text names, or the text if it is no lock of ours."""
     try:
-        holder = json.loads(text)
+        holder = parse_json(text)
         job = f", job {holder['job']}" if holder["job"] else ""
         return f"pid {holder['pid']} on {holder['host']}{job}"
-    except (json.JSONDecodeError, KeyError, TypeError):
-        return text.strip()[:80]
+    except (ValueError, KeyError, TypeError):
+        return f"a lock that says {text[:40]!r}"

@@ -1,7 +1,7 @@
 """Finds where a run begins: its newest sound checkpoint, another run's weights, or new weights; and loads them."""
 
 import base64
-import json
+import os
 import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -9,13 +9,14 @@ from typing import Any
 
 import torch
 
-from common.errors import InputError
+from common.errors import InputError, writing_to
 from data_prep.tokenizer import Tokenizer, gives_same_ids, load_tokenizer
 from model.base import LanguageModel
 from model.checkpoint import (
     CHECKPOINTS,
     STEP_NAME,
     find_checkpoint,
+    list_checkpoints,
     model_config,
     model_tensors,
     newest_sound,
@@ -30,21 +31,36 @@ from train.config import Config
 from train.parallel.apply import put
 from train.parallel.precision import LossScale
 from train.processes.group import ProcessGroup
+from train.processes.ranks import is_automatic_restart
 from train.run.checkpoints import checkpoint_tensors
+from train.run.identity import recorded_run
+from train.run.obstacles import set_aside
 
 # Settings that may differ from those with which the weights were trained.
 FREE_SETTINGS = ("attention", "zero_init_projections", "eot_id")
 
 
-def find_start(run_dir: Path, *, group: ProcessGroup) -> tuple[Path | None, list[str]]:
-    """Return the checkpoint to continue from, or None, and a line for each damaged one passed over. Collective."""
+def find_start(run_dir: Path, *, save_every: int, group: ProcessGroup) -> tuple[Path | None, list[str]]:
+    """Return the checkpoint to continue from, or None, and a line for each damaged one passed over. Collective.
+
+    A job that Slurm restarts begins again by itself if its only checkpoint is the first that it could have: nobody may
+    be there to decide, and little is lost.
+    """
 
     def find() -> tuple[Path | None, list[str]]:
         for leftover in (run_dir / CHECKPOINTS).glob(".step_*"):  # left by saves and deletions that a kill interrupted
             shutil.rmtree(leftover, ignore_errors=True)
         checkpoint, faults = newest_sound(run_dir)
         if checkpoint is None and faults:
-            raise InputError(f"{run_dir}: has no sound checkpoint ({'; '.join(faults)}); move it away to start afresh")
+            checkpoints = list_checkpoints(run_dir)
+            if is_automatic_restart(os.environ) and len(checkpoints) == 1 and step_of(checkpoints[0]) <= save_every:
+                with writing_to(run_dir):
+                    return None, faults + set_aside(run_dir)
+            newest = step_of(checkpoints[-1])
+            raise InputError(
+                f"{run_dir}: has no sound checkpoint ({'; '.join(faults)}); mend that, or give --no-resume too, which "
+                f"keeps them aside and trains its {newest} steps again"
+            )
         return checkpoint, faults
 
     return group.on_main(find)
@@ -68,8 +84,8 @@ def load(
 def settle_origin(config: Config) -> Config:
     """Return the config with --from-checkpoint as an absolute PATH@STEP, or PATH for a Hugging Face folder.
 
-    A run's newest checkpoint changes, but the weights that this run began with do not. So the step in this run's
-    config.json stays, as long as the command line names the same run or folder.
+    A run's newest checkpoint changes, but the weights that this run began with do not. So the step that this run
+    recorded stays, as long as the command line names the same run or folder.
     """
     if config.from_checkpoint is None:
         return config
@@ -87,12 +103,11 @@ def settle_origin(config: Config) -> Config:
 
 
 def recorded_origin(run_dir: Path, named: Path) -> str | None:
-    """Return the origin in the config.json of `run_dir`, if it is the run or folder `named`; else None."""
-    try:
-        origin = json.loads((run_dir / "config.json").read_text(encoding="utf-8"))["config"]["from_checkpoint"]
-    except (OSError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
-        return None  # RunDirectory.check_start reports a damaged file.
-    return origin if origin is not None and str(named) in (origin, origin.rpartition("@")[0]) else None
+    """Return the origin with which the run in `run_dir` began, if it is the run or folder `named`; else None."""
+    recorded, _ = recorded_run(run_dir)
+    origin = None if recorded is None else recorded.config.get("from_checkpoint")
+    is_named = isinstance(origin, str) and str(named) in (origin, origin.rpartition("@")[0])
+    return origin if is_named else None
 
 
 def load_weights(name: str, model: LanguageModel, tokenizer: Tokenizer, group: ProcessGroup) -> str:

@@ -15,7 +15,7 @@ from train.main import run
 from train.metrics.logger import RunLogger
 from train.processes.group import ProcessGroup
 from train.processes.stop_requests import StopRequests
-from train.run.directory import differing
+from train.run.identity import differing
 from train.run.lock import RunLock
 
 ALONE = ProcessGroup(0, 1, torch.device("cpu"))
@@ -45,12 +45,39 @@ def test_rows_after_the_restored_step_are_dropped_with_an_incomplete_line(tmp_pa
             assert logger.validated_steps == ({5} if step == 5 else set())
 
 
-def test_a_damaged_row_in_the_middle_is_refused_not_cut_off(tmp_path: Path) -> None:
-    content = '{"step": 1, "loss": 1.0}\n{"step": 2, "lo\n{"step": 3, "loss": 1.0}\n'
-    (tmp_path / "metrics.jsonl").write_text(content)
-    with pytest.raises(InputError, match=r"metrics.jsonl:2: damaged"):
-        RunLogger(tmp_path, step=3, group=ALONE, stop_requests=StopRequests(tmp_path, is_main=True))
-    assert (tmp_path / "metrics.jsonl").read_text() == content
+def test_a_damaged_row_costs_itself_alone_and_the_file_is_kept(tmp_path: Path) -> None:
+    lines = [
+        '{"step": 1, "loss": 1.0}',
+        '{"step": 2, "lo',
+        "5",
+        "{}",
+        '{"step": 3, "loss": "x"}',
+        '{"step": 4, "loss": null}',
+    ]
+    content = ("\n".join(lines) + "\n").encode() + b"\xff\n"
+    (tmp_path / "metrics.jsonl").write_bytes(content)
+    stop_requests = StopRequests(tmp_path, is_main=True)
+    with RunLogger(tmp_path, step=4, group=ALONE, stop_requests=stop_requests) as logger:
+        assert len(logger.remarks) == 1
+        assert "2 rows up to step 4 can be read, 5 lines cannot (the first is line 2)" in logger.remarks[0]
+    assert [row["step"] for row in rows(tmp_path)] == [1, 4]
+    assert (tmp_path / "metrics.jsonl.aside_1").read_bytes() == content
+
+
+def test_rows_that_were_altered_after_the_checkpoint_are_noticed(tmp_path: Path) -> None:
+    stop_requests = StopRequests(tmp_path, is_main=True)
+    with RunLogger(tmp_path, step=None, group=ALONE, stop_requests=stop_requests) as logger:
+        for step in (1, 2):
+            logger._write("metrics.jsonl", json.dumps({"step": step, "loss": 1.0}))
+        logger.make_durable()
+        logger._write("metrics.jsonl", '{"step": 3, "loss": 1.0}')
+    whole = (tmp_path / "metrics.jsonl").read_bytes()
+    for content, is_noticed in ((whole, False), (whole.replace(b"1.0", b"1.5", 1), True), (whole[30:], True)):
+        (tmp_path / "metrics.jsonl").write_bytes(content)
+        with RunLogger(tmp_path, step=2, group=ALONE, stop_requests=stop_requests, seals=logger.seals) as again:
+            assert bool(again.remarks) == is_noticed
+            again.make_durable()
+        assert is_noticed or again.seals == logger.seals
 
 
 def test_a_run_directory_has_the_promised_files_and_rows_the_promised_keys(tiny_data: Path, tmp_path: Path) -> None:
