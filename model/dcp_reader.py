@@ -22,7 +22,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
 from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
@@ -48,6 +48,11 @@ class SafeReader(dcp.FileSystemReader):
     def __init__(self, checkpoint: Path, metadata: Metadata) -> None:
         super().__init__(checkpoint)
         self._metadata = metadata
+        self._parts = {
+            MetadataIndex(name, chunk.offsets): (chunk.sizes, tensor.properties.dtype)
+            for name, tensor in tensors_in(metadata).items()
+            for chunk in tensor.chunks
+        }
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return self._metadata
@@ -63,15 +68,10 @@ class SafeReader(dcp.FileSystemReader):
                 content = file.read(place.length)
             try:
                 part = saved_tensor(content)
-                target = planner.resolve_tensor(item).detach()
-                require(
-                    all(
-                        o + n <= size for o, n, size in zip(item.storage_offsets, item.lengths, part.shape, strict=True)
-                    ),
-                    "a part is smaller than .metadata says",
-                )
+                require((part.shape, part.dtype) == self._parts[item.storage_index], "it is not as .metadata says")
             except ValueError as error:
                 raise InputError(f"{path}: refused: {item.storage_index.fqn}: {error}") from error
+            target = planner.resolve_tensor(item).detach()
             target.copy_(narrow_tensor_by_index(part, item.storage_offsets, item.lengths))
             planner.commit_tensor(item, target)
         done: Future[None] = Future()
@@ -107,6 +107,7 @@ def saved_tensor(content: bytes) -> Tensor:
         entry = entries.get(name)
         if entry is None or entry.compress_type != zipfile.ZIP_STORED or entry.flag_bits & 1:
             raise RefusedError(f"{name} is not there, or is compressed, which torch.save never does")
+        require(entry.header_offset >= 0, f"{name} lies outside the file")
         header = content[entry.header_offset : entry.header_offset + LOCAL_HEADER.size]
         require(len(header) == LOCAL_HEADER.size, f"{name} lies outside the file")
         start = entry.header_offset + LOCAL_HEADER.size + sum(LOCAL_HEADER.unpack(header))
@@ -186,5 +187,10 @@ def data_files_of(checkpoint: Path) -> set[str]:
 
 def sizes_of(checkpoint: Path) -> dict[str, torch.Size]:
     """Return the shape of each tensor of a checkpoint by name, according to its metadata."""
-    tensors = read_description(checkpoint).state_dict_metadata
-    return {name: tensor.size for name, tensor in tensors.items() if isinstance(tensor, TensorStorageMetadata)}
+    return {name: tensor.size for name, tensor in tensors_in(read_description(checkpoint)).items()}
+
+
+def tensors_in(metadata: Metadata) -> dict[str, TensorStorageMetadata]:
+    """Return what `description` gave, by its type: tensors only."""
+    tensors = metadata.state_dict_metadata
+    return {name: tensor for name, tensor in tensors.items() if isinstance(tensor, TensorStorageMetadata)}

@@ -16,7 +16,6 @@ from tests.helpers.secrets_planted import SECRETS, TEXTS
 
 pytest.importorskip("wandb")
 pytest.importorskip("safetensors")
-# Put together here, since the clone holds this file too.
 BY_NAME = {name: f"by {name}" for name in (".env", ".netrc", "sub/id_rsa", "server.pem")}
 
 
@@ -30,14 +29,10 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A clone of this repository with a secret of every kind: in new files, in changed ones, and in removed lines."""
     root = tmp_path_factory.mktemp("secrets") / "checkout"
     for name in git(ROOT, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0"):
-        if (
-            name
-            and (ROOT / name).is_file()
-            and not (ROOT / name).is_symlink()
-            and name.endswith((".py", ".toml", ".sh"))
-        ):
+        path = ROOT / name
+        if path.is_file() and not name.startswith("tests/") and path.suffix in (".py", ".toml", ".sh"):
             (root / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(ROOT / name, root / name)
+            shutil.copyfile(path, root / name)
     (root / "removed.txt").write_text("\n".join(TEXTS.values()))
     (root / "server.pem").write_text("old " + BY_NAME["server.pem"])
     git(root, "init", "--quiet")

@@ -3,6 +3,7 @@
 import io
 import pickle
 import random
+import shutil
 import struct
 import time
 import tracemalloc
@@ -17,6 +18,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorStorageMetadata
 
+from common.errors import InputError
 from model.dcp_metadata import RefusedError, description, interpret
 from model.dcp_reader import read_tensors, saved_tensor
 
@@ -263,6 +265,35 @@ def test_a_tensors_file_neither_calls_nor_allocates_nor_reads_elsewhere() -> Non
         assert tracemalloc.get_traced_memory()[1] < 10e6
     finally:
         tracemalloc.stop()
+
+
+def test_a_part_of_another_dtype_or_shape_than_the_metadata_says_is_refused(saved: Path, tmp_path: Path) -> None:
+    for number, other in enumerate((torch.zeros(3, 4, dtype=torch.int64), torch.zeros(4, 3), torch.zeros(12))):
+        folder = shutil.copytree(saved, tmp_path / str(number))
+        told, content = as_dcp((saved / ".metadata").read_bytes()), torch_saved(other)
+        data = folder / place(told).relative_path
+        place(told).offset, place(told).length = data.stat().st_size, len(content)
+        data.write_bytes(data.read_bytes() + content)
+        (folder / ".metadata").write_bytes(pickle.dumps(told))
+        into = {name: torch.full_like(tensor, 7) for name, tensor in TENSORS.items()}
+        with pytest.raises(InputError, match=r"refused: model\.a: it is not as \.metadata says"):
+            read_tensors(folder, into)
+        assert (into["model.a"] == 7).all()
+
+
+def test_a_damaged_tensors_file_is_refused_or_read() -> None:
+    content = torch_saved(torch.arange(8.0))
+    num_read = 0
+    for seed in range(2_000):
+        rng, data = random.Random(seed), bytearray(content)
+        for _ in range(rng.choice((1, 3))):
+            at = rng.choice((rng.randrange(len(data)), len(data) - 1 - rng.randrange(min(500, len(data)))))
+            data[at : at + rng.choice((1, 4))] = rng.choice((rng.randbytes(1), b"\xff" * 4, bytes(4)))
+        try:
+            num_read += len(saved_tensor(bytes(data))) >= 0
+        except ValueError as error:
+            assert "\n" not in str(error), seed
+    assert 0 < num_read < 2_000
 
 
 # --- Anything ---------------------------------------------------------------------------------------------------------
