@@ -6,9 +6,10 @@ BIN := .venv/bin
 
 # The text inside CPython -> shards -> a GPT trained in two processes -> its loss curve and a sample.
 # On the CPU also where there is a GPU: two processes want two, and the numbers are then the same everywhere.
+# --local-addr: otherwise torchrun asks for the address of the host's own name, which containers may not know.
 quickstart: .venv/.base
 	$(BIN)/python data_prep/textfiles.py --input python-docs --out data/python-docs --tokenizer char
-	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 train/main.py quickstart
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --local-addr=127.0.0.1 --nproc_per_node=2 train/main.py quickstart
 	$(BIN)/python train/curves.py runs/quickstart
 	$(BIN)/python model/generate.py runs/quickstart --prompt "The " --max-tokens 300
 
@@ -45,7 +46,7 @@ lint: .venv/.dev
 
 bench: .venv/.dev
 	$(BIN)/python benchmarks/bench_step.py
-	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --nproc_per_node=2 benchmarks/bench_parallel.py
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --standalone --local-addr=127.0.0.1 --nproc_per_node=2 benchmarks/bench_parallel.py
 	$(BIN)/python benchmarks/bench_saves.py
 	$(BIN)/python benchmarks/bench_generate.py
 	$(BIN)/python benchmarks/bench_data_prep.py

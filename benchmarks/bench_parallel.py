@@ -1,9 +1,9 @@
 """Time our step with DDP and FSDP2 against a bare loop of the same model with the same parallelism.
 
-    OMP_NUM_THREADS=1 torchrun --standalone --nproc_per_node=2 benchmarks/bench_parallel.py   # minutes on 2 CPU cores
+    OMP_NUM_THREADS=1 torchrun --local-addr=127.0.0.1 --nproc_per_node=2 benchmarks/bench_parallel.py  # minutes, CPU
     python benchmarks/bench_parallel.py --parallel fsdp --preset gpt2-small --sequences 64 --vocab-size 50257 # on a GPU
-    torchrun --standalone --nproc_per_node=8 benchmarks/bench_parallel.py --preset gpt2-xl --sequences 128 \
-        --micro-batch 4 --vocab-size 50257 --parallel fsdp
+    torchrun --local-addr=127.0.0.1 --nproc_per_node=8 benchmarks/bench_parallel.py --preset gpt2-xl \
+        --sequences 128 --micro-batch 4 --vocab-size 50257 --parallel fsdp
 
 For each parallel mode both run in turn, in blocks of steps after a warm-up. The bare loop runs twice in each round; its
 ratio to itself (the A/A control) tells how far the machine can be trusted. FSDP2 reduces gradients once a step (step)
@@ -159,7 +159,7 @@ def main(args: list[str] | None = None) -> None:
         ):
             if group.world == 1 and "ddp" in options.parallel:
                 raise InputError(
-                    "ddp needs several processes: torchrun --standalone --nproc_per_node=2 "
+                    "ddp needs several processes: torchrun --local-addr=127.0.0.1 --nproc_per_node=2 "
                     "benchmarks/bench_parallel.py; or set --parallel fsdp"
                 )
             ways = dict[str, dict[str, Any]]()

@@ -3,7 +3,7 @@
     python benchmarks/bench_saves.py                                       # a small model; 2 minutes on 2 CPU cores
     python benchmarks/bench_saves.py --preset gpt2-small --sequences 1 --vocab-size 50257 --on-cpu --rounds 3
     python benchmarks/bench_saves.py --preset gpt2-small --sequences 64 --vocab-size 50257     # on a GPU
-    torchrun --standalone --nproc_per_node=8 benchmarks/bench_saves.py --preset gpt2-medium --sequences 512
+    torchrun --local-addr=127.0.0.1 --nproc_per_node=8 benchmarks/bench_saves.py --preset gpt2-medium --sequences 512
 
 A round has three parts: the steps beside an asynchronous save, until the checkpoint has its name; as many steps without
 a save, twice (the second over the first is the A/A control); one save that is waited for. With one process, a real run

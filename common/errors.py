@@ -5,11 +5,14 @@ from __future__ import annotations  # launch/snapshot.py and launch/requeue.py r
 import errno
 import io
 import os
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import TracebackType
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 READ_REMEDIES = {
@@ -23,6 +26,10 @@ READ_REMEDIES = {
 
 class InputError(ValueError):
     """A mistake of the user or a fault of the machine, in one line: what happened, what is needed, what to change."""
+
+
+class RankError(InputError):
+    """An InputError about this process's place among others, so it cannot be left to rank 0 to print it."""
 
 
 def first_line(error: BaseException) -> str:
@@ -62,6 +69,18 @@ def print_error(program: str, error: BaseException) -> None:
     print(f"{program}: {str(error) or 'interrupted'}", file=sys.stderr, flush=True)
 
 
+def print_interrupts_in_one_line(program: str) -> None:
+    """Print one line instead of a traceback if Ctrl-C comes outside `one_line_errors`, as during slow imports."""
+
+    def report(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        if not issubclass(kind, KeyboardInterrupt):
+            sys.__excepthook__(kind, error, trace)
+        elif os.environ.get("RANK", "0") == "0":
+            print_error(program, error)
+
+    sys.excepthook = report
+
+
 @contextmanager
 def one_line_errors(program: str) -> Iterator[None]:
     """Turn an InputError into one line on stderr and exit status 2, and Ctrl-C into one line and exit status 130.
@@ -69,7 +88,8 @@ def one_line_errors(program: str) -> Iterator[None]:
     A stdout that is a closed pipe ends the command quietly, one on a full disk with one line. Every other exception
     keeps its traceback, since it is a bug of ours. That includes a bare OSError: code that opens what the user named
     wraps it in `reading_from` or `writing_to`. Under torchrun every rank raises the same InputError, so only rank 0
-    prints it. A character that the console cannot show is printed as its escape.
+    prints it. A second Ctrl-C ends the process at once, without a traceback of Python's own clearing up. A character
+    that the console cannot show is printed as its escape.
     """
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -77,7 +97,9 @@ def one_line_errors(program: str) -> Iterator[None]:
         yield
         sys.stdout.flush()
     except (InputError, KeyboardInterrupt) as error:
-        if os.environ.get("RANK", "0") == "0":
+        if isinstance(error, KeyboardInterrupt) and threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, signal.SIG_DFL)
+        if isinstance(error, RankError) or os.environ.get("RANK", "0") == "0":
             print_error(program, error)
         sys.exit(130 if isinstance(error, KeyboardInterrupt) else 2)
     except OSError as error:

@@ -23,8 +23,11 @@ def fsync_directory(directory: Path) -> None:
 
 
 def write_atomically(path: Path, content: str) -> None:
-    """Replace `path` by `content` in UTF-8, like `write_blocks_atomically`."""
-    write_blocks_atomically(path, [content.encode("utf-8")])
+    """Replace `path` by `content` in UTF-8, like `write_blocks_atomically`.
+
+    The bytes of a path that is not UTF-8, which Python holds as surrogates, are written as escapes.
+    """
+    write_blocks_atomically(path, [content.encode("utf-8", "backslashreplace")])
 
 
 def write_blocks_atomically(path: Path, blocks: Iterable[bytes | memoryview]) -> str:

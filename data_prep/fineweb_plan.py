@@ -10,6 +10,7 @@ import dataclasses
 import glob
 import itertools
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -268,13 +269,18 @@ def task_share(options: Options) -> tuple[int, int]:
 
 
 def _share_of_slurm_array() -> tuple[int, int]:
-    variables = ("ID", "COUNT", "MIN", "MAX")
-    try:
-        number, count, first, last = (int(os.environ[f"SLURM_ARRAY_TASK_{name}"]) for name in variables)
-    except KeyError as error:
-        fault = f"SLURM_ARRAY_TASK_ID is set, {error.args[0]} is not"
-        raise InputError(f"{fault}; give --task-index and --num-tasks") from error
-    step = int(os.environ.get("SLURM_ARRAY_TASK_STEP", "1"))
+    numbers = []
+    for name, default in {"ID": None, "COUNT": None, "MIN": None, "MAX": None, "STEP": "1"}.items():
+        variable = f"SLURM_ARRAY_TASK_{name}"
+        text = os.environ.get(variable, default)
+        if text is None:
+            raise InputError(f"SLURM_ARRAY_TASK_ID is set, {variable} is not; give --task-index and --num-tasks")
+        if not re.fullmatch("[0-9]{1,18}", text):
+            raise InputError(f"{variable}={text!r}: not a whole number; give --task-index and --num-tasks")
+        numbers.append(int(text))
+    number, count, first, last, step = numbers
+    if step == 0:
+        raise InputError("SLURM_ARRAY_TASK_STEP='0': at least 1 is needed; give --task-index and --num-tasks")
     if (last - first) // step + 1 != count:
         raise InputError(f"the {count} ids of this Slurm array have gaps; give --task-index and --num-tasks")
     return (number - first) // step, count

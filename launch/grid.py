@@ -1,7 +1,7 @@
 """Expand a grid of flags into runs, each with its own run directory.
 
     python3 launch/grid.py gpt2-small --grid optim.lr-peak=6e-4,1e-3 seed=1,2 -- --train.steps 1000      # list the runs
-    python3 launch/grid.py gpt2-small --grid ... --point 3 -- ...      # print one run's arguments for train/main.py
+    python3 launch/grid.py gpt2-small --grid ... --point 3 -- ...      # print one run's arguments, quoted for a shell
 
 Every combination of values is a run, and the last flag changes fastest. The run directories are
 RUN_DIR/optim.lr-peak=6e-4,seed=1 and so on, where RUN_DIR is runs/PRESET-grid or the --run-dir among the flags.
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("preset")
     parser.add_argument("--grid", nargs="+", required=True, metavar="FLAG=VALUE,VALUE")
-    parser.add_argument("--point", type=int, help="number of a run, from 0; print its arguments, one per line")
+    parser.add_argument("--point", type=int, help="number of a run, from 0; print its arguments, quoted for a shell")
     options = parser.parse_args(words)
     with one_line_errors("grid"):
         points = expand_grid(options.preset, options.grid, flags)
@@ -99,7 +100,7 @@ def main(args: list[str] | None = None) -> None:
             raise InputError(
                 f"--point {options.point}: the grid has {len(points)} runs; --array=0-{len(points) - 1} takes all"
             )
-        print("\n".join(points[options.point].args))
+        print(shlex.join(points[options.point].args))
 
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@ import re
 import shlex
 import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, TypeGuard
 
 import tyro
 
 from common.errors import InputError
+from common.names import require_printable
 from data_prep import fineweb_plan
 
 
@@ -82,13 +84,32 @@ def refuse_contradictions(options: Options) -> None:
         raise InputError(f"--gpus-per-node {options.gpus_per_node} with --cluster debug: it is one process; use 1")
     if wants_preparation(options) and options.cluster != "slurm":
         raise InputError(f"--prep with --cluster {options.cluster}: run python data_prep/fineweb.py here first")
+    texts = {"--name": options.name, "--account": options.account, "--partition": options.partition}
+    for flag, text in [*texts.items(), *(("--sbatch", word) for word in options.sbatch)]:
+        require_script_text(flag, text or "")
     for name in ("nodes", "gpus_per_node", "cpus_per_gpu", "max_parallel", "prep_tasks"):
         value = getattr(options, name, None)
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
+    if options.max_requeues < 0:
+        raise InputError(f"--max-requeues {options.max_requeues} must be at least 0")
     if wants_preparation(options):  # refuse wrong flags here, before eight tasks fail with them
         tyro.cli(fineweb_plan.Options, prog="--prep-flags", args=shlex.split(options.prep_flags))
     parse_minutes(options.time)
+
+
+def require_script_text(flag: str, text: str) -> None:
+    """Raise InputError for what a line `#SBATCH --flag='text'` cannot hold: Slurm removes a backslash there."""
+    require_printable(flag, text)
+    if "\\" in text:
+        raise InputError(f"{flag} {text}: Slurm removes the backslash; give a name without one")
+
+
+def require_log_folder(run_dir: Path) -> None:
+    """Raise InputError for a run directory that cannot be in the name of a log: Slurm and submitit replace %j there."""
+    require_script_text("--run-dir", str(run_dir))
+    if "%" in str(run_dir):
+        raise InputError(f"--run-dir {run_dir}: Slurm replaces what follows a % in the names of logs; choose another")
 
 
 def parse_minutes(text: str) -> int:

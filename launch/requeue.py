@@ -24,14 +24,17 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.errors import InputError, one_line_errors, writing_to
-from common.reading import read_own_json
-from train.processes.ranks import slurm_job
+from common.errors import InputError, one_line_errors, reading_from, warn, writing_to
+from common.names import require_printable
+from common.reading import NATURAL, Form, read_own_json
+from train.processes.ranks import number_in, slurm_job
 
 # Reasons in status.json that come from a person: a STOP file that this job did not make, W&B's stop button, a flag.
 STOPPED_BY_PEOPLE = ("STOP file", "SIGINT", "--stop-after")
 NEEDS_A_PERSON = ("NonFiniteError", "DivergedError")  # these save first, and would come again at the same step
 NEAR_THE_LIMIT_SECONDS = 400  # --signal=B:USR1@300 comes up to a minute early
+UNKNOWN = "?"  # instead of the attempt of a status.json that is damaged
+STATUS_FORM: Form = {"state": str, "reason": (str, None), "attempt": NATURAL, "step": NATURAL}
 NO_STATUS: dict[str, Any] = {"attempt": 0, "step": 0}  # of a run that never began
 PATIENCE_SECONDS = 120  # with a Slurm controller that does not answer
 
@@ -102,29 +105,59 @@ def begin(run_dir: Path, job: str) -> str:
     Raises InputError, before anything is touched, if Slurm says that another job trains there. Holders outside Slurm
     are left to the trainer's own lock.
     """
-    holder = (read_own_json(run_dir / "lock.json") or {}).get("job")
-    if holder not in (None, job) and job_state(holder)[0] in ("RUNNING", "SUSPENDED", "STOPPED"):
+    require_printable("--run-dir", str(run_dir))
+    holder = (read_if_sound(run_dir / "lock.json", {"job": (str, None)}) or {}).get("job")
+    if holder is not None and not re.fullmatch(r"[0-9]+(_[0-9]+)?", holder):
+        warn("slurm", f"{run_dir / 'lock.json'}: {holder!r} is no job of Slurm's; the trainer looks at it")
+    elif holder not in (None, job) and job_state(holder)[0] in ("RUNNING", "SUSPENDED", "STOPPED"):
         raise InputError(f"{run_dir}: job {holder} is training here; wait for it, or choose another --run-dir")
     with writing_to(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "STOP").unlink(missing_ok=True)
-    status = read_own_json(run_dir / "status.json") or NO_STATUS
-    return f"{status['attempt']} {status['step']}"
+    status = read_status(run_dir) or NO_STATUS
+    return f"{UNKNOWN if status['attempt'] is None else status['attempt']} {status['step']}"
+
+
+def read_if_sound(path: Path, form: Form) -> dict[str, Any] | None:
+    """Return a JSON file's object; None without one, or with a warning if it is damaged: the trainer mends it."""
+    try:
+        return read_own_json(path, form)
+    except InputError as error:
+        warn("slurm", str(error))
+        return None
+
+
+def read_status(run_dir: Path) -> dict[str, Any] | None:
+    """Return status.json; None without one. For a damaged one, the attempt is None, and checkpoints tell the step."""
+    path = run_dir / "status.json"
+    status = read_if_sound(path, STATUS_FORM)
+    if status is None and os.path.lexists(path):
+        with reading_from(run_dir):
+            names = [folder.name for folder in (run_dir / "checkpoints").glob("step_*")]
+        steps = [int(name[5:]) for name in names if re.fullmatch(r"step_[0-9]{8,18}", name)]
+        return {"state": "running", "reason": "status.json is damaged", "attempt": None, "step": max([0, *steps])}
+    return status
 
 
 def read_attempt_end(run_dir: Path, job: str, before: str, **known: Any) -> AttemptEnd:
     """Return how the attempt ended, from status.json, squeue and the `known` fields.
 
-    `before` is what `begin` printed. status.json of an earlier attempt does not count.
+    `before` is what `begin` printed. status.json of an earlier attempt does not count, nor one that was damaged then
+    and still is.
     """
-    attempt_before, step_before = (int(word) for word in before.split())
-    status = read_own_json(run_dir / "status.json") or NO_STATUS
-    is_ours = status["attempt"] > attempt_before
+    attempt_before, _, step_before = before.partition(" ")
+    if not re.fullmatch(rf"([0-9]{{1,18}}|{re.escape(UNKNOWN)}) [0-9]{{1,18}}", before):
+        raise InputError(f"--before {before!r}: give the line that `begin` printed, like --before '3 1000'")
+    status = read_status(run_dir) or NO_STATUS
+    if status["attempt"] is None or attempt_before == UNKNOWN:
+        is_ours = (status["attempt"] is None) != (attempt_before == UNKNOWN)
+    else:
+        is_ours = status["attempt"] > int(attempt_before)
     state, seconds_left = job_state(job)
     return AttemptEnd(
         state=status["state"] if is_ours else None,
         reason=status["reason"] if is_ours else None,
-        step_before=step_before,
+        step_before=int(step_before),
         step=status["step"],
         job_state=state,
         seconds_left=seconds_left,
@@ -135,7 +168,7 @@ def read_attempt_end(run_dir: Path, job: str, before: str, **known: Any) -> Atte
 def job_state(job: str) -> tuple[str, int | None]:
     """Return (squeue's state, seconds left) of a job; the state is GONE if Slurm has forgotten it."""
     answer = ask_slurm("squeue", "--noheader", "--states=all", "--jobs", job, "--format", "%T %L")
-    state, left = answer.split() if answer else ("GONE", "")
+    state, left = answer.split()[:2] if answer else ("GONE", "")
     return state, parse_time_left(left)
 
 
@@ -174,13 +207,13 @@ def main(args: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("when", choices=("begin", "end"))
     parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--before", metavar='"ATTEMPT STEP"', help="end: the line that begin printed")
+    parser.add_argument("--before", metavar='"ATTEMPT STEP"', default="", help="end: the line that begin printed")
     parser.add_argument("--asked", default="", help="end: the signal that the batch shell received, without SIG")
     parser.add_argument("--exit-status", type=int, default=0, help="end: the exit status of srun")
     parser.add_argument("--max-requeues", type=int, default=50, help="end: restarts after which the job is left to end")
     options = parser.parse_args(args)
-    job, restarts = slurm_job(os.environ), int(os.environ.get("SLURM_RESTART_COUNT", "0"))
     with one_line_errors("slurm"):
+        job, restarts = slurm_job(os.environ), number_in(os.environ, "SLURM_RESTART_COUNT", 0)
         if job is None:
             raise InputError("SLURM_JOB_ID is not set: this command is for slurm/body.sh, in a job")
         if options.when == "begin":

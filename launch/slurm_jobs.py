@@ -81,7 +81,9 @@ def slurm_executor(
         stderr_to_stdout=True,
         setup=[
             f"export MAX_REQUEUES={options.max_requeues} PATH={shlex.quote(str(Path(sys.executable).parent))}:$PATH",
-            f'. {body} || {{ echo "slurm: {body} is not there on $(hostname): share the run directory" >&2; exit 2; }}',
+            f"[ -r {body} ] || {{ printf 'slurm: %s is not there on %s: share the run directory\\n' {body} "
+            '"$(hostname)" >&2; exit 2; }',
+            f". {body}",
             f"submitted {shlex.join([str(code), *(str(point.run_dir) for point in points)])}",
         ],
         additional_parameters={
@@ -138,7 +140,7 @@ def submit_prep(options: SubmitOptions, base: Path, code: Path, data_dir: Path, 
         print(f"{data_dir}: prepared already")
         return None
     flags = [*shlex.split(options.prep_flags), "--out", str(data_dir)]
-    name = f"prep-{hashlib.sha256(str(data_dir).encode()).hexdigest()[:12]}"
+    name = f"prep-{hashlib.sha256(os.fsencode(data_dir)).hexdigest()[:12]}"
     pending = ask_slurm("squeue", "--noheader", "--array", "--name", f"{name}-pack", "--format", "%i").split()
     if pending:
         pack_job = pending[0].partition("_")[0]

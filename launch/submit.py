@@ -27,7 +27,7 @@ from common.errors import InputError, one_line_errors, reading_from
 from data_prep.manifest import FILE_NAME as MANIFEST_FILE
 from launch.grid import Point, expand_grid, find_run_dir, split_at_dashes
 from launch.local import train_here
-from launch.options import Options, SubmitOptions, refuse_contradictions, wants_preparation
+from launch.options import Options, SubmitOptions, refuse_contradictions, require_log_folder, wants_preparation
 from launch.runs import RunInfo, find_runs, inspect_runs, stop, table
 from launch.slurm_jobs import slurm_executor, submit_to_slurm
 from launch.snapshot import ROOT, take
@@ -65,6 +65,7 @@ def train_points(
     every run is checked first, also of those that are done. `excluded`: run directories that are not trained.
     """
     refuse_contradictions(options)
+    require_log_folder(base)
     run_dirs = [point.run_dir for point in points]
     configs = [parse(point.args, PRESETS) for point in points]
     cards = [checked_card(config, options) for config in configs]

@@ -38,6 +38,7 @@ prepare() {
   local record tries=0
   [ -n "${SLURM_JOB_ID:-}" ] ||
     refuse "this is no Slurm job: give the script to sbatch, or use torchrun --nproc_per_node=N train/main.py on one machine"
+  [[ ${MAX_REQUEUES:-50} =~ ^[0-9]{1,9}$ ]] || refuse "MAX_REQUEUES='$MAX_REQUEUES': give a whole number"
   cd "$SLURM_SUBMIT_DIR" || refuse "$SLURM_SUBMIT_DIR is not there on $(hostname): submit from a folder that the nodes share"
   clear_leftovers
   # scontrol tells the restart count and the array. Slurm sets their variables only in restarted jobs and in arrays, so
@@ -62,7 +63,7 @@ prepare() {
   [ ! -d .venv/bin ] || PATH=$PWD/.venv/bin:$PATH
 }
 
-# run_dir_of PRESET FLAGS...: print the run directory that train/main.py will use
+# run_dir_of PRESET FLAGS...: print the run directory that train/main.py will use, so that no command takes it for a flag
 run_dir_of() {
   local run_dir=runs/$1
   shift
@@ -73,7 +74,8 @@ run_dir_of() {
     esac
     shift
   done
-  echo "$run_dir"
+  case $run_dir in -*) run_dir=./$run_dir ;; esac
+  printf '%s\n' "$run_dir"
 }
 
 # on_stop SIGNAL: ask the run to save and stop
@@ -101,7 +103,7 @@ listen() {
   trap 'asked=TERM' TERM
 }
 
-# begin RUN_DIR: take the run for this job, and set hosts, gpus and port
+# begin RUN_DIR: take the run for this job, and set hosts, gpus, address and port
 begin() {
   run_dir=$1
   before=$(python3 "$code/launch/requeue.py" begin "$run_dir") || exit
@@ -114,18 +116,25 @@ begin() {
   # SLURM_GPUS_ON_NODE would be all GPUs of the node in a job that is --exclusive. "h100:8" also means 8.
   gpus=${SLURM_GPUS_PER_NODE:-}
   gpus=${gpus##*:}
-  [ -n "$gpus" ] || refuse "no GPUs were asked for: sbatch --gpus-per-node N"
-  # The port lies below the kernel's own range, which begins at 32768. It differs by job and restart, and a port that is
-  # in use is passed over.
-  port=$((12000 + (SLURM_JOB_ID * 13 + SLURM_RESTART_COUNT) % 18000))
-  while (: <"/dev/tcp/${hosts[0]}/$port") 2>/dev/null; do port=$((port + 1)); done
+  [[ $gpus =~ ^[0-9]+$ ]] || refuse "SLURM_GPUS_PER_NODE='${SLURM_GPUS_PER_NODE:-}': ask for GPUs by sbatch --gpus-per-node N"
+  # All ranks meet at the first host, on the network whose interface the site names, and at a port that nobody can tell
+  # beforehand. The port lies below the kernel's own range, which begins at 32768; one that is in use is passed over.
+  local interface=${GLOO_SOCKET_IFNAME:-}
+  address=${hosts[0]}
+  if [ -n "$interface" ]; then
+    interface=${interface%%,*}
+    address=$(ip -oneline -family inet address show dev "$interface" | sed -n '1s/.* inet \([0-9.]*\).*/\1/p')
+    [ -n "$address" ] || refuse "GLOO_SOCKET_IFNAME=$GLOO_SOCKET_IFNAME: $interface has no address on $(hostname)"
+  fi
+  port=$((12000 + $(od -An -N2 -tu2 /dev/urandom) % 18000))
+  while (: <"/dev/tcp/$address/$port") 2>/dev/null; do port=$((port + 1)); done
 }
 
 # tasks N COMMAND...: run the command N times on each node of the allocation, then requeue the job or end it
 tasks() {
   local per_node=$1 srun_pid
   shift
-  log "${#hosts[@]} x $gpus processes on ${hosts[*]}; rendezvous at ${hosts[0]}:$port; $run_dir is at step ${before#* }"
+  log "${#hosts[@]} x $gpus processes on ${hosts[*]}; rendezvous at $address:$port; $run_dir is at step ${before#* }"
   # Every node checks by itself whether it sees the folders.
   # shellcheck disable=SC2016  # the inner shell expands the variables
   srun --nodes="${#hosts[@]}" --ntasks="$((per_node * ${#hosts[@]}))" --ntasks-per-node="$per_node" --export=ALL \
@@ -136,7 +145,7 @@ tasks() {
       sleep 2 # srun needs time to pass the message on before it ends
       exit 2
     done
-    exec "${@:2}"' "$PWD" "$code" ${container[@]+"${container[@]}"} "$@" &
+    PET_NODE_RANK=$SLURM_NODEID exec "${@:2}"' "$PWD" "$code" ${container[@]+"${container[@]}"} "$@" &
   srun_pid=$!
   while kill -0 "$srun_pid" 2>/dev/null; do wait "$srun_pid"; done # a signal also ends a wait
   wait "$srun_pid"
@@ -152,12 +161,12 @@ train() {
 
 # sweep PRESET --grid ... -- FLAGS...: train the run of this task of the array
 sweep() {
-  local run
+  local words run
   listen
   prepare
   [ "$#" -gt 0 ] || refuse "which runs? slurm/sweep.sh PRESET --grid FLAG=VALUE,VALUE ... -- FLAGS"
-  run=$(python3 launch/grid.py "${@:1:1}" --point "${SLURM_ARRAY_TASK_ID:-0}" "${@:2}") || exit
-  mapfile -t run <<<"$run"
+  words=$(python3 launch/grid.py "${@:1:1}" --point "${SLURM_ARRAY_TASK_ID:-0}" "${@:2}") || exit
+  eval "run=($words)" # they are quoted
   train_run "${run[@]}"
 }
 
@@ -179,11 +188,15 @@ train_with_code() {
   if [ "$code" = "$PWD" ] && [ "${SNAPSHOT:-on}" = on ]; then
     code=$(python3 launch/snapshot.py take "$run_dir" --job "$job") || exit
   fi
-  # --max-restarts=0: Slurm restarts the job, and torchrun restarts nothing.
+  # --max-restarts=0: Slurm restarts the job, and torchrun restarts nothing. So nobody joins later, and the rendezvous
+  # can be the static one: in that of c10d, torchrun unpickles what anybody puts into its store. torchrun also reads its
+  # flags from PET_*; the id is not for everybody who can list processes, and `tasks` sets the node's rank.
+  PET_RDZV_ID=$SLURM_JOB_ID.$SLURM_RESTART_COUNT.$(cat /proc/sys/kernel/random/uuid)
+  export PET_RDZV_ID TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120
   tasks 1 torchrun \
     --nnodes="${#hosts[@]}" --nproc-per-node="$gpus" --max-restarts=0 \
-    --rdzv-backend=c10d --rdzv-endpoint="${hosts[0]}:$port" --rdzv-id="$SLURM_JOB_ID.$SLURM_RESTART_COUNT" \
-    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout=120 \
+    --rdzv-backend=static --master-addr="$address" --master-port="$port" \
+    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
     "$code/train/main.py" "$@"
 }
 
@@ -200,7 +213,7 @@ submitted() {
 
 # per_rank COMMAND...: run the command once for each GPU of the allocation
 per_rank() {
-  export MASTER_ADDR=${hosts[0]} MASTER_PORT=$port
+  export MASTER_ADDR=$address MASTER_PORT=$port
   tasks "$gpus" "$@"
 }
 

@@ -13,6 +13,7 @@ import tyro
 
 from common.errors import InputError
 from common.former_flags import refuse_former_flags
+from common.names import require_printable
 from common.redaction import redacted
 from common.seeds import seed_fault
 from model.config import ModelConfig
@@ -290,6 +291,10 @@ def faults_of(config: Config) -> list[str]:
         f"{flag} {value} must be at least 1" for flag, value in at_least_one.items() if value is not None and value < 1
     ]
     faults += config.model.faults()
+    try:
+        require_printable("--run-dir", str(config.directory))
+    except InputError as error:
+        faults.append(str(error))
     if train.seq_len > 0 and train.batch_tokens > 0 and train.batch_tokens % train.seq_len:
         lower = train.batch_tokens // train.seq_len * train.seq_len
         nearest = " or ".join(str(n) for n in (lower, lower + train.seq_len) if n)

@@ -16,6 +16,7 @@ also written beside the PNG as curves.md, one row per run:
 import math
 import statistics
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +40,7 @@ Row = dict[str, Any]
 Axis = Literal["step", "tokens", "seconds", "flops"]
 LAST_ROWS = 5  # of training loss in the table's mean
 ABSENT = "-"
+LONGEST_LABEL = 60  # characters of a run's name in the picture
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,10 @@ def labels_of(run_dirs: Sequence[Path]) -> list[str]:
         num_parts = 1
         while sum(tail(other, num_parts) == tail(path, num_parts) for other in paths) > 1:
             num_parts += 1
-        labels.append("/".join(tail(path, num_parts)))
+        label = "/".join(tail(path, num_parts))
+        labels.append(
+            label.encode(errors="backslashreplace").decode()
+        )  # a path need not be UTF-8, a picture's text has to
     return labels
 
 
@@ -180,17 +185,19 @@ def plot(runs: Sequence[RunMetrics], x: Axis, out: Path) -> None:
         trained, validated = points(run, run.train_rows, x, "loss"), points(run, run.val_rows, x, "val_loss")
         if not trained and not validated:
             raise InputError(f"{run.directory / METRICS_FILE}: no loss in it yet")
+        name = run.label if len(run.label) <= LONGEST_LABEL else f"{run.label[: LONGEST_LABEL - 3]}..."
         if trained:
-            axes.plot(*zip(*trained, strict=True), color=color, linewidth=1, alpha=0.6, label=f"train {run.label}")
+            axes.plot(*zip(*trained, strict=True), color=color, linewidth=1, alpha=0.6, label=f"train {name}")
         if validated:
-            label = f"val {run.label} {validated[-1][1]:.4f}"
+            label = f"val {name} {validated[-1][1]:.4f}"
             axes.plot(*zip(*validated, strict=True), "o", color=color, label=label)
     axes.set_xlabel({"step": "step", "tokens": "tokens", "seconds": "seconds of training", "flops": "FLOPs"}[x])
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3)
     for text in axes.legend().get_texts():
         text.set_parse_math(False)  # a run may be called $1 or $2
-    with writing_to(out):
+    with writing_to(out), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")  # a name may be in any script
         figure.savefig(out, dpi=120)
 
 

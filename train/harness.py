@@ -3,7 +3,7 @@
     python train/harness.py runs/NAME --tasks hellaswag
     python train/harness.py runs/NAME@500 --tasks lambada_openai,piqa --num_fewshot 0 --batch_size 16 --limit 100
     python train/harness.py runs/NAME --tasks mine --include_path tasks --output_path results
-    torchrun --nproc_per_node=8 train/harness.py runs/NAME --tasks hellaswag
+    torchrun --local-addr=127.0.0.1 --nproc_per_node=8 train/harness.py runs/NAME --tasks hellaswag
 
 All flags are those of `lm_eval run`, except --dtype: fp32 (the default) or bf16. Tasks come from the Hub, or from your
 own folder with --include_path. The numbers are those of `--model hf` on the folder that model/hf_bridge.py exports, for

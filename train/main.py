@@ -1,10 +1,11 @@
 """Train a GPT.
 
-    torchrun --nproc_per_node=8 train/main.py                       # gpt2-small, 8 GPUs, 10B tokens
-    torchrun --nproc_per_node=2 train/main.py quickstart            # 3 to 5 minutes on two CPU cores
+    torchrun --local-addr=127.0.0.1 --nproc_per_node=8 train/main.py              # gpt2-small, 8 GPUs, 10B tokens
+    torchrun --local-addr=127.0.0.1 --nproc_per_node=2 train/main.py quickstart   # 3 to 5 minutes on two CPU cores
     python train/main.py shakespeare-char-cpu                       # 2 minutes on two cores; validation loss 1.89
-    torchrun --nproc_per_node=8 train/main.py gpt2-small --optim.lr-peak 1e-3 --run-dir runs/hot --dry-run
+    torchrun --local-addr=127.0.0.1 --nproc_per_node=8 train/main.py gpt2-small --run-dir runs/hot --dry-run
 
+--local-addr is for one host: without it torchrun needs an address of the host's own name, which a container may lack.
 The presets are in train/presets.py; `--help` lists the flags. The same command line again continues the run.
 """
 

@@ -1,8 +1,9 @@
 """Check hosts before a run: versions, GPUs, free memory and the shared run directory.
 
-    torchrun --nproc_per_node=8 train/preflight.py --run-dir runs/x
+    python train/preflight.py --run-dir runs/x               # this host, before a torchrun
+    torchrun --local-addr=127.0.0.1 --nproc_per_node=8 train/preflight.py --run-dir runs/x
     srun --nodes=4 --ntasks-per-node=8 --gpus-per-node=8 python train/preflight.py --run-dir runs/x
-    torchrun --nproc_per_node=8 train/main.py --preflight   # the same before a run, which starts only if fit
+    torchrun --local-addr=127.0.0.1 --nproc_per_node=8 train/main.py --preflight   # before a run, which starts if fit
 
 It takes a second after the start of the processes, and half a minute if the run directory is not shared. Expect a row
 for each host and `preflight: fit to train` (exit status 0), or `preflight: unfit: ...` with each fault, its host and
@@ -21,6 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -40,6 +42,10 @@ from train.run.directory import SECONDS_TO_SEE
 
 MIN_FREE = 0.5  # of the median of the other GPUs' free memory
 DRIVER_VERSION = Path("/sys/module/nvidia/version")
+NAMELESS = (
+    "its own name, for which torchrun waits 5 minutes: give torchrun --local-addr=127.0.0.1 where it is the only host, "
+    "else add the name to its /etc/hosts"
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +62,7 @@ class Rank:
     free_bytes: int
     fault: str | None = None  # why the host cannot write into the run directory; None: it can, or another rank tried
     unseen: tuple[str, ...] = ()  # hosts whose files in the run directory this process cannot read
+    knows_itself: bool = True  # whether the host's own name has an address there
 
 
 def preflight(group: ProcessGroup, run_dir: Path, log: Callable[[str], None]) -> None:
@@ -65,6 +72,9 @@ def preflight(group: ProcessGroup, run_dir: Path, log: Callable[[str], None]) ->
     def judge() -> None:
         for line in table_of_hosts(ranks):
             log(line)
+        nameless = list(dict.fromkeys(rank.host for rank in ranks if not rank.knows_itself))
+        if nameless:
+            log(f"preflight: warning: {some(nameless)} cannot resolve {NAMELESS}")
         reasons = unfit_because(ranks, run_dir)
         if reasons:
             raise InputError(f"preflight: unfit: {'; '.join(reasons)}")
@@ -75,14 +85,30 @@ def preflight(group: ProcessGroup, run_dir: Path, log: Callable[[str], None]) ->
 
 def describe(device: torch.device) -> Rank:
     """Return this process's report."""
-    host, python, cuda = socket.gethostname(), platform.python_version(), torch.version.cuda or "-"
+    host = socket.gethostname()
+    known: dict[str, Any] = {
+        "host": host,
+        "cuda": torch.version.cuda or "-",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "knows_itself": has_address(host),
+    }
     if device.type != "cuda":
         lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
         free_kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
-        return Rank(host, CPU, None, "-", cuda, torch.__version__, python, free_kib * 1024)
+        return Rank(device=CPU, index=None, driver="-", free_bytes=free_kib * 1024, **known)
     name, (free_bytes, _) = torch.cuda.get_device_name(device), torch.cuda.mem_get_info(device)
     driver = DRIVER_VERSION.read_text(encoding="ascii").strip() if DRIVER_VERSION.exists() else "-"
-    return Rank(host, name, device.index, driver, cuda, torch.__version__, python, free_bytes)
+    return Rank(device=name, index=device.index, driver=driver, free_bytes=free_bytes, **known)
+
+
+def has_address(host: str) -> bool:
+    """Return whether this host can resolve the name."""
+    try:
+        socket.getaddrinfo(host, None)
+    except OSError:
+        return False
+    return True
 
 
 def with_files_exchanged(rank: Rank, group: ProcessGroup, run_dir: Path) -> Rank:

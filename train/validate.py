@@ -2,7 +2,7 @@
 
     python train/validate.py runs/NAME                                     # on the run's own validation tokens
     python train/validate.py runs/NAME --step 500 --hellaswag data/hellaswag
-    torchrun --nproc_per_node=8 train/validate.py runs/NAME --data data/other --tokens all --hellaswag data/hellaswag
+    torchrun --local-addr=127.0.0.1 --nproc_per_node=8 train/validate.py runs/NAME --hellaswag data/hellaswag
     python train/validate.py FOLDER --data data/mine --out results         # a Hugging Face folder of a GPT-2
 
 The numbers are the training loop's, up to the rounding of another layout or of compilation. In bf16, FSDP2 also rounds

@@ -102,9 +102,9 @@ class Job:
     def ranks(self, restart: int = 0) -> dict[int, int]:
         """Return {rank: pid, as the machine numbers it} of the trainers of one start of the job."""
         pids: dict[int, int] = {}
-        for pid in self.cluster.processes_with(f"TORCHELASTIC_RUN_ID={self.id}.{restart}"):
+        for pid in self.processes():
             environ = environment_of(pid)
-            if "RANK" in environ:
+            if environ.get("SLURM_RESTART_COUNT") == str(restart) and "RANK" in environ:
                 pids.setdefault(int(environ["RANK"]), pid)
         return pids
 

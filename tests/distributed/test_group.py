@@ -58,23 +58,31 @@ def test_an_error_on_one_rank_is_raised_on_all(tiny_data: Path, tmp_path: Path) 
     assert not (tmp_path / "run").exists()
 
 
-def leave_by_an_error(group: ProcessGroup, folder: Path, error: Exception) -> None:
+def leave_by_an_error(group: ProcessGroup, folder: Path, error: BaseException) -> None:
     sys.stderr = (folder / f"stderr_{group.rank}").open("w")
     with group:
         raise error
 
 
-@pytest.mark.parametrize("error", [InputError("no such data directory"), RuntimeError("a bug")])
-def test_bad_input_is_printed_once_with_status_2_and_a_bug_with_its_traceback(tmp_path: Path, error: Exception) -> None:
-    is_input_error = isinstance(error, InputError)
+@pytest.mark.parametrize(
+    ("error", "exit_code", "line"),
+    [
+        (InputError("no such data directory"), 2, "train: no such data directory\n"),
+        (KeyboardInterrupt(), 130, "train: interrupted\n"),
+        (RuntimeError("a bug"), 1, None),
+    ],
+)
+def test_bad_input_and_ctrl_c_are_one_line_and_a_bug_has_its_traceback(
+    tmp_path: Path, error: BaseException, exit_code: int, line: str | None
+) -> None:
     with pytest.raises(mp.ProcessExitedException) as caught:
         run_on_ranks(2, leave_by_an_error, tmp_path, error)
-    assert caught.value.exit_code == (2 if is_input_error else 1)
+    assert caught.value.exit_code == exit_code
     printed = (tmp_path / f"stderr_{caught.value.error_index}").read_text()
-    if is_input_error:
-        assert printed == ("train: no such data directory\n" if caught.value.error_index == 0 else "")
-    else:
+    if line is None:
         assert printed.startswith("Traceback") and printed.endswith("RuntimeError: a bug\n")
+    else:
+        assert printed == (line if caught.value.error_index == 0 else "")
 
 
 def use_local_disks(group: ProcessGroup, data: Path, folder: Path) -> list[str]:

@@ -5,6 +5,7 @@ import re
 import subprocess
 from pathlib import Path
 
+from tests.helpers.names import ODD
 from tests.helpers.runs import ROOT
 from train.config import parse
 from train.presets import PRESETS
@@ -37,9 +38,19 @@ def test_the_shell_and_the_trainer_agree_on_the_run_directory() -> None:
         ["--seed", "7", "--run-dir=/scratch/a b", "--optim.lr-peak", "1e-3"],
         ["--run_dir", "elsewhere"],
         ["--run_dir=elsewhere", "--run-dir", "last"],
+        [f"--run-dir={ODD}"],
+        ["--run-dir=-x"],
     ):
         done = bash("-c", f'{function[0]}\nrun_dir_of "$@"', "-", "gpt2-small", *flags)
-        assert done.stdout == f"{parse(['gpt2-small', *flags], PRESETS).directory}\n"
+        assert Path(done.stdout.removesuffix("\n")) == parse(["gpt2-small", *flags], PRESETS).directory
+        assert not done.stdout.startswith("-")
+
+
+def test_a_wrong_number_of_requeues_is_one_line() -> None:
+    script = '. slurm/body.sh; export SLURM_JOB_ID=1 SLURM_SUBMIT_DIR=$PWD MAX_REQUEUES="$1"; prepare'
+    for text in ("x", "-1", "1e3", "1 2"):
+        done = bash("-c", script, "-", text)
+        assert (done.returncode, done.stderr) == (2, f"slurm: MAX_REQUEUES='{text}': give a whole number\n")
 
 
 def test_prepare_asks_the_controller_again_and_drops_an_outer_jobs_variables(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from common.errors import InputError
-from tests.helpers.runs import ROOT
+from tests.helpers.runs import ROOT, rows, status, tiny_flags, torchrun
 from train.run import lock
 from train.run.lock import RunLock
 
@@ -70,6 +70,40 @@ def test_only_one_of_several_processes_takes_a_dead_lock(tmp_path: Path) -> None
     (tmp_path / "lock.json").write_text(json.dumps(dead))
     takers = [start_holder(tmp_path, seconds=3) for _ in range(4)]
     assert sorted(taker.communicate()[0].strip() for taker in takers) == ["held", "refused", "refused", "refused"]
+
+
+def test_a_living_lock_is_never_gone_while_a_rival_removes_a_dead_one(tmp_path: Path) -> None:
+    mine, rival = RunLock(tmp_path), RunLock(tmp_path)
+    mine.acquire()
+    moments: list[bool] = []
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            moments.append((tmp_path / "lock.json").exists())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    for _ in range(2000):
+        rival._remove_dead("the lock that was dead when the rival read it")
+    done.set()
+    watcher.join()
+    mine.release()
+    assert len(moments) > 100 and all(moments)
+
+
+@pytest.mark.timeout(600)
+def test_of_two_starts_at_once_one_is_refused_or_continues_the_other(tiny_data: Path, tmp_path: Path) -> None:
+    """Both may end well: one after the other, on the same run."""
+    flags = [*tiny_flags(tiny_data, tmp_path / "run"), "--train.steps", "60", "--track.wandb", "disabled"]
+    starts = [torchrun(2, *flags) for _ in range(2)]
+    outputs = [start.communicate()[0] for start in starts]
+    statuses = [start.returncode for start in starts]
+    claims = [output for output in outputs if "another process is training here" not in output]
+    assert [row["step"] for row in rows(tmp_path / "run") if "loss" in row] == list(range(1, 61)), outputs
+    assert statuses.count(0) == len(claims) == status(tmp_path / "run")["attempt"], outputs
+    if len(claims) == 2:
+        assert sum("continuing from" in output and "step_00000060" in output for output in claims) == 1, outputs
 
 
 def test_the_heartbeat_decides_about_a_holder_on_another_host(

@@ -113,7 +113,8 @@ def test_a_fit_world_is_listed_and_each_bad_run_directory_is_reported(tmp_path: 
     after = {path: path.stat().st_mtime_ns for path in run_dir.rglob("*")}
     lock.release()
 
-    titles, first, second, verdict, end = outcomes[0][0]
+    titles, first, second, nameless, verdict, end = outcomes[0][0]
+    assert nameless.startswith("preflight: warning: n1, n2 cannot resolve its own name, for which torchrun waits")
     assert (verdict, end) == ("preflight: fit to train", "no error")
     assert titles.split()[:3] == ["host", "ranks", "device"]
     assert first.startswith("n1    0-1    CPU process") and second.startswith("n2    2      CPU process")

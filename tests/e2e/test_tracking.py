@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.names import LONG
 from tests.helpers.runs import ROOT
 from train.metrics import wandb_process
 from train.metrics.wandb_process import Tracking, open_tracking
@@ -119,6 +120,15 @@ def wait_for(condition: Callable[[], Any]) -> Any:
         assert time.monotonic() < end
         time.sleep(0.02)
     return value
+
+
+def test_a_long_name_is_cut_to_what_the_server_takes(start: Any, tmp_path: Path) -> None:
+    tracked, _ = start(name=LONG, group=LONG, run_dir=tmp_path / LONG)
+    tracked.row(ROWS[0])
+    tracked.close(exit_code=0)
+    (attempt,) = attempts(tmp_path / LONG)
+    run = next(record.run for record in records(attempt) if record.HasField("run"))
+    assert (run.display_name, run.run_group) == (LONG[:128], LONG[:128])
 
 
 def test_the_run_is_recorded_and_a_later_attempt_is_the_same_run(start: Any, tmp_path: Path) -> None:

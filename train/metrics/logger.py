@@ -96,7 +96,7 @@ class RunLogger:
 
     def _write(self, name: str, line: str) -> None:
         """Write a line at once, or nothing after an earlier line that could not be written."""
-        content = f"{line}\n".encode()
+        content = f"{line}\n".encode(errors="backslashreplace")
         rest = memoryview(content)
         try:
             while rest and self._fault is None:

@@ -30,6 +30,7 @@ UPLOAD_SECONDS = 20.0  # to upload the rest at the end
 CLOSE_SECONDS = 60.0  # longest wait in `close`: the two above and a start of Python
 EXIT_SECONDS = 5.0  # for a helper to exit after it has closed its pipe
 MAX_UNSENT_BYTES = 16 * 2**20  # about 40,000 rows that the helper has not read
+LONGEST_NAME = 128  # characters of a run's name or group that W&B's server takes
 LONGEST_TEXT = 10_000  # characters of one config value; W&B shows longer ones badly
 AXES = ("step", "tokens", "seconds", "flops")
 # A preempting launcher signals every process it finds; the trainer alone decides when the run ends.
@@ -60,7 +61,8 @@ def open_tracking(
         return None
     if (other := os.environ.get("WANDB_MODE", mode)) != mode:
         log(f"warning: WANDB_MODE={other} has no effect: --track.wandb {mode} decides")
-    init = {"id": run_id, "name": name, "project": project, "group": group, "tags": tags, "dir": str(run_dir.resolve())}
+    init: dict[str, Any] = {"id": run_id, "project": project, "tags": tags, "dir": str(run_dir.resolve())}
+    init |= {"name": name[:LONGEST_NAME], "group": None if group is None else group[:LONGEST_NAME]}
     init["config"] = _fitting(config | {"provenance": provenance})
     process = {"program": sys.argv[0], "trainer": os.getpid(), "init_seconds": INIT_SECONDS}
     start = {"mode": mode, "init": init, **process}

@@ -1,7 +1,9 @@
 """This process's rank, world size and device, and the few collectives that the engine itself needs."""
 
 import datetime
+import ipaddress
 import os
+import socket
 import sys
 import traceback
 from collections.abc import Callable
@@ -16,10 +18,12 @@ from torch import Tensor
 
 from common.errors import InputError, print_error
 from train.processes import flight_recorder, parent_watch
-from train.processes.ranks import take_rank
+from train.processes.ranks import LOOPBACK, RankInfo, take_rank
 
 # Collectives time out so much later than the watchdog (train/guards/watchdog.py) acts, since it names the culprit.
 LATER_SECONDS = 60.0
+WAITING_CONNECTIONS = 4096  # as torch's own store has it: all ranks connect at once
+STATUS_OF_ONE_LINE = {InputError: 2, KeyboardInterrupt: 130}  # as in common/errors.py
 
 Result = TypeVar("Result")
 
@@ -48,14 +52,14 @@ class ProcessGroup:
                 dist.destroy_process_group()
             return
         # Tearing down a group whose peers may be gone hangs, so the process prints the error and exits hard.
-        is_input_error = issubclass(kind, InputError)
-        if not is_input_error:
+        status = next((number for type_, number in STATUS_OF_ONE_LINE.items() if issubclass(kind, type_)), 1)
+        if status == 1:
             traceback.print_exception(kind, error, trace)
         elif self.is_main and error is not None:
             print_error(self.program, error)
         sys.stdout.flush()
         sys.stderr.flush()
-        os._exit(2 if is_input_error else 1)
+        os._exit(status)
 
     @property
     def is_main(self) -> bool:
@@ -150,6 +154,9 @@ def open_process_group(timeout_seconds: float, run_dir: Path, *, program: str = 
 
     Collectives may last `timeout_seconds` until `set_timeout` changes that. The flight recorder writes its files of one
     that lasted longer to `run_dir`. Raise InputError if this process has no GPU on a host with GPUs.
+
+    gloo listens at the interface that GLOO_SOCKET_IFNAME names. Without it, gloo asks for the address of the host's own
+    name, which may have none; ranks that share one host need no interface but the loopback.
     """
     refuse_broken_restarts()
     rank_info = take_rank()
@@ -166,13 +173,54 @@ def open_process_group(timeout_seconds: float, run_dir: Path, *, program: str = 
         torch.cuda.set_device(device)
     if world > 1:
         flight_recorder.turn_on(run_dir)
+        if rank_info.host == LOOPBACK:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        timeout = group_timeout(timeout_seconds)
         with parent_watch.exit_with_launcher():
             dist.init_process_group(
                 backend_of(device),
-                timeout=group_timeout(timeout_seconds),
+                timeout=timeout,
+                store=open_store(rank_info, timeout),
+                rank=rank,
+                world_size=world,
                 device_id=device if device.type == "cuda" else None,
             )
     return ProcessGroup(rank, world, device, program)
+
+
+def open_store(rank_info: RankInfo, timeout: datetime.timedelta) -> dist.Store:
+    """Return the store in which the ranks find each other. torchrun serves it; without torchrun rank 0 does.
+
+    Rank 0 then listens at MASTER_ADDR alone if that is an address. A name may stand for another address on other hosts,
+    so for a name it listens at all interfaces, as torchrun's store always does.
+    """
+    host, port = rank_info.host, rank_info.port
+    is_served_here = rank_info.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    listener: int | None = None
+    if is_served_here:
+        try:
+            listener = listen(host, port).detach()
+        except OSError as error:
+            raise InputError(
+                f"rank 0 cannot listen at MASTER_ADDR={host} MASTER_PORT={port} ({os.strerror(error.errno or 0)}); "
+                "give an address or the name of its host, and a free port"
+            ) from error
+    store = dist.TCPStore(host, port, rank_info.world, is_served_here, timeout, master_listen_fd=listener)
+    return dist.PrefixStore("default_pg", store)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Return a socket that listens at an address, or at all interfaces if `host` is a name."""
+    try:
+        version = ipaddress.ip_address(host).version
+    except ValueError:
+        if socket.has_dualstack_ipv6():
+            return socket.create_server(
+                ("", port), family=socket.AF_INET6, backlog=WAITING_CONNECTIONS, dualstack_ipv6=True
+            )
+        return socket.create_server(("", port), backlog=WAITING_CONNECTIONS)
+    family = socket.AF_INET6 if version == 6 else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=WAITING_CONNECTIONS)
 
 
 def refuse_broken_restarts() -> None:
@@ -180,8 +228,8 @@ def refuse_broken_restarts() -> None:
 
     Seen in torch 2.13.
     """
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0"))
-    if restarts > 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+    restarts = os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")
+    if restarts != "0" and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         raise InputError(
             f"torchrun --max-restarts={restarts} hangs or fails with the store it shares between attempts; "
             "run `export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1` first, or use --max-restarts=0"

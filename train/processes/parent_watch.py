@@ -10,13 +10,16 @@ import sys
 import threading
 from collections.abc import Iterator
 
+from common.errors import print_interrupts_in_one_line
+
 SECONDS_BETWEEN_CHECKS = 1.0
 
 _launcher_pid: int | None = None
 
 
 def remember() -> None:
-    """Remember the launcher's pid. Call this before slow imports: the launcher may die during them."""
+    """Remember the launcher's pid. Call this before slow imports: the launcher may die during them, or Ctrl-C come."""
+    print_interrupts_in_one_line("train")
     global _launcher_pid
     if _launcher_pid is None and "TORCHELASTIC_RUN_ID" in os.environ:
         _launcher_pid = os.getppid()

@@ -1,5 +1,6 @@
 """Lets one process write into a run directory: a lock file with host, pid, job and a heartbeat."""
 
+import fcntl
 import json
 import os
 import socket
@@ -8,6 +9,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -97,16 +99,20 @@ class RunLock:
         return True
 
     def _remove_dead(self, text: str) -> None:
-        """Remove the dead lock; if a rival has replaced it meanwhile, put the rival's lock back."""
-        aside = self._path.with_name(f".{FILE_NAME}.dead.{self._me['host']}.{self._me['pid']}")
+        """Remove the lock if it is still the dead one.
+
+        Rivals take a file lock on the very file, so only one of them removes it, and none a lock made since. Where the
+        file system has no file locks, a rival's new lock could be removed in the microseconds between look and removal.
+        """
         try:
-            self._path.rename(aside)
+            with self._path.open("r+b") as file:
+                with suppress(OSError):
+                    fcntl.lockf(file, fcntl.LOCK_EX)
+                is_same = os.fstat(file.fileno()).st_ino == self._path.stat().st_ino
+                if is_same and file.read().decode("utf-8", "replace") == text:
+                    self._path.unlink()
         except FileNotFoundError:
-            return
-        holder = _read_lock(aside)
-        if holder is not None and holder[0] != text:
-            os.link(aside, self._path)
-        aside.unlink()
+            pass  # a rival removed it
 
     def _beat(self) -> None:
         while not self._stop.wait(HEARTBEAT_SECONDS):

@@ -371,6 +371,7 @@ def test_files_without_rows(ranks: str, tmp_path: Path) -> None:
 
 
 SLURM = {"SLURM_ARRAY_TASK_ID": "3", "SLURM_ARRAY_TASK_COUNT": "2"}
+WHOLE = SLURM | {"SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_MAX": "4"}
 TOKENIZE = ("--stage", "tokenize")
 
 
@@ -392,7 +393,11 @@ TOKENIZE = ("--stage", "tokenize")
         (("--num-tasks", "2", "--task-index", "1"), {}, "--num-tasks 2: --stage all is the work of one task"),
         (TOKENIZE, SLURM, "SLURM_ARRAY_TASK_MIN is not"),
         (TOKENIZE, SLURM | {"SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_MAX": "7"}, "this Slurm array have gaps"),
-        ((), SLURM | {"SLURM_ARRAY_TASK_MIN": "3", "SLURM_ARRAY_TASK_MAX": "4"}, "SLURM_ARRAY_TASK_COUNT 2: --stage"),
+        ((), WHOLE, "SLURM_ARRAY_TASK_COUNT 2: --stage"),
+        *(
+            (TOKENIZE, WHOLE | {f"SLURM_ARRAY_TASK_{name}": text}, f"SLURM_ARRAY_TASK_{name}={text!r}: ")
+            for name, text in (("ID", ""), ("COUNT", "-1"), ("MIN", "x"), ("MAX", "1.5"), ("STEP", "0"))
+        ),
     ],
 )
 def test_bad_options_are_one_line(

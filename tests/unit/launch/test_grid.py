@@ -1,5 +1,6 @@
 """A grid of flags becomes runs that train/main.py understands."""
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -51,8 +52,11 @@ def test_entries_that_make_no_grid_are_refused() -> None:
 def test_the_command_lists_runs_and_prints_one_for_a_shell() -> None:
     words = ("quickstart", "--grid", "seed=1,2", "--", "--train.steps", "7")
     assert called(grid.main, *words).stdout == "0  runs/quickstart-grid/seed=1\n1  runs/quickstart-grid/seed=2\n"
-    args = called(grid.main, words[0], "--point", "1", *words[1:]).stdout.splitlines()
-    assert tuple(args) == expand_grid("quickstart", ["seed=1,2"], ["--train.steps", "7"])[1].args
+    odd = ["--sample.prompts", "two\nlines", "", "'\"`$(touch pwned)\\ * ~ # ;|&", "-x"]
+    shell = called(grid.main, words[0], "--point", "1", *words[1:4], *odd).stdout
+    script = 'eval "run=($1)"; printf "%s\\0" "${run[@]}"'
+    done = subprocess.run(["bash", "-c", script, "-", shell], capture_output=True, text=True, check=True)
+    assert tuple(done.stdout.split("\0")[:-1]) == expand_grid("quickstart", ["seed=1,2"], odd)[1].args
     beyond = called(grid.main, words[0], "--point", "2", *words[1:])
     assert (beyond.returncode, beyond.stderr) == (2, "grid: --point 2: the grid has 2 runs; --array=0-1 takes all\n")
     assert split_at_dashes(["a", "--", "b", "--", "c"]) == (["a"], ["b", "--", "c"])

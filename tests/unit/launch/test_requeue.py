@@ -1,9 +1,11 @@
 """The decision whether a job is requeued, as a table; the facts that it rests on."""
 
 import json
+import os
 import re
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ import pytest
 
 from common.errors import InputError
 from launch import requeue
-from launch.requeue import AttemptEnd, begin, decide, parse_time_left
+from launch.requeue import AttemptEnd, begin, decide, parse_time_left, read_attempt_end
 from tests.helpers.runs import called
 
 ATTEMPT: dict[str, Any] = {
@@ -117,6 +119,75 @@ def test_a_run_begins_at_its_newest_checkpoint_and_without_a_stop_file(tmp_path:
     assert not (tmp_path / "STOP").exists()
 
 
+DAMAGE: tuple[bytes, ...] = (
+    b"",
+    b"{}",
+    b"[]",
+    b"5",
+    b'{"state": "run',
+    b"\xff\x00",
+    b"[" * 100_000,
+    b'{"attempt": ' + b"9" * 5000,
+)
+
+
+@pytest.mark.parametrize(
+    "content", [*DAMAGE, b'{"state": "running", "reason": null, "attempt": "2", "step": -1}', None]
+)
+def test_damaged_files_stop_no_job(content: bytes | None, tmp_path: Path, squeue: Answer) -> None:
+    """The trainer mends them. Checkpoints tell the progress, and whether an attempt was made at all. None: a FIFO."""
+    squeue("RUNNING 1:00:00")
+    (tmp_path / "checkpoints" / "step_00000040").mkdir(parents=True)
+
+    def damage(name: str) -> None:
+        (tmp_path / name).unlink(missing_ok=True)
+        os.mkfifo(tmp_path / name) if content is None else (tmp_path / name).write_bytes(content)
+
+    damage("lock.json")
+    write_status(tmp_path, state="running", step=30, attempt=2)
+    before = begin(tmp_path, "7")
+    assert before == "2 30"
+    damage("status.json")
+    end = end_of(tmp_path, before)
+    assert (end.state, end.reason, end.step_before, end.step) == ("running", "status.json is damaged", 30, 40)
+    assert decide(end).is_requeued and not decide(replace(end, step=30)).is_requeued
+
+    before = begin(tmp_path, "7")
+    assert before == "? 40"
+    assert end_of(tmp_path, before).state is None, "nobody mended it, so training did not begin"
+    (tmp_path / "status.json").unlink()
+    write_status(tmp_path, state="done", step=50, attempt=1)
+    assert (end_of(tmp_path, before).state, end_of(tmp_path, before).step) == ("done", 50)
+
+
+def end_of(run_dir: Path, before: str) -> AttemptEnd:
+    return read_attempt_end(run_dir, "7", before, signal=None, restarts=0, max_requeues=50, exit_status=1)
+
+
+@pytest.mark.parametrize("before", [None, "", "7", "x y", "1 2 3", "-1 5", "1 2\n"])
+def test_end_without_what_begin_printed_is_one_line(before: str | None, tmp_path: Path) -> None:
+    words = ["end", str(tmp_path), *(["--before", before] if before is not None else [])]
+    done = called(requeue.main, *words, SLURM_JOB_ID="7")
+    line = f"slurm: --before {before or ''!r}: give the line that `begin` printed, like --before '3 1000'\n"
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", line)
+
+
+@pytest.mark.parametrize("value", ["", "x", "-1", "1.5"])
+def test_a_garbled_restart_count_is_one_line(value: str, tmp_path: Path) -> None:
+    done = called(requeue.main, "begin", str(tmp_path), SLURM_JOB_ID="7", SLURM_RESTART_COUNT=value)
+    assert done.returncode == 2 and done.stderr.startswith(
+        f"slurm: SLURM_RESTART_COUNT={value!r}: not a whole number; "
+    )
+    assert done.stderr.count("\n") == 1
+
+
+def test_a_name_that_does_not_print_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    for name in ("two\nlines", "\x1b[31m", os.fsdecode(b"\xff")):
+        with pytest.raises(InputError, match=r"--run-dir .*: it has characters that do not print"):
+            begin(tmp_path / name, "7")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_run_that_another_job_trains_is_refused_and_not_touched(tmp_path: Path, squeue: Answer) -> None:
     write_lock(tmp_path, "6")
     (tmp_path / "STOP").touch()
@@ -145,7 +216,8 @@ def test_bad_input_is_one_line(tmp_path: Path, squeue: Answer, monkeypatch: pyte
     assert called(requeue.main, "begin", str(tmp_path)).stderr.startswith("slurm: SLURM_JOB_ID is not set")
     (tmp_path / "status.json").write_text("{")
     damaged = called(requeue.main, "begin", str(tmp_path), SLURM_JOB_ID="7")
-    assert damaged.returncode == 2 and damaged.stderr.count("\n") == 1 and "status.json: damaged" in damaged.stderr
+    assert damaged.returncode == 0 and damaged.stderr.count("\n") == 1
+    assert damaged.stderr.startswith(f"slurm: warning: {tmp_path}/status.json: damaged (")
     squeue(stderr="squeue: error: something new\n", returncode=1)
     write_lock(tmp_path, "6")
     unknown = called(requeue.main, "begin", str(tmp_path), SLURM_JOB_ID="7")

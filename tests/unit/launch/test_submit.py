@@ -1,9 +1,11 @@
 """launch/submit.py without Slurm and without a process: its refusals, its plan, and the states of run directories."""
 
 import json
+import os
 import re
 import shlex
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from launch.local import split_gpus
 from launch.options import SubmitOptions, parse_minutes
 from launch.runs import find_runs, inspect_runs
 from launch.slurm_jobs import parse_sbatch_flags, refusal_message
+from tests.helpers.names import ODD_FOR_SUBMIT
 from tests.helpers.runs import ROOT, called, tiny_flags
 from train.config import parse
 from train.presets import PRESETS
@@ -128,6 +131,39 @@ def test_a_dry_run_names_the_runs_and_writes_nothing(tiny_data: Path, tmp_path: 
     assert done.stdout.splitlines()[-2:] == [f"would train {tmp_path}/grid/seed={seed}" for seed in (1, 2)]
     assert "2 processes" in done.stdout
     assert not (tmp_path / "grid").exists()
+
+
+def test_any_name_stands_quoted_in_the_job_script(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The script is the one of a dry run, which calls nothing of Slurm. It says that there is no copy of the code."""
+    for name in ("sbatch", "srun", "squeue", "scancel"):
+        (tmp_path / name).write_text("#!/bin/sh\nexit 9\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    monkeypatch.chdir(tmp_path)
+    run_dir = tmp_path / ODD_FOR_SUBMIT
+    done = called(submit.main, PRESET, "--dry-run", "--gpus-per-node", "1", "--", *tiny_flags(tiny_data, run_dir)[1:])
+    assert done.returncode == 0, done.stderr
+    script = done.stdout[done.stdout.index("#!/bin/bash") :]
+    ran = subprocess.run(["bash", "-c", script], capture_output=True, text=True, check=False)
+    line = f"slurm: {run_dir}/code/.../slurm/body.sh is not there on {os.uname().nodename}: share the run directory\n"
+    assert (ran.returncode, ran.stderr) == (2, line) and not (tmp_path / "pwned").exists()
+
+
+def test_names_that_no_job_script_can_hold_are_one_line(tiny_data: Path, tmp_path: Path) -> None:
+    local = (PRESET, "--cluster", "local", "--gpus-per-node", "1")
+    cases: list[tuple[tuple[str, ...], str, str]]
+    cases = [((), str(tmp_path / "100%a"), "Slurm replaces what follows a % in the names of logs; choose another")]
+    cases += [((), str(tmp_path / "a\\b"), "Slurm removes the backslash; give a name without one")]
+    for flag in ("--name", "--account", "--partition"):
+        cases.append(((flag, "a\\b"), str(tmp_path / "run"), f"{flag} a\\b: Slurm removes the backslash"))
+        cases.append(((flag, "a\nb"), str(tmp_path / "run"), f"{flag} 'a\\nb': it has characters that do not print"))
+    cases.append((("--sbatch", "comment=a\nb"), str(tmp_path / "run"), "--sbatch 'comment=a\\nb': it has characters"))
+    for words, run_dir, line in cases:
+        done = called(submit.main, *local, *words, "--", *tiny_flags(tiny_data, Path(run_dir))[1:])
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1) and line in done.stderr, done
+    assert list(tmp_path.iterdir()) == []
 
 
 def write(path: Path, content: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from common.errors import InputError
+from tests.helpers.names import REFUSED
 from tests.helpers.runs import called, tiny_flags
 from train.config import Config, parse
 from train.config_checks import settings_without_effect
@@ -81,6 +82,14 @@ def test_all_faults_are_reported_at_once_with_value_rule_and_flag() -> None:
         assert line in text
     text = refusal("--optim.lr-final", "nan", "--optim.lr-peak", "inf")
     assert "lr-final nan must be a finite" in text and "lr-peak inf must be a finite" in text
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_name_that_does_not_print_is_refused(name: str) -> None:
+    with pytest.raises(InputError) as caught:
+        parse(["--run-dir", f"runs/{name}"], PRESETS)
+    line = f"--run-dir {f'runs/{name}'!r}: it has characters that do not print; give a name without them"
+    assert str(caught.value) == line and line.isprintable()
 
 
 def test_dry_run_warns_of_epochs_and_a_mode_that_does_not_fit_is_refused(tmp_path: Path, tiny_data: Path) -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import struct
 import sys
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 
 from model.config import NAMED_SHAPES
+from tests.helpers.names import LONG, ODD
 from tests.helpers.runs import called
 from train.curves import Axis, labels_of, main, plot, read_runs, table
 
@@ -102,6 +104,21 @@ def test_a_config_of_another_version_costs_only_the_parameters(whole: Path, caps
     cells = cells_of(whole)
     assert (cells["parameters"], cells["steps"]) == ("-", "10")
     assert "config.json" in capsys.readouterr().err
+
+
+def test_any_name_is_drawn_as_it_is(tmp_path: Path) -> None:
+    """Warnings are errors here: a name may have no glyphs in the font, or be wider than the picture."""
+    run_dirs = [write_run(tmp_path / name, [train_row(1, 4.0), val_row(1, 4.0)]) for name in (ODD, LONG, "$1", "_x")]
+    out = tmp_path / "curves.png"
+    done = called(main, *map(str, run_dirs), "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert out.stat().st_size > 10_000 and ODD.replace("|", "\\|") in out.with_suffix(".md").read_text(encoding="utf-8")
+
+
+def test_a_folder_that_is_not_utf_8_is_written_with_escapes(tmp_path: Path) -> None:
+    run_dir = write_run(tmp_path / os.fsdecode(b"r\xff"), [train_row(1, 4.0)])
+    done = called(main, str(run_dir))
+    assert done.returncode == 0 and "r\\udcff" in (run_dir / "curves.md").read_text(encoding="utf-8"), done.stderr
 
 
 def test_labels_tell_runs_of_the_same_name_apart(tmp_path: Path) -> None:
