@@ -10,8 +10,9 @@ import json
 import os
 import stat
 from collections.abc import Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from common.errors import InputError, reading_from
 
@@ -48,7 +49,7 @@ def require_regular(path: Path, *, inside: Path | None = None) -> None:
         raise InputError(f"{path}: {KINDS.get(stat.S_IFMT(mode), 'no file')}, not a regular file; move it away")
 
 
-def open_regular(path: Path, *, inside: Path | None = None) -> BinaryIO:
+def open_regular(path: Path, *, inside: Path | None = None) -> BufferedReader:
     """Open a file that passes `require_regular` for reading. Never blocks. Raise InputError if it cannot be opened."""
     require_regular(path, inside=inside)
     with reading_from(path):

@@ -3,10 +3,11 @@
     python3 launch/snapshot.py take RUN_DIR --job 4711      # copies this checkout and prints RUN_DIR/code/HASH
     python3 launch/snapshot.py check RUN_DIR/code/job_4711  # prints RUN_DIR/code/HASH, unless a file has changed
 
-The copy holds the files that git tracks, as they are now, and new files that git does not ignore: a fraction of a
-second, one or two MB. The folder's name is the hash of names and contents, so the same code is kept once.
-provenance.json takes its commit and changes from the copy (train/run/directory.py). This needs git, Python 3.9 and no
-packages.
+The copy holds the files that git tracks, as they are now, and new files that git does not ignore: a second, one or two
+MB. Left out, with a line for each, are files that look like secrets (common/redaction.py), links that lead out of the
+checkout, and repositories inside it. The folder's name is the hash of names and contents, so the same code is kept
+once. provenance.json takes its commit and changes from the copy (train/run/provenance.py). This needs git, Python 3.9
+and no packages.
 """
 
 from __future__ import annotations
@@ -27,10 +28,13 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-from common.errors import InputError, one_line_errors, reading_from, writing_to
+from common.errors import InputError, one_line_errors, reading_from, warn, writing_to
+from common.reading import Form, child, read_own_json, read_regular, require_regular
+from common.redaction import DIFF, redacted_diff, why_secret
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORD = "SNAPSHOT.json"
+RECORD_FORM: Form = {"files": dict, "commit": (str, None), "changes": (str, None)}
 LIMIT_BYTES = 64 << 20  # a larger copy holds data that git should ignore
 
 
@@ -41,21 +45,20 @@ def take(root: Path, run_dir: Path) -> Path:
     """
     root, run_dir = root.resolve(), run_dir.resolve()
     files = files_of(root, run_dir)
+    commit, changes = None, None
+    if has_commit(root):
+        commit, changes = ask_git(root, "rev-parse", "HEAD").strip(), redacted_diff(ask_git(root, *DIFF)).strip()
     with writing_to(run_dir / "code"):
         new = run_dir / "code" / f".{uuid.uuid4().hex}"
         for name in files:
-            (new / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(root / name, new / name, follow_symlinks=False)
-            if not (new / name).is_symlink():
-                # Read-only, so that nobody edits the copy by mistake.
-                (new / name).chmod(stat.S_IMODE((new / name).stat().st_mode) & ~0o222)
+            copy_file(root, root / name, new / name)
         hashes = {name: hash_file(new / name) for name in files}  # of the copies: an original may change meanwhile
         code = new.with_name(hash_names(hashes))
         record = {
             "root": str(root),
             "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            "commit": ask_git(root, "rev-parse", "HEAD").strip() if has_commit(root) else None,
-            "changes": ask_git(root, "diff", "HEAD").strip() if has_commit(root) else None,
+            "commit": commit,
+            "changes": changes,
             "files": hashes,
         }
         (new / RECORD).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
@@ -68,17 +71,26 @@ def take(root: Path, run_dir: Path) -> Path:
     return check(code)
 
 
+def copy_file(root: Path, old: Path, new: Path) -> None:
+    """Copy a file's content and executable bit, or a link. The copy is read-only, and for whom the umask says."""
+    new.parent.mkdir(parents=True, exist_ok=True)
+    if old.is_symlink():
+        new.symlink_to(old.readlink())
+        return
+    mode = 0o555 if old.stat().st_mode & stat.S_IXUSR else 0o444
+    content = read_regular(old, inside=root)
+    with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "wb") as file:
+        file.write(content)
+
+
 def check(code: Path) -> Path:
     """Return the same folder if every file is as it was copied; else raise InputError."""
-    try:
-        record: dict[str, Any] = json.loads((code / RECORD).read_text(encoding="utf-8"))
-        hashes: dict[str, str] = record["files"]
-    except FileNotFoundError as error:
-        raise InputError(f"{code}: no snapshot, or a part of one: no {RECORD}; submit again") from error
-    except (ValueError, KeyError) as error:
-        raise InputError(f"{code / RECORD}: damaged ({error}); remove {code} and submit again") from error
-    changed = [name for name, expected in hashes.items() if hash_file(code / name) != expected]
-    present = (path.relative_to(code) for path in code.rglob("*") if is_file(path))
+    record = read_own_json(code / RECORD, RECORD_FORM, remedy=f"remove {code} and submit again")
+    if record is None:
+        raise InputError(f"{code}: no snapshot, or a part of one: no {RECORD}; submit again")
+    hashes: dict[str, Any] = record["files"]
+    changed = [name for name, expected in hashes.items() if hash_file(inside(code, name)) != expected]
+    present = (path.relative_to(code) for path in code.rglob("*") if path.is_symlink() or not path.is_dir())
     changed += [str(name) for name in present if "__pycache__" not in name.parts and str(name) not in {*hashes, RECORD}]
     if changed or hash_names(hashes) != code.name:
         raise InputError(
@@ -87,39 +99,66 @@ def check(code: Path) -> Path:
     return code
 
 
-def files_of(root: Path, run_dir: Path) -> list[str]:
-    """Return the sorted names of the existing files that git tracks, and of new ones that it does not ignore.
+def inside(folder: Path, name: str) -> Path:
+    """Return folder / name. Raise InputError for a name that leaves the folder."""
+    path = folder
+    for part in name.split("/"):
+        path = child(path, part)
+    return path
 
-    Files in the run directory are left out.
+
+def files_of(root: Path, run_dir: Path) -> list[str]:
+    """Return the sorted names of the files to copy: those that git tracks, and new ones that it does not ignore.
+
+    Files in the run directory are left out, and with a warning each what `why_left_out` names.
     """
     listed = set(ask_git(root, "ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0")) - {""}
-    names = sorted(name for name in listed if is_file(root / name) and run_dir not in (root / name).parents)
-    if "train/main.py" not in names:
+    listed = {name for name in listed if os.path.lexists(root / name) and run_dir not in (root / name).parents}
+    if not (root / "train/main.py").is_file() or "train/main.py" not in listed:
         raise InputError(f"{root}: git knows no train/main.py here; run this in a clone, or after git init and git add")
-    sizes = {name: (root / name).lstat().st_size for name in names}
+    sizes = {name: (root / name).lstat().st_size for name in listed}
     if sum(sizes.values()) > LIMIT_BYTES:
         largest = max(sizes, key=lambda name: sizes[name])
         raise InputError(
             f"{root}: {sum(sizes.values()) >> 20} MB to copy for the job, most of it {largest}; above "
             f"{LIMIT_BYTES >> 20} MB it is not code: move data away, or name it in .gitignore"
         )
-    return names
+    reasons = {name: why_left_out(root, name) for name in sorted(listed)}
+    for name, reason in reasons.items():
+        if reason is not None:
+            warn("snapshot", f"left out {ascii(name)[1:-1]}: {reason}")
+    return [name for name, reason in reasons.items() if reason is None]
 
 
-def is_file(path: Path) -> bool:
-    return path.is_symlink() or path.is_file()
+def why_left_out(root: Path, name: str) -> str | None:
+    """Return why a file of the checkout is not copied; None if it is."""
+    path = root / name
+    if path.is_symlink():
+        target = path.readlink()
+        real = os.path.realpath(path)
+        is_inside = not target.is_absolute() and os.path.commonpath([real, root]) == str(root)
+        return None if is_inside else f"a link out of the checkout, to {target}"
+    if path.is_dir():
+        return "a repository of its own; copy its files into this one if the job needs them"
+    try:
+        require_regular(path, inside=root)
+        return why_secret(name, read_regular(path, inside=root))
+    except InputError as error:
+        return str(error)
 
 
 def hash_file(path: Path) -> str | None:
-    """Return the sha256 of a file's content and executable bit, None if it does not exist.
+    """Return the sha256 of a file's content and executable bit, None if there is no such file.
 
     The content of a symbolic link is its target.
     """
-    try:
-        content = bytes(path.readlink()) if path.is_symlink() else path.read_bytes()
-        return hashlib.sha256(content + (b"x" if path.lstat().st_mode & stat.S_IXUSR else b"-")).hexdigest()
-    except FileNotFoundError:
+    if path.is_symlink():
+        content = bytes(path.readlink())
+    elif path.is_file():
+        content = read_regular(path)
+    else:
         return None
+    return hashlib.sha256(content + (b"x" if path.lstat().st_mode & stat.S_IXUSR else b"-")).hexdigest()
 
 
 def hash_names(hashes: dict[str, Any]) -> str:

@@ -7,42 +7,50 @@ This is the read side of the checkpoint format; train/run/checkpoints.py writes 
         state.json            progress, configuration, data fingerprint, random state, versions
         SHA256SUMS            hashes of all these files, for `sha256sum -c SHA256SUMS`
 
-A directory with such a name is complete, since it is written elsewhere and renamed. Loading never executes code from
-it: hashes are checked first, and DCP's pickled .metadata is read through an allow-list. model/hf/folder.py reads
-Hugging Face folders.
+A directory with such a name is complete, since it is written elsewhere and renamed. Its hashes, the form of state.json
+and .metadata are checked before it counts as sound. Loading executes nothing of it and opens no file outside it
+(model/dcp_reader.py). model/hf/folder.py reads Hugging Face folders.
 """
 
+import base64
+import binascii
 import hashlib
-import io
-import json
-import pickle
+import os
 import re
-import warnings
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from types import NoneType, UnionType
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 from common.errors import InputError, reading_from
-from common.files import sha256_of_file
-from common.reading import parse_json, read_regular
+from common.reading import NATURAL, Form, child, is_there, misfit, open_regular, parse_json, read_regular
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from model.base import HEAD, LanguageModel
 from model.config import ModelConfig, with_current_names
+from model.dcp_reader import data_files_of, read_tensors, sizes_of
 from model.hf.folder import is_hugging_face, open_folder
 from model.ladder import make_model
 
 CHECKPOINTS = "checkpoints"
 STATE_FILE = "state.json"
 SUMS_FILE = "SHA256SUMS"
-STEP_NAME = re.compile(r"step_(\d{8,})")
+STEP_NAME = re.compile(r"step_([0-9]{8,})")
+SUM_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
+# What is read from state.json. `config` is that of the training, of which `model_config` reads a part.
+STATE_FORM: Form = {
+    "progress": {"step": NATURAL, "position": NATURAL, "tokens": NATURAL, "seconds": float},
+    "config": {"model": dict},
+    "data": str,
+    "random": {"cpu": str},
+    "versions": dict,
+    "wandb_id": (str, None),
+}
+SEAL_FORM: Form = {"bytes": NATURAL, "sha256": str}  # of the rows that the run had written (train/metrics/rows.py)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -55,50 +63,76 @@ def step_of(checkpoint: Path) -> int:
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
     """Return the complete checkpoints of a run, oldest first, whether their hashes hold or not."""
+    return [path for path, is_folder in _named_checkpoints(run_dir) if is_folder]
+
+
+def _named_checkpoints(run_dir: Path) -> list[tuple[Path, bool]]:
+    """Return what has the name of a checkpoint, by step, and whether it is a folder, to which links do not count."""
     folder = run_dir / CHECKPOINTS
     with reading_from(folder):
         named = [path for path in folder.iterdir() if STEP_NAME.fullmatch(path.name)] if folder.is_dir() else []
-        return sorted((path for path in named if path.is_dir() and not path.is_symlink()), key=step_of)
+        return [(path, path.is_dir() and not path.is_symlink()) for path in sorted(named, key=step_of)]
 
 
 def fault_of(checkpoint: Path) -> str | None:
-    """Return what is wrong with a checkpoint's files, in one line; None if every hash holds."""
+    """Return what is wrong with a checkpoint's files, in one line; None if it is sound. Never blocks or raises."""
     try:
-        lines = (checkpoint / SUMS_FILE).read_text(encoding="ascii").splitlines()
-        sums = {name: sha256 for sha256, name in (line.split("  ", 1) for line in lines)}
-    except FileNotFoundError:
-        return f"{checkpoint}: {SUMS_FILE} is missing"
-    except OSError as error:
-        return f"{checkpoint}: unreadable: {error}"
-    except (UnicodeDecodeError, ValueError):
-        return f"{checkpoint}: {SUMS_FILE} is damaged"
-    try:
-        present = {path.name for path in checkpoint.iterdir()} - {SUMS_FILE}
-        if STATE_FILE not in sums or present != set(sums):
-            mismatches = ", ".join(sorted(present ^ set(sums))) or STATE_FILE
-            return f"{checkpoint}: its files are not those of {SUMS_FILE}: {mismatches}"
-        for name, sha256 in sums.items():
-            if sha256_of_file(checkpoint / name) != sha256:
-                return f"{checkpoint}: {name} is damaged (its sha256 is not the one in {SUMS_FILE})"
-    except OSError as error:
-        return f"{checkpoint}: unreadable: {error}"
+        _require_sound(checkpoint)
+    except InputError as error:
+        return " ".join(str(error).split("\n"))
     return None
+
+
+def _require_sound(checkpoint: Path) -> None:
+    """Raise InputError unless the files are plain files and those of SHA256SUMS, and their form is a checkpoint's."""
+    with reading_from(checkpoint):
+        real, folder = os.path.realpath(checkpoint), os.path.realpath(checkpoint.parent)
+        if os.path.commonpath([real, folder]) != folder:
+            raise InputError(f"{checkpoint}: a link out of its folder, to {real}; put the checkpoint itself there")
+        present = {path.name for path in checkpoint.iterdir()} - {SUMS_FILE}
+    sums = _read_sums(checkpoint)
+    if STATE_FILE not in sums or present != sums.keys():
+        mismatches = ", ".join(map(_shown, sorted(present ^ sums.keys()))) or STATE_FILE
+        raise InputError(f"{checkpoint}: its files are not those of {SUMS_FILE}: {mismatches}")
+    for name, sha256 in sums.items():
+        with open_regular(child(checkpoint, name), inside=checkpoint) as file, reading_from(checkpoint):
+            if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
+                raise InputError(f"{checkpoint}: {_shown(name)} is damaged (its sha256 is not the one in {SUMS_FILE})")
+    read_state(checkpoint)
+    missing = data_files_of(checkpoint) - present
+    if missing:
+        raise InputError(f"{checkpoint}: .metadata names files that are not there: {', '.join(map(_shown, missing))}")
+
+
+def _read_sums(checkpoint: Path) -> dict[str, str]:
+    """Return the sha256 of each file of a checkpoint, by name, as SHA256SUMS has them."""
+    path = checkpoint / SUMS_FILE
+    if not is_there(path):
+        raise InputError(f"{checkpoint}: {SUMS_FILE} is missing")
+    lines = read_regular(path, inside=checkpoint).decode("ascii", errors="replace").split("\n")[:-1]
+    matches = [SUM_LINE.fullmatch(line) for line in lines]
+    sums = {child(checkpoint, match[2]).name: match[1] for match in matches if match}
+    if not sums or len(sums) != len(lines):
+        raise InputError(f"{checkpoint}: {SUMS_FILE} is damaged")
+    return sums
+
+
+def _shown(name: str) -> str:
+    return name if name.isascii() and name.isprintable() else ascii(name)
 
 
 def sealed_state(checkpoint: Path) -> dict[str, Any] | None:
     """Return a checkpoint's state.json if its own hash holds, whatever became of the tensors; None if it does not."""
     try:
-        lines = read_regular(checkpoint / SUMS_FILE, inside=checkpoint).decode("ascii").splitlines()
         content = read_regular(checkpoint / STATE_FILE, inside=checkpoint)
-        state = parse_json(content)
-    except ValueError:  # an InputError is one
+        is_sealed = _read_sums(checkpoint).get(STATE_FILE) == hashlib.sha256(content).hexdigest()
+        return read_state(checkpoint) if is_sealed else None
+    except InputError:
         return None
-    is_sealed = f"{hashlib.sha256(content).hexdigest()}  {STATE_FILE}" in lines
-    return state if is_sealed and isinstance(state, dict) else None
 
 
 def newest_sound(run_dir: Path) -> tuple[Path | None, list[str]]:
-    """Return the newest checkpoint whose hashes hold, and the faults of the newer ones."""
+    """Return the newest sound checkpoint, and the faults of the newer ones."""
     faults: list[str] = []
     for checkpoint in reversed(list_checkpoints(run_dir)):
         fault = fault_of(checkpoint)
@@ -109,14 +143,37 @@ def newest_sound(run_dir: Path) -> tuple[Path | None, list[str]]:
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
-    """Return the content of a checkpoint's state.json. Raise InputError if it is damaged."""
+    """Return the content of a checkpoint's state.json, of STATE_FORM. Raise InputError if it is damaged."""
     path = checkpoint / STATE_FILE
     try:
-        with reading_from(path):
-            state: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: damaged ({error})") from error
+        state: dict[str, Any] = parse_json(read_regular(path, inside=checkpoint))
+    except ValueError as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: damaged ({str(error)[:200]})") from error
+    fault = misfit(state, STATE_FORM) or _later_fault(state) or _random_fault(state["random"])
+    if fault is None and state["progress"]["step"] != step_of(checkpoint):
+        fault = f"it is of step {state['progress']['step']}"
+    if fault is not None:
+        raise InputError(f"{path}: damaged ({fault})")
     return state
+
+
+def _later_fault(state: dict[str, Any]) -> str | None:
+    """Return how the keys that older checkpoints lack differ from their form, or None."""
+    fault = misfit({"found": {}, "rows": {}} | state, {"found": dict, "rows": dict})
+    seals = list(state.get("rows", {}).values()) if fault is None else []
+    return fault or misfit(seals, [SEAL_FORM], "'rows'")
+
+
+def _random_fault(states: dict[str, Any]) -> str | None:
+    """Return why the states of the random generators cannot be restored; None if they can."""
+    try:
+        decoded = {name: base64.b64decode(text, validate=True) for name, text in states.items()}
+        torch.Generator().set_state(torch.frombuffer(bytearray(decoded["cpu"]), dtype=torch.uint8))
+    except (binascii.Error, ValueError, TypeError, RuntimeError):
+        return "'random' is no state of torch's generators"
+    return None
 
 
 def model_tensors(model: LanguageModel) -> dict[str, Tensor]:
@@ -138,30 +195,43 @@ class TrainedModel:
     checkpoint: Path
 
 
+def run_and_step(name: str) -> tuple[str, int | None]:
+    """Return ("RUN", 500) for RUN@500, and (name, None) for any other name."""
+    run, at, step = name.rpartition("@")
+    return (run, int(step)) if at and step.isascii() and step.isdecimal() else (name, None)
+
+
 def find_checkpoint(name: str | Path) -> Path:
     """Return RUN's newest sound checkpoint, that of RUN@STEP, or the checkpoint at a path.
 
-    Raise InputError if there is none or its hashes do not hold.
+    Print a warning for each damaged one that is passed over, as training does; under torchrun only rank 0 prints.
+    Raise InputError if there is none or it is damaged.
     """
-    with reading_from(name):
-        path = Path(name)
-        run, separator, step = str(name).rpartition("@")
-        if separator and step.isdigit() and not path.exists():
-            path = Path(run) / CHECKPOINTS / f"step_{int(step):08d}"
+    path = Path(name)
+    with reading_from(path):
+        run, step = (str(name), None) if path.exists() else run_and_step(str(name))
+        if step is not None:
+            path = Path(run) / CHECKPOINTS / f"step_{step:08d}"
             if Path(run).is_dir() and not path.is_dir():
                 steps = ", ".join(str(step_of(checkpoint)) for checkpoint in list_checkpoints(Path(run)))
                 raise InputError(f"{run}: no checkpoint of step {step}; there are {steps or 'none'}")
         if not path.is_dir():
             raise InputError(f"{path}: no such run directory or checkpoint")
-        if STEP_NAME.fullmatch(path.name):
-            fault = fault_of(path)
-            newest, faults = (path, []) if fault is None else (None, [fault])
-        else:
-            newest, faults = newest_sound(path)
-        if newest is None:
-            no_weights = f"{path}: no checkpoint in it yet, and no weights as Hugging Face names them"
-            raise InputError("; ".join(faults) or no_weights)
-        return newest
+    if STEP_NAME.fullmatch(path.name):
+        fault = fault_of(path)
+        newest, faults = (path, []) if fault is None else (None, [fault])
+    else:
+        newest, faults = newest_sound(path)
+        for other, is_folder in _named_checkpoints(path):
+            if not is_folder and (newest is None or step_of(other) > step_of(newest)):
+                faults.append(f"{other}: not a checkpoint")
+    if newest is None:
+        no_weights = f"{path}: no checkpoint in it yet, and no weights as Hugging Face names them"
+        raise InputError("; ".join(faults) or no_weights)
+    if os.environ.get("RANK", "0") == "0":
+        for fault in faults:
+            print(f"warning: passed over {fault}", file=sys.stderr, flush=True)
+    return newest
 
 
 def check_device(device: str) -> None:
@@ -186,7 +256,9 @@ def load_checkpoint(
     checkpoint: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> TrainedModel:
     """Return the model of a sound checkpoint (see `find_checkpoint`). This is never a collective operation."""
-    model = make_model(model_config(read_state(checkpoint), checkpoint), compute_dtype=dtype)
+    config = model_config(read_state(checkpoint), checkpoint)
+    _refuse_other_shapes(config, checkpoint)
+    model = make_model(config, compute_dtype=dtype)
     read_tensors(checkpoint, model_tensors(model), alone=True)
     tokenizer = load_tokenizer(checkpoint.resolve().parents[1])
     if tokenizer.vocab_size != model.config.vocab_size:
@@ -195,6 +267,27 @@ def load_checkpoint(
             f"its model {model.config.vocab_size}; they do not belong together"
         )
     return TrainedModel(model.to(device).eval(), tokenizer, step_of(checkpoint), checkpoint)
+
+
+def _refuse_other_shapes(config: ModelConfig, checkpoint: Path) -> None:
+    """Raise InputError if the checkpoint's tensors are not this model's. Memory is allocated for the model only then.
+
+    The files bear out the sizes in .metadata, but nothing bears out those in state.json.
+    """
+    saved = sizes_of(checkpoint)
+    fault = f"{checkpoint}: its tensors do not fit this model"
+    if config.num_layers > len(saved):  # before that many layers are made
+        raise InputError(f"{fault}: there are {len(saved)} for {config.num_layers} layers")
+    try:
+        with torch.device("meta"):
+            tensors = model_tensors(make_model(config))
+    except RuntimeError as error:  # sizes whose product has more than 64 bits
+        raise InputError(f"{fault}: {str(error).splitlines()[0]}") from error
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    for name in sorted(shapes.keys() | {name for name in saved if name.startswith("model.")}):
+        if shapes.get(name) != saved.get(name):
+            needed, there = (list(sizes[name]) if name in sizes else "none" for sizes in (shapes, saved))
+            raise InputError(f"{fault}: {_shown(name)} is needed in shape {needed}, but has {there}")
 
 
 @torch.no_grad()
@@ -211,74 +304,24 @@ def _load_folder(path: Path, *, device: torch.device | str, dtype: torch.dtype) 
 
 def model_config(state: Mapping[str, Any], checkpoint: Path) -> ModelConfig:
     """Return the model's configuration as a checkpoint's state.json records it."""
-    try:
-        return ModelConfig(**with_current_names(state["config"]["model"]))
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{checkpoint / STATE_FILE}: no model of this code: {error}") from error
+    path = checkpoint / STATE_FILE
+    recorded = with_current_names(state["config"]["model"])
+    hints = get_type_hints(ModelConfig)
+    unknown = ", ".join(sorted(recorded.keys() - hints.keys()))
+    fault = f"it has no {unknown}" if unknown else misfit(recorded, {name: _form(hints[name]) for name in recorded})
+    if fault is not None:
+        raise InputError(f"{path}: no model of this code: {fault}")
+    config = ModelConfig(**recorded)
+    faults = config.faults() or [f"{name} 0" for name in ("vocab_size", "context_len") if getattr(config, name) < 1]
+    if faults:
+        raise InputError(f"{path}: no model of this code: {'; '.join(faults)}")
+    return config
 
 
-# --- Tensors from torch.distributed.checkpoint's files ----------------------------------------------------------------
-
-
-class AllowListUnpickler(pickle.Unpickler):
-    """An unpickler for DCP's description of tensors that refuses every other name before it is imported."""
-
-    NAMES: ClassVar = {
-        "torch.distributed.checkpoint.metadata": "ChunkStorageMetadata Metadata MetadataIndex StorageMeta "
-        "TensorProperties TensorStorageMetadata _MEM_FORMAT_ENCODING",
-        "torch.distributed.checkpoint.filesystem": "_StorageInfo",
-        "torch.serialization": "_get_layout",
-        "torch": "Size float32 bfloat16 float16 float64 int64 uint8",
-        "pathlib": "Path PosixPath WindowsPath",
-    }
-    ALLOWED = frozenset((module, name) for module, names in NAMES.items() for name in names.split())
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"{module}.{name} has no place in a checkpoint's metadata")
-        return super().find_class(module, name)
-
-
-class SafeReader(dcp.FileSystemReader):
-    """DCP's reader, but it unpickles through the allow-list and accepts tensors only."""
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        path = Path(self.path) / ".metadata"
-        with reading_from(path):
-            content = path.read_bytes()
-        try:
-            metadata = AllowListUnpickler(io.BytesIO(content)).load()
-        except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, TypeError, LookupError) as error:
-            raise InputError(f"{path}: refused: {error}") from error
-        entries = metadata.state_dict_metadata.values() if isinstance(metadata, Metadata) else [None]
-        if not all(isinstance(entry, TensorStorageMetadata) for entry in entries):
-            raise InputError(f"{path}: refused: a checkpoint holds tensors only")
-        assert metadata.storage_meta is not None
-        metadata.storage_meta.load_id = self.load_id
-        return metadata
-
-
-def read_tensors(checkpoint: Path, into: dict[str, Tensor], *, alone: bool = False) -> None:
-    """Fill the tensors of `into`, plain or sharded, from a checkpoint of any layout.
-
-    This is a collective operation if there is a process group. With `alone` this process reads by itself, into plain
-    tensors.
-    """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-        try:
-            dcp.load(dict(into), storage_reader=SafeReader(checkpoint), no_dist=alone or not dist.is_initialized())
-        except (CheckpointException, RuntimeError, ValueError) as error:
-            if isinstance(error, InputError):
-                raise
-            raise InputError(f"{checkpoint}: its tensors do not fit this model: {last_line_of(error)}") from error
-
-
-def last_line_of(error: BaseException) -> str:
-    """Return the last line of an error's message, which says what happened, or the error's type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[-1]
-
-
-def data_files_of(checkpoint: Path) -> set[str]:
-    """Return the names of the files that hold a checkpoint's tensors, according to its metadata."""
-    return {entry.relative_path for entry in SafeReader(checkpoint).read_metadata().storage_data.values()}
+def _form(hint: Any) -> Form:
+    """Return the form of a ModelConfig's field in JSON from its type."""
+    if get_origin(hint) is Literal:
+        return frozenset(get_args(hint))
+    if get_origin(hint) is UnionType:
+        return tuple(_form(each) for each in get_args(hint))
+    return {int: range(2**31), NoneType: None}.get(hint, hint)

@@ -12,6 +12,7 @@ Past the context a token costs a whole pass (see --keep). 1,000 characters of a 
 cost of a token with transformers and with the memory's bandwidth.
 """
 
+import codecs
 import itertools
 import json
 import sys
@@ -28,6 +29,8 @@ import torch
 import tyro
 
 from common.errors import InputError, first_line, one_line_errors, reading_from
+from common.reading import parse_json
+from common.seeds import as_32_bits, seed_fault
 from data_prep.tokenizer import Tokenizer
 from model.base import LanguageModel
 from model.checkpoint import check_device, load_model
@@ -93,8 +96,8 @@ def encode_prompt(tokenizer: Tokenizer, prompt: str) -> list[int]:
 
 def sample_generator(seed: int, index: int, prompt_index: int = 0) -> torch.Generator:
     """Return the generator of sample `index` of a prompt, which depends on no other sample."""
-    # mt19937 uses 32 bits of a seed. The golden ratio spreads prompts over them (Knuth, TAOCP 3, section 6.4).
-    return torch.Generator().manual_seed(seed * 1_000_003 + index + prompt_index * 2_654_435_761 % 2**32)
+    # The golden ratio spreads prompts over the 32 bits (Knuth, TAOCP 3, section 6.4).
+    return torch.Generator().manual_seed(as_32_bits(seed) * 1_000_003 + index + prompt_index * 2_654_435_761 % 2**32)
 
 
 @dataclass(frozen=True)
@@ -130,8 +133,8 @@ def read_prompts(name: str) -> Iterator[tuple[str, str]]:
             if not line.strip():
                 continue
             try:
-                content = json.loads(line)
-            except (ValueError, RecursionError) as error:
+                content = parse_json(line.removeprefix(codecs.BOM_UTF8))
+            except ValueError as error:
                 raise InputError(f"--prompts-file {name}:{number}: no JSON: {first_line(error)}") from error
             prompt = content["prompt"] if isinstance(content, dict) and list(content) == ["prompt"] else content
             if not isinstance(prompt, str):
@@ -186,6 +189,8 @@ def check_options(options: Options) -> Sampling:
     for flag in ("num_samples", "max_tokens", "batch_size"):
         if getattr(options, flag) < 1:
             raise InputError(f"--{flag.replace('_', '-')} {getattr(options, flag)} must be at least 1")
+    if (fault := seed_fault(options.seed)) is not None:
+        raise InputError(fault)
     if "" in options.stop:
         raise InputError("--stop '' must not be empty, since every text contains the empty string")
     if options.prompt and options.prompts_file is not None:

@@ -14,6 +14,8 @@ import tyro
 from common.errors import InputError
 from common.former_flags import refuse_former_flags
 from common.names import require_printable
+from common.redaction import redacted
+from common.seeds import seed_fault
 from model.config import ModelConfig
 from model.costs.gpu_peaks import DType
 
@@ -204,12 +206,18 @@ class Config:
         return self.train.batch_tokens // self.train.seq_len
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values, as config.json and checkpoints hold them."""
+        """Return plain values, as config.json and checkpoints hold them: text without secrets."""
         return dataclasses.asdict(self, dict_factory=_plain)
 
 
 def _plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {name: str(value) if isinstance(value, Path) else value for name, value in pairs}
+    return {name: _plain_value(value) for name, value in pairs}
+
+
+def _plain_value(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_plain_value, value))
+    return redacted(str(value)) if isinstance(value, (Path, str)) else value
 
 
 def parse(args: Sequence[str], presets: dict[str, Config]) -> Config:
@@ -302,8 +310,9 @@ def faults_of(config: Config) -> list[str]:
         "--optim.lr-final": optim.lr_final,
         "--optim.warmup-steps": optim.warmup_steps,
         "--optim.weight-decay": optim.weight_decay,
-        "--seed": config.seed,
     }
+    if (seed := seed_fault(config.seed)) is not None:
+        faults.append(seed)
     faults += [f"{flag} {value} must not be negative" for flag, value in at_least_zero.items() if value < 0]
     more_than_zero = {
         "--optim.lr-peak": optim.lr_peak,
@@ -323,7 +332,7 @@ def faults_of(config: Config) -> list[str]:
     faults += [
         f"{flag} {value} must be a finite number"
         for flag, value in (at_least_zero | more_than_zero).items()
-        if value is not None and not math.isfinite(value)
+        if isinstance(value, float) and not math.isfinite(value)
     ]
     for flag, value in {"--optim.beta1": optim.beta1, "--optim.beta2": optim.beta2}.items():
         if not 0 <= value < 1:

@@ -75,7 +75,7 @@ def plan_batches(config: Config, world: int) -> BatchPlan:
 
 
 def permute(indices: Indices, count: int, key: int) -> Indices:
-    """Evaluate a pseudorandom permutation of range(count) at `indices`: uint64 [n] -> uint64 [n].
+    """Evaluate a pseudorandom permutation of range(count) at `indices`: uint64 [n] -> uint64 [n]; 0 <= key < 2^128.
 
     A balanced Feistel network over the least even number of bits that holds `count`, walked along its cycle until it
     lands inside (Black & Rogaway 2002, "Ciphers with Arbitrary Finite Domains"): at most 4 walks on average.
@@ -83,7 +83,8 @@ def permute(indices: Indices, count: int, key: int) -> Indices:
     assert len(indices) == 0 or int(indices.max()) < count
     half_bits = np.uint64(max(1, (max(count - 1, 1).bit_length() + 1) // 2))
     mask = np.uint64((1 << int(half_bits)) - 1)
-    round_keys = _mix(np.arange(1, NUM_ROUNDS + 1, dtype=np.uint64) + _mix(np.array([key % 2**64], dtype=np.uint64)))
+    low, high = _mix(np.array([key % 2**64, key >> 64], dtype=np.uint64))  # a key below 2^64 has the high half 0
+    round_keys = _mix(np.arange(1, NUM_ROUNDS + 1, dtype=np.uint64) + low + high)
     result = indices.copy()
     outside = np.ones(len(result), dtype=bool)
     while outside.any():

@@ -6,6 +6,7 @@ import sys
 import numpy as np
 import torch
 
+from common.redaction import redacted
 from data_prep.manifest import Manifest, open_split
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from train.config import Config, parse_steps
@@ -226,9 +227,9 @@ def start_tracking(config: Config, wandb_id: str, directory: RunDirectory, logge
         run_dir=config.directory,
         run_id=wandb_id,
         name=config.directory.name,
-        project=config.track.project,
-        group=config.track.group,
-        tags=config.track.tags,
+        project=redacted(config.track.project),
+        group=None if config.track.group is None else redacted(config.track.group),
+        tags=tuple(map(redacted, config.track.tags)),
         config=config.to_json(),
         provenance=directory.provenance,
         log=logger.log,

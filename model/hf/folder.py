@@ -24,11 +24,14 @@ import torch
 from torch import Tensor
 
 from common.errors import InputError, first_line, reading_from
+from common.reading import open_regular
 from data_prep.tokenizer import Tokenizer
 from model.base import EMBEDDING, HEAD
 from model.config import ModelConfig
+from model.dcp_metadata import DICT, MOST_BYTES, PERSISTENT, Interpreter, RefusedError
 from model.gpt import GPT
-from model.hf.format import POSITIONS, as_ours, from_json, read_json, to_hugging_face
+from model.hf.files import checked, has_file, read_json
+from model.hf.format import POSITIONS, as_ours, from_json, to_hugging_face
 from model.hf.tokenizer import read_tokenizer
 
 CONFIG_FILE = "config.json"
@@ -37,6 +40,8 @@ WEIGHTS_FILES = (WEIGHTS_FILE, f"{WEIGHTS_FILE}.index.json", "pytorch_model.bin"
 BUFFER = re.compile(r"(transformer\.)?h\.\d+\.attn\.(bias|masked_bias)")  # the causal mask, which old folders store
 LAYER = re.compile(r"transformer\.h\.(\d+)\.")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # fp32 represents every number of each
+# What a pickle of a state_dict calls.
+CALLS = {"torch._utils._rebuild_tensor_v2", "torch._utils._rebuild_parameter", DICT, PERSISTENT}
 NUM_NAMES_SHOWN = 3  # names that an error lists for one kind of fault
 # Reading damaged pickles and archives raised most of these errors (tests/unit/model/test_hf_folder.py); the others may.
 BROKEN_FILES = (pickle.UnpicklingError, zipfile.BadZipFile, struct.error, OSError, EOFError, MemoryError)
@@ -73,8 +78,7 @@ class Folder:
 
 def is_hugging_face(path: Path) -> bool:
     """Return whether `path` is a folder with weights under Hugging Face's names."""
-    with reading_from(path):
-        return any((path / name).is_file() for name in WEIGHTS_FILES)
+    return any(has_file(path / name) for name in WEIGHTS_FILES)
 
 
 def open_folder(path: Path) -> Folder:
@@ -89,7 +93,7 @@ def open_folder(path: Path) -> Folder:
             f"{path}: the tokenizer has {tokenizer.vocab_size} ids, but {CONFIG_FILE} says "
             f"vocab_size {config.vocab_size}"
         )
-    weights = next(path / name for name in WEIGHTS_FILES if (path / name).is_file())
+    weights = next(path / name for name in WEIGHTS_FILES if has_file(path / name))
     stored = _read_parts(weights) if weights.suffix == ".json" else _read_file(weights)
     tensors = _check_tensors(stored, config, weights)
     return Folder(path, weights.name, replace(config, eot_id=tokenizer.eot_id), tokenizer, tensors)
@@ -104,7 +108,7 @@ def _read_parts(index: Path) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for file in sorted(set(file_of.values())):
         path = index.parent / file
-        if Path(file).name != file or path.suffix not in (".safetensors", ".bin") or not path.is_file():
+        if Path(file).name != file or path.suffix not in (".safetensors", ".bin") or not has_file(path):
             raise InputError(f"{index}: {reprlib.repr(file)} is no weights file beside it")
         part = _read_file(path)
         if part.keys() != {name for name, part_file in file_of.items() if part_file == file}:
@@ -114,7 +118,7 @@ def _read_parts(index: Path) -> dict[str, Tensor]:
 
 
 def _read_file(path: Path) -> dict[str, Tensor]:
-    return _read_safetensors(path) if path.suffix == ".safetensors" else _read_bin(path)
+    return _read_safetensors(checked(path)) if path.suffix == ".safetensors" else _read_bin(checked(path))
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
@@ -123,6 +127,8 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         from safetensors import SafetensorError, safe_open
     except ImportError as error:
         raise InputError(f"{path}: reading it needs safetensors: pip install -e '.[hf]'") from error
+    if "\\udc" in ascii(path):
+        raise InputError(f"{path}: safetensors opens no path that is not UTF-8; rename the folder")
     with reading_from(path):
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
@@ -136,6 +142,8 @@ def _read_bin(path: Path) -> dict[str, Tensor]:
     try:
         if zipfile.is_zipfile(path):  # The format before torch 1.6 is no zip file and has no checksums.
             _check_archive(path)
+        else:
+            _check_old_format(path)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # Torch warns of other pickle versions; an unreadable one raises too.
             content: Any = torch.load(path, map_location="cpu", weights_only=True)
@@ -159,9 +167,32 @@ def _check_archive(path: Path) -> None:
     with zipfile.ZipFile(path) as archive:
         if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
             raise InputError(f"{path}: refused: it is compressed, and torch.save never compresses")
+        for entry in archive.infolist():
+            if entry.filename.endswith("/data.pkl"):
+                with archive.open(entry) as file:
+                    _check_calls(file.read(MOST_BYTES + 1), num_pickles=1)
         damaged = archive.testzip()
         if damaged is not None:
             raise InputError(f"{path}: damaged: the checksum of {_list([damaged])} is wrong")
+
+
+def _check_old_format(path: Path) -> None:
+    """Raise RefusedError for other calls in the pickles before the numbers: magic, version, system, tensors, keys."""
+    with open_regular(path) as file:
+        _check_calls(file.read(MOST_BYTES), num_pickles=5)
+
+
+def _check_calls(content: bytes, *, num_pickles: int) -> None:
+    """Raise RefusedError if a pickle of torch.save calls anything but what makes tensors and dicts.
+
+    torch.load with weights_only also calls bytearray and storages of whatever size the file says.
+    """
+    interpreter = Interpreter(content)
+    for _ in range(num_pickles):
+        interpreter.run()
+    other = sorted(interpreter.calls - CALLS)
+    if other:
+        raise RefusedError(f"{_list(other)} has no place in a dict of tensors")
 
 
 def _check_tensors(stored: dict[str, Tensor], config: ModelConfig, path: Path) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from common.errors import InputError, reading_from
+from common.errors import InputError
 from model.base import EMBEDDING, HEAD
 from model.config import GPT2, ModelConfig, flag_of
 from model.gpt import NORM_EPS
@@ -43,7 +43,6 @@ FIXED: dict[str, Any] = {
     "quantization_config": None,
     "auto_map": None,  # It names code in the folder as the model.
 }
-LARGEST_JSON_BYTES = 64_000_000  # a tokenizer of 65,536 ids takes 5 MB
 
 
 def check_expressible(config: ModelConfig) -> None:
@@ -133,18 +132,3 @@ def from_json(content: Any, path: Path) -> ModelConfig:
         raise InputError(f"{path}: our GPT has no {'; '.join(faults)}")
     mlp_width = None if n_inner == 4 * sizes["width"] else n_inner
     return ModelConfig(**sizes, mlp_width=mlp_width, mlp=activations[activation], tie=tie, eot_id=None)
-
-
-def read_json(path: Path) -> Any:
-    """Return the content of a JSON file. Raise InputError if it is missing, damaged or implausibly large."""
-    if not path.is_file():
-        raise InputError(f"{path}: no such file; a Hugging Face folder has one")
-    with reading_from(path):
-        num_bytes = path.stat().st_size
-        if num_bytes > LARGEST_JSON_BYTES:
-            raise InputError(f"{path}: {num_bytes:,} bytes, but such a file has at most {LARGEST_JSON_BYTES:,}")
-        content = path.read_bytes()
-    try:
-        return json.loads(content.decode("utf-8"))
-    except (ValueError, RecursionError) as error:  # ValueError: not JSON, not UTF-8, a number too long
-        raise InputError(f"{path}: damaged ({type(error).__name__}: {error})") from error

@@ -1,14 +1,20 @@
 """Write the README.md of an exported model: its shape, data, command and results, from its run directory."""
 
-import json
 import shlex
 from pathlib import Path
 from typing import Any
 
-from common.errors import InputError, reading_from
+from common.errors import InputError
+from common.reading import NATURAL, Form, is_there, parse_json, read_own_json, read_regular
+from common.redaction import redacted_words
 from data_prep.manifest import Manifest, read_manifest
 from model.checkpoint import TrainedModel
 
+CONFIG_FORM: Form = {"config": {"data": {"dir": str}}, "data": str}
+PROVENANCE_FORM: Form = {
+    **{"command": str, "torch": str, "dtype": str, "world": NATURAL},
+    **dict.fromkeys(("commit", "changes"), (str, None)),
+}
 NUM_FILES_LISTED = 20  # data files that the card names
 FRONT_MATTER = ["---", "library_name: transformers", "pipeline_tag: text-generation", "---", ""]
 DOCUMENT_START_NOTE = (
@@ -20,7 +26,7 @@ DOCUMENT_START_NOTE = (
 def model_card(trained: TrainedModel, name: str, description: list[str]) -> str:
     """Return the text of the model card; `description` has lines about the shape and the tokenizer."""
     config, run_dir = trained.model.config, trained.checkpoint.resolve().parents[1]
-    run = _read_record(run_dir / "config.json")
+    run = _read_record(run_dir / "config.json", CONFIG_FORM)
     vocabularies = 1 if config.tie else 2
     num_parameters = sum(parameter.numel() for parameter in trained.model.parameters())
     num_parameters -= vocabularies * (config.padded_vocab_size - config.vocab_size) * config.width
@@ -29,10 +35,11 @@ def model_card(trained: TrainedModel, name: str, description: list[str]) -> str:
     sections = {
         f"# {name}": [origin, "", *(f"  {line}" for line in description), *note],
         "## Data": _data_lines(run),
-        "## Command": _command_lines(run, _read_record(run_dir / "provenance.json")),
+        "## Command": _command_lines(run, run_dir / "provenance.json"),
         "## Results": _result_lines(run_dir / "metrics.jsonl", trained.step),
     }
-    return "\n".join([*FRONT_MATTER, *(line for title, lines in sections.items() for line in (title, "", *lines, ""))])
+    text = "\n".join([*FRONT_MATTER, *(line for title, lines in sections.items() for line in (title, "", *lines, ""))])
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")  # a path may hold bytes that are no UTF-8
 
 
 def _data_lines(run: dict[str, Any]) -> list[str]:
@@ -59,10 +66,14 @@ def _manifest(data_dir: Path, fingerprint: str | None) -> Manifest | None:
     return manifest if manifest.fingerprint == fingerprint else None
 
 
-def _command_lines(run: dict[str, Any], provenance: dict[str, Any]) -> list[str]:
-    if "command" not in provenance:
+def _command_lines(run: dict[str, Any], path: Path) -> list[str]:
+    provenance = _read_record(path, PROVENANCE_FORM)
+    if not provenance:
         return ["Not recorded."]
-    program, *arguments = shlex.split(provenance["command"])
+    try:
+        program, *arguments = redacted_words(shlex.split(provenance["command"]))
+    except ValueError as error:
+        raise InputError(f"{path}: damaged (its command: {error}); the model card needs it") from error
     changes = " with uncommitted changes" if provenance["changes"] else ""
     origin = run.get("config", {}).get("from_checkpoint")
     return [
@@ -76,15 +87,17 @@ def _command_lines(run: dict[str, Any], provenance: dict[str, Any]) -> list[str]
 
 def _result_lines(path: Path, step: int | None) -> list[str]:
     """Return the last validation and the last HellaSwag score at or before the exported step."""
-    with reading_from(path):
-        content = path.read_bytes() if path.is_file() else b""
+    content = read_regular(path) if is_there(path) else b""
     try:
         complete_lines = content.decode("utf-8").split("\n")[:-1]
-        rows = [row for row in map(json.loads, complete_lines) if row["step"] <= step]
-        validations = [row for row in rows if "val_loss" in row]
-        scores = [_score_line(row) for row in rows if "hellaswag_acc" in row][-1:]
+        return _results([row for row in map(parse_json, complete_lines) if row["step"] <= step])
     except (ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: damaged ({error}); the model card needs it") from error
+        raise InputError(f"{path}: damaged ({error!r}); the model card needs it") from error
+
+
+def _results(rows: list[dict[str, Any]]) -> list[str]:
+    validations = [row for row in rows if "val_loss" in row]
+    scores = [_score_line(row) for row in rows if "hellaswag_acc" in row][-1:]
     if not validations:
         return ["Not validated.", *scores]
     last = validations[-1]
@@ -112,12 +125,6 @@ def _measured(row: dict[str, Any], name: str) -> str:
     return "nan" if value is None else f"{value:.4f}" + ("" if error is None else f" +- {error:.4f}")
 
 
-def _read_record(path: Path) -> dict[str, Any]:
+def _read_record(path: Path, form: Form) -> dict[str, Any]:
     """Return the content of a JSON file of the run; empty if the checkpoint was copied without its run."""
-    if not path.is_file():
-        return {}
-    try:
-        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: damaged ({error}); the model card needs it") from error
-    return record
+    return read_own_json(path, form, remedy="move it away to export without it") or {}

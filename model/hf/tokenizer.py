@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from common.errors import InputError, reading_from
+from common.errors import InputError
 from data_prep.tokenizer import (
     BYTE_ORDER,
     EOT,
@@ -27,7 +27,7 @@ from data_prep.tokenizer import (
     CharTokenizer,
     Tokenizer,
 )
-from model.hf.format import read_json
+from model.hf.files import has_file, read_content, read_json
 
 TOKENIZER_FILE, TOKENIZER_CONFIG_FILE = "tokenizer.json", "tokenizer_config.json"
 VOCAB_FILE, MERGES_FILE = "vocab.json", "merges.txt"  # GPT-2's older form, which we read but never write
@@ -130,9 +130,9 @@ def merges_of(ranks: Mapping[bytes, int]) -> list[tuple[bytes, bytes]]:
 def read_tokenizer(folder: Path) -> Tokenizer:
     """Return a folder's tokenizer: GPT-2's, or one that `tokenizer_json` can write. Raise InputError for any other."""
     path = folder / TOKENIZER_FILE
-    if path.is_file():
+    if has_file(path):
         content = read_json(path)
-    elif (folder / VOCAB_FILE).is_file() and (folder / MERGES_FILE).is_file():
+    elif has_file(folder / VOCAB_FILE) and has_file(folder / MERGES_FILE):
         path = folder / VOCAB_FILE
         content = {"pre_tokenizer": {"type": "ByteLevel"}, "model": _bpe(read_json(path), _read_merges(folder))}
     else:
@@ -197,8 +197,7 @@ def _canonical(part: Json | None) -> Json | None:
 def _read_merges(folder: Path) -> list[str]:
     path = folder / MERGES_FILE
     try:
-        with reading_from(path):
-            lines = path.read_text(encoding="utf-8").split("\n")
+        lines = read_content(path).decode("utf-8").split("\n")
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: damaged ({error})") from error
     return [line for line in lines if line and not line.startswith("#version")]

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from common.errors import InputError
+from common.seeds import as_32_bits, seed_fault
 from common.tables import markdown
 from model.checkpoint import list_checkpoints
 from model.gpt import GPT
@@ -62,7 +63,7 @@ def repeated_tokens(vocab_size: int, eot_id: int | None, *, half: int, num_rows:
     occurs exactly once before, however small the vocabulary is.
     """
     ids = torch.tensor([index for index in range(vocab_size) if index != eot_id])
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(as_32_bits(seed))
     halves = [ids[torch.randperm(len(ids), generator=generator)[:half]] for _ in range(num_rows)]
     return torch.stack([tokens.repeat(2) for tokens in halves])
 
@@ -127,6 +128,8 @@ def measure_checkpoints(options: Induction) -> Iterator[tuple[dict[str, Any], in
                 f"--half {half} must be at least 2 and at most {largest}: half the context of "
                 f"{model.config.context_len}, and the vocabulary of {usable}"
             )
+        if (fault := seed_fault(options.seed)) is not None:
+            raise InputError(fault)
         if num_rows < 1:
             raise InputError(f"--num-sequences {num_rows} must be at least 1")
         tokens_BT = repeated_tokens(vocab_size, eot_id, half=half, num_rows=num_rows, seed=options.seed)

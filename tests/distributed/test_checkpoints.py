@@ -1,11 +1,16 @@
 """Checkpoints are complete or absent; damage is found before loading; loading never executes code from them."""
 
+import copy
+import functools
 import io
 import json
 import os
 import pickle
 import random
+import re
+import resource
 import shutil
+import stat
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +23,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from common.errors import InputError
 from common.files import sha256_of_file
 from data_prep.textfiles import Options, prepare
+from model import generate, hf_bridge, lens
 from model.checkpoint import SUMS_FILE, fault_of, list_checkpoints, load_model, newest_sound
 from tests.helpers.runs import (
     assert_same_tensors,
@@ -30,6 +36,7 @@ from tests.helpers.runs import (
     tiny_flags,
     with_save,
 )
+from train import validate
 from train.main import main, run
 from train.processes.group import ProcessGroup
 
@@ -138,29 +145,194 @@ def sign_again(checkpoint: Path) -> None:
 
 
 def test_planted_objects_are_not_executed(run_dir: Path, tmp_path: Path) -> None:
-    """One takes the place of the metadata, the other of a tensor, which DCP loads with weights_only=False."""
+    """One takes the place of the metadata, the other of a tensor, in two ways; the hashes are those of the plants."""
     newest, mark = list_checkpoints(run_dir)[-1], tmp_path / "executed"
     metadata = pickle.loads((newest / ".metadata").read_bytes())
     (newest / ".metadata").write_bytes(pickle.dumps(Planted(mark)))
     sign_again(newest)
-    assert fault_of(newest) is None, "hashes alone must not be the protection"
-    with pytest.raises(InputError, match=r"refused: .*system has no place"):
-        load_model(newest)
+    assert_passed_over(run_dir, r"refused: .*system' has no place")
 
     name, planted = "model.transformer.wpe.weight", io.BytesIO()
     torch.save(Planted(mark), planted)
-    entry = next(entry for index, entry in metadata.storage_data.items() if index.fqn == name)
-    path = newest / entry.relative_path
+    path, entry = newest / "__0_0.distcp", next(e for index, e in metadata.storage_data.items() if index.fqn == name)
+    planted.write(bytes(entry.length))  # so that its length says nothing
     entry.offset, entry.length = path.stat().st_size, len(planted.getvalue())
-    metadata.state_dict_metadata[name] = BytesStorageMetadata()
     path.write_bytes(path.read_bytes() + planted.getvalue())
     (newest / ".metadata").write_bytes(pickle.dumps(metadata))
     sign_again(newest)
-    with pytest.raises(InputError, match="refused"):
+    assert fault_of(newest) is None, "only reading the tensors shows it"
+    with pytest.raises(InputError, match=r"refused: model\.transformer\.wpe\.weight"):
         load_model(newest)
+
+    metadata.state_dict_metadata[name] = BytesStorageMetadata()  # DCP would load it with weights_only=False
+    (newest / ".metadata").write_bytes(pickle.dumps(metadata))
+    sign_again(newest)
+    assert_passed_over(run_dir, "refused")
     assert not mark.exists()
     pickle.loads(pickle.dumps(Planted(mark)))
     assert mark.exists(), "plain unpickling executes it"
+
+
+def assert_passed_over(run_dir: Path, fault: str) -> None:
+    """The newest checkpoint is named in one line, and the one before is taken."""
+    newest, before = list_checkpoints(run_dir)[:-3:-1]
+    checkpoint, faults = newest_sound(run_dir)
+    assert checkpoint == before and len(faults) == 1, faults
+    assert re.search(fault, faults[0]) and str(newest) in faults[0] and "\n" not in faults[0], faults
+
+
+@pytest.mark.parametrize("name", ["../outside.distcp", "{tmp}/outside.distcp", "sub/outside.distcp", "..", ""])
+def test_a_path_in_the_metadata_stays_in_the_checkpoint(run_dir: Path, tmp_path: Path, name: str) -> None:
+    newest = list_checkpoints(run_dir)[-1]
+    metadata = pickle.loads((newest / ".metadata").read_bytes())
+    for folder in (newest.parent, tmp_path):
+        shutil.copy(newest / "__0_0.distcp", folder / "outside.distcp")
+    for entry in metadata.storage_data.values():
+        entry.relative_path = name.format(tmp=tmp_path)
+    (newest / ".metadata").write_bytes(pickle.dumps(metadata))
+    sign_again(newest)
+    assert_passed_over(run_dir, "is not a name inside this folder")
+    with pytest.raises(InputError, match="is not a name inside this folder"):
+        load_model(newest)
+
+
+STAND_INS: dict[str, Callable[[Path], object]] = {
+    "fifo": os.mkfifo,
+    "socket": lambda path: os.mknod(path, stat.S_IFSOCK | 0o600),
+    "device": lambda path: path.symlink_to("/dev/zero"),
+    "link out": lambda path: path.symlink_to(path.parents[3] / "moved"),
+    "link to nowhere": lambda path: path.symlink_to("nowhere"),
+    "link to itself": lambda path: path.symlink_to(path.name),
+}
+
+
+@pytest.mark.parametrize("kind", STAND_INS)
+def test_only_plain_files_of_the_checkpoint_are_opened(run_dir: Path, kind: str) -> None:
+    newest = list_checkpoints(run_dir)[-1]
+    for name in ("__0_0.distcp", ".metadata", "state.json", SUMS_FILE):
+        (newest / name).rename(run_dir.parent / "moved")
+        STAND_INS[kind](newest / name)
+        assert_passed_over(run_dir, ".")
+        (newest / name).unlink()
+        (run_dir.parent / "moved").rename(newest / name)
+    assert fault_of(newest) is None
+    newest.rename(run_dir.parent / "moved")
+    STAND_INS[kind](newest)
+    assert fault_of(newest) is not None
+    done = called(generate.main, str(run_dir), "--max-tokens", "2")
+    assert done.returncode == 0 and done.stderr == f"warning: passed over {newest}: not a checkpoint\n"
+
+
+def test_a_name_in_the_hashes_stays_in_the_checkpoint(run_dir: Path) -> None:
+    sums = list_checkpoints(run_dir)[-1] / SUMS_FILE
+    intact = sums.read_text()
+    for text in (
+        intact.replace("state.json", "../../config.json"),
+        intact + "0" * 64 + "  /etc/passwd\n",
+        "\n",
+        "\xe9\n",
+    ):
+        sums.write_bytes(text.encode("latin-1"))
+        assert_passed_over(run_dir, ".")
+
+
+OTHER_JSON: tuple[Any, ...] = (None, True, -1, 5, 1.5, 10**400, "", "text", [], [1], {}, {"a": 1})
+MAY_BE: dict[tuple[str, ...], Callable[[Any], bool]] = {
+    ("wandb_id",): lambda value: value is None or isinstance(value, str),
+    ("data",): lambda value: isinstance(value, str),
+    ("versions",): lambda value: isinstance(value, dict),
+    ("found",): lambda value: isinstance(value, dict),
+    ("rows",): lambda value: value == {},
+    ("config", "model"): lambda value: isinstance(value, dict),  # `load_model` looks into it, as far as it must
+    ("progress", "position"): lambda value: type(value) is int and 0 <= value < 2**63,
+    ("progress", "tokens"): lambda value: type(value) is int and 0 <= value < 2**63,
+    ("progress", "seconds"): lambda value: type(value) in (int, float),
+}
+
+
+def test_a_state_of_another_form_is_passed_over_though_its_hash_is_right(run_dir: Path) -> None:
+    """Every key that is read, absent and with every type of JSON value; and what is no JSON object at all."""
+    newest = list_checkpoints(run_dir)[-1]
+    path = newest / "state.json"
+    intact = json.loads(path.read_text())
+    keys = [(), *((key,) for key in intact), ("config", "model"), ("random", "cpu")]
+    keys += [("progress", key) for key in intact["progress"]]
+
+    def assert_damaged(text: str, note: object) -> None:
+        path.write_text(text)
+        sign_again(newest)
+        fault = fault_of(newest)
+        assert fault is not None and str(path) in fault and "\n" not in fault, note
+
+    for key in keys:
+        for value in OTHER_JSON:
+            if key in MAY_BE and MAY_BE[key](value):
+                continue
+            state: Any = {"": copy.deepcopy(intact)}
+            holder = functools.reduce(dict.__getitem__, ("", *key[:-1]), state) if key else state
+            holder[key[-1] if key else ""] = value
+            assert_damaged(json.dumps(state[""]), (key, value))
+        if key and key not in (("found",), ("rows",)):  # older checkpoints have none
+            del holder[key[-1]]
+            assert_damaged(json.dumps(state[""]), key)
+    for seals in (5, None, [1], {"metrics.jsonl": 5}, {"metrics.jsonl": {"bytes": -1, "sha256": ""}}):
+        assert_damaged(json.dumps(intact | {"rows": seals}), seals)
+    for text in ("", "{", "[" * 100_000, "9" * 5_000, '{"progress": ' + "9" * 5_000 + "}", "NaN"):
+        assert_damaged(text, text[:20])
+    assert_passed_over(run_dir, "state.json: damaged")
+    shutil.copytree(newest.with_name("step_00000020"), newest, dirs_exist_ok=True)
+    assert_passed_over(run_dir, "it is of step 20")
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        ({"width": 2**30}, "do not fit this model"),
+        ({"num_layers": 2**30}, "do not fit this model"),
+        ({"width": 10**400}, "no model of this code"),
+        ({"width": "32"}, "no model of this code"),
+        ({"num_heads": 0}, "no model of this code"),
+        ({"context_len": 0}, "no model of this code"),
+        ({"mlp": "softmax"}, "no model of this code"),
+        ({"depth": 3}, "no model of this code: it has no depth"),
+        ({"position_embedding": "rope", "context_len": 2**30}, "do not fit this model"),
+    ],
+)
+def test_a_model_that_the_tensors_do_not_bear_out_is_not_made(
+    run_dir: Path, changes: dict[str, Any], line: str
+) -> None:
+    newest = list_checkpoints(run_dir)[-1]
+    state = json.loads((newest / "state.json").read_text())
+    state["config"]["model"] |= changes
+    (newest / "state.json").write_text(json.dumps(state))
+    sign_again(newest)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(InputError, match=line) as caught:
+        load_model(newest)
+    assert "\n" not in str(caught.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # KiB
+
+
+def test_every_command_says_which_checkpoint_it_passed_over(run_dir: Path, tiny_data: Path, tmp_path: Path) -> None:
+    newest = list_checkpoints(run_dir)[-1]
+    flip_a_bit(newest / "__0_0.distcp")
+    line = f"warning: passed over {newest}: __0_0.distcp is damaged (its sha256 is not the one in {SUMS_FILE})"
+    run_name = str(run_dir)
+    for command, args in (
+        (generate.main, (run_name, "--max-tokens", "2")),
+        (validate.main, (run_name, "--tokens", "64")),
+        (hf_bridge.main, ("export", run_name, "--out", str(tmp_path / "out"))),
+        (lens.main, ("attention", run_name, "--prompt", "the cat")),
+    ):
+        done = called(command, *args)
+        assert done.returncode == 0, done.stderr
+        assert done.stderr.splitlines() == [line], command
+        assert called(command, *args, RANK="1").stderr.count("passed over") == 0
+    flags = tiny_flags(tiny_data, tmp_path / "new")
+    done = called(main, *flags, "--train.steps", "2", "--from-checkpoint", run_name, "--track.wandb", "disabled")
+    assert done.returncode == 0 and done.stderr.splitlines().count(line) == 1, done.stderr
+    run(tiny_config(tiny_data, run_dir, steps=30), ALONE)
+    assert line in (run_dir / "log.txt").read_text()
 
 
 def test_random_bytes_in_the_metadata_are_refused_or_read(run_dir: Path) -> None:

@@ -113,10 +113,9 @@ def start_after_damage(case: Case, rng: random.Random) -> None:
         outside.mkdir()
         shutil.copytree(case.folder, folder)
         run_dir = folder / "run"
-        names = [name for name in files_of(case.folder / "run") if "/step_" not in name]
-        path = run_dir / rng.choice(names)
+        path = run_dir / rng.choice(files_of(case.folder / "run"))
         how = damage(path, rng, outside)
-        sealed = path.name in ("state.json", "XXX.metadata") and path.is_file() and how != "unreadable"
+        sealed = path.name in ("state.json", ".metadata") and path.is_file() and how != "unreadable"
         if sealed and rng.random() < 0.5:
             reseal(path.parent)
             how += ", under correct hashes"

@@ -1,6 +1,8 @@
 """A job's copy of the code: which files it holds, that it runs itself, and that a changed copy does not run."""
 
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +13,7 @@ from common.errors import InputError
 from launch import snapshot
 from launch.snapshot import check, take
 from tests.helpers.runs import ROOT, called
-from train.run.directory import SNAPSHOT_FILE
+from train.run.provenance import SNAPSHOT_FILE
 
 
 @pytest.fixture
@@ -113,6 +115,63 @@ def test_a_folder_that_is_no_clone_or_holds_data_is_refused(
     )
 
 
+def test_only_plain_files_and_links_inside_the_checkout_are_copied(
+    checkout: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "outside").mkdir()
+    (tmp_path / "outside" / "weights.py").write_text("outside")
+    links = {"inside": "train/main.py", "up": "../outside/weights.py", "absolute": str(checkout / "train/main.py")}
+    for name, target in links.items():
+        (checkout / name).symlink_to(target)
+    (checkout / "slurm" / "job.sh").unlink()
+    (checkout / "slurm").rmdir()
+    (checkout / "slurm").symlink_to(tmp_path / "outside")  # a tracked folder is now somewhere else
+    (tmp_path / "outside" / "job.sh").write_text("outside")
+    (checkout / "nested").mkdir()
+    git(checkout / "nested", "init", "--quiet")
+    (checkout / "nested" / "a.py").write_text("# a\n")
+    code = take(checkout, tmp_path / "run")
+    assert {str(path.relative_to(code)) for path in code.rglob("*") if path.is_symlink()} == {"inside"}
+    assert not any("outside" in path.read_text() for path in code.rglob("*.py")) and not (code / "slurm").exists()
+    warnings = capsys.readouterr().err
+    for name in ("up: a link out", "absolute: a link out", "slurm/job.sh: ", "nested/: a repository of its own"):
+        assert f"snapshot: warning: left out {name}" in warnings
+    assert check(code) == code
+    (checkout / "train" / "__init__.py").unlink()
+    os.mkfifo(checkout / "train" / "__init__.py")
+    with pytest.raises(InputError, match=r"train/__init__\.py: unsupported file type"):  # git's own words
+        take(checkout, tmp_path / "run")
+
+
+@pytest.mark.parametrize("name", ["../../../outside.py", "/etc/passwd", "train/../../x", "", "train//main.py"])
+def test_a_record_names_files_of_the_copy_only(checkout: Path, tmp_path: Path, name: str) -> None:
+    code = take(checkout, tmp_path / "run")
+    record = json.loads((code / snapshot.RECORD).read_text())
+    record["files"][name] = "0"
+    (code / snapshot.RECORD).write_text(json.dumps(record))
+    with pytest.raises(InputError, match="is not a name inside this folder"):
+        check(code)
+
+
+def test_a_record_or_copy_of_another_kind_is_one_line(checkout: Path, tmp_path: Path) -> None:
+    code = take(checkout, tmp_path / "run")
+    for content in (b"", b"[]", b"{}", b"\xff", b"[" * 100_000, b"9" * 5_000, b'{"files": [], "commit": null}'):
+        (code / snapshot.RECORD).write_bytes(content)
+        with pytest.raises(InputError, match=f"{snapshot.RECORD}: damaged"):
+            check(code)
+    (code / snapshot.RECORD).unlink()
+    os.mkfifo(code / snapshot.RECORD)
+    with pytest.raises(InputError, match="a FIFO"):
+        check(code)
+    shutil.rmtree(code)
+    code = take(checkout, tmp_path / "run")
+    (code / "train" / "main.py").unlink()
+    os.mkfifo(code / "train" / "main.py")
+    os.mkfifo(code / "torch.py")
+    with pytest.raises(InputError, match=r"train/main\.py, torch\.py is not what was submitted"):
+        check(code)
+
+
 @pytest.mark.long(reason="an interpreter that imports torch from a whole copy")
 def test_a_copy_of_the_whole_checkout_runs_its_own_files_and_says_so(tmp_path: Path) -> None:
     """Started through the link that is named after the job, in another folder."""
@@ -121,10 +180,10 @@ def test_a_copy_of_the_whole_checkout_runs_its_own_files_and_says_so(tmp_path: P
     assert done.stdout == f"{link.resolve()}\n" and link.is_symlink(), done.stderr
     assert called(snapshot.main, "check", str(link)).stdout == done.stdout
     script = f"import sys; sys.argv = ['{link}/train/main.py']; import runpy; m = runpy.run_path(sys.argv[0]); "
-    script += "import json, train.run.directory as r; print(json.dumps([r.__file__, r._code()]))"
+    script += "import json, train.run.provenance as r; print(json.dumps([r.__file__, r.code()]))"
     ran = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True)
     path, code = json.loads(ran.stdout)
-    assert path == f"{link.resolve()}/train/run/directory.py"
+    assert path == f"{link.resolve()}/train/run/provenance.py"
     assert code["code"] == str(link.resolve())
     head = subprocess.run(["git", "-C", str(ROOT), "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     assert code["commit"] == (head.stdout.strip() or None)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -169,7 +170,7 @@ def test_a_result_of_another_form_or_key_is_refused_in_one_line(own_run: Path, t
         record = json.loads(path.read_text())
         first = next(iter(record["result"]))
         contents: list[Any] = [
-            *("", path.read_text()[:-40], "[" * 100_000, "[1]", "{}", "\udcff"),
+            *("", path.read_text()[:-40], "[" * 100_000, "[1]", "{}", "9" * 5_000, "\udcff"),
             record | {"key": record["key"] | {"dtype": "bf16"}},
             *(record | {"result": other} for other in (None, {"loss": 1.0}, record["result"] | {first: "1"})),
         ]
@@ -177,6 +178,12 @@ def test_a_result_of_another_form_or_key_is_refused_in_one_line(own_run: Path, t
             text = content if isinstance(content, str) else json.dumps(content)
             path.write_text(text, encoding="utf-8", errors="surrogateescape")
             check_refused(f"{path}: not the result that its name says; remove the file", *args)
+        path.unlink()
+        os.mkfifo(path)
+        check_refused(f"{path}: a FIFO, not a regular file", *args)
+        path.unlink()
+        path.symlink_to(own_run / "config.json")
+        check_refused(f"{path}: a link out of", *args)
         path.unlink()
         evaluated(*args)
 

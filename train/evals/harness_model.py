@@ -57,7 +57,8 @@ class LadderLM(TemplateLM):
         super().__init__()
         if dtype not in DTYPES:
             raise InputError(f"--dtype {dtype!r} must be {' or '.join(DTYPES)}")
-        if not str(batch_size or 1).isdigit() or int(batch_size or 1) < 1:
+        size = str(batch_size or 1)
+        if not (size.isascii() and size.isdecimal() and len(size) < 10 and int(size) >= 1):
             raise InputError(
                 f"--batch_size {batch_size} must be a number of at least 1; automatic batch sizes do not exist here"
             )
@@ -69,7 +70,7 @@ class LadderLM(TemplateLM):
         self._device = torch.device(device) if device is not None else _group.device
         name = self._group.on_main(lambda: path if is_hugging_face(Path(path)) else str(find_checkpoint(path)))
         self.trained = load_model(name, device=self._device, dtype=DTYPES[dtype])
-        self.batch_size = int(batch_size or 1)
+        self.batch_size = int(size)
         self._seeds = itertools.count(_group.rank, _group.world)  # of samples: different for each, on all ranks
 
     @property

@@ -16,8 +16,9 @@ from typing import Any, TypeVar, get_type_hints
 
 import torch
 
-from common.errors import InputError, reading_from, writing_to
+from common.errors import InputError, writing_to
 from common.files import write_json_atomically
+from common.reading import is_there, parse_json, read_regular
 from model.base import LanguageModel
 from model.config import FORMER_NAMES
 
@@ -51,18 +52,15 @@ def read_result(path: Path | None, key: Key, form: type[T]) -> T | None:
 
     `form` is the result's dataclass; a file may hold more than its fields. Raise InputError for any other content.
     """
-    if path is None:
+    if path is None or not is_there(path):
         return None
-    with reading_from(path):
-        if not path.is_file():
-            return None
-        content = path.read_bytes()
+    content = read_regular(path, inside=path.parent)
     fields = get_type_hints(form)
     try:
-        record = json.loads(content)
+        record = parse_json(content)
         values = {name: record["result"][name] for name in fields}
         is_sound = record["key"] == key and all(isinstance(values[name], kind) for name, kind in fields.items())
-    except (ValueError, KeyError, TypeError, RecursionError):
+    except (ValueError, KeyError, TypeError):
         is_sound = False
     if not is_sound:
         raise InputError(f"{path}: not the result that its name says; remove the file to evaluate again")

@@ -1,13 +1,13 @@
 """The model that train/validate.py evaluates, with the settings of the run that trained it."""
 
 from dataclasses import dataclass
-from operator import index
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from common.errors import InputError
+from common.reading import Form, misfit
 from model.checkpoint import TrainedModel, load_checkpoint, load_model, read_state
 from model.costs.gpu_peaks import DType
 from train.config import TrainConfig, ValidateConfig
@@ -15,6 +15,18 @@ from train.evals.results import FOLDER, Key, file_name, fingerprint_of
 from train.losses import LossModel
 from train.parallel.apply import compile_parts
 from train.parallel.precision import COMPUTE_DTYPES, set_numerics
+
+# What is read of a run's configuration here.
+CONFIG_FORM: Form = {
+    "train": {
+        "dtype": frozenset(COMPUTE_DTYPES),
+        "micro_batch": (frozenset({"auto"}), range(1, 2**31)),
+        "loss": frozenset({"plain", "chunked"}),
+        "deterministic": bool,
+    },
+    "validate": {"tokens": (None, range(1, 2**63))},
+    "data": {"dir": str},
+}
 
 
 @dataclass(frozen=True)
@@ -49,22 +61,20 @@ class Subject:
 def settings_of(checkpoint: Path) -> Settings:
     """Return the settings in a checkpoint's state.json. Raise InputError if this code does not know them."""
     state = read_state(checkpoint)
-    try:
-        config = state["config"]
-        train, tokens = config["train"], config["validate"]["tokens"]
-        if train["dtype"] not in COMPUTE_DTYPES:
-            raise TypeError(f"dtype {train['dtype']!r}")
-        return Settings(
-            dtype=train["dtype"],
-            micro_batch=Settings.micro_batch if train["micro_batch"] == "auto" else index(train["micro_batch"]),
-            is_chunked=train["loss"] == "chunked",
-            deterministic=train["deterministic"],
-            tokens=None if tokens is None else index(tokens),
-            data=Path(config["data"]["dir"]),
-            fingerprint=state["data"],
-        )
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{checkpoint}: its state.json has no configuration of this code ({error!r})") from error
+    config = state["config"]
+    fault = misfit(config, CONFIG_FORM)
+    if fault is not None:
+        raise InputError(f"{checkpoint}: its state.json has no configuration of this code ({fault})")
+    train = config["train"]
+    return Settings(
+        dtype=train["dtype"],
+        micro_batch=Settings.micro_batch if train["micro_batch"] == "auto" else train["micro_batch"],
+        is_chunked=train["loss"] == "chunked",
+        deterministic=train["deterministic"],
+        tokens=config["validate"]["tokens"],
+        data=Path(config["data"]["dir"]),
+        fingerprint=state["data"],
+    )
 
 
 def load_subject(

@@ -29,12 +29,11 @@ from model.checkpoint import (
     CHECKPOINTS,
     STATE_FILE,
     SUMS_FILE,
-    data_files_of,
-    last_line_of,
     list_checkpoints,
     model_tensors,
     step_of,
 )
+from model.dcp_reader import data_files_of, last_line_of
 from train.config import SaveConfig
 from train.parallel.apply import local
 from train.parallel.precision import LossScale

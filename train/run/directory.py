@@ -1,22 +1,14 @@
 """The run directory's own files: config.json, provenance.json, status.json, the tokenizer and the lock."""
 
 import contextlib
-import json
-import os
-import platform
-import shlex
 import socket
-import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
 
-import numpy
-import torch
-
 from common.errors import InputError, reading_from, writing_to
-from common.files import ROOT, write_json_atomically
+from common.files import write_json_atomically
 from common.reading import is_there
 from data_prep.tokenizer import load_tokenizer
 from model.checkpoint import CHECKPOINTS, list_checkpoints, newest_sound
@@ -24,14 +16,13 @@ from train.config import Config
 from train.metrics.logger import LOG_FILE
 from train.metrics.rows import METRICS_FILE, read_lines
 from train.processes.group import ProcessGroup
-from train.processes.ranks import slurm_job
 from train.run.identity import CONFIG_FILE, recorded_run, refuse_another_run
 from train.run.lock import FILE_NAME as LOCK_FILE
 from train.run.lock import RunLock
 from train.run.obstacles import clear_the_way, set_aside
+from train.run.provenance import provenance
 from train.run.status import STATUS_FILE, UNKNOWN_ATTEMPT, find_status, read_status
 
-SNAPSHOT_FILE = "SNAPSHOT.json"
 SECONDS_TO_SEE = 30.0  # a network file system may show a new file late
 
 
@@ -227,45 +218,3 @@ def sign_of_progress(run_dir: Path, *, was_locked: bool) -> str | None:
     if was_locked and is_there(run_dir / LOG_FILE):
         return f"an attempt left its {LOCK_FILE}{damage}"
     return None
-
-
-def provenance(config: Config) -> dict[str, Any]:
-    """Return what made this run: commit, uncommitted changes, command, host, versions, precision, threads."""
-    cpu = platform.processor() or platform.machine()
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else cpu
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "command": shlex.join([sys.executable, *sys.argv]),
-        "directory": str(Path.cwd()),
-        **_code(),
-        "host": socket.gethostname(),
-        "job": slurm_job(os.environ),
-        "world": int(os.environ.get("WORLD_SIZE", "1")),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": numpy.__version__,
-        "device": device,
-        "dtype": config.train.dtype,
-        "tf32": torch.backends.cuda.matmul.allow_tf32,
-        "deterministic": torch.are_deterministic_algorithms_enabled(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _code() -> dict[str, Any]:
-    """Return the commit and changes of this checkout, or those recorded in a job's snapshot (launch/snapshot.py)."""
-    try:
-        record = json.loads((ROOT / SNAPSHOT_FILE).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        record = {"commit": _git("rev-parse", "HEAD"), "changes": _git("diff", "HEAD")}
-    return {"code": str(ROOT), "commit": record["commit"], "changes": record["changes"]}
-
-
-def _git(*args: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", "-C", str(ROOT), *args], capture_output=True, text=True, errors="replace", check=False
-        )
-    except FileNotFoundError:  # no git on this machine
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None

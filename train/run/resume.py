@@ -21,6 +21,7 @@ from model.checkpoint import (
     newest_sound,
     read_state,
     read_tensors,
+    run_and_step,
     step_of,
 )
 from model.config import ModelConfig
@@ -87,12 +88,12 @@ def settle_origin(config: Config) -> Config:
     """
     if config.from_checkpoint is None:
         return config
-    run, at, step = config.from_checkpoint.rpartition("@")
-    named = Path(run if at and step.isdigit() else config.from_checkpoint).resolve()
+    run, step = run_and_step(config.from_checkpoint)
+    named = Path(run).resolve()
     if STEP_NAME.fullmatch(named.name):
         origin = f"{named.parents[1]}@{step_of(named)}"
-    elif at and step.isdigit():
-        origin = f"{named}@{int(step)}"
+    elif step is not None:
+        origin = f"{named}@{step}"
     elif (recorded := recorded_origin(config.directory, named)) is not None:
         origin = recorded
     else:

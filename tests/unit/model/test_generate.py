@@ -1,7 +1,11 @@
 """model/generate.py on a trained run: one prompt, a file of prompts, and what it refuses."""
 
+import dataclasses
 import io
 import json
+import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +15,12 @@ import pytest
 import torch
 
 from data_prep.tokenizer import BpeTokenizer, CharTokenizer
+from model import lens
 from model.checkpoint import load_model
 from model.generate import encode_prompt, main, sample_generator
-from tests.helpers.runs import called, tiny_config
+from tests.helpers.runs import ROOT, called, tiny_config, tiny_flags
+from train import main as trainer
+from train import validate
 from train.main import run
 from train.processes.group import ProcessGroup
 
@@ -138,3 +145,83 @@ def test_a_bad_line_of_prompts_is_named(tmp_path: Path, refusal: Callable[..., s
             (tmp_path / "prompts.jsonl").write_bytes(b'"The"\n' + line + b"\n")
             text = refusal("RUN", "--prompts-file", "EMPTY/prompts.jsonl", "--max-tokens", "2")
             assert "--prompts-file EMPTY/prompts.jsonl:2: " in text and message in text
+
+
+def test_every_bit_of_a_seed_counts_and_small_seeds_draw_as_before() -> None:
+    seeds = (1, 1337, 2**32 - 1)
+    before = [3669339992, 5005344000, 4294983848241874]
+    assert [sample_generator(seed, 2, 3).initial_seed() for seed in seeds] == before
+    drawn = {torch.rand(1, generator=sample_generator(1 + (1 << bit), 0)).item() for bit in range(1, 63)}
+    assert len(drawn) == 62
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**63), str(2**64), "9" * 400])
+def test_all_commands_have_one_range_of_seeds(trained_run: Path, tiny_data: Path, tmp_path: Path, seed: str) -> None:
+    line = f"--seed {seed} must lie between 0 and {2**63 - 1}"
+    for command, args in (
+        (main, (str(trained_run), "--seed", seed)),
+        (lens.main, ("induction", str(trained_run), "--seed", seed)),
+        (trainer.main, (*tiny_flags(tiny_data, tmp_path / "run"), "--seed", seed)),
+    ):
+        done = called(command, *args)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1) and line in done.stderr, done.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_largest_seed_is_taken_by_all(trained_run: Path, tiny_data: Path, tmp_path: Path) -> None:
+    seed = str(2**63 - 1)
+    assert called(main, str(trained_run), "--seed", seed, "--max-tokens", "3").returncode == 0
+    assert called(lens.main, "induction", str(trained_run), "--seed", seed, "--half", "8").returncode == 0
+    config = dataclasses.replace(tiny_config(tiny_data, tmp_path / "run", steps=2), seed=2**63 - 1)
+    run(config, ProcessGroup(0, 1, torch.device("cpu")))
+
+
+@pytest.mark.parametrize("step", ["\u00b2", "\u0661", "1\u00b3", "+1", "1_0", " 1"])
+def test_a_step_has_plain_digits(trained_run: Path, tiny_data: Path, tmp_path: Path, step: str) -> None:
+    name = f"{trained_run}@{step}"
+    for command, args in (
+        (main, (name,)),
+        (validate.main, (name,)),
+        (trainer.main, (*tiny_flags(tiny_data, tmp_path / "run"), "--from-checkpoint", name)),
+    ):
+        done = called(command, *args)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+        assert "no such run directory or checkpoint" in done.stderr
+
+
+def test_prompts_may_begin_with_a_byte_order_mark_and_hold_no_endless_number(trained_run: Path, tmp_path: Path) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_bytes(b"\xef\xbb\xbf" + b'"The "\n')
+    assert json_lines(trained_run, "--prompts-file", str(path), "--max-tokens", "2")[0]["prompt"] == "The "
+    path.write_text("9" * 5_000)
+    done = called(main, str(trained_run), "--prompts-file", str(path))
+    assert done.returncode == 2 and done.stderr.startswith(f"generate: --prompts-file {path}:1: no JSON")
+
+
+IN_TURN = """
+import sys; sys.path[0] = sys.argv[1]
+from model import generate, hf_bridge; from train import validate
+run, out = sys.argv[2:]
+generate.main([run, "--max-tokens", "3"])
+validate.main([run, "--tokens", "64"])
+hf_bridge.main(["export", run, "--out", out])
+generate.main([out, "--max-tokens", "3"])
+"""
+
+
+def test_a_run_directory_that_is_no_utf8_is_read_and_named(trained_run: Path, tmp_path: Path) -> None:
+    """In a process of its own, since its console decides what can be printed."""
+    pytest.importorskip("safetensors")
+    folder = Path(os.fsdecode(os.fsencode(tmp_path / "r") + b"\xff\xe9"))
+    shutil.copytree(trained_run, folder)
+    out = Path(os.fsdecode(os.fsencode(tmp_path / "o") + b"\xff"))
+    command = [sys.executable, "-c", IN_TURN, *map(str, (ROOT, folder, out))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stderr.splitlines()[-1].startswith("generate: ") and "rename the folder" in done.stderr
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert f"{out}: step 100".encode("utf-8", "backslashreplace").decode() in done.stdout
+    report = next(line for line in done.stdout.splitlines() if line.startswith("{"))
+    assert json.loads(report)["model"].startswith(str(folder))
+    assert "\\udcff" in (out / "README.md").read_text(encoding="utf-8")
+    out.rename(tmp_path / "out")
+    assert called(main, str(tmp_path / "out"), "--max-tokens", "3").returncode == 0

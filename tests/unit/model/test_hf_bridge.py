@@ -250,6 +250,32 @@ def trained_pairs(shared_data: Path) -> BpeTokenizer:
     return BpeTokenizer({token: rank for rank, token in enumerate(tokens)}, name="trained")
 
 
+OTHER_RECORDS = {
+    "config.json": ["", "5", "[]", "{}", '{"config": {"data": 5}, "data": "x"}', "9" * 5_000, "[" * 100_000, "\udcff"],
+    "provenance.json": ["", "[]", "{}", '{"command": 5}', "9" * 5_000],
+    "metrics.jsonl": ["5\n", "{}\n", "[1]\n", '{"step": null}\n', '{"step": 1, "val_loss": 1}\n', "9" * 5_000 + "\n"],
+}
+
+
+@pytest.mark.parametrize("name", OTHER_RECORDS)
+def test_a_record_of_the_run_of_another_form_is_refused_in_one_line(char_run: Path, tmp_path: Path, name: str) -> None:
+    run_dir = shutil.copytree(char_run, tmp_path / "run")
+    intact = (run_dir / name).read_bytes()
+    args = ("export", str(run_dir), "--out", str(tmp_path / "out"))
+    if name == "provenance.json":
+        content = json.loads(intact) | {"command": "python 'train"}
+        OTHER_RECORDS[name].append(json.dumps(content))
+    for text in OTHER_RECORDS[name]:
+        (run_dir / name).write_text(text, errors="surrogateescape")
+        done = called(hf_bridge.main, *args)
+        assert (done.returncode, done.stderr.count("\n")) == (2, 1), (text[:50], done.stderr)
+        assert f"{run_dir / name}: damaged" in done.stderr, text[:50]
+    (run_dir / name).unlink()
+    os.mkfifo(run_dir / name)
+    done = called(hf_bridge.main, *args)
+    assert done.returncode == 2 and "a FIFO" in done.stderr
+
+
 @pytest.mark.parametrize("name", ["gpt2", "trained", "small", "byte", "char"])
 def test_the_ids_of_every_text_are_the_same(shared_data: Path, tmp_path: Path, name: str) -> None:
     """Also of the text <|endoftext|>, and back to the same text; we read the saved tokenizer as the same one."""

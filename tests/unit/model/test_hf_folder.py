@@ -4,6 +4,7 @@ import json
 import os
 import pickle
 import random
+import resource
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -197,6 +198,35 @@ def test_code_in_a_bin_is_not_run(forms: Path, tmp_path: Path, form: str) -> Non
         assert mark.exists(), "the payload does not work"
 
 
+class Allocation:
+    """An object whose unpickling allocates; torch.load with weights_only lets it."""
+
+    def __reduce__(self) -> Any:
+        return bytearray, (2**31,)
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_an_allocation_in_a_bin_is_not_made(forms: Path, tmp_path: Path, is_new: bool) -> None:
+    folder = shutil.copytree(forms / "bin", tmp_path / "bin")
+    torch.save({"a": Allocation()}, folder / "pytorch_model.bin", _use_new_zipfile_serialization=is_new)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert "refused: " in refusal(folder)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 1_000_000  # KiB
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+def test_a_bin_of_a_models_own_state_dict_is_read(forms: Path, tmp_path: Path, is_new: bool) -> None:
+    """An OrderedDict with attributes, of parameters or of tensors that share memory."""
+    folder = shutil.copytree(forms / "bin", tmp_path / "bin")
+    tensors = torch.load(folder / "pytorch_model.bin", weights_only=True)
+    module = torch.nn.Module()
+    content = module.state_dict() | {name: torch.nn.Parameter(tensor) for name, tensor in tensors.items()}
+    content["lm_head.weight"] = content["transformer.wte.weight"]
+    torch.save(content, folder / "pytorch_model.bin", _use_new_zipfile_serialization=is_new)
+    expected, loaded = load_model(forms / "whole").model.state_dict(), load_model(folder).model.state_dict()
+    assert all(torch.equal(expected[name], loaded[name]) for name in expected)
+
+
 def test_code_that_config_json_names_is_not_run(whole: Path) -> None:
     (whole / "modeling.py").write_text("raise SystemExit('code was run')")
     edit_config(whole, auto_map={"AutoModelForCausalLM": "modeling.Model"})
@@ -223,6 +253,54 @@ def test_an_index_reaches_only_weights_files_beside_it(forms: Path, whole: Path,
     index["weight_map"] |= dict.fromkeys(["transformer.wte.weight", "transformer.wpe.weight"], "model-1.safetensors")
     (folder / INDEX).write_text(json.dumps(index))
     assert f"its tensors are not those that {INDEX} lists" in refusal(folder)
+
+
+def linked_away(path: Path) -> None:
+    """Move a file out of its folder and leave a link."""
+    outside = path.parent.parent / f"outside_{path.name}"
+    path.rename(outside)
+    path.symlink_to(f"../{outside.name}")
+
+
+@pytest.mark.parametrize("form", FILES_READ)
+def test_no_link_leaves_the_folder_and_nothing_blocks(forms: Path, tmp_path: Path, form: str) -> None:
+    for number, name in enumerate(FILES_READ[form]):
+        for kind, damage in enumerate((linked_away, make_fifo, make_folder)):
+            folder = shutil.copytree(forms / form, tmp_path / f"{number}_{kind}" / form)
+            damage(folder / name)
+            line = refusal(folder)
+            assert damage is not linked_away or f"{name}: a link out of {folder}" in line
+
+
+def make_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def make_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+def test_links_inside_the_hubs_cache_are_followed_and_no_others(forms: Path, tmp_path: Path) -> None:
+    repository = tmp_path / "models--someone--gpt2"
+    revision = repository / "snapshots" / "0123abc"
+    (repository / "blobs").mkdir(parents=True)
+    revision.mkdir(parents=True)
+    for name in FILES_READ["parts"]:
+        shutil.copy(forms / "parts" / name, repository / "blobs" / f"hash_{name}")
+        (revision / name).symlink_to(f"../../blobs/hash_{name}")
+    expected, loaded = load_model(forms / "whole").model.state_dict(), load_model(revision).model.state_dict()
+    assert all(torch.equal(expected[name], loaded[name]) for name in expected)
+    (tmp_path / "here").symlink_to(revision)  # a person's own name for it
+    assert load_model(tmp_path / "here").model.config == CONFIG
+    other = tmp_path / "models--someone--other" / "blobs" / "hash"
+    other.parent.mkdir(parents=True)
+    shutil.copy(forms / "parts" / "config.json", other)
+    (revision / "config.json").unlink()
+    (revision / "config.json").symlink_to(other)
+    with pytest.raises(InputError, match=r"config\.json: a link out of"):
+        load_model(revision)
 
 
 # --- Another model ----------------------------------------------------------------------------------------------------
@@ -292,6 +370,7 @@ def test_a_bin_without_a_models_tensors_is_refused(forms: Path, tmp_path: Path) 
     contents: list[object] = [[], {"a": 1}, {1: torch.zeros(1)}, torch.zeros(1), {"model": {}}]
     for content in contents:
         torch.save(content, folder / "pytorch_model.bin")
-        assert "tensors by name" in refusal(folder)
+        line = refusal(folder)
+        assert "tensors by name" in line or "a key near byte" in line
     torch.save({}, folder / "pytorch_model.bin")
     assert "has tensors of 0 layers" in refusal(folder)

@@ -32,6 +32,16 @@ def test_the_permutation_seeks_and_depends_on_its_key() -> None:
     assert permute(np.array([2**40], dtype=np.uint64), 2**41, 3)[0] < 2**41
 
 
+def test_every_bit_of_a_seed_counts_and_small_seeds_keep_their_order(tiny_data: Path) -> None:
+    stream = open_split(tiny_data, "train")
+    orders = {seed: TrainingSequences(stream, 32, seed=seed).ids_at(0, 40) for seed in (7, 1337, 2**32 - 1)}
+    assert orders[7][:8] == [421, 503, 92, 115, 436, 43, 56, 210]
+    assert orders[1337][:8] == [239, 50, 82, 513, 216, 34, 29, 258]
+    assert orders[2**32 - 1][:8] == [211, 139, 156, 130, 415, 301, 116, 362]
+    seeds = [7 + (1 << bit) for bit in range(3, 63)] + [2**63 - 1]
+    assert len({tuple(TrainingSequences(stream, 32, seed=seed).ids_at(0, 40)) for seed in (7, *seeds)}) == 62
+
+
 def test_the_permutation_looks_random() -> None:
     """Fixed points, kept neighbours and correlation are those of random permutations, over 200 keys."""
     count, keys = 1000, 200
