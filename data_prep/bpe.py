@@ -52,7 +52,8 @@ from data_prep.pipeline.sources import InputFile, Reading, file_state, find_file
 from data_prep.pipeline.text_sample import HELD_OUT_BYTES, RULE, Drawn, draw, pieces, read_texts, spread
 from data_prep.pipeline.workers import Progress
 from data_prep.shards import MAX_VOCAB_SIZE
-from data_prep.tokenizer import BYTE_ORDER, FOLDER, GPT2_PATTERN, BpeTokenizer, Tokenizer, load_tokenizer
+from data_prep.tokenizer import BYTE_ORDER, FOLDER, BpeTokenizer, Tokenizer, load_tokenizer
+from data_prep.words import GPT2_PATTERN
 
 RECORD_FILE = "training.json"
 # Gao et al. 2020, arXiv:2101.00027, table 1: 825.18 GiB of text.

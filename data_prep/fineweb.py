@@ -25,8 +25,8 @@ One difference remains: that script keeps an EOT for a page without text, which 
 
 The output is the same for any number of --workers, of tasks and of kills, and for both backends. It appears under its
 name only when it is complete. After a stop or a kill, the same command continues from the parts in .NAME.partial.
-Pages that are null or empty are dropped and counted, and so are pages that the tokenizer gives up on (a run of a
-million blanks). Bytes that are not UTF-8 become U+FFFD. '<|endoftext|>' in a page is ordinary text.
+Pages that are null or empty are dropped and counted. Bytes that are not UTF-8 become U+FFFD. '<|endoftext|>' in a page
+is ordinary text.
 """
 
 import functools
@@ -194,7 +194,7 @@ def pack(job: Job, tasks: list[EncodeTask], parts: list[Part]) -> Manifest:
         "request": describe_request(options, files),
         "revision": job.listing.revision if job.listing else None,
         "files": [job.described[file][0] for file in files],
-        "documents": count_pages(tasks, parts, selection),
+        "documents": count_pages(parts, selection),
     }
     tokenizer.save(partial)
     manifest = Manifest(source, byte_options(options), tokenizer.describe(), splits)
@@ -207,19 +207,16 @@ def pack(job: Job, tasks: list[EncodeTask], parts: list[Part]) -> Manifest:
     return manifest
 
 
-def count_pages(tasks: list[EncodeTask], parts: list[Part], selection: Selection) -> dict[str, Any]:
+def count_pages(parts: list[Part], selection: Selection) -> dict[str, Any]:
     """Return the manifest's counts of the pages that were read, by what became of them."""
-    by_file = [(task.unit.file.name, part.tally.dropped) for task, part in zip(tasks, parts, strict=True)]
-    dropped = [f"{name}, row {row:,}" for name, rows in by_file for row in rows]
     empty = sum(part.tally.empty for part in parts)
     return {
-        "read": sum(part.documents for part in parts) + empty + len(dropped),
+        "read": sum(part.documents for part in parts) + empty,
         "empty": empty,
         "duplicates": selection.duplicates,
         "duplicate_tokens": selection.duplicate_tokens,
         "beyond_max_tokens": selection.documents_beyond,
         "repaired": sum(part.tally.repaired for part in parts),
-        "dropped": dropped,
     }
 
 

@@ -134,13 +134,12 @@ def report(options: Options, manifest: Manifest, seconds: float) -> None:
         ("read", counts["read"], ""),
         ("empty", counts["empty"], "no text"),
         ("duplicates", counts["duplicates"], f"{counts['duplicate_tokens']:,} tokens"),
-        ("dropped", len(counts["dropped"]), "; ".join(counts["dropped"][:3])),
         ("repaired", counts["repaired"], "not UTF-8 in places, kept"),
         ("beyond --max-tokens", counts["beyond_max_tokens"], ""),
     ]
     for name, split in manifest.splits.items():
         lines.append((name, split.documents, f"{split.tokens:,} tokens, {len(split.shards)} shards"))
     for name, count, remark in lines:
-        if count or name in ("read", "empty", "duplicates", "dropped"):
+        if count or name in ("read", "empty", "duplicates"):
             print(f"  {name:20} {count:>13,} documents  {remark if count else ''}".rstrip())
     print(f"  fingerprint {manifest.fingerprint[:16]}")

@@ -10,7 +10,6 @@ has another name, and is never taken for this one.
 import dataclasses
 import functools
 import hashlib
-import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -23,6 +22,7 @@ import numpy.typing as npt
 
 from common.errors import InputError, reading_from
 from common.files import sha256_of_file, sha256_of_json, write_blocks_atomically, write_json_atomically
+from common.reading import NATURAL, read_own_json, sha256_of_regular
 from data_prep.pipeline.gigatoken_encoder import GigaEncoder
 from data_prep.pipeline.sources import (
     PYTHON_DOCS,
@@ -41,8 +41,15 @@ from data_prep.tokenizer import EOT, FOLDER, RANKS_FILE, Ids, Tokenizer, alphabe
 
 BLOCK_TOKENS = 2**22
 BLOCK_CHARACTERS = 2**20
-PART_FORMAT = 2
+PART_FORMAT = 3
 HASH_BYTES = 16
+RECORD: dict[str, Any] = {
+    "key": dict,
+    "tokens": NATURAL,
+    "documents": NATURAL,
+    "sha256": str,
+    "tally": {"empty": NATURAL, "repaired": NATURAL},
+}
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 Backend = Literal["tiktoken", "gigatoken"]
@@ -131,13 +138,11 @@ class EncodeTask:
 class Tally:
     """Counts of what became of a unit's texts.
 
-    empty: texts that are null or empty. repaired: texts that held bytes that are not UTF-8, now U+FFFD. dropped: rows
-    of the texts that the tokenizer gave up on.
+    empty: texts that are null or empty. repaired: texts that held bytes that are not UTF-8, now U+FFFD.
     """
 
     empty: int = 0
     repaired: int = 0
-    dropped: list[int] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -191,15 +196,12 @@ def _encoded(task: EncodeTask, tokenizer: Tokenizer, tally: Tally) -> Iterator[E
         hashes: list[bytes] = []
         for document, ids in zip(batch, encode(batch), strict=True):
             if isinstance(ids, InputError):
-                if not task.reading.tolerant:
-                    location = document_location(task.unit, task.reading, document.position)
-                    raise InputError(f"{location}: {ids}") from ids
-                tally.dropped.append(document.position)
-                continue
+                location = document_location(task.unit, task.reading, document.position)
+                raise InputError(f"{location}: {ids}") from ids
             pieces += (eot, ids)
             lengths.append(len(eot) + len(ids))
             hashes.append(hashlib.blake2b(document.utf8, digest_size=HASH_BYTES).digest())
-        if pieces:
+        if batch:
             yield np.concatenate(pieces, dtype="<u2", casting="unsafe"), lengths, hashes
     check_unchanged(task)
 
@@ -293,14 +295,13 @@ def write_part(stem: Path, key: dict[str, Any], batches: Iterable[Encoded], tall
 
 
 def read_part(stem: Path, key: dict[str, Any]) -> Part | None:
-    """Return the part of that name if it is complete, sound and of exactly this key, else None."""
+    """Return the part of that name if it is complete, sound and of exactly this key, else None: to be made again."""
     path = stem.with_suffix(".part")
     try:
-        record = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
-        tally = Tally(**record["tally"])
-        part = Part(path, int(record["tokens"]), int(record["documents"]), tally, is_reused=True)
-        if record["key"] == key and sha256_of_file(path) == record["sha256"]:
-            return part
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError):
-        pass  # The caller makes it again.
-    return None
+        record = read_own_json(stem.with_suffix(".json"), RECORD)
+        if record is None or record["key"] != key or sha256_of_regular(path) != record["sha256"]:
+            return None
+    except InputError:
+        return None
+    tally = Tally(**{name: record["tally"][name] for name in RECORD["tally"]})
+    return Part(path, record["tokens"], record["documents"], tally, is_reused=True)

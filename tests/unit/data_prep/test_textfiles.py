@@ -194,10 +194,19 @@ def test_bad_options_give_one_line_and_leave_nothing(tmp_path: Path) -> None:
         assert names(tmp_path) == before
 
 
-def test_a_text_that_the_tokenizer_gives_up_on_is_named_by_its_line(shared_data: Path, tmp_path: Path) -> None:
-    source = write_rows(tmp_path / "a.jsonl", ["one", "two" + " " * 1_500_000 + "x", "three"])
-    done = textfiles("--input", source, "--out", tmp_path / "data", "--tokenizer", "gpt2", "--val-fraction", "0.4")
-    assert_one_line(done, f"{source}:2: tokenizer gpt2 gave up")
+def test_a_row_with_a_run_of_blanks_is_encoded_like_the_others(shared_data: Path, tmp_path: Path) -> None:
+    texts = ["one", "two" + " " * 1_500_000 + "x", "three"]
+    source, ranks = write_rows(tmp_path / "a.jsonl", texts), shared_data / "gpt2.tiktoken"
+    done = textfiles("--input", source, "--out", tmp_path / "data", "--tokenizer", ranks, "--val-fraction", "0.4")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert decoded(tmp_path / "data") == "".join(texts).encode()
+    assert document_starts(tmp_path / "data", "train", 100_000_000) == [0]
+
+
+def test_a_text_that_the_tokenizer_cannot_encode_is_named_by_its_line(tmp_path: Path) -> None:
+    source = write_rows(tmp_path / "a.jsonl", ["one", "two\ud800", "three"])
+    done = textfiles("--input", source, "--out", tmp_path / "data", "--tokenizer", "byte", "--val-fraction", "0.4")
+    assert_one_line(done, f"{source}:2: lone surrogate at 3")
 
 
 def test_flags_without_effect_and_forgotten_separators_are_warned_of(tmp_path: Path) -> None:
