@@ -86,6 +86,21 @@ def is_there(path: Path) -> bool:
     return True
 
 
+def require_place(folder: Path, flag: str = "--out") -> None:
+    """Raise InputError that names the flag, before any work, if `folder` is no directory and none can be made there."""
+    place = folder
+    while not is_there(place):
+        place = place.parent
+    with reading_from(f"{flag} {folder}"):
+        if not place.is_dir():
+            fault = "is no directory"
+        elif not os.access(place, os.W_OK | os.X_OK):
+            fault = "is a directory that you may not write to"
+        else:
+            return
+    raise InputError(f"{flag} {folder}: {place} {fault}; choose another {flag}")
+
+
 def parse_json(content: bytes | str) -> Any:
     """Return the value of a JSON text in UTF-8. Raise ValueError for anything else, however it is wrong."""
     try:

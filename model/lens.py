@@ -46,6 +46,7 @@ from torch import Tensor
 
 from common.errors import InputError, one_line_errors, reading_from, writing_to
 from common.files import write_json_atomically
+from common.reading import require_place
 from common.tables import markdown, new_figure, put_into
 from data_prep.tokenizer import Tokenizer
 from model.checkpoint import TrainedModel
@@ -368,6 +369,8 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command; an InputError ends it with one line and exit code 2."""
     with one_line_errors("lens"):
         options = parse(args)
+        if options.out is not None:
+            require_place(options.out)
         figure: Any = None if options.out is None else new_figure()
         mark = f"lens {options.name}"
         if options.into is not None:
