@@ -47,8 +47,9 @@ from common.errors import InputError, one_line_errors, reading_from, warn
 from common.files import write_json_atomically
 from data_prep import bpe_reference
 from data_prep.pipeline.encode import describe_file
+from data_prep.pipeline.input_files import InputFile, file_state, find_files
 from data_prep.pipeline.partial_dir import is_free, named_directory, put_in_place, unfinished_directory
-from data_prep.pipeline.sources import InputFile, Reading, file_state, find_files, warn_of_marks, warn_of_reading
+from data_prep.pipeline.sources import Reading, warn_of_marks, warn_of_reading
 from data_prep.pipeline.text_sample import HELD_OUT_BYTES, RULE, Drawn, draw, pieces, read_texts, spread
 from data_prep.pipeline.workers import Progress
 from data_prep.shards import MAX_VOCAB_SIZE

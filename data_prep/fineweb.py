@@ -61,10 +61,11 @@ from data_prep.hub import files as hub
 from data_prep.hub.files import HubListing
 from data_prep.manifest import Manifest, read_manifest
 from data_prep.pipeline.encode import EncodeTask, Part, describe_file, make_parts, read_part
+from data_prep.pipeline.input_files import FileState, InputFile, file_state
 from data_prep.pipeline.pack import documents_in_order, pack_split
 from data_prep.pipeline.partial_dir import PARTS, existing_data, free_other_parts, put_in_place, unfinished_directory
 from data_prep.pipeline.selection import Rules, Selection, select
-from data_prep.pipeline.sources import FileState, InputFile, Unit, file_state
+from data_prep.pipeline.sources import Unit
 from data_prep.pipeline.workers import Progress, Workers, available_cores
 from data_prep.shards import check_shard_tokens
 from data_prep.tokenizer import Tokenizer, load_tokenizer, make_tokenizer

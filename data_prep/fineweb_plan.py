@@ -21,9 +21,10 @@ from common.reading import read_own_json
 from data_prep.hub import files as hub
 from data_prep.hub.files import HubFile, HubListing
 from data_prep.pipeline.encode import Backend
+from data_prep.pipeline.input_files import InputFile
 from data_prep.pipeline.partial_dir import PARTS, PLAN_FILES, differences, named_directory
 from data_prep.pipeline.selection import Split
-from data_prep.pipeline.sources import InputFile, Reading, Unit, plan_units
+from data_prep.pipeline.sources import Reading, Unit, plan_units
 from data_prep.tokenizer import Tokenizer
 
 PLAN, LISTING = PLAN_FILES

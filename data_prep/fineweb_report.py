@@ -22,8 +22,9 @@ from data_prep.manifest import Manifest
 from data_prep.pipeline import python_docs
 from data_prep.pipeline.encode import HASH_BYTES, encoder
 from data_prep.pipeline.gigatoken_encoder import GigaEncoder
+from data_prep.pipeline.input_files import InputFile
 from data_prep.pipeline.selection import RECORD
-from data_prep.pipeline.sources import Document, InputFile, read_documents
+from data_prep.pipeline.sources import Document, read_documents
 from data_prep.pipeline.workers import available_cores, clock
 from data_prep.tokenizer import FOLDER, RANKS_FILE, Tokenizer
 

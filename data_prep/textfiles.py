@@ -42,6 +42,7 @@ from data_prep.hub.corpora import CORPORA
 from data_prep.hub.download import fetch
 from data_prep.manifest import Manifest
 from data_prep.pipeline.encode import EncodeTask, Survey, describe_file, make_parts, survey_unit
+from data_prep.pipeline.input_files import InputFile, file_state, find_files
 from data_prep.pipeline.pack import pack_split
 from data_prep.pipeline.partial_dir import (
     PARTS,
@@ -52,11 +53,8 @@ from data_prep.pipeline.partial_dir import (
     unfinished_directory,
 )
 from data_prep.pipeline.sources import (
-    InputFile,
     Reading,
     Unit,
-    file_state,
-    find_files,
     is_one_document,
     plan_units,
     read_documents,

@@ -24,17 +24,8 @@ import numpy.typing as npt
 from common.errors import InputError, reading_from
 from common.files import sha256_of_file, sha256_of_json, write_blocks_atomically, write_json_atomically
 from data_prep.pipeline.gigatoken_encoder import GigaEncoder
-from data_prep.pipeline.sources import (
-    PYTHON_DOCS,
-    Document,
-    FileState,
-    InputFile,
-    Reading,
-    Unit,
-    document_location,
-    file_state,
-    read_documents,
-)
+from data_prep.pipeline.input_files import PYTHON_DOCS, FileState, InputFile, file_state
+from data_prep.pipeline.sources import Document, Reading, Unit, document_location, read_documents
 from data_prep.pipeline.workers import Progress, Workers
 from data_prep.shards import Offsets, Tokens
 from data_prep.tokenizer import EOT, FOLDER, RANKS_FILE, Ids, Tokenizer, alphabet_of, encode_or_fault, load_tokenizer

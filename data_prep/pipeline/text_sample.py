@@ -12,15 +12,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from common.errors import InputError
-from data_prep.pipeline.sources import (
-    InputFile,
-    Reading,
-    cut_pieces,
-    is_one_document,
-    plan_units,
-    read_documents,
-    read_pieces,
-)
+from data_prep.pipeline.input_files import InputFile
+from data_prep.pipeline.sources import Reading, cut_pieces, is_one_document, plan_units, read_documents, read_pieces
 from data_prep.pipeline.workers import Progress
 from data_prep.tokenizer import EOT
 

@@ -17,7 +17,8 @@ import regex
 from common.errors import InputError
 from data_prep.bpe import Options, main, prepare, save, tokens_of, train_by_tokenizers
 from data_prep.bpe_reference import train as train_reference
-from data_prep.pipeline.sources import InputFile, read_pieces
+from data_prep.pipeline.input_files import InputFile
+from data_prep.pipeline.sources import read_pieces
 from data_prep.pipeline.text_sample import PIECE_BYTES, draw, key_of, pieces, spread
 from data_prep.textfiles import Options as DataOptions
 from data_prep.textfiles import prepare as prepare_data
