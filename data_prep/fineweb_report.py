@@ -20,6 +20,7 @@ from data_prep.fineweb_plan import (
 from data_prep.hub import files as hub
 from data_prep.manifest import Manifest
 from data_prep.pipeline import python_docs
+from data_prep.pipeline.bad_rows import skipped_line
 from data_prep.pipeline.encode import HASH_BYTES, encoder
 from data_prep.pipeline.gigatoken_encoder import GigaEncoder
 from data_prep.pipeline.input_files import InputFile
@@ -139,6 +140,8 @@ def report(options: Options, manifest: Manifest, seconds: float) -> None:
         ("repaired", counts["repaired"], "not UTF-8 in places, kept"),
         ("beyond --max-tokens", counts["beyond_max_tokens"], ""),
     ]
+    if "skipped" in counts:
+        lines.append(("left out", counts["skipped"]["rows"], skipped_line(counts["skipped"])))
     for name, split in manifest.splits.items():
         lines.append((name, split.documents, f"{split.tokens:,} tokens, {len(split.shards)} shards"))
     for name, count, remark in lines:
