@@ -7,6 +7,7 @@ are, the fewer rows are read at once. Memory: the dictionary, a page, BATCH_BYTE
 `flag` is the command-line flag that named the file, for messages.
 """
 
+import functools
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from common.errors import InputError, first_line
 from common.reading import open_regular
 from data_prep.pipeline.bad_rows import BadRowError, too_long
 from data_prep.pipeline.json_lines import shown_names
-from data_prep.pipeline.parquet_pages import pages
+from data_prep.pipeline.parquet_layout import Chunk, page_sizes, read_chunks
 
 BATCH_ROWS = 1000
 BATCH_BYTES = 2**26
@@ -28,23 +29,19 @@ BUFFER_BYTES = 2**20
 
 @dataclass(frozen=True)
 class _Column:
-    """One string column of an open file. parquet: a pyarrow.parquet.ParquetFile. leaf: the column's index."""
+    """One string column of an open file. parquet: a pyarrow.parquet.ParquetFile. chunks: one for each row group."""
 
     path: str
     name: str
     file: BinaryIO
     parquet: Any
-    leaf: int
-
-    def chunk(self, group: int) -> Any:
-        return self.parquet.metadata.row_group(group).column(self.leaf)
+    chunks: list[Chunk]
 
 
 def row_group_bytes(path: str, column: str, flag: str) -> list[int]:
     """Return the uncompressed bytes of the column in each row group. Reads the footer alone."""
     with _open(path, column, flag) as opened:
-        groups = range(opened.parquet.metadata.num_row_groups)
-        return [max(0, opened.chunk(group).total_uncompressed_size) for group in groups]
+        return [chunk.num_bytes for chunk in opened.chunks]
 
 
 def read_rows(
@@ -55,10 +52,9 @@ def read_rows(
     tolerant: as in `Reading`, for rows that are null or not UTF-8.
     """
     with _open(path, column, flag) as opened:
-        metadata = opened.parquet.metadata
-        if row_groups[-1] >= metadata.num_row_groups:
+        if row_groups[-1] >= len(opened.chunks):
             raise InputError(f"{path}: became shorter while it was read")
-        row = sum(metadata.row_group(group).num_rows for group in range(row_groups[0]))
+        row = sum(chunk.num_rows for chunk in opened.chunks[: row_groups[0]])
         for group in row_groups:
             for batch in _batches(opened, group, max_document_bytes):
                 for value in _values(batch, max_document_bytes):
@@ -97,7 +93,17 @@ def _open(path: str, column: str, flag: str) -> Iterator[_Column]:
         kind = kind.value_type if pa.types.is_dictionary(kind) else kind
         if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)):
             raise InputError(f"{path}: column {column!r} is {kind}, not string (--text-column)")
-        yield _Column(path, column, file, parquet, paths.index(column))
+        try:
+            chunks = _chunks(path, paths.index(column), Path(path).stat().st_mtime_ns)
+        except (ValueError, OSError) as error:
+            raise InputError(f"{path}: not a readable parquet file ({first_line(error)}) ({flag})") from error
+        yield _Column(path, column, file, parquet, chunks)
+
+
+@functools.lru_cache(maxsize=1)  # the footer of a file of many row groups takes longer than one of them
+def _chunks(path: str, leaf: int, _changed_ns: int) -> list[Chunk]:
+    with open_regular(Path(path)) as file:
+        return read_chunks(file, leaf)
 
 
 def _batches(opened: _Column, group: int, max_document_bytes: int) -> Iterator[Any]:
@@ -119,12 +125,9 @@ def _batches(opened: _Column, group: int, max_document_bytes: int) -> Iterator[A
 
 def _largest_page(opened: _Column, group: int, max_document_bytes: int, damaged: str) -> int:
     """Return the bytes of the largest page of the row group. Raise InputError if that is too much to decompress."""
-    chunk = opened.chunk(group)
-    starts = [start for start in (chunk.dictionary_page_offset, chunk.data_page_offset) if start]
-    start = min(starts, default=0)
     largest = most_values = 0
     try:
-        for num_bytes, num_values in pages(opened.file, start, start + chunk.total_compressed_size):
+        for num_bytes, num_values in page_sizes(opened.file, opened.chunks[group]):
             largest, most_values = max(largest, num_bytes), max(most_values, num_values)
     except (ValueError, OSError) as error:
         raise InputError(f"{damaged} ({first_line(error)})") from error
