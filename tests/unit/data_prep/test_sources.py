@@ -11,7 +11,8 @@ import pytest
 
 from common.errors import InputError
 from data_prep.pipeline import sources
-from data_prep.pipeline.sources import InputFile, Reading, find_files, plan_units, read_documents
+from data_prep.pipeline.input_files import InputFile, find_files
+from data_prep.pipeline.sources import Reading, plan_units, read_documents
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
