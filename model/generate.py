@@ -12,6 +12,7 @@ Past the context a token costs a whole pass (see --keep). 1,000 characters of a 
 cost of a token with transformers and with the memory's bandwidth.
 """
 
+import functools
 import itertools
 import json
 import sys
@@ -36,6 +37,7 @@ from model.generation.sampling import Sampling
 from model.generation.text_stream import Continuation
 from model.gpt import GPT
 
+LONGEST_LINE = 2**24  # of prompts, in bytes
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -126,7 +128,10 @@ def read_prompts(name: str) -> Iterator[tuple[str, str]]:
         reading_from(f"--prompts-file {name}"),
         nullcontext(sys.stdin.buffer) if name == "-" else Path(name).open("rb") as file,
     ):
-        for number, line in enumerate(file, start=1):
+        lines = iter(functools.partial(file.readline, LONGEST_LINE + 1), b"")
+        for number, line in enumerate(lines, start=1):
+            if len(line) > LONGEST_LINE:
+                raise InputError(f"--prompts-file {name}:{number}: a line of more than {LONGEST_LINE:,} bytes")
             if not line.strip():
                 continue
             try:
