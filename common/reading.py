@@ -91,14 +91,14 @@ def require_place(folder: Path, flag: str = "--out") -> None:
     place = folder
     while not is_there(place):
         place = place.parent
-    with reading_from(f"{flag} {folder}"):
+    with reading_from(folder):
         if not place.is_dir():
             fault = "is no directory"
         elif not os.access(place, os.W_OK | os.X_OK):
             fault = "is a directory that you may not write to"
         else:
             return
-    raise InputError(f"{flag} {folder}: {place} {fault}; choose another {flag}")
+    raise InputError(f"{flag}: {place} {fault}; choose another place")
 
 
 def parse_json(content: bytes | str) -> Any:

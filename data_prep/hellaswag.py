@@ -23,6 +23,7 @@ if not __package__:
 
 import tyro
 
+from common.byte_order import HEAD_BYTES, left_out, mark_bytes
 from common.errors import InputError, one_line_errors, reading_from, warn
 from common.files import sha256_of_file, write_blocks_atomically, write_json_atomically
 from common.reading import is_there, misfit, parse_json, read_regular, require_regular
@@ -126,7 +127,10 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
 
 def _parse(path: Path, *, is_pinned: bool) -> list[Item]:
     """Return every line's item. The pinned file may hold empty and repeated texts, since it is right as it is."""
-    lines = read_regular(path).split(b"\n")
+    content = read_regular(path)
+    if mark := mark_bytes(content[:HEAD_BYTES], str(path), flag="HellaSwag's items"):
+        warn("hellaswag", left_out(str(path)))
+    lines = content[mark:].split(b"\n")
     if not lines[-1]:
         lines.pop()
     items = []

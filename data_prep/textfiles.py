@@ -13,8 +13,8 @@ Tiny Shakespeare with `char` gives 1,003,854 training and 111,540 validation tok
 
 Input: plain text, .jsonl and .parquet (one document per row, its text in --text-column), .txt.gz and .jsonl.gz, and
 folders of these. A plain file is one document, unless --split-documents-on names the separator of its documents. Every
-byte of the text is kept, line ends around a document too. Only empty documents are dropped, and counted, and with
---on-bad-row skip those that cannot be read.
+byte of the text is kept, line ends around a document too, but for a byte-order mark at the beginning of a file. Only
+empty documents are dropped, and counted, and with --on-bad-row skip those that cannot be read.
 
 The validation split is the last --val-fraction of all characters, or --val-input. A plain file that is one document is
 cut at exactly that character; with one file this is nanoGPT's cut. Other documents are kept whole: the cut moves back

@@ -28,7 +28,8 @@ if not __package__:
 import torch
 import tyro
 
-from common.errors import InputError, first_line, one_line_errors, reading_from
+from common.byte_order import HEAD_BYTES, left_out, mark_bytes
+from common.errors import InputError, first_line, one_line_errors, reading_from, warn
 from data_prep.tokenizer import Tokenizer
 from model.base import LanguageModel
 from model.checkpoint import check_device, load_model
@@ -132,6 +133,9 @@ def read_prompts(name: str) -> Iterator[tuple[str, str]]:
         for number, line in enumerate(lines, start=1):
             if len(line) > LONGEST_LINE:
                 raise InputError(f"--prompts-file {name}:{number}: a line of more than {LONGEST_LINE:,} bytes")
+            if number == 1 and (mark := mark_bytes(line[:HEAD_BYTES], name, flag="--prompts-file")):
+                warn("generate", left_out(f"--prompts-file {name}"))
+                line = line[mark:]
             if not line.strip():
                 continue
             try:

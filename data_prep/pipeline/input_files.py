@@ -1,13 +1,19 @@
 """Input files: what --input names, what kind each is, and whether one changes while it is read."""
 
+import gzip
+import zlib
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
+from common.byte_order import HEAD_BYTES, left_out, mark_bytes
 from common.errors import InputError, reading_from
+from common.reading import open_regular
 from data_prep.pipeline import python_docs
+
+NUM_NAMED = 3
 
 FileState = tuple[int, int]
 Kind = Literal["text", "jsonl", "parquet", "python-docs"]
@@ -29,7 +35,7 @@ class InputFile:
     """One input file.
 
     path: as on the command line, for reading and messages. name: for the manifest, the same on every machine.
-    flag: the command-line flag that named it, for messages.
+    flag: the command-line flag that named it, for messages. text_start: the bytes of a byte-order mark before the text.
     """
 
     path: str
@@ -37,6 +43,7 @@ class InputFile:
     kind: Kind
     compressed: bool = False
     flag: str = "--input"
+    text_start: int = 0
 
 
 def find_files(inputs: tuple[str, ...], flag: str = "--input") -> tuple[list[InputFile], list[str]]:
@@ -49,13 +56,13 @@ def find_files(inputs: tuple[str, ...], flag: str = "--input") -> tuple[list[Inp
             if name == "python-docs":
                 files += [InputFile(title, title, "python-docs", flag=flag) for title in PYTHON_DOCS]
             elif path.is_dir():
-                files_below, left_out = _files_below(path, flag)
+                files_below, others = _files_below(path, flag)
                 if not files_below:
                     raise InputError(f"{path}: no {', '.join(KINDS)} file in this folder ({flag})")
                 files += files_below
-                if left_out:
-                    kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(left_out.items()))
-                    warnings.append(f"{path}: left out {left_out.total()} files of other kinds ({kinds})")
+                if others:
+                    kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(others.items()))
+                    warnings.append(f"{path}: left out {others.total()} files of other kinds ({kinds})")
             elif not path.exists():
                 raise InputError(f"{path}: no such file ({flag})")
             elif not path.is_file():
@@ -65,7 +72,25 @@ def find_files(inputs: tuple[str, ...], flag: str = "--input") -> tuple[list[Inp
             else:
                 kind, compressed = KINDS.get(_suffix(path), ("text", False))
                 files.append(InputFile(name, path.name, kind, compressed, flag))
+    files = [replace(file, text_start=_mark_bytes(file)) for file in files]
+    marked = [file.path for file in files if file.text_start]
+    warnings += map(left_out, marked[:NUM_NAMED])
+    if len(marked) > NUM_NAMED:
+        warnings.append(f"{len(marked) - NUM_NAMED:,} more files: their byte-order marks are left out too")
     return files, warnings
+
+
+def _mark_bytes(file: InputFile) -> int:
+    """Return the bytes of a file's byte-order mark. Raise InputError for UTF-16 and UTF-32."""
+    if file.kind in ("parquet", "python-docs"):
+        return 0
+    with open_regular(Path(file.path)) as opened, reading_from(file.path):
+        try:
+            with gzip.GzipFile(fileobj=opened) if file.compressed else opened as text:
+                head = text.read(HEAD_BYTES)
+        except (EOFError, zlib.error, gzip.BadGzipFile):
+            return 0  # Reading the file says what is wrong with it.
+    return mark_bytes(head, file.path, flag=file.flag, compressed=file.compressed)
 
 
 def _files_below(folder: Path, flag: str) -> tuple[list[InputFile], Counter[str]]:

@@ -8,14 +8,15 @@
 | .parquet | one row's `text_column` | whole row groups, about UNIT_BYTES of that column |
 
 A .gz file is one unit, because it can only be read from its beginning. Every byte of the text is kept: nothing is
-stripped, and line ends stay. Units depend on the files alone, and the documents do not depend on where units are cut.
+stripped but a byte-order mark at the beginning of a file, and line ends stay. Units depend on the files alone, and the
+documents do not depend on where units are cut.
 """
 
 import gzip
 import itertools
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +138,7 @@ def plan_units(file: InputFile, reading: Reading, unit_bytes: int | None = None)
     if file.compressed or is_one_document(file, reading) or size <= unit_bytes:
         return [_whole(file)]
     separator = _separator(file, reading)
-    cuts = [0]
+    cuts = [file.text_start]
     with open_regular(Path(file.path)) as opened, reading_from(file.path):
         while (cut := find_cut(opened, separator, cuts[-1] + unit_bytes)) is not None:
             cuts.append(cut)
@@ -146,7 +147,7 @@ def plan_units(file: InputFile, reading: Reading, unit_bytes: int | None = None)
 
 def _whole(file: InputFile) -> Unit:
     size, _ = file_state(file)
-    return Unit(file, 0, size, size)
+    return Unit(file, file.text_start, size, size)
 
 
 def _row_group_units(file: InputFile, reading: Reading, unit_bytes: int) -> list[Unit]:
@@ -234,7 +235,7 @@ def _whole_document(file: InputFile, most_bytes: int) -> Iterator[tuple[int, str
         if len(data) > most_bytes:
             yield 0, too_long(most_bytes)
             return
-    yield 0, _text_or_fault(data, 0)
+    yield 0, _text_or_fault(data, file.text_start)
 
 
 def read_pieces(unit: Unit, reading: Reading, piece_bytes: int, skipped: Skipped) -> Iterator[str]:
@@ -245,13 +246,12 @@ def read_pieces(unit: Unit, reading: Reading, piece_bytes: int, skipped: Skipped
     assert piece_bytes >= 4  # the longest character of UTF-8
     is_embedded = unit.file.kind == "python-docs"
     blocks = iter([PYTHON_DOCS[unit.file.name]().encode("utf-8")]) if is_embedded else _blocks(unit)
-    pieces = _decoded_pieces(cut_pieces(blocks, piece_bytes))
+    pieces = _decoded_pieces(cut_pieces(blocks, piece_bytes), unit.start)
     for _, text in _without_bad_rows(pieces, unit, reading, skipped):
         yield text
 
 
-def _decoded_pieces(pieces: Iterable[bytes]) -> Iterator[tuple[int, str | BadRowError]]:
-    offset = 0
+def _decoded_pieces(pieces: Iterable[bytes], offset: int) -> Iterator[tuple[int, str | BadRowError]]:
     for piece in pieces:
         yield offset, _text_or_fault(piece, offset)
         offset += len(piece)
@@ -297,7 +297,7 @@ def document_location(unit: Unit, reading: Reading, position: int, name: str | N
 def _line_at(file: InputFile, position: int) -> int:
     """Return the line number of a byte position. Reads the file from its start, so only for an error message."""
     line = 1
-    for block in _blocks(_whole(file)):
+    for block in _blocks(replace(_whole(file), start=0)):
         line += block.count(b"\n", 0, max(0, position))
         position -= len(block)
         if position <= 0:
@@ -311,6 +311,7 @@ def _blocks(unit: Unit) -> Iterator[bytes]:
     if unit.file.compressed:
         try:
             with open_regular(path) as file, reading_from(path), gzip.open(file, "rb") as stream:
+                stream.read(unit.start)
                 while block := stream.read(BLOCK_BYTES):
                     yield block
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:

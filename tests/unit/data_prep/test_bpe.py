@@ -281,7 +281,7 @@ def test_an_existing_tokenizer_is_kept_unless_it_is_to_be_replaced(tmp_path: Pat
         (["--compare", "nowhere.txt"], "nowhere.txt: no such file (--compare)"),
         (["--compare", "blank.jsonl"], "--compare blank.jsonl: no text in it"),
         (["--out", "/"], "--out /: give the directory a name"),
-        (["--out", "alice.txt/tok"], "alice.txt: cannot be written ("),
+        (["--out", "alice.txt/tok"], "--out: alice.txt is no directory; choose another place"),
         (["--out", "alice.txt", "--overwrite"], "alice.txt: exists and is no tokenizer of this script"),
         (["--out", "mine", "--overwrite"], "mine: exists and is no tokenizer of this script"),
     ],

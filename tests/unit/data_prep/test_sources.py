@@ -75,7 +75,7 @@ def test_json_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit_bytes:
 
 def test_compressed_text(tmp_path: Path) -> None:
     path = tmp_path / "text.TXT.GZ"
-    path.write_bytes(gzip.compress(f"\ufeffone\r\n{EOT}two{EOT}".encode()))
+    path.write_bytes(gzip.compress(f"\ufeff\ufeffone\r\n{EOT}two{EOT}".encode()))
     assert texts(path) == [f"\ufeffone\r\n{EOT}two{EOT}"]
     assert texts(path, Reading(split_on=EOT)) == ["\ufeffone\r\n", "two"]
     path.write_bytes(path.read_bytes()[:-9])

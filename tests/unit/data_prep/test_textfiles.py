@@ -18,7 +18,7 @@ from tests.helpers.runs import called
 EOT = "<|endoftext|>"
 ALICE = "Alice was beginning to get very tired\nof sitting by her sister on the bank. " * 20
 # A mark, every kind of line end, a NUL, and characters of two, three and four bytes.
-UNUSUAL = f"\ufeffone\r\ntwo\rthree\n\r\n\0 \x85 \u2028 \u00e9\u20ac\U0001f600 e\u0301 {EOT} \t\x0b\x0c no newline"
+UNUSUAL = f"a\ufeffone\r\ntwo\rthree\n\r\n\0 \x85 \u2028 \u00e9\u20ac\U0001f600 e\u0301 {EOT} \t\x0b\x0c no newline"
 
 
 def textfiles(*arguments: str | Path, cwd: Path = Path()) -> subprocess.CompletedProcess[str]:
