@@ -217,7 +217,7 @@ def test_fineweb_leaves_pages_out_the_same_way_for_any_tasks(tmp_path: Path, mon
     assert made.fingerprint == expected.fingerprint
     counts = made.source["documents"]
     assert counts["read"] == len(pages) and counts["skipped"]["rows"] == 2
-    assert "holds finished data without 2 bad rows" in refusal(
+    assert "holds finished data without some bad rows" in refusal(
         "fineweb", fineweb_run(tmp_path / "in", tmp_path / "out", *skip[:2])
     )
     assert "already complete" in fineweb_run(tmp_path / "in", tmp_path / "out", *skip).stdout
