@@ -28,7 +28,6 @@ options give the same bytes. The folder appears whole or not at all, and only --
 
 import dataclasses
 import importlib.metadata
-import json
 import resource
 import statistics
 import sys
@@ -45,6 +44,7 @@ import tyro
 
 from common.errors import InputError, one_line_errors, reading_from, warn
 from common.files import write_json_atomically
+from common.reading import NATURAL, read_own_json
 from data_prep import bpe_reference
 from data_prep.pipeline.bad_rows import (
     MAX_DOCUMENT_BYTES,
@@ -76,6 +76,12 @@ RECORD_FILE = "training.json"
 PILE_BYTES = 825.18 * 2**30
 TIMED_SECONDS = 0.3
 NUM_LONGEST = 8
+FORM = {
+    "inputs": list,
+    "options": dict,
+    "tokenizer": dict,
+    "held_out": {"bytes": NATURAL, "tokens": range(1, 2**63)},
+}
 LIBRARIES = {"tokenizers": ["tokenizers"], "reference": ["regex"]}
 
 
@@ -231,19 +237,15 @@ def check_existing(options: Options, wanted: dict[str, Any]) -> dict[str, Any] |
             raise InputError(f"--out {options.out}: {fault}")
         if options.overwrite:
             return None
-        content = path.read_bytes()
-    try:
-        record: dict[str, Any] = json.loads(content.decode("utf-8"))
-        differing = ["other input"] if record["inputs"] != wanted["inputs"] else []
-        for name in {**wanted["options"], **record["options"]}:
-            before, value = record["options"].get(name), wanted["options"].get(name)
-            if before != value:
-                differing.append(f"--{name.replace('_', '-')} {before} (now {value})")
-        if "skipped" in record and options.on_bad_row == "stop":
-            differing.append("--on-bad-row skip (now stop)")
-        tokenizer = record["tokenizer"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: damaged ({type(error).__name__}: {error}); --overwrite makes it anew") from error
+    record = read_own_json(path, FORM, remedy="--overwrite makes it anew")
+    assert record is not None
+    differing = ["other input"] if record["inputs"] != wanted["inputs"] else []
+    for name in {**wanted["options"], **record["options"]}:
+        before, value = record["options"].get(name), wanted["options"].get(name)
+        if before != value:
+            differing.append(f"--{name.replace('_', '-')} {before} (now {value})")
+    if "skipped" in record and options.on_bad_row == "stop":
+        differing.append("--on-bad-row skip (now stop)")
     if differing:
         fault = f"already holds a tokenizer of {', '.join(differing)}"
         raise InputError(f"--out {options.out}: {fault}; choose another --out, or replace it with --overwrite")
@@ -251,7 +253,7 @@ def check_existing(options: Options, wanted: dict[str, Any]) -> dict[str, Any] |
         description = load_tokenizer(options.out).describe()
     except InputError as error:
         raise InputError(f"--out {options.out}: {error}; --overwrite makes it anew") from error
-    if description != tokenizer:
+    if description != record["tokenizer"]:
         raise InputError(f"{path}: describes another tokenizer than the one beside it; --overwrite makes both anew")
     return record
 
@@ -341,12 +343,12 @@ def prepare(options: Options) -> BpeTokenizer:
             raise InputError("a file of --input changed while it was read; run the same command again")
         warn_of_marks("bpe", drawn.eot_marks, reading)
         described = describe_skipped(skipped, reading)
+        if described:
+            print(f"  skipped   {skipped_line(described['skipped'])}")
         record = make(options, drawn, wanted, described, time.perf_counter() - started)
     tokenizer = load_tokenizer(options.out)
     assert isinstance(tokenizer, BpeTokenizer)
     print(f"  longest   {longest_tokens(tokenizer)}")
-    if "skipped" in record:
-        print(f"  skipped   {skipped_line(record['skipped'])}")
     print(compression("held out", record["held_out"]["bytes"], record["held_out"]["tokens"]))
     for name, documents in compared.items():
         print(compression("compare", sum(map(len, documents)), count_tokens(tokenizer, documents)), f"of {name}")

@@ -268,7 +268,7 @@ def is_same_request(options: Options, source: dict[str, Any]) -> bool:
     """Return whether finished data has this input: local files by content, the Hub's by request."""
     recorded = source.get("request", {})
     if options.on_bad_row == "stop" and "skipped" in source.get("documents", {}):
-        fault = f"holds finished data without {source['documents']['skipped']['rows']:,} bad rows"
+        fault = "holds finished data without some bad rows"
         raise InputError(f"--out {options.directory}: {fault}; give --on-bad-row skip, another --out or --overwrite")
     if options.source == "hub":
         request = describe_request(options)

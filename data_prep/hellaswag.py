@@ -12,6 +12,7 @@ Zellers et al. 2019, "HellaSwag: Can a Machine Really Finish Your Sentence?", ht
 """
 
 import dataclasses
+import io
 import json
 import sys
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ import tyro
 from common.byte_order import HEAD_BYTES, left_out, mark_bytes
 from common.errors import InputError, one_line_errors, reading_from, warn
 from common.files import sha256_of_file, write_blocks_atomically, write_json_atomically
-from common.reading import is_there, misfit, parse_json, read_regular, require_regular
+from common.reading import is_there, misfit, open_regular, parse_json, read_regular, require_regular
 from data_prep.hub.corpora import RemoteFile
 from data_prep.hub.download import fetch
 from data_prep.pipeline.partial_dir import is_free, named_directory, put_in_place, unfinished_directory
@@ -42,6 +43,7 @@ FORMAT_VERSION = 1
 ITEMS = "val.jsonl"
 MANIFEST = "manifest.json"
 NUM_ENDINGS = 4
+LARGEST_FILE = 2**26
 FORM = {"kind": str, "format_version": object, "sha256": str, "source": {"sha256": str, "is_pinned": bool}}
 
 
@@ -127,15 +129,16 @@ def _read_manifest(directory: Path) -> dict[str, Any]:
 
 def _parse(path: Path, *, is_pinned: bool) -> list[Item]:
     """Return every line's item. The pinned file may hold empty and repeated texts, since it is right as it is."""
-    content = read_regular(path)
-    if mark := mark_bytes(content[:HEAD_BYTES], str(path), flag="HellaSwag's items"):
+    with open_regular(path) as file, reading_from(path):
+        content = file.read(LARGEST_FILE + 1)
+    if len(content) > LARGEST_FILE:
+        raise InputError(f"{path}: more than {LARGEST_FILE:,} bytes, so not HellaSwag's; its largest file has 48 MB")
+    mark = mark_bytes(content[:HEAD_BYTES], str(path), flag="HellaSwag's items")
+    if mark:
         warn("hellaswag", left_out(str(path)))
-    lines = content[mark:].split(b"\n")
-    if not lines[-1]:
-        lines.pop()
     items = []
     first_lines: dict[tuple[int, str], int] = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(io.BytesIO(content[mark:]), start=1):
         try:
             item = _item(parse_json(line), may_be_empty=is_pinned)
         except UnicodeDecodeError as error:

@@ -46,7 +46,8 @@ class Skipped:
     @classmethod
     def of(cls, record: dict[str, Any]) -> "Skipped":
         """Return what `dataclasses.asdict` made a record of, also after a way through JSON."""
-        return cls(dict(record["reasons"]), [(int(position), str(reason)) for position, reason in record["first"]])
+        reasons = {str(reason): int(count) for reason, count in record["reasons"].items()}
+        return cls(reasons, [(int(position), str(reason)) for position, reason in record["first"]])
 
     def add(self, position: int, reason: str) -> None:
         self.reasons[reason] = self.reasons.get(reason, 0) + 1

@@ -1,5 +1,6 @@
 """The text of one line of a .jsonl file, and every way in which a line is not what it should be."""
 
+import re
 from typing import Any
 
 from common.reading import parse_json
@@ -10,10 +11,14 @@ EXTRA_LINE_BYTES = 2**24
 # Three bytes of JSON (`{},`) become seventy bytes of Python, so a long line may hold only this many values.
 LONG_LINE, MOST_VALUES = 2**22, 2**20
 NUM_NAMES = 10
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")  # JSON escapes can make one, though it is no character
 
 
 def text_of_line(line: str, column: str, max_document_bytes: int, flag: str) -> str:
-    """Return the field `column` of a line's object. Raise BadRowError if the line has no such text."""
+    """Return the field `column` of a line's object, with U+FFFD for a lone surrogate, as tiktoken has it.
+
+    Raise BadRowError if the line has no such text.
+    """
     if len(line) > LONG_LINE and has_many_values(line):
         raise BadRowError("too many values", f"more than {MOST_VALUES:,} values in one line")
     try:
@@ -28,7 +33,12 @@ def text_of_line(line: str, column: str, max_document_bytes: int, flag: str) -> 
     if not isinstance(text, str):
         reason = "null" if text is None else "not a string"
         raise BadRowError(reason, f"{column!r} is {type(text).__name__}, not a string (--text-column)")
-    if is_longer(text, max_document_bytes):
+    try:
+        num_bytes = len(text) if text.isascii() else len(text.encode("utf-8"))
+    except UnicodeEncodeError:
+        text = LONE_SURROGATE.sub("\ufffd", text)
+        num_bytes = len(text.encode("utf-8"))
+    if num_bytes > max_document_bytes:
         raise too_long(max_document_bytes)
     return text
 
@@ -36,11 +46,6 @@ def text_of_line(line: str, column: str, max_document_bytes: int, flag: str) -> 
 def line_too_long(most_bytes: int) -> BadRowError:
     fault = f"a line of more than {most_bytes:,} bytes"
     return BadRowError(TOO_LONG, f"{fault}; raise --max-document-bytes, or leave it out with --on-bad-row skip")
-
-
-def is_longer(text: str, num_bytes: int) -> bool:
-    """Return whether a text has more bytes in UTF-8. A character has one to four, so most texts need no encoding."""
-    return len(text) > num_bytes or (4 * len(text) > num_bytes < len(text.encode("utf-8", "surrogatepass")))
 
 
 def has_many_values(line: str) -> bool:

@@ -1,7 +1,7 @@
 """Reading one string column of a parquet file by row groups, in bounded memory however the file is compressed.
 
 pyarrow decompresses a page whole. A row may be as long as a page, since rows can share an entry of the dictionary, or
-the beginning of the row before. So no page may be larger than LARGEST_PAGE or one document, and the larger the pages
+the beginning of the row before. So no page may be larger than LARGEST_PAGE or two documents, and the larger the pages
 are, the fewer rows are read at once. Memory: the dictionary, a page, BATCH_BYTES or one row, and the texts of these.
 
 `flag` is the command-line flag that named the file, for messages.
@@ -131,7 +131,7 @@ def _largest_page(opened: _Column, group: int, max_document_bytes: int, damaged:
             largest, most_values = max(largest, num_bytes), max(most_values, num_values)
     except (ValueError, OSError) as error:
         raise InputError(f"{damaged} ({first_line(error)})") from error
-    if largest > max(LARGEST_PAGE, max_document_bytes):
+    if largest > max(LARGEST_PAGE, 2 * max_document_bytes):
         fault = f"row group {group} has a page of {largest:,} bytes, which is read whole"
         raise InputError(f"{opened.path}: {fault}; write it with smaller pages, or raise --max-document-bytes")
     if most_values > MOST_VALUES:

@@ -17,35 +17,30 @@ def split_blocks(
     not read to its end; the next piece is searched for all the same. Memory: most_bytes and two blocks.
     """
     overlap = len(separator) - 1
-    piece = bytearray()  # the beginning of the unfinished piece; it holds no separator
-    size = 0  # of all of the unfinished piece, with what is no longer kept
-    kept = b""  # its last bytes, which may begin a separator
-    is_reported = False
+    piece = bytearray()  # the beginning of the unfinished piece
+    size = 0  # of that, also if it is too long and no longer kept
+    tail = b""  # what follows it, which may begin a separator
     for block in blocks:
-        *ends, rest = (kept + block).split(separator)
-        size -= len(kept)
+        *ends, rest = (tail + block).split(separator)
         for end in ends:
-            size += len(end)
-            if size > most_bytes:
-                if not is_reported:
-                    yield offset, None
-            elif piece:
+            if size + len(end) <= most_bytes:
                 piece += end
                 yield offset, piece
-            else:
-                yield offset, end
-            offset += size + len(separator)
-            piece, size, is_reported = bytearray(), 0, False
-        size += len(rest)
-        kept = rest[max(0, len(rest) - overlap) :] if overlap else b""
-        if size <= most_bytes:
-            piece += rest[: len(rest) - len(kept)]
-        elif not is_reported:
+            elif size <= most_bytes:
+                yield offset, None
+            offset += size + len(end) + len(separator)
+            piece, size = bytearray(), 0
+        tail = rest[max(0, len(rest) - overlap) :]
+        more = len(rest) - len(tail)
+        if size + more <= most_bytes:
+            piece += rest[:more]
+        elif size <= most_bytes:
             yield offset, None
-            piece, is_reported = bytearray(), True
-    if size and not is_reported:
-        piece += kept
-        yield offset, piece
+            piece = bytearray()
+        size += more
+    if size <= most_bytes and (size or tail):
+        piece += tail
+        yield offset, piece if len(piece) <= most_bytes else None
 
 
 def find_cut(file: BinaryIO, separator: bytes, position: int) -> int | None:

@@ -10,7 +10,7 @@ import pytest
 import tiktoken
 
 from data_prep.textfiles import Options, main, prepare
-from data_prep.tokenizer import load_tokenizer
+from data_prep.tokenizer import CharTokenizer, load_tokenizer
 from tests.helpers.data_dirs import EOT_ID, contents, decoded, document_starts, names, state, tokens, write_rows
 from tests.helpers.data_dirs import write_text as write
 from tests.helpers.runs import called
@@ -204,9 +204,10 @@ def test_a_row_with_a_run_of_blanks_is_encoded_like_the_others(shared_data: Path
 
 
 def test_a_text_that_the_tokenizer_cannot_encode_is_named_by_its_line(tmp_path: Path) -> None:
-    source = write_rows(tmp_path / "a.jsonl", ["one", "two\ud800", "three"])
-    done = textfiles("--input", source, "--out", tmp_path / "data", "--tokenizer", "byte", "--val-fraction", "0.4")
-    assert_one_line(done, f"{source}:2: lone surrogate at 3")
+    CharTokenizer("eno").save(tmp_path)
+    source = write_rows(tmp_path / "a.jsonl", ["one", "nex", "none"])
+    flags = ("--out", tmp_path / "data", "--tokenizer", tmp_path / "tokenizer", "--val-fraction", "0.4")
+    assert_one_line(textfiles("--input", source, *flags), f"{source}:2: character 'x' at 2 is not among")
 
 
 def test_flags_without_effect_and_forgotten_separators_are_warned_of(tmp_path: Path) -> None:
