@@ -21,7 +21,10 @@ READ_REMEDIES = {
     errno.EPERM: "change its permissions",
     errno.EISDIR: "give a file, not a directory",
     errno.ENOTDIR: "give a directory, not a file",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ELOOP: "remove that link to itself",
 }
+NO_PLACE = (errno.ENOENT, errno.ENOTDIR, errno.EEXIST, errno.EROFS, errno.ENAMETOOLONG, errno.ELOOP)
 
 
 class InputError(ValueError):
@@ -54,7 +57,8 @@ def writing_to(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         remedy = "make room there" if error.errno in FULL_DISK else "fix that"
-        raise InputError(f"{path}: cannot be written ({error}); {remedy}, then give the same command again") from error
+        remedy = "choose another place" if error.errno in NO_PLACE else f"{remedy}, then give the same command again"
+        raise InputError(f"{path}: cannot be written ({error}); {remedy}") from error
 
 
 def warn(program: str, warning: str) -> None:

@@ -6,11 +6,12 @@ So every file that is not written in the same breath is opened here.
 
 from __future__ import annotations  # launch/requeue.py runs on Python 3.9
 
+import hashlib
+import io
 import json
 import os
 import stat
 from collections.abc import Mapping
-from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ KINDS = {
 
 def child(folder: Path, name: Any) -> Path:
     """Return folder / name. Raise InputError unless `name`, which a file gave, is the plain name of a file in it."""
-    if not isinstance(name, str) or name in ("", ".", "..") or set("/\\\0") & set(name):
+    if not isinstance(name, str) or name in ("", ".", "..") or set("/\\") & set(name) or not name.isprintable():
         raise InputError(f"{folder}: a file in it names {name!r}, which is not a name inside this folder")
     return folder / name
 
@@ -49,7 +50,7 @@ def require_regular(path: Path, *, inside: Path | None = None) -> None:
         raise InputError(f"{path}: {KINDS.get(stat.S_IFMT(mode), 'no file')}, not a regular file; move it away")
 
 
-def open_regular(path: Path, *, inside: Path | None = None) -> BufferedReader:
+def open_regular(path: Path, *, inside: Path | None = None) -> io.BufferedReader:
     """Open a file that passes `require_regular` for reading. Never blocks. Raise InputError if it cannot be opened."""
     require_regular(path, inside=inside)
     with reading_from(path):
@@ -66,6 +67,15 @@ def read_regular(path: Path, *, inside: Path | None = None) -> bytes:
     return content
 
 
+def sha256_of_regular(path: Path, *, inside: Path | None = None) -> str:
+    """Return the hex sha256 of a file of any size that passes `require_regular`. Raise InputError on failure."""
+    digest = hashlib.sha256()
+    with open_regular(path, inside=inside) as file, reading_from(path):
+        while block := file.read(2**18):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def is_there(path: Path) -> bool:
     """Return whether anything has this name, be it a link to nowhere. Raise InputError if the disk does not say."""
     with reading_from(path):
@@ -74,6 +84,21 @@ def is_there(path: Path) -> bool:
         except (FileNotFoundError, NotADirectoryError):
             return False
     return True
+
+
+def require_place(folder: Path, flag: str = "--out") -> None:
+    """Raise InputError that names the flag, before any work, if `folder` is no directory and none can be made there."""
+    place = folder
+    while not is_there(place):
+        place = place.parent
+    with reading_from(folder):
+        if not place.is_dir():
+            fault = "is no directory"
+        elif not os.access(place, os.W_OK | os.X_OK):
+            fault = "is a directory that you may not write to"
+        else:
+            return
+    raise InputError(f"{flag}: {place} {fault}; choose another place")
 
 
 def parse_json(content: bytes | str) -> Any:

@@ -14,13 +14,12 @@ from pathlib import Path
 import numpy as np
 
 from common.errors import InputError, reading_from, writing_to
-from common.files import sha256_of_file
+from common.reading import child, open_regular, sha256_of_regular
 from data_prep.manifest import FILE_NAME, Manifest, SplitInfo, read_manifest
-from data_prep.shards import MAGIC, VERSION, Format, ShardInfo, open_shard
+from data_prep.shards import MAGIC, NPY_MAGIC, VERSION, Format, ShardInfo, open_shard
 from data_prep.tokenizer import Tokenizer
 
 NAME = re.compile(r"(?:(?P<stem>[^.].*)_)?(?P<split>train|val)(?:_(?P<number>\d+))?\.(?:bin|npy)")
-NPY_MAGIC = b"\x93NUMPY"
 # llm.c, dev/data/data_common.py: version 7 is Llama 3's uint32 ids; dev/data/hellaswag.py: 20240522.
 OTHER_MAGICS = {20240801: "Llama 3's uint32 tokens; ids here are uint16", 20240522: "HellaSwag items, not tokens"}
 BLOCK_TOKENS = 2**24
@@ -82,7 +81,8 @@ def find_token_files(directory: Path) -> list[TokenFile]:
             raise InputError(f"{directory}: no such directory (--adopt)")
         for path in sorted(directory.iterdir()):
             match = NAME.fullmatch(path.name)
-            if match and path.is_file():
+            if match:
+                child(directory, path.name)  # a name that the manifest may hold
                 number = int(match["number"] or 0)
                 files.append(TokenFile(path, format_of(path), match["stem"] or "", match["split"], number))
     if not files:
@@ -99,7 +99,7 @@ def find_token_files(directory: Path) -> list[TokenFile]:
 
 def format_of(path: Path) -> Format:
     """Return the format that the file's first bytes show. Raise InputError for a format that is not read here."""
-    with path.open("rb") as file:
+    with open_regular(path, inside=path.parent) as file, reading_from(path):
         head = file.read(16)
     if head.startswith(NPY_MAGIC):
         return "npy"
@@ -132,7 +132,8 @@ def describe(file: TokenFile, tokenizer: Tokenizer) -> ShardInfo:
         if tokenizer.eot_id is not None:
             documents += int(np.count_nonzero(block == tokenizer.eot_id))
     with reading_from(file.path):
-        num_bytes, sha256 = file.path.stat().st_size, sha256_of_file(file.path)
+        num_bytes = file.path.stat().st_size
+    sha256 = sha256_of_regular(file.path, inside=file.path.parent)
     return ShardInfo(file.path.name, file.format, len(tokens), documents, num_bytes, sha256, idx_sha256=None)
 
 

@@ -28,7 +28,6 @@ options give the same bytes. The folder appears whole or not at all, and only --
 
 import dataclasses
 import importlib.metadata
-import json
 import resource
 import statistics
 import sys
@@ -45,20 +44,44 @@ import tyro
 
 from common.errors import InputError, one_line_errors, reading_from, warn
 from common.files import write_json_atomically
+from common.reading import NATURAL, read_own_json
 from data_prep import bpe_reference
+from data_prep.pipeline.bad_rows import (
+    MAX_DOCUMENT_BYTES,
+    OnBadRow,
+    Skipped,
+    check_max_document_bytes,
+    options_of_bad_rows,
+    skipped_line,
+)
 from data_prep.pipeline.encode import describe_file
+from data_prep.pipeline.input_files import InputFile, file_state, find_files
 from data_prep.pipeline.partial_dir import is_free, named_directory, put_in_place, unfinished_directory
-from data_prep.pipeline.sources import InputFile, Reading, file_state, find_files, warn_of_marks, warn_of_reading
+from data_prep.pipeline.sources import (
+    Reading,
+    Unit,
+    describe_skipped,
+    warn_of_marks,
+    warn_of_reading,
+    warn_of_separator,
+)
 from data_prep.pipeline.text_sample import HELD_OUT_BYTES, RULE, Drawn, draw, pieces, read_texts, spread
 from data_prep.pipeline.workers import Progress
 from data_prep.shards import MAX_VOCAB_SIZE
-from data_prep.tokenizer import BYTE_ORDER, FOLDER, GPT2_PATTERN, BpeTokenizer, Tokenizer, load_tokenizer
+from data_prep.tokenizer import BYTE_ORDER, FOLDER, BpeTokenizer, Tokenizer, load_tokenizer
+from data_prep.words import GPT2_PATTERN
 
 RECORD_FILE = "training.json"
 # Gao et al. 2020, arXiv:2101.00027, table 1: 825.18 GiB of text.
 PILE_BYTES = 825.18 * 2**30
 TIMED_SECONDS = 0.3
 NUM_LONGEST = 8
+FORM = {
+    "inputs": list,
+    "options": dict,
+    "tokenizer": dict,
+    "held_out": {"bytes": NATURAL, "tokens": range(1, 2**63)},
+}
 LIBRARIES = {"tokenizers": ["tokenizers"], "reference": ["regex"]}
 
 
@@ -84,6 +107,11 @@ class Options:
     """Separator between the documents of a plain text file, for example '<|endoftext|>'."""
     text_column: str = "text"
     """The field of .jsonl rows and the column of .parquet files that hold the text."""
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
+    """Most bytes of one row or split document, by which memory is bounded. A longer one is a bad row."""
+    on_bad_row: OnBadRow = "stop"
+    """stop: a row that cannot be read ends the command, with its place. skip: such rows are left out and counted
+    (docs/data.md)."""
     overwrite: bool = False
     """Make the tokenizer anew and replace the existing one once the new one is complete."""
 
@@ -183,6 +211,7 @@ def check_options(options: Options) -> None:
         raise InputError(f"--sample-bytes {options.sample_bytes} must lie between 1 and {2**31 - 1}")
     if not options.input:
         raise InputError("--input needs at least one file or folder, or python-docs")
+    check_max_document_bytes(options.max_document_bytes)
     if options.split_documents_on == "":
         raise InputError("--split-documents-on needs at least one character")
 
@@ -190,7 +219,8 @@ def check_options(options: Options) -> None:
 def made_of(options: Options, described: list[dict[str, Any]]) -> dict[str, Any]:
     """Return the part of training.json that decides the tokenizer: inputs and options."""
     names = ("vocab_size", "trainer", "sample_bytes", "split_documents_on", "text_column")
-    return {"inputs": described, "options": {name: getattr(options, name) for name in names}}
+    values = {name: getattr(options, name) for name in names}
+    return {"inputs": described, "options": values | options_of_bad_rows(options.max_document_bytes)}
 
 
 def check_existing(options: Options, wanted: dict[str, Any]) -> dict[str, Any] | None:
@@ -207,16 +237,15 @@ def check_existing(options: Options, wanted: dict[str, Any]) -> dict[str, Any] |
             raise InputError(f"--out {options.out}: {fault}")
         if options.overwrite:
             return None
-        content = path.read_bytes()
-    try:
-        record: dict[str, Any] = json.loads(content.decode("utf-8"))
-        differing = ["other input"] if record["inputs"] != wanted["inputs"] else []
-        for name, value in wanted["options"].items():
-            if (before := record["options"][name]) != value:
-                differing.append(f"--{name.replace('_', '-')} {before} (now {value})")
-        tokenizer = record["tokenizer"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        raise InputError(f"{path}: damaged ({type(error).__name__}: {error}); --overwrite makes it anew") from error
+    record = read_own_json(path, FORM, remedy="--overwrite makes it anew")
+    assert record is not None
+    differing = ["other input"] if record["inputs"] != wanted["inputs"] else []
+    for name in {**wanted["options"], **record["options"]}:
+        before, value = record["options"].get(name), wanted["options"].get(name)
+        if before != value:
+            differing.append(f"--{name.replace('_', '-')} {before} (now {value})")
+    if "skipped" in record and options.on_bad_row == "stop":
+        differing.append("--on-bad-row skip (now stop)")
     if differing:
         fault = f"already holds a tokenizer of {', '.join(differing)}"
         raise InputError(f"--out {options.out}: {fault}; choose another --out, or replace it with --overwrite")
@@ -224,7 +253,7 @@ def check_existing(options: Options, wanted: dict[str, Any]) -> dict[str, Any] |
         description = load_tokenizer(options.out).describe()
     except InputError as error:
         raise InputError(f"--out {options.out}: {error}; --overwrite makes it anew") from error
-    if description != tokenizer:
+    if description != record["tokenizer"]:
         raise InputError(f"{path}: describes another tokenizer than the one beside it; --overwrite makes both anew")
     return record
 
@@ -242,7 +271,9 @@ def save(tokenizer: Tokenizer, record: dict[str, Any], options: Options) -> None
         put_in_place(partial, options.out)
 
 
-def make(options: Options, drawn: Drawn, wanted: dict[str, Any], read_seconds: float) -> dict[str, Any]:
+def make(
+    options: Options, drawn: Drawn, wanted: dict[str, Any], skipped: dict[str, Any], read_seconds: float
+) -> dict[str, Any]:
     """Train, measure and save the tokenizer, and return training.json. An error leaves what --out held untouched."""
     sample_bytes, held_out_bytes = sum(map(len, drawn.sample)), sum(map(len, drawn.held_out))
     print(
@@ -259,14 +290,18 @@ def make(options: Options, drawn: Drawn, wanted: dict[str, Any], read_seconds: f
         f"  encode    {rate / 1e6:.1f} MB/s on one core; The Pile (825.18 GiB) would take {hours:.1f} hours on one "
         f"core, {hours / 30:.2f} on thirty"
     )
-    record = wanted | {
-        "versions": {name: importlib.metadata.version(name) for name in LIBRARIES[options.trainer]},
-        "read": {"documents": drawn.documents, "bytes": drawn.num_bytes},
-        "sample": {"rule": RULE, "documents": len(drawn.sample), "bytes": sample_bytes},
-        "held_out": {"documents": len(drawn.held_out), "bytes": held_out_bytes, "tokens": num_tokens},
-        "merges": tokenizer.vocab_size - 257,
-        "tokenizer": tokenizer.describe(),
-    }
+    record = (
+        wanted
+        | skipped
+        | {
+            "versions": {name: importlib.metadata.version(name) for name in LIBRARIES[options.trainer]},
+            "read": {"documents": drawn.documents, "bytes": drawn.num_bytes},
+            "sample": {"rule": RULE, "documents": len(drawn.sample), "bytes": sample_bytes},
+            "held_out": {"documents": len(drawn.held_out), "bytes": held_out_bytes, "tokens": num_tokens},
+            "merges": tokenizer.vocab_size - 257,
+            "tokenizer": tokenizer.describe(),
+        }
+    )
     save(tokenizer, record, options)
     return record
 
@@ -282,10 +317,16 @@ def prepare(options: Options) -> BpeTokenizer:
         compare_files[name], more = find_files((name,), "--compare")
         all_files += compare_files[name]
         warnings += more
-    reading = Reading(options.split_documents_on, options.text_column)
+    reading = Reading(
+        options.split_documents_on,
+        options.text_column,
+        max_document_bytes=options.max_document_bytes,
+        on_bad_row=options.on_bad_row,
+    )
     for warning in warnings:
         warn("bpe", warning)
     warn_of_reading("bpe", reading, all_files)
+    warn_of_separator("bpe", reading, files)
     compared = {name: sample_of(name, some, reading) for name, some in compare_files.items()}
     before = [file_state(file) for file in files]
     wanted = made_of(options, [describe_file(file) for file in files])
@@ -296,11 +337,15 @@ def prepare(options: Options) -> BpeTokenizer:
     else:
         started = time.perf_counter()
         progress = Progress("read", sum(described["bytes"] for described in wanted["inputs"]))
-        drawn = draw(read_texts(files, reading, progress), options.sample_bytes)
+        skipped: list[tuple[Unit, Skipped]] = []
+        drawn = draw(read_texts(files, reading, progress, skipped), options.sample_bytes)
         if [file_state(file) for file in files] != before:
             raise InputError("a file of --input changed while it was read; run the same command again")
         warn_of_marks("bpe", drawn.eot_marks, reading)
-        record = make(options, drawn, wanted, time.perf_counter() - started)
+        described = describe_skipped(skipped, reading)
+        if described:
+            print(f"  skipped   {skipped_line(described['skipped'])}")
+        record = make(options, drawn, wanted, described, time.perf_counter() - started)
     tokenizer = load_tokenizer(options.out)
     assert isinstance(tokenizer, BpeTokenizer)
     print(f"  longest   {longest_tokens(tokenizer)}")
@@ -313,7 +358,7 @@ def prepare(options: Options) -> BpeTokenizer:
 def sample_of(name: str, files: list[InputFile], reading: Reading) -> list[bytes]:
     """Return about HELD_OUT_BYTES of text of a --compare input, spread over its documents."""
     progress = Progress("compare", sum(describe_file(file)["bytes"] for file in files))
-    documents = spread(read_texts(files, reading, progress), HELD_OUT_BYTES)
+    documents = spread(read_texts(files, reading, progress, []), HELD_OUT_BYTES)
     if not documents:
         raise InputError(f"--compare {name}: no text in it")
     return documents

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 
 import regex
 
-from data_prep.tokenizer import BYTE_ORDER, GPT2_PATTERN
+from data_prep.tokenizer import BYTE_ORDER
+from data_prep.words import GPT2_PATTERN
 
 WORD = regex.compile(GPT2_PATTERN)
 

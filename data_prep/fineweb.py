@@ -25,8 +25,9 @@ One difference remains: that script keeps an EOT for a page without text, which 
 
 The output is the same for any number of --workers, of tasks and of kills, and for both backends. It appears under its
 name only when it is complete. After a stop or a kill, the same command continues from the parts in .NAME.partial.
-Pages that are null or empty are dropped and counted, and so are pages that the tokenizer gives up on (a run of a
-million blanks). Bytes that are not UTF-8 become U+FFFD. '<|endoftext|>' in a page is ordinary text.
+Pages that are null or empty are dropped and counted. Bytes that are not UTF-8 become U+FFFD. A page of more than
+--max-document-bytes ends the command, or is left out and counted with --on-bad-row skip. '<|endoftext|>' in a page is
+ordinary text.
 """
 
 import functools
@@ -60,11 +61,13 @@ from data_prep.fineweb_report import dry_run, report
 from data_prep.hub import files as hub
 from data_prep.hub.files import HubListing
 from data_prep.manifest import Manifest, read_manifest
-from data_prep.pipeline.encode import EncodeTask, Part, describe_file, make_parts, read_part
+from data_prep.pipeline.bad_rows import check_max_document_bytes, count_reasons
+from data_prep.pipeline.encode import EncodeTask, Part, describe_file, finished_part, make_parts
+from data_prep.pipeline.input_files import FileState, InputFile, file_state
 from data_prep.pipeline.pack import documents_in_order, pack_split
 from data_prep.pipeline.partial_dir import PARTS, existing_data, free_other_parts, put_in_place, unfinished_directory
 from data_prep.pipeline.selection import Rules, Selection, select
-from data_prep.pipeline.sources import FileState, InputFile, Unit, file_state
+from data_prep.pipeline.sources import Unit, describe_skipped
 from data_prep.pipeline.workers import Progress, Workers, available_cores
 from data_prep.shards import check_shard_tokens
 from data_prep.tokenizer import Tokenizer, load_tokenizer, make_tokenizer
@@ -162,16 +165,12 @@ def read_all_parts(job: Job) -> tuple[list[EncodeTask], list[Part]]:
     with job.workers(len(units)) as workers:
         job.describe(files, workers)
         tasks = job.tasks(units)
-        finished = workers.map(read_finished, tasks, lambda task, _: progress.add(task.unit.num_bytes))
+        finished = workers.map(finished_part, tasks, lambda task, _: progress.add(task.unit.num_bytes))
     parts = [part for part in finished if part is not None]
     if len(parts) < len(tasks):
         fault = f"{len(tasks) - len(parts)} of {len(tasks)} parts are missing or damaged"
         raise InputError(f"{fault}; --stage tokenize makes them (the same command in any task)")
     return tasks, parts
-
-
-def read_finished(task: EncodeTask) -> Part | None:
-    return read_part(task.stem, task.key)
 
 
 def pack(job: Job, tasks: list[EncodeTask], parts: list[Part]) -> Manifest:
@@ -209,18 +208,17 @@ def pack(job: Job, tasks: list[EncodeTask], parts: list[Part]) -> Manifest:
 
 def count_pages(tasks: list[EncodeTask], parts: list[Part], selection: Selection) -> dict[str, Any]:
     """Return the manifest's counts of the pages that were read, by what became of them."""
-    by_file = [(task.unit.file.name, part.tally.dropped) for task, part in zip(tasks, parts, strict=True)]
-    dropped = [f"{name}, row {row:,}" for name, rows in by_file for row in rows]
     empty = sum(part.tally.empty for part in parts)
+    skipped = [(task.unit, part.tally.skipped) for task, part in zip(tasks, parts, strict=True)]
+    skipped_rows = sum(count_reasons(each for _, each in skipped).values())
     return {
-        "read": sum(part.documents for part in parts) + empty + len(dropped),
+        "read": sum(part.documents for part in parts) + empty + skipped_rows,
         "empty": empty,
         "duplicates": selection.duplicates,
         "duplicate_tokens": selection.duplicate_tokens,
         "beyond_max_tokens": selection.documents_beyond,
         "repaired": sum(part.tally.repaired for part in parts),
-        "dropped": dropped,
-    }
+    } | describe_skipped(skipped, tasks[0].reading)
 
 
 def verify(options: Options) -> None:
@@ -241,6 +239,7 @@ def check_options(options: Options) -> None:
         if value is not None and value < 1:
             raise InputError(f"--{name.replace('_', '-')} {value} must be at least 1")
     check_shard_tokens(options.shard_tokens)
+    check_max_document_bytes(options.max_document_bytes)
     if not 0 <= options.seed < 2**63:
         raise InputError(f"--seed {options.seed} must be between 0 and {2**63 - 1}")
     if options.tokenizer == "char":
@@ -268,6 +267,9 @@ def check_options(options: Options) -> None:
 def is_same_request(options: Options, source: dict[str, Any]) -> bool:
     """Return whether finished data has this input: local files by content, the Hub's by request."""
     recorded = source.get("request", {})
+    if options.on_bad_row == "stop" and "skipped" in source.get("documents", {}):
+        fault = "holds finished data without some bad rows"
+        raise InputError(f"--out {options.directory}: {fault}; give --on-bad-row skip, another --out or --overwrite")
     if options.source == "hub":
         request = describe_request(options)
         return recorded == request or {**recorded, "revision": source.get("revision")} == request

@@ -21,10 +21,12 @@ from common.files import sha256_of_json, write_json_atomically
 from common.reading import read_own_json
 from data_prep.hub import files as hub
 from data_prep.hub.files import HubFile, HubListing
+from data_prep.pipeline.bad_rows import MAX_DOCUMENT_BYTES, OnBadRow, options_of_bad_rows
 from data_prep.pipeline.encode import Backend
+from data_prep.pipeline.input_files import InputFile
 from data_prep.pipeline.partial_dir import PARTS, PLAN_FILES, differences, named_directory
 from data_prep.pipeline.selection import Split
-from data_prep.pipeline.sources import InputFile, Reading, Unit, plan_units
+from data_prep.pipeline.sources import Reading, Unit, plan_units
 from data_prep.tokenizer import Tokenizer
 
 PLAN, LISTING = PLAN_FILES
@@ -53,6 +55,12 @@ class Options:
     """Parquet files, folders of them, or patterns such as 'pages/*.parquet'. Only with --source local."""
     text_column: str = "text"
     """Column that holds the text."""
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
+    """Most bytes of one document, by which memory is bounded: about ten times as much for each worker. A longer one is
+    a bad row."""
+    on_bad_row: OnBadRow = "stop"
+    """stop: a row that cannot be read ends the command, with its place. skip: such rows are left out, counted by reason
+    in the report and in the manifest (docs/data.md)."""
     out: Path | None = None
     """Data directory to make. None: data/fineweb_edu_10B for sample-10BT of fineweb-edu (other parts alike), with
     _first_N appended for --max-tokens N. --source local needs it."""
@@ -105,7 +113,12 @@ class Options:
 
     @property
     def reading(self) -> Reading:
-        return Reading(text_column=self.text_column, tolerant=True)
+        return Reading(
+            text_column=self.text_column,
+            tolerant=True,
+            max_document_bytes=self.max_document_bytes,
+            on_bad_row=self.on_bad_row,
+        )
 
 
 def byte_options(options: Options) -> dict[str, Any]:
@@ -119,7 +132,7 @@ def byte_options(options: Options) -> dict[str, Any]:
         "dedup": options.dedup,
         "shuffle": options.shuffle,
         "seed": options.seed if options.shuffle == "documents" else None,
-    }
+    } | options_of_bad_rows(options.max_document_bytes)
 
 
 def describe_request(options: Options, files: Sequence[InputFile] = ()) -> dict[str, Any]:
@@ -136,6 +149,7 @@ def part_options(options: Options, files: Sequence[InputFile], tokenizer: Tokeni
     return describe_request(options, files) | {
         "max_tokens": options.max_tokens,
         "text_column": options.text_column,
+        "max_document_bytes": options.max_document_bytes,
         "tokenizer": f"{description.get('name', description['kind'])} ({sha256_of_json(description)[:8]})",
         "backend": options.backend,
     }

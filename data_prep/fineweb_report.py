@@ -20,10 +20,12 @@ from data_prep.fineweb_plan import (
 from data_prep.hub import files as hub
 from data_prep.manifest import Manifest
 from data_prep.pipeline import python_docs
+from data_prep.pipeline.bad_rows import skipped_line
 from data_prep.pipeline.encode import HASH_BYTES, encoder
 from data_prep.pipeline.gigatoken_encoder import GigaEncoder
+from data_prep.pipeline.input_files import InputFile
 from data_prep.pipeline.selection import RECORD
-from data_prep.pipeline.sources import Document, InputFile, read_documents
+from data_prep.pipeline.sources import Document, read_documents
 from data_prep.pipeline.workers import available_cores, clock
 from data_prep.tokenizer import FOLDER, RANKS_FILE, Tokenizer
 
@@ -134,13 +136,14 @@ def report(options: Options, manifest: Manifest, seconds: float) -> None:
         ("read", counts["read"], ""),
         ("empty", counts["empty"], "no text"),
         ("duplicates", counts["duplicates"], f"{counts['duplicate_tokens']:,} tokens"),
-        ("dropped", len(counts["dropped"]), "; ".join(counts["dropped"][:3])),
         ("repaired", counts["repaired"], "not UTF-8 in places, kept"),
         ("beyond --max-tokens", counts["beyond_max_tokens"], ""),
     ]
+    if "skipped" in counts:
+        lines.append(("left out", counts["skipped"]["rows"], skipped_line(counts["skipped"])))
     for name, split in manifest.splits.items():
         lines.append((name, split.documents, f"{split.tokens:,} tokens, {len(split.shards)} shards"))
     for name, count, remark in lines:
-        if count or name in ("read", "empty", "duplicates", "dropped"):
+        if count or name in ("read", "empty", "duplicates"):
             print(f"  {name:20} {count:>13,} documents  {remark if count else ''}".rstrip())
     print(f"  fingerprint {manifest.fingerprint[:16]}")

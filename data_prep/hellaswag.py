@@ -12,6 +12,7 @@ Zellers et al. 2019, "HellaSwag: Can a Machine Really Finish Your Sentence?", ht
 """
 
 import dataclasses
+import io
 import json
 import sys
 from dataclasses import dataclass
@@ -23,8 +24,10 @@ if not __package__:
 
 import tyro
 
+from common.byte_order import HEAD_BYTES, left_out, mark_bytes
 from common.errors import InputError, one_line_errors, reading_from, warn
 from common.files import sha256_of_file, write_blocks_atomically, write_json_atomically
+from common.reading import is_there, misfit, open_regular, parse_json, read_regular, require_regular
 from data_prep.hub.corpora import RemoteFile
 from data_prep.hub.download import fetch
 from data_prep.pipeline.partial_dir import is_free, named_directory, put_in_place, unfinished_directory
@@ -40,6 +43,8 @@ FORMAT_VERSION = 1
 ITEMS = "val.jsonl"
 MANIFEST = "manifest.json"
 NUM_ENDINGS = 4
+LARGEST_FILE = 2**26
+FORM = {"kind": str, "format_version": object, "sha256": str, "source": {"sha256": str, "is_pinned": bool}}
 
 
 @dataclass(frozen=True)
@@ -92,7 +97,9 @@ def open_items(path: Path, *, most: int | None = None) -> Items:
             if manifest["format_version"] != FORMAT_VERSION:
                 fault = f"format version {manifest['format_version']}; this code reads {FORMAT_VERSION}"
                 raise InputError(f"{path / MANIFEST}: {fault}: make it again with data_prep/hellaswag.py --overwrite")
-            path, is_pinned = path / ITEMS, bool(manifest["source"]["is_pinned"])
+            path, is_pinned = path / ITEMS, manifest["source"]["is_pinned"]
+            if is_there(path):
+                require_regular(path, inside=path.parent)
             if not path.is_file() or sha256_of_file(path) != manifest["sha256"]:
                 raise InputError(f"{path}: not what {MANIFEST} says; make it again: data_prep/hellaswag.py --overwrite")
         elif path.is_file():
@@ -105,39 +112,41 @@ def open_items(path: Path, *, most: int | None = None) -> Items:
 
 def _read_manifest(directory: Path) -> dict[str, Any]:
     path = directory / MANIFEST
-    with reading_from(path):
-        if not path.is_file():
-            raise InputError(f"{directory}: no {MANIFEST}, so no HellaSwag here; make it with data_prep/hellaswag.py")
-        content = path.read_bytes()
+    if not is_there(path):
+        raise InputError(f"{directory}: no {MANIFEST}, so no HellaSwag here; make it with data_prep/hellaswag.py")
+    content = read_regular(path, inside=directory)
     try:
-        manifest: dict[str, Any] = json.loads(content.decode("utf-8"))
-        kind, *_ = (manifest[name] for name in ("kind", "format_version", "sha256"))
-        _ = [manifest["source"][name] for name in ("sha256", "is_pinned")]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
-        fault = f"not HellaSwag's ({type(error).__name__}: {error})"
-        raise InputError(f"{path}: {fault}; remove it or use another directory") from error
-    if kind != KIND:
-        raise InputError(f"{path}: of {kind!r:.40}, not of {KIND}; use another directory")
+        manifest: dict[str, Any] = parse_json(content)
+        fault = misfit(manifest, FORM)
+    except ValueError as error:
+        fault = str(error)
+    if fault is not None:
+        raise InputError(f"{path}: not HellaSwag's ({fault:.200}); remove it or use another directory")
+    if manifest["kind"] != KIND:
+        raise InputError(f"{path}: of {manifest['kind']!r:.40}, not of {KIND}; use another directory")
     return manifest
 
 
 def _parse(path: Path, *, is_pinned: bool) -> list[Item]:
     """Return every line's item. The pinned file may hold empty and repeated texts, since it is right as it is."""
-    with reading_from(path):
-        lines = path.read_bytes().split(b"\n")
-    if not lines[-1]:
-        lines.pop()
+    with open_regular(path) as file, reading_from(path):
+        content = file.read(LARGEST_FILE + 1)
+    if len(content) > LARGEST_FILE:
+        raise InputError(f"{path}: more than {LARGEST_FILE:,} bytes, so not HellaSwag's; its largest file has 48 MB")
+    mark = mark_bytes(content[:HEAD_BYTES], str(path), flag="HellaSwag's items")
+    if mark:
+        warn("hellaswag", left_out(str(path)))
     items = []
     first_lines: dict[tuple[int, str], int] = {}
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(io.BytesIO(content[mark:]), start=1):
         try:
-            item = _item(json.loads(line.decode("utf-8")), may_be_empty=is_pinned)
+            item = _item(parse_json(line), may_be_empty=is_pinned)
         except UnicodeDecodeError as error:
             raise InputError(f"{path}:{number}: not UTF-8 (byte 0x{line[error.start]:02x})") from error
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise InputError(f"{path}:{number}: not JSON ({error}); one object per line is needed") from error
         except InputError as error:
             raise InputError(f"{path}:{number}: {error}") from error
+        except ValueError as error:
+            raise InputError(f"{path}:{number}: not JSON ({error}); one object per line is needed") from error
         # `ind` alone is no key: it is not documented whether ActivityNet's and WikiHow's items share one numbering.
         first = first_lines.setdefault((item.ind, item.ctx), number)
         if first != number and not is_pinned:

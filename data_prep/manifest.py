@@ -2,18 +2,39 @@
 
 import dataclasses
 import hashlib
-import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common.errors import InputError, reading_from
+from common.errors import InputError, first_line, reading_from
 from common.files import write_json_atomically
-from data_prep.shards import Shard, ShardInfo, TokenStream, open_shard
+from common.reading import NATURAL, Form, child, is_there, misfit, parse_json, read_regular
+from data_prep.shards import FORMATS, MAX_VOCAB_SIZE, Shard, ShardInfo, TokenStream, open_shard
+from data_prep.tokenizer import read_description
 
 FORMAT_VERSION = 2
 FILE_NAME = "manifest.json"
+
+SOME = range(1, NATURAL.stop)
+FORM: Form = {
+    "source": dict,
+    "options": dict,
+    "tokenizer": {"kind": str, "vocab_size": range(1, MAX_VOCAB_SIZE + 1), "eot_id": (range(MAX_VOCAB_SIZE), None)},
+    "splits": dict,
+    "fingerprint": str,
+}
+SPLIT: Form = {"shards": list, "tokens": SOME, "documents": NATURAL, "stream_sha256": str}
+SHARD: Form = {
+    "file": str,
+    "format": frozenset(FORMATS),
+    "tokens": SOME,
+    "documents": NATURAL,
+    "bytes": SOME,
+    "sha256": str,
+    "idx_sha256": (str, None),
+}
 
 
 @dataclass(frozen=True)
@@ -61,14 +82,28 @@ class Manifest:
         return eot_id
 
     def open_shard(self, directory: Path, info: ShardInfo) -> Shard:
-        """Map one of the shards; for another project's shard the manifest supplies vocabulary and EOT."""
-        path = directory / info.file
-        with reading_from(path):
-            if not path.is_file():
-                raise InputError(f"{path}: missing, though {FILE_NAME} lists it")
+        """Map one of the shards; for another project's shard the manifest supplies what its header does not state.
+
+        Raise InputError if the file is missing, cannot be read, or is not what the manifest says.
+        """
+        path = child(directory, info.file)
+        if not is_there(path):
+            raise InputError(f"{path}: missing, though {FILE_NAME} lists it")
         shard = open_shard(path, info.format)
         if info.format != "ladder":
-            shard = dataclasses.replace(shard, vocab_size=self.vocab_size, eot_id=self.eot_id)
+            shard = dataclasses.replace(shard, vocab_size=self.vocab_size, eot_id=self.eot_id, documents=info.documents)
+        with reading_from(path):
+            num_bytes = path.stat().st_size
+        for name, actual, stated in (
+            ("as its format", shard.format, info.format),
+            ("tokens", len(shard.tokens), info.tokens),
+            ("documents", shard.documents, info.documents),
+            ("bytes", num_bytes, info.bytes),
+            ("as its vocabulary", shard.vocab_size, self.vocab_size),
+            ("as its EOT", shard.eot_id, self.eot_id),
+        ):
+            if actual != stated:
+                raise InputError(f"{path}: {actual} {name}, but {FILE_NAME} says {stated}")
         return shard
 
     def write(self, directory: Path) -> None:
@@ -84,41 +119,64 @@ def read_manifest(directory: Path) -> Manifest:
             raise InputError(
                 f"{directory}: no such data directory; make it with data_prep/textfiles.py or set --data.dir"
             )
-        if not path.is_file():
-            raise InputError(
-                f"{directory}: no {FILE_NAME}, so its preparation did not finish; prepare it again "
-                "(or, if its token files come from elsewhere, adopt them with data_prep/verify.py --adopt)"
-            )
-        content = path.read_bytes()
+    if not is_there(path):
+        raise InputError(
+            f"{directory}: no {FILE_NAME}, so its preparation did not finish; prepare it again "
+            "(or, if its token files come from elsewhere, adopt them with data_prep/verify.py --adopt)"
+        )
+    content = read_regular(path, inside=directory)
     try:
-        raw = json.loads(content.decode("utf-8"))
-        if raw["format_version"] != FORMAT_VERSION:
-            raise InputError(
-                f"{path}: format version {raw['format_version']}; this code reads {FORMAT_VERSION}: "
-                "prepare the data again, with --overwrite"
-            )
-        splits = {
-            name: SplitInfo(**split | {"shards": tuple(ShardInfo(**shard) for shard in split["shards"])})
-            for name, split in raw["splits"].items()
-        }
-        manifest = Manifest(raw["source"], raw["options"], raw["tokenizer"], splits)
-        fingerprint = raw["fingerprint"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: damaged ({type(error).__name__}: {error}); prepare the data again") from error
-    if fingerprint != manifest.fingerprint:
+        raw = parse_json(content)
+    except ValueError as error:
+        raise InputError(f"{path}: damaged ({first_line(error)[:200]}); prepare the data again") from error
+    fault = misfit(raw, {"format_version": NATURAL})
+    if fault is None and raw["format_version"] != FORMAT_VERSION:
+        raise InputError(
+            f"{path}: format version {raw['format_version']}; this code reads {FORMAT_VERSION}: "
+            "prepare the data again, with --overwrite"
+        )
+    if fault := fault or misfit(raw, FORM) or _fault_of_splits(raw["splits"]):
+        raise InputError(f"{path}: damaged ({fault}); prepare the data again")
+    splits = {
+        name: SplitInfo(
+            tuple(ShardInfo(**{key: shard[key] for key in SHARD}) for shard in split["shards"]),
+            *(split[key] for key in SPLIT if key != "shards"),
+        )
+        for name, split in raw["splits"].items()
+    }
+    manifest = Manifest(raw["source"], raw["options"], raw["tokenizer"], splits)
+    if manifest.eot_id is not None and manifest.eot_id >= manifest.vocab_size:
+        raise InputError(
+            f"{path}: damaged (its EOT {manifest.eot_id} is outside its vocabulary); prepare the data again"
+        )
+    if raw["fingerprint"] != manifest.fingerprint:
         raise InputError(f"{path}: its fingerprint does not fit its splits; prepare the data again")
     return manifest
 
 
+def _fault_of_splits(splits: dict[str, Any]) -> str | None:
+    """Return how splits that were read differ from any that are written, or None."""
+    if not splits:
+        return "it has no splits"
+    for name, split in splits.items():
+        fault = misfit(split, SPLIT, f"split {name!r}")
+        shards = [] if fault else split["shards"]
+        faults = [fault, *(misfit(shard, SHARD, f"a shard of {name!r}") for shard in shards)]
+        if fault := next(filter(None, faults), None):
+            return fault
+        for total in ("tokens", "documents"):
+            counted = sum(shard[total] for shard in shards)
+            if counted != split[total]:
+                return f"{counted} {total} in the shards of {name!r}, {split[total]} in all"
+    files = Counter(shard["file"] for split in splits.values() for shard in split["shards"])
+    return next((f"{file!r} is listed {count} times" for file, count in files.items() if count > 1), None)
+
+
 def open_split(directory: Path, split: str) -> TokenStream:
-    """Open a split as one stream. Raise InputError if a shard is missing or has another size than the manifest says."""
+    """Open a split as one stream. Raise InputError if a shard or the tokenizer is not what the manifest says."""
     manifest = read_manifest(directory)
     if split not in manifest.splits:
         raise InputError(f"{directory}: has no split {split!r}, only {', '.join(sorted(manifest.splits))}")
-    shards = []
-    for info in manifest.splits[split].shards:
-        shard = manifest.open_shard(directory, info)
-        if len(shard.tokens) != info.tokens:
-            raise InputError(f"{shard.path}: {len(shard.tokens)} tokens, but {FILE_NAME} says {info.tokens}")
-        shards.append(shard)
-    return TokenStream(shards)
+    if read_description(directory)[1] != manifest.tokenizer:
+        raise InputError(f"{directory}: its tokenizer is not the one in {FILE_NAME}")
+    return TokenStream([manifest.open_shard(directory, info) for info in manifest.splits[split].shards])

@@ -14,22 +14,32 @@ Three formats of other projects are read too. They have no .idx file: a document
 """
 
 import hashlib
+import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import BinaryIO, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
 
 from common.errors import InputError, reading_from
 from common.files import write_blocks_atomically
+from common.reading import open_regular
 
 MAGIC = 20240520
 VERSION = 1
 HEADER_INTS = 256
 HEADER_BYTES = HEADER_INTS * 4
 MAX_VOCAB_SIZE = 2**16  # ids are uint16
+
+# What numpy.save writes before a C-ordered array (numpy/lib/format.py): magic, version, length of the header, header.
+NPY_MAGIC = b"\x93NUMPY"
+NPY_VERSION = b"\x01\x00"
+NPY_HEADER = re.compile(
+    rb"\{'descr': '([!-&(-~]{1,9})', 'fortran_order': False, 'shape': \(((?:\d{1,19}, ?)*\d{0,19})\), \} *\n"
+)
 
 Format = Literal["ladder", "llm.c", "headerless", "npy"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -148,60 +158,83 @@ class Shard:
     def document_starts(self) -> npt.NDArray[np.uint64]:
         """Return the offsets in `tokens` at which documents start: uint64 [documents].
 
-        They come from the .idx file beside the shard, or are the positions of EOT in another project's shard.
+        They come from the .idx file beside the shard, or are the positions of EOT in another project's shard. Raise
+        InputError unless that file holds as many as the shard states, each larger than the one before and inside it.
         """
         if self.format == "ladder":
-            index = self.path.with_suffix(".idx")
-            with reading_from(index):
-                return np.fromfile(index, dtype="<u8")
+            return self._read_index(self.path.with_suffix(".idx"))
         if self.eot_id is None:
             return np.zeros(0, dtype=np.uint64)
         return np.flatnonzero(self.tokens == self.eot_id).astype(np.uint64)
+
+    def _read_index(self, path: Path) -> npt.NDArray[np.uint64]:
+        with open_regular(path, inside=path.parent) as file, reading_from(path):
+            size = os.fstat(file.fileno()).st_size
+            if size != 8 * self.documents:
+                raise InputError(f"{path}: damaged: {size} bytes, but {self.documents} documents begin in its shard")
+            starts = np.fromfile(file, dtype="<u8")
+        if len(starts) and (int(starts[-1]) >= len(self.tokens) or (starts[1:] <= starts[:-1]).any()):
+            raise InputError(
+                f"{path}: damaged: its offsets do not rise within the {len(self.tokens)} tokens of its shard"
+            )
+        return starts
 
 
 def open_shard(path: Path, format: Format = "ladder") -> Shard:
     """Map a shard. Other projects' shards get vocabulary 0, EOT None and 0 documents, which they do not state.
 
-    Raise InputError that names the file if it is no shard of that format, has the wrong size or cannot be read.
+    Raise InputError that names the file if it is no shard of that format, has no tokens or the wrong size, cannot be
+    read, or is no plain file in its folder.
     """
-    with reading_from(path):
+    with open_regular(path, inside=path.parent) as file, reading_from(path):
         match format:
             case "npy":
-                tokens = _map_array(path)
+                shard = Shard(path, _map(file, path, *_npy_layout(file, path)), 0, None, 0, format)
             case "headerless":
-                size = path.stat().st_size
-                if size == 0 or size % 2:
+                size = os.fstat(file.fileno()).st_size
+                if size % 2:
                     raise InputError(f"{path}: {size} bytes are not uint16 tokens")
-                tokens = np.memmap(path, dtype="<u2", mode="r")
+                shard = Shard(path, _map(file, path, 0, size // 2), 0, None, 0, format)
             case _:
-                return _map_with_header(path)
-    return Shard(path, tokens, 0, None, 0, format)
+                shard = _map_with_header(file, path)
+    return shard
 
 
-def _map_array(path: Path) -> Tokens:
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except (ValueError, EOFError) as error:
-        raise InputError(f"{path}: not a readable .npy file ({error})") from error
-    if array.dtype != np.dtype("<u2") or array.ndim != 1:
-        raise InputError(f"{path}: {array.ndim}-dimensional {array.dtype}; token shards are one-dimensional uint16")
-    return array
-
-
-def _map_with_header(path: Path) -> Shard:
-    """Map a shard of ours or of llm.c."""
-    size = path.stat().st_size
-    if size < HEADER_BYTES:
-        raise InputError(f"{path}: {size} bytes is too short for a shard's header of {HEADER_BYTES}")
-    header = np.fromfile(path, dtype="<i4", count=HEADER_INTS)
-    magic, version, num_tokens, vocab_size, eot_id, documents = (int(number) for number in header[:6])
-    if magic != MAGIC or version != VERSION:
-        raise InputError(f"{path}: not a token shard (header {magic}, {version}; expected {MAGIC}, {VERSION})")
-    expected = HEADER_BYTES + 2 * num_tokens
+def _map(file: BinaryIO, path: Path, offset: int, num_tokens: int) -> Tokens:
+    """Map the tokens, which must be the rest of the file from `offset` on."""
+    size, expected = os.fstat(file.fileno()).st_size, offset + 2 * num_tokens
     if size != expected:
         fault = f"{size} bytes, but its header's {num_tokens} tokens make {expected}"
         raise InputError(f"{path}: truncated or altered: {fault}")
-    tokens = np.memmap(path, dtype="<u2", mode="r", offset=HEADER_BYTES, shape=(num_tokens,))
+    if num_tokens == 0:
+        raise InputError(f"{path}: holds no tokens")
+    return np.memmap(file, dtype="<u2", mode="r", offset=offset, shape=(num_tokens,))
+
+
+def _npy_layout(file: BinaryIO, path: Path) -> tuple[int, int]:
+    """Return the offset of an .npy file's tokens, and their number."""
+    start = file.read(10)
+    header = file.read(int.from_bytes(start[8:], "little"))
+    match = NPY_HEADER.fullmatch(header)
+    if start[:8] != NPY_MAGIC + NPY_VERSION or match is None:
+        raise InputError(
+            f"{path}: not a readable .npy file: numpy.save writes another header before an array of tokens"
+        )
+    dtype, sizes = match[1].decode("ascii"), re.findall(rb"\d+", match[2])
+    if dtype != "<u2" or len(sizes) != 1:
+        raise InputError(f"{path}: {len(sizes)}-dimensional {dtype}; token shards are one-dimensional <u2 (uint16)")
+    return len(start) + len(header), int(sizes[0])
+
+
+def _map_with_header(file: BinaryIO, path: Path) -> Shard:
+    """Map a shard of ours or of llm.c."""
+    start = file.read(HEADER_BYTES)
+    if len(start) < HEADER_BYTES:
+        raise InputError(f"{path}: {len(start)} bytes is too short for a shard's header of {HEADER_BYTES}")
+    magic, version, num_tokens, vocab_size, eot_id, documents = np.frombuffer(start, dtype="<i4")[:6].tolist()
+    if magic != MAGIC or version != VERSION:
+        raise InputError(f"{path}: not a token shard (header {magic}, {version}; expected {MAGIC}, {VERSION})")
+    tokens = _map(file, path, HEADER_BYTES, num_tokens)
     if vocab_size == 0:
         return Shard(path, tokens, 0, None, documents, "llm.c")
     return Shard(path, tokens, vocab_size, eot_id if eot_id >= 0 else None, documents)

@@ -13,7 +13,8 @@ Tiny Shakespeare with `char` gives 1,003,854 training and 111,540 validation tok
 
 Input: plain text, .jsonl and .parquet (one document per row, its text in --text-column), .txt.gz and .jsonl.gz, and
 folders of these. A plain file is one document, unless --split-documents-on names the separator of its documents. Every
-byte of the text is kept, line ends around a document too. Only empty documents are dropped, and counted.
+byte of the text is kept, line ends around a document too, but for a byte-order mark at the beginning of a file. Only
+empty documents are dropped, and counted, and with --on-bad-row skip those that cannot be read.
 
 The validation split is the last --val-fraction of all characters, or --val-input. A plain file that is one document is
 cut at exactly that character; with one file this is nanoGPT's cut. Other documents are kept whole: the cut moves back
@@ -41,7 +42,17 @@ from common.files import sha256_of_json
 from data_prep.hub.corpora import CORPORA
 from data_prep.hub.download import fetch
 from data_prep.manifest import Manifest
+from data_prep.pipeline.bad_rows import (
+    MAX_DOCUMENT_BYTES,
+    OnBadRow,
+    check_max_document_bytes,
+    count_reasons,
+    options_of_bad_rows,
+    shown_reasons,
+    skipped_line,
+)
 from data_prep.pipeline.encode import EncodeTask, Survey, describe_file, make_parts, survey_unit
+from data_prep.pipeline.input_files import InputFile, file_state, find_files
 from data_prep.pipeline.pack import pack_split
 from data_prep.pipeline.partial_dir import (
     PARTS,
@@ -52,16 +63,15 @@ from data_prep.pipeline.partial_dir import (
     unfinished_directory,
 )
 from data_prep.pipeline.sources import (
-    InputFile,
     Reading,
     Unit,
-    file_state,
-    find_files,
+    describe_skipped,
     is_one_document,
     plan_units,
     read_documents,
     warn_of_marks,
     warn_of_reading,
+    warn_of_separator,
 )
 from data_prep.pipeline.workers import Progress, Workers, available_cores
 from data_prep.shards import check_shard_tokens
@@ -95,6 +105,12 @@ class Options:
     around it are kept. None: each plain text file is one document."""
     text_column: str = "text"
     """Field of .jsonl rows and column of .parquet files that holds the text."""
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
+    """Most bytes of one document, by which memory is bounded: about ten times as much for each worker. A longer one is
+    a bad row."""
+    on_bad_row: OnBadRow = "stop"
+    """stop: a row that cannot be read ends the command, with its place. skip: such rows are left out, counted by reason
+    in the report and in the manifest (docs/data.md)."""
     workers: int | None = None
     """Number of processes. None: all available cores, or one where there is little text. The output does not depend on
     it."""
@@ -116,7 +132,12 @@ class Source:
 
 def find_source(options: Options, preset: str | None) -> Source:
     """Return the files of --input, or download those of the preset."""
-    reading = Reading(options.split_documents_on, options.text_column)
+    reading = Reading(
+        options.split_documents_on,
+        options.text_column,
+        max_document_bytes=options.max_document_bytes,
+        on_bad_row=options.on_bad_row,
+    )
     urls: list[str] = []
     train, val = options.input, options.val_input
     if preset is not None:
@@ -134,6 +155,7 @@ def find_source(options: Options, preset: str | None) -> Source:
     for warning in train_warnings + val_warnings:
         warn("textfiles", warning)
     warn_of_reading("textfiles", reading, train_files + val_files)
+    warn_of_separator("textfiles", reading, train_files + val_files)
     return Source(train_files, val_files, reading, urls)
 
 
@@ -179,6 +201,9 @@ def divide(
     num_characters = sum(result.characters for result in surveys)
     cut = int(num_characters * (1 - val_fraction))
     refusal = f"--val-fraction {val_fraction} of {num_characters} characters leaves a split empty"
+    if not num_characters:
+        reasons = count_reasons(result.skipped for result in surveys)
+        raise InputError(f"no text in --input{f', without its bad rows ({shown_reasons(reasons)})' if reasons else ''}")
     if not 0 < cut < num_characters:
         raise InputError(refusal)
     index = start = 0
@@ -188,8 +213,12 @@ def divide(
     position, characters_before = cut - start, cut - start
     if not is_one_document(units[index].file, reading):
         position, characters_before = document_at(units[index], reading, cut - start)
+    if start + characters_before == 0 and sum(result.documents for result in surveys) == 1:
+        needed = "give --val-input" + (", or a --split-documents-on that occurs in it" if reading.split_on else "")
+        raise InputError(f"one document holds all of the text, so a cut leaves a split empty; {needed}")
     if start + characters_before == 0:
-        raise InputError(f"{refusal}: the cut falls in the first document, which is kept whole")
+        fault = "the cut falls in the first document, which is kept whole"
+        raise InputError(f"{refusal}: {fault}; raise --val-fraction or give --val-input")
     head = [dataclasses.replace(units[index], last=position)] if position else []
     tail = dataclasses.replace(units[index], first=position)
     return units[:index] + head, [tail, *units[index + 1 :]]
@@ -212,7 +241,7 @@ def byte_options(options: Options) -> dict[str, Any]:
         "shard_tokens": options.shard_tokens,
         "split_documents_on": options.split_documents_on,
         "text_column": options.text_column,
-    }
+    } | options_of_bad_rows(options.max_document_bytes)
 
 
 def check_options(options: Options) -> None:
@@ -221,6 +250,7 @@ def check_options(options: Options) -> None:
     check_shard_tokens(options.shard_tokens)
     if options.split_documents_on == "":
         raise InputError("--split-documents-on needs at least one character")
+    check_max_document_bytes(options.max_document_bytes)
     if options.workers is not None and options.workers < 1:
         raise InputError(f"--workers {options.workers} must be at least 1")
 
@@ -252,6 +282,8 @@ def prepare(options: Options, preset: str | None = None) -> Manifest:
     num_train, num_empty = len(source.train), sum(result.empty_documents for result in surveys)
     lists = {"files": described[:num_train], "val_files": described[num_train:], "urls": source.urls}
     record = {name: value for name, value in lists.items() if value} | {"empty_documents": num_empty}
+    skipped = [(unit, result.skipped) for unit, result in zip(units, surveys, strict=True)]
+    record |= describe_skipped(skipped, source.reading)
 
     def existing() -> Manifest | None:
         recorded = byte_options(options)
@@ -302,6 +334,8 @@ def report(options: Options, manifest: Manifest, num_bytes: int, seconds: float)
         print(f"  {name:5} {split.tokens:>14,} tokens  {split.documents:>9,} documents  {len(split.shards)} shards")
     if manifest.source["empty_documents"]:
         print(f"  {manifest.source['empty_documents']:,} empty documents dropped")
+    if "skipped" in manifest.source:
+        print(f"  {skipped_line(manifest.source['skipped'])}")
     print(f"  fingerprint {manifest.fingerprint[:16]}")
 
 

@@ -7,7 +7,6 @@ later stage needs the network, and nothing is ever unpickled.
 import binascii
 import functools
 import hashlib
-import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,21 +16,28 @@ import numpy as np
 import numpy.typing as npt
 import tiktoken
 
-from common.errors import InputError, reading_from
+from common.errors import InputError, first_line, reading_from
 from common.files import sha256_of_json, write_atomically, write_json_atomically
+from common.reading import NATURAL, is_there, misfit, parse_json, read_regular
 from data_prep.shards import MAX_VOCAB_SIZE
+from data_prep.words import GPT2_PATTERN, LONG_RUN, pieces_of
 
 FOLDER = "tokenizer"
 DESCRIPTION_FILE = "codec.json"
 RANKS_FILE = "ranks.tiktoken"
 EOT = "<|endoftext|>"
-# GPT-2's split pattern in the possessive form that tiktoken ships (openai_public.py, r50k_pat_str).
-GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 # GPT-2's vocabulary begins with the bytes that Latin-1 can print; then come the others (encoder.py, bytes_to_unicode).
 SHOWN = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAC + 1), *range(0xAE, 0xFF + 1)]
 BYTE_ORDER = [*SHOWN, *(byte for byte in range(256) if byte not in SHOWN)]
 
 BLOCK_CHARACTERS = 2**18  # 1 MB of code points
+
+DESCRIPTION = {"vocab_size": NATURAL, "eot_id": (NATURAL, None), "sha256": str}
+FORMS: dict[str, dict[str, Any]] = {
+    "char": {"alphabet": str} | DESCRIPTION,
+    "byte": DESCRIPTION,
+    "bpe": {"name": str, "pattern": str} | DESCRIPTION,
+}
 
 Ids = npt.NDArray[np.integer]
 
@@ -195,8 +201,20 @@ class BpeTokenizer(Tokenizer):
         self.name = name
         self.pattern = pattern
         self.ranks = ranks
-        eot = {EOT: len(ranks)}
-        self._encoding = tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens=eot)
+        self._encoding = self._split_by(pattern)
+
+    def _split_by(self, pattern: str) -> tiktoken.Encoding:
+        eot = {EOT: len(self.ranks)}
+        try:
+            return tiktoken.Encoding(self.name, pat_str=pattern, mergeable_ranks=self.ranks, special_tokens=eot)
+        except ValueError as error:
+            fault = f"tiktoken cannot read its pattern {pattern[:60]!r} ({first_line(error)})"
+            raise InputError(f"{self.name}: {fault}") from error
+
+    @functools.cached_property
+    def _whole(self) -> tiktoken.Encoding:
+        """The same byte pairs with a pattern to which any text is one word."""
+        return self._split_by(r"[\s\S]+")
 
     @property
     def vocab_size(self) -> int:
@@ -209,12 +227,17 @@ class BpeTokenizer(Tokenizer):
     def encode(self, text: str) -> Ids:
         try:
             return self._encoding.encode_to_numpy(text, disallowed_special=())
-        except UnicodeEncodeError:  # The text holds a lone surrogate, which encode_ordinary replaces.
-            return np.array(self._encoding.encode_ordinary(text), dtype=np.uint32)
-        except ValueError as error:  # tiktoken's regular expressions give up on a run of a million blanks.
-            raise InputError(
-                f"tokenizer {self.name} gave up on this text ({error}); break up its longest run"
-            ) from error
+        except UnicodeEncodeError:  # a lone surrogate, which becomes U+FFFD as in tiktoken's own `encode_ordinary`
+            return self.encode(text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"))
+        except ValueError:  # its regular expressions gave up
+            return self.encode_in_pieces(text)
+
+    def encode_in_pieces(self, text: str, long_run: int = LONG_RUN) -> Ids:
+        """Return the ids that `encode` would return if tiktoken's regular expressions had no limit; see `pieces_of`."""
+        pieces = pieces_of(text, self.pattern, long_run)
+        encodings = ((self._whole if is_word else self._encoding, piece) for piece, is_word in pieces)
+        ids = [each.encode_to_numpy(piece, disallowed_special=()) for each, piece in encodings]
+        return np.concatenate([np.empty(0, dtype=np.uint32), *ids])
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         return self._encoding.decode_bytes([index for index in ids if index != self.eot_id])
@@ -247,35 +270,53 @@ class BpeTokenizer(Tokenizer):
         return "".join(f"{token} {rank}\n" for rank, token in enumerate(encoded))
 
 
-def load_tokenizer(directory: Path) -> Tokenizer:
-    """Load the tokenizer saved in directory/tokenizer or in `directory`. Raise InputError if it was altered."""
+def read_description(directory: Path) -> tuple[Path, dict[str, Any]]:
+    """Return the tokenizer's folder, directory/tokenizer or `directory` itself, and `Tokenizer.describe()` of it.
+
+    Raise InputError if it was altered. Only plain files inside `directory` are read, through no link that leaves it.
+    """
     with reading_from(directory):
         folder = directory / FOLDER if (directory / FOLDER).is_dir() else directory
-        path = folder / DESCRIPTION_FILE
-        if not path.is_file():
-            raise InputError(f"{path}: missing; a data or run directory keeps its tokenizer there")
-        content = path.read_bytes()
-    tokenizer: Tokenizer
+    path = folder / DESCRIPTION_FILE
+    if not is_there(path):
+        raise InputError(f"{path}: missing; a data or run directory keeps its tokenizer there")
+    content = read_regular(path, inside=directory)
     try:
-        description = json.loads(content.decode("utf-8"))
-        if description.pop("check") != sha256_of_json(description):
-            raise InputError(f"{path}: was altered since it was written")
-        match description["kind"]:
-            case "char":
-                tokenizer = CharTokenizer(description["alphabet"])
-            case "byte":
-                tokenizer = ByteTokenizer()
-            case "bpe":
-                ranks = _read_ranks(folder / RANKS_FILE)
-                tokenizer = BpeTokenizer(ranks, name=description["name"], pattern=description["pattern"])
-            case kind:
-                raise InputError(f"{path}: unknown kind of tokenizer {kind!r}")
-        is_as_described = tokenizer.describe() == description
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: damaged ({type(error).__name__}: {error})") from error
-    if not is_as_described:
+        description = parse_json(content)
+    except ValueError as error:
+        raise InputError(f"{path}: damaged ({first_line(error)[:200]})") from error
+    if (fault := misfit(description, {"check": str})) is not None:
+        raise InputError(f"{path}: damaged ({fault})")
+    if description.pop("check") != sha256_of_json(description):
+        raise InputError(f"{path}: was altered since it was written")
+    fault = misfit(description, {"kind": frozenset(FORMS)}) or misfit(description, FORMS[description["kind"]])
+    if fault is not None:
+        raise InputError(f"{path}: damaged ({fault})")
+    return folder, description
+
+
+def load_tokenizer(directory: Path) -> Tokenizer:
+    """Load the tokenizer that `read_description` finds. Raise InputError if a file of it was altered."""
+    folder, description = read_description(directory)
+    path = folder / DESCRIPTION_FILE
+    ranks = _read_ranks(folder / RANKS_FILE, inside=directory) if description["kind"] == "bpe" else {}
+    try:
+        tokenizer = _tokenizer_of(description, ranks)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    if tokenizer.describe() != description:
         raise InputError(f"{path}: the tokenizer is not the one it describes; one of its files was altered")
     return tokenizer
+
+
+def _tokenizer_of(description: dict[str, Any], ranks: dict[bytes, int]) -> Tokenizer:
+    match description["kind"]:
+        case "char":
+            return CharTokenizer(description["alphabet"])
+        case "byte":
+            return ByteTokenizer()
+        case _:
+            return BpeTokenizer(ranks, name=description["name"], pattern=description["pattern"])
 
 
 def make_tokenizer(name: str, alphabet: str) -> Tokenizer:
@@ -291,7 +332,7 @@ def make_tokenizer(name: str, alphabet: str) -> Tokenizer:
     with reading_from(f"--tokenizer {name}"):
         if path.is_dir():
             return load_tokenizer(path)
-        if path.is_file():
+        if path.exists():
             return BpeTokenizer(_read_ranks(path), name=path.stem)
     raise InputError(f"--tokenizer {name}: neither char, byte or gpt2, nor a .tiktoken rank file or tokenizer folder")
 
@@ -299,7 +340,7 @@ def make_tokenizer(name: str, alphabet: str) -> Tokenizer:
 def _gpt2() -> BpeTokenizer:
     try:
         encoding = tiktoken.get_encoding("gpt2")
-    except OSError as error:  # The errors of `requests`, with which tiktoken downloads, are OSErrors.
+    except (OSError, ValueError) as error:  # The errors of `requests`, with which tiktoken downloads, are OSErrors.
         raise InputError(
             "--tokenizer gpt2: tiktoken could not download GPT-2's vocabulary "
             f"({type(error).__name__}); where there is no network set TIKTOKEN_CACHE_DIR to a folder that holds it, "
@@ -308,13 +349,11 @@ def _gpt2() -> BpeTokenizer:
     return BpeTokenizer(dict(encoding._mergeable_ranks), name="gpt2")
 
 
-def _read_ranks(path: Path) -> dict[bytes, int]:
-    with reading_from(path):
-        if not path.is_file():
-            raise InputError(f"{path}: no such rank file")
-        content = path.read_bytes()
+def _read_ranks(path: Path, *, inside: Path | None = None) -> dict[bytes, int]:
+    if not is_there(path):
+        raise InputError(f"{path}: no such rank file")
     ranks: dict[bytes, int] = {}
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in enumerate(read_regular(path, inside=inside).splitlines(), start=1):
         if not line:
             continue
         try:

@@ -32,6 +32,7 @@ import tyro
 
 from common.errors import InputError, one_line_errors, writing_to
 from common.files import write_atomically
+from common.reading import require_place
 from common.tables import new_figure, put_into
 from data_prep.manifest import read_manifest
 from launch.grid import Point
@@ -106,6 +107,7 @@ def run_sweep(name: str, options: SweepOptions, flags: Sequence[str]) -> None:
     if options.minutes is not None and not 0 < options.minutes < math.inf:
         raise InputError(f"--minutes {options.minutes:g} must be a finite number above 0")
     base = (options.run_dir or Path("runs") / f"sweep-{name}").absolute()
+    require_place(base, "--run-dir")
     config = parse([preset, *flags], PRESETS)
     world = options.how.nodes * options.how.gpus_per_node
     refuse_flags_of(build_sweep(name, config, world=world), name, flags)

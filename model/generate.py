@@ -12,7 +12,7 @@ Past the context a token costs a whole pass (see --keep). 1,000 characters of a 
 cost of a token with transformers and with the memory's bandwidth.
 """
 
-import codecs
+import functools
 import itertools
 import json
 import sys
@@ -28,7 +28,8 @@ if not __package__:
 import torch
 import tyro
 
-from common.errors import InputError, first_line, one_line_errors, reading_from
+from common.byte_order import HEAD_BYTES, left_out, mark_bytes
+from common.errors import InputError, first_line, one_line_errors, reading_from, warn
 from common.reading import parse_json
 from common.seeds import as_32_bits, seed_fault
 from data_prep.tokenizer import Tokenizer
@@ -39,6 +40,7 @@ from model.generation.sampling import Sampling
 from model.generation.text_stream import Continuation
 from model.gpt import GPT
 
+LONGEST_LINE = 2**24  # of prompts, in bytes
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -129,11 +131,17 @@ def read_prompts(name: str) -> Iterator[tuple[str, str]]:
         reading_from(f"--prompts-file {name}"),
         nullcontext(sys.stdin.buffer) if name == "-" else Path(name).open("rb") as file,
     ):
-        for number, line in enumerate(file, start=1):
+        lines = iter(functools.partial(file.readline, LONGEST_LINE + 1), b"")
+        for number, line in enumerate(lines, start=1):
+            if len(line) > LONGEST_LINE:
+                raise InputError(f"--prompts-file {name}:{number}: a line of more than {LONGEST_LINE:,} bytes")
+            if number == 1 and (mark := mark_bytes(line[:HEAD_BYTES], name, flag="--prompts-file")):
+                warn("generate", left_out(f"--prompts-file {name}"))
+                line = line[mark:]
             if not line.strip():
                 continue
             try:
-                content = parse_json(line.removeprefix(codecs.BOM_UTF8))
+                content = parse_json(line)
             except ValueError as error:
                 raise InputError(f"--prompts-file {name}:{number}: no JSON: {first_line(error)}") from error
             prompt = content["prompt"] if isinstance(content, dict) and list(content) == ["prompt"] else content

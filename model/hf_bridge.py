@@ -26,6 +26,7 @@ import tyro
 
 from common.errors import InputError, first_line, one_line_errors, reading_from
 from common.files import fsync_directory, write_atomically, write_json_atomically
+from common.reading import require_place
 from data_prep.pipeline.partial_dir import put_in_place, unfinished_directory
 from data_prep.tokenizer import Tokenizer
 from model.base import HEAD
@@ -75,10 +76,11 @@ def export(options: Export) -> None:
 
 
 def refuse_existing(out: Path) -> None:
-    """Raise InputError if `out` exists."""
+    """Raise InputError if `out` exists or cannot be made."""
     with reading_from(out):
         if out.exists():
             raise InputError(f"--out {out}: exists; choose another, or remove it")
+    require_place(out.parent)
 
 
 def write_folder(trained: TrainedModel, out: Path, *, with_tokenizer: bool = True) -> None:

@@ -30,6 +30,7 @@ prompt its T `tokens` and their `texts`, and
 An inspection of a model of a few million parameters takes some seconds. Ablation runs one pass for each head and MLP.
 """
 
+import io
 import math
 import sys
 from collections.abc import Sequence
@@ -44,8 +45,10 @@ import torch
 import tyro
 from torch import Tensor
 
-from common.errors import InputError, one_line_errors, reading_from, writing_to
+from common.byte_order import HEAD_BYTES, left_out, mark_bytes
+from common.errors import InputError, one_line_errors, reading_from, warn, writing_to
 from common.files import write_json_atomically
+from common.reading import open_regular, require_place
 from common.tables import markdown, new_figure, put_into
 from data_prep.tokenizer import Tokenizer
 from model.checkpoint import TrainedModel
@@ -216,9 +219,13 @@ def read_text(options: Ablate) -> tuple[str, str]:
     if options.file is None:
         return "--prompt", options.prompt or ""
     try:
-        with reading_from(options.file), options.file.open(encoding="utf-8", newline="") as file:
+        with open_regular(options.file) as file, reading_from(options.file):
+            if mark := mark_bytes(file.read(HEAD_BYTES), str(options.file), flag="--file"):
+                warn("lens", left_out(f"--file {options.file}"))
+            file.seek(mark)
             # GPT-2's longest tokens, runs of one character, have 128 characters; in a book they have 4 on average.
-            return f"--file {options.file}", file.read(128 * options.max_tokens)
+            with io.TextIOWrapper(file, encoding="utf-8", newline="") as text:
+                return f"--file {options.file}", text.read(128 * options.max_tokens)
     except UnicodeDecodeError as error:
         raise InputError(f"--file {options.file}: not UTF-8 ({error.reason} at byte {error.start})") from error
 
@@ -368,6 +375,8 @@ def main(args: Sequence[str] | None = None) -> None:
     """Run the command; an InputError ends it with one line and exit code 2."""
     with one_line_errors("lens"):
         options = parse(args)
+        if options.out is not None:
+            require_place(options.out)
         figure: Any = None if options.out is None else new_figure()
         mark = f"lens {options.name}"
         if options.into is not None:

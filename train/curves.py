@@ -29,7 +29,7 @@ import tyro
 
 from common.errors import InputError, one_line_errors, warn, writing_to
 from common.files import write_atomically
-from common.reading import is_there, read_own_json
+from common.reading import is_there, read_own_json, require_place
 from common.tables import markdown, new_figure
 from model.config import ModelConfig, with_current_names
 from model.cost import model_cost
@@ -209,6 +209,7 @@ def main(args: list[str] | None = None) -> None:
         out = options.out or (options.runs[0] / "curves.png" if len(options.runs) == 1 else Path("curves.png"))
         if out.suffix != ".png":
             raise InputError(f"--out {out} must end in .png")
+        require_place(out.parent)
         runs = read_runs(options.runs)
         text = table(runs)
         with writing_to(out.parent):

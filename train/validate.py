@@ -34,6 +34,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from common.errors import InputError, one_line_errors, reading_from
+from common.reading import require_place
 from data_prep.manifest import open_split, read_manifest
 from data_prep.tokenizer import gives_same_ids, load_tokenizer, name_of
 from model.checkpoint import find_checkpoint
@@ -153,6 +154,8 @@ def open_questions(options: Options, subject: Subject) -> HellaSwag | None:
 
 def evaluate(options: Options, group: ProcessGroup, stop_requests: StopRequests) -> dict[str, Any]:
     """Return the report of all evaluations. Raise InputError on all ranks before any scoring. Collective."""
+    if (out := options.out) is not None:
+        group.on_main(lambda: require_place(out))
     checkpoint = group.on_main(lambda: choose_checkpoint(options))  # by one rank: a run may be writing the next
     subject = group.on_all(
         lambda: load_subject(

@@ -10,9 +10,9 @@ has another name, and is never taken for this one.
 import dataclasses
 import functools
 import hashlib
-import json
 import re
 import sys
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,26 +23,27 @@ import numpy.typing as npt
 
 from common.errors import InputError, reading_from
 from common.files import sha256_of_file, sha256_of_json, write_blocks_atomically, write_json_atomically
+from common.reading import NATURAL, misfit, read_own_json, sha256_of_regular
+from data_prep.pipeline.bad_rows import Skipped
 from data_prep.pipeline.gigatoken_encoder import GigaEncoder
-from data_prep.pipeline.sources import (
-    PYTHON_DOCS,
-    Document,
-    FileState,
-    InputFile,
-    Reading,
-    Unit,
-    document_location,
-    file_state,
-    read_documents,
-)
+from data_prep.pipeline.input_files import PYTHON_DOCS, FileState, InputFile, file_state
+from data_prep.pipeline.sources import Document, Reading, Unit, document_location, read_documents
 from data_prep.pipeline.workers import Progress, Workers
 from data_prep.shards import Offsets, Tokens
 from data_prep.tokenizer import EOT, FOLDER, RANKS_FILE, Ids, Tokenizer, alphabet_of, encode_or_fault, load_tokenizer
 
 BLOCK_TOKENS = 2**22
 BLOCK_CHARACTERS = 2**20
-PART_FORMAT = 2
+BLOCK_DOCUMENTS = 2**20
+PART_FORMAT = 3
 HASH_BYTES = 16
+RECORD: dict[str, Any] = {
+    "key": dict,
+    "tokens": NATURAL,
+    "documents": NATURAL,
+    "sha256": str,
+    "tally": {"empty": NATURAL, "repaired": NATURAL, "skipped": {"reasons": dict, "first": list}},
+}
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 Backend = Literal["tiktoken", "gigatoken"]
@@ -52,22 +53,27 @@ Hashes = npt.NDArray[np.uint64]
 
 @dataclass(frozen=True)
 class Survey:
-    """The counts of one unit. alphabet: "" unless requested. eot_marks: occurrences of "<|endoftext|>"."""
+    """The counts of one unit. alphabet: "" unless requested. eot_marks: occurrences of "<|endoftext|>".
+
+    skipped: the rows that were left out, which are in no other count.
+    """
 
     documents: int
     empty_documents: int
     characters: int
     alphabet: str
     eot_marks: int
+    skipped: Skipped
 
 
 def survey_unit(unit: Unit, reading: Reading, *, with_alphabet: bool) -> Survey:
     """Read a unit for the first time, and count. Raise InputError at a fault, before anything is written."""
     documents = empty = characters = eot_marks = 0
     alphabet: set[str] = set()
+    skipped = Skipped()
     pending: list[str] = []  # a block at a time: the alphabet of each document takes four times as long
     pending_until = BLOCK_CHARACTERS
-    for _, text in read_documents(unit, reading):
+    for _, text in read_documents(unit, reading, skipped):
         documents += bool(text)
         empty += not text
         characters += len(text)
@@ -78,7 +84,7 @@ def survey_unit(unit: Unit, reading: Reading, *, with_alphabet: bool) -> Survey:
                 alphabet.update(alphabet_of("".join(pending)))
                 pending, pending_until = [], characters + BLOCK_CHARACTERS
     alphabet.update(alphabet_of("".join(pending)))
-    return Survey(documents, empty, characters, "".join(sorted(alphabet)), eot_marks)
+    return Survey(documents, empty, characters, "".join(sorted(alphabet)), eot_marks, skipped)
 
 
 def describe_file(file: InputFile) -> dict[str, Any]:
@@ -110,14 +116,17 @@ class EncodeTask:
 
     @property
     def key(self) -> dict[str, Any]:
-        """Return what the part's bytes depend on, and the backend: parts of a faulty one never serve the other."""
-        unit = self.unit
+        """Return what the part's bytes depend on, and the backend: parts of a faulty one never serve the other.
+
+        Parts without skipped rows are the same for every --on-bad-row; see `finished_part` for the others.
+        """
+        unit, reading = self.unit, self.reading
         return {
             "format": PART_FORMAT,
             "backend": self.backend,
             "file": [self.file_sha256, unit.file.kind, unit.file.compressed],
             "place": [unit.start, unit.stop, unit.first, unit.last],
-            "reading": [self.reading.split_on, self.reading.text_column, self.reading.tolerant],
+            "reading": [reading.split_on, reading.text_column, reading.tolerant, reading.max_document_bytes],
             "tokenizer": self.tokenizer_hash,
         }
 
@@ -131,13 +140,13 @@ class EncodeTask:
 class Tally:
     """Counts of what became of a unit's texts.
 
-    empty: texts that are null or empty. repaired: texts that held bytes that are not UTF-8, now U+FFFD. dropped: rows
-    of the texts that the tokenizer gave up on.
+    empty: texts that are null or empty. repaired: texts that held bytes that are not UTF-8, now U+FFFD. skipped: bad
+    rows that were left out.
     """
 
     empty: int = 0
     repaired: int = 0
-    dropped: list[int] = field(default_factory=list)
+    skipped: Skipped = field(default_factory=Skipped)
 
 
 @dataclass(frozen=True)
@@ -152,7 +161,7 @@ class Part:
 
     def starts(self) -> Offsets:
         """Return the offsets of the documents in the tokens: int64 [documents]."""
-        return np.fromfile(self.path, dtype="<u8", offset=2 * self.tokens, count=self.documents).astype(np.int64)
+        return np.fromfile(self.path, dtype="<i8", offset=2 * self.tokens, count=self.documents)
 
     def hashes(self) -> Hashes:
         """Return the texts' hashes as two numbers of eight bytes each: uint64 [documents, 2]."""
@@ -171,12 +180,23 @@ class Part:
 
 def encode_unit(task: EncodeTask) -> Part:
     """Return the unit's part: the existing one if it is sound, else a new one."""
-    part = read_part(task.stem, task.key)
+    part = finished_part(task)
     if part is not None:
         return part
     tokenizer = _tokenizer(task.tokenizer_directory, task.tokenizer_hash)
     tally = Tally()
     return write_part(task.stem, task.key, _encoded(task, tokenizer, tally), tally)
+
+
+def finished_part(task: EncodeTask) -> Part | None:
+    """Return the unit's part if it is there and sound.
+
+    If --on-bad-row is stop, one without some bad rows does not count, so that the first of them ends the command.
+    """
+    part = read_part(task.stem, task.key)
+    if part is not None and part.tally.skipped.reasons and task.reading.on_bad_row == "stop":
+        return None
+    return part
 
 
 def _encoded(task: EncodeTask, tokenizer: Tokenizer, tally: Tally) -> Iterator[Encoded]:
@@ -191,15 +211,12 @@ def _encoded(task: EncodeTask, tokenizer: Tokenizer, tally: Tally) -> Iterator[E
         hashes: list[bytes] = []
         for document, ids in zip(batch, encode(batch), strict=True):
             if isinstance(ids, InputError):
-                if not task.reading.tolerant:
-                    location = document_location(task.unit, task.reading, document.position)
-                    raise InputError(f"{location}: {ids}") from ids
-                tally.dropped.append(document.position)
-                continue
+                location = document_location(task.unit, task.reading, document.position)
+                raise InputError(f"{location}: {ids}") from ids
             pieces += (eot, ids)
             lengths.append(len(eot) + len(ids))
             hashes.append(hashlib.blake2b(document.utf8, digest_size=HASH_BYTES).digest())
-        if pieces:
+        if batch:
             yield np.concatenate(pieces, dtype="<u2", casting="unsafe"), lengths, hashes
     check_unchanged(task)
 
@@ -214,7 +231,7 @@ def _batches(task: EncodeTask, tally: Tally) -> Iterator[list[Document]]:
     """Yield documents that are not empty, about BLOCK_CHARACTERS at a time; count the others."""
     batch: list[Document] = []
     characters = 0
-    for position, text in read_documents(task.unit, task.reading):
+    for position, text in read_documents(task.unit, task.reading, tally.skipped):
         if not text:
             tally.empty += 1
             continue
@@ -273,16 +290,20 @@ def write_part(stem: Path, key: dict[str, Any], batches: Iterable[Encoded], tall
 
     The .json is written last, so that an unfinished part has none.
     """
-    lengths: list[int] = []
-    hashes: list[bytes] = []
+    lengths = array("I")  # these two take 20 bytes for each document: a .gz file, which is one unit, may hold millions
+    hashes = bytearray()
 
     def blocks() -> Iterator[bytes | memoryview]:
         for tokens, more_lengths, more_hashes in batches:
             lengths.extend(more_lengths)
-            hashes.extend(more_hashes)
+            hashes.extend(b"".join(more_hashes))
             yield np.ascontiguousarray(tokens, dtype="<u2").data
-        yield np.cumsum([0, *lengths], dtype="<u8")[:-1].tobytes()
-        yield b"".join(hashes)
+        start = 0
+        for begin in range(0, len(lengths), BLOCK_DOCUMENTS):
+            offsets = np.cumsum([start, *lengths[begin : begin + BLOCK_DOCUMENTS]], dtype="<u8")
+            yield offsets[:-1].data
+            start = int(offsets[-1])
+        yield memoryview(hashes)
 
     path = stem.with_suffix(".part")
     sha256 = write_blocks_atomically(path, blocks())
@@ -293,14 +314,17 @@ def write_part(stem: Path, key: dict[str, Any], batches: Iterable[Encoded], tall
 
 
 def read_part(stem: Path, key: dict[str, Any]) -> Part | None:
-    """Return the part of that name if it is complete, sound and of exactly this key, else None."""
+    """Return the part of that name if it is complete, sound and of exactly this key, else None: to be made again."""
     path = stem.with_suffix(".part")
     try:
-        record = json.loads(stem.with_suffix(".json").read_text(encoding="utf-8"))
-        tally = Tally(**record["tally"])
-        part = Part(path, int(record["tokens"]), int(record["documents"]), tally, is_reused=True)
-        if record["key"] == key and sha256_of_file(path) == record["sha256"]:
-            return part
-    except (FileNotFoundError, json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, ValueError):
-        pass  # The caller makes it again.
-    return None
+        record = read_own_json(stem.with_suffix(".json"), RECORD)
+        if record is None or record["key"] != key or sha256_of_regular(path) != record["sha256"]:
+            return None
+        tally = record["tally"]
+        skipped = Skipped.of(tally["skipped"])
+    except (InputError, TypeError, ValueError):
+        return None
+    if any(misfit(count, NATURAL) for count in skipped.reasons.values()):
+        return None
+    counts = Tally(tally["empty"], tally["repaired"], skipped)
+    return Part(path, record["tokens"], record["documents"], counts, is_reused=True)

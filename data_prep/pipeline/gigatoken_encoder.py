@@ -1,9 +1,8 @@
 """gigatoken as the encoder: up to forty times as fast as tiktoken (LOG.md), and refused if its ids differ.
 
 It must agree with tiktoken on PROBE when a worker starts, and on the first document of every unit. Documents of more
-than LONG_CHARACTERS are encoded by tiktoken. tiktoken gives up on some of them (a run of a million blanks) and
-gigatoken does not, but both backends must drop the same documents. gigatoken's cache of words grows without bound, so
-a worker makes a new instance every few units.
+than LONG_CHARACTERS are encoded by `Tokenizer.encode`, which has no limits. gigatoken's cache of words grows without
+bound, so a worker makes a new instance every few units.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,8 @@ import numpy as np
 
 from common.errors import InputError
 from data_prep.pipeline.sources import Document
-from data_prep.tokenizer import EOT, GPT2_PATTERN, Ids, Tokenizer, encode_or_fault
+from data_prep.tokenizer import EOT, Ids, Tokenizer
+from data_prep.words import GPT2_PATTERN
 
 UNITS_PER_INSTANCE = 8
 LONG_CHARACTERS = 2**18
@@ -61,12 +61,12 @@ class GigaEncoder:
         if self._units % UNITS_PER_INSTANCE == 0:
             self._fast_tokenizer = self._new_tokenizer()
 
-    def encode(self, documents: Sequence[Document]) -> Iterator[Ids | InputError]:
-        """Yield the ids of each document, or the reason why the tokenizer gave up on it."""
+    def encode(self, documents: Sequence[Document]) -> Iterator[Ids]:
+        """Yield the ids of each document."""
         encoded = iter(self._encode_batch([document.utf8 for document in documents if _is_for_gigatoken(document)]))
         for document in documents:
             if not _is_for_gigatoken(document):
-                yield encode_or_fault(self._tokenizer, document.text)
+                yield self._tokenizer.encode(document.text)
                 continue
             ids = next(encoded)
             if self._is_first:

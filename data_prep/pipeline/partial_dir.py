@@ -10,6 +10,7 @@ from typing import Any
 
 from common.errors import InputError, reading_from, writing_to
 from common.files import fsync_directory
+from common.reading import require_place
 from data_prep.manifest import FILE_NAME, Manifest, open_split, read_manifest
 from data_prep.tokenizer import Tokenizer
 
@@ -18,11 +19,12 @@ PLAN_FILES = ("plan.json", "listing.json")  # they lie with the parts, and outli
 
 
 def named_directory(out: Path) -> Path:
-    """Return the directory to make or replace for --out: behind a link, its target."""
+    """Return the directory to make or replace for --out: behind a link, its target. Raise InputError if none can be."""
     with reading_from(out):
         out = out.resolve() if out.is_symlink() else out
     if not out.name:
         raise InputError(f"--out {out}: give the directory a name of its own")
+    require_place(out.parent)
     return out
 
 

@@ -8,55 +8,38 @@
 | .parquet | one row's `text_column` | whole row groups, about UNIT_BYTES of that column |
 
 A .gz file is one unit, because it can only be read from its beginning. Every byte of the text is kept: nothing is
-stripped, and line ends stay. Units depend on the files alone, and the documents do not depend on where units are cut.
+stripped but a byte-order mark at the beginning of a file, and line ends stay. Units depend on the files alone, and the
+documents do not depend on where units are cut.
 """
 
 import gzip
 import itertools
-import json
-import mmap
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any
 
 from common.errors import InputError, reading_from, warn
-from data_prep.pipeline import parquet_rows, python_docs
+from common.reading import open_regular
+from data_prep.pipeline import parquet_rows
+from data_prep.pipeline.bad_rows import (
+    MAX_DOCUMENT_BYTES,
+    NUM_PLACES,
+    BadRowError,
+    OnBadRow,
+    Skipped,
+    count_reasons,
+    too_long,
+)
+from data_prep.pipeline.input_files import PYTHON_DOCS, InputFile, file_state
+from data_prep.pipeline.json_lines import EXTRA_LINE_BYTES, line_too_long, text_of_line
+from data_prep.pipeline.split_bytes import find_cut, occurs, split_blocks
 from data_prep.tokenizer import EOT
 
 UNIT_BYTES = 8 * 2**20
 BLOCK_BYTES = 2**20
-
-FileState = tuple[int, int]
-Kind = Literal["text", "jsonl", "parquet", "python-docs"]
-KINDS: dict[str, tuple[Kind, bool]] = {
-    ".txt": ("text", False),
-    ".txt.gz": ("text", True),
-    ".jsonl": ("jsonl", False),
-    ".jsonl.gz": ("jsonl", True),
-    ".parquet": ("parquet", False),
-}
-PYTHON_DOCS: dict[str, Callable[[], str]] = {
-    "pydoc_data.topics": python_docs.topics,
-    "standard library docstrings": python_docs.docstrings,
-}
-
-
-@dataclass(frozen=True)
-class InputFile:
-    """One input file.
-
-    path: as on the command line, for reading and messages. name: for the manifest, the same on every machine.
-    flag: the command-line flag that named it, for messages.
-    """
-
-    path: str
-    name: str
-    kind: Kind
-    compressed: bool = False
-    flag: str = "--input"
+NUM_NAMED = 3
 
 
 @dataclass(frozen=True)
@@ -64,12 +47,14 @@ class Reading:
     """The way documents are read: the separator of plain text, the field or column of rows.
 
     tolerant: in parquet rows, null reads as empty text, and bytes that are not UTF-8 read as lone surrogates.
-    Otherwise both are errors.
+    Otherwise both are bad rows. on_bad_row: see pipeline/bad_rows.py.
     """
 
     split_on: str | None = None
     text_column: str = "text"
     tolerant: bool = False
+    max_document_bytes: int = MAX_DOCUMENT_BYTES
+    on_bad_row: OnBadRow = "stop"
 
 
 @dataclass(frozen=True)
@@ -109,35 +94,6 @@ def is_one_document(file: InputFile, reading: Reading) -> bool:
     return file.kind == "python-docs" or (file.kind == "text" and reading.split_on is None)
 
 
-def find_files(inputs: tuple[str, ...], flag: str = "--input") -> tuple[list[InputFile], list[str]]:
-    """Return (the files that `inputs` name, warnings). Files of a folder are in the order of their relative paths."""
-    files: list[InputFile] = []
-    warnings: list[str] = []
-    with reading_from(flag):
-        for name in inputs:
-            path = Path(name)
-            if name == "python-docs":
-                files += [InputFile(title, title, "python-docs", flag=flag) for title in PYTHON_DOCS]
-            elif path.is_dir():
-                files_below, left_out = _files_below(path, flag)
-                if not files_below:
-                    raise InputError(f"{path}: no {', '.join(KINDS)} file in this folder ({flag})")
-                files += files_below
-                if left_out:
-                    kinds = ", ".join(f"{count} {suffix}" for suffix, count in sorted(left_out.items()))
-                    warnings.append(f"{path}: left out {left_out.total()} files of other kinds ({kinds})")
-            elif not path.exists():
-                raise InputError(f"{path}: no such file ({flag})")
-            elif not path.is_file():
-                raise InputError(f"{path}: neither a file nor a folder ({flag})")
-            elif path.stat().st_size == 0:
-                raise InputError(f"{path}: empty; leave it out of {flag}")
-            else:
-                kind, compressed = KINDS.get(_suffix(path), ("text", False))
-                files.append(InputFile(name, path.name, kind, compressed, flag))
-    return files, warnings
-
-
 def warn_of_reading(program: str, reading: Reading, files: list[InputFile]) -> None:
     """Warn of flags that concern no file of the given kinds."""
     kinds = {file.kind for file in files}
@@ -147,40 +103,24 @@ def warn_of_reading(program: str, reading: Reading, files: list[InputFile]) -> N
         warn(program, "--text-column has no effect: no .jsonl or .parquet among the files")
 
 
+def warn_of_separator(program: str, reading: Reading, files: list[InputFile]) -> None:
+    """Warn of the plain text in which the separator occurs nowhere. Reads each file up to its first separator."""
+    if reading.split_on is None:
+        return
+    separator = reading.split_on.encode("utf-8", "surrogateescape")
+    texts = (file for file in files if file.kind == "text")
+    whole = [file.path for file in texts if not occurs(_blocks(_whole(file)), separator)]
+    if whole:
+        more = f" and {len(whole) - NUM_NAMED:,} more files" if len(whole) > NUM_NAMED else ""
+        place = f"{', '.join(whole[:NUM_NAMED])}{more}"
+        warn(program, f"--split-documents-on {reading.split_on!r}: this separator occurs nowhere in {place}")
+
+
 def warn_of_marks(program: str, eot_marks: int, reading: Reading) -> None:
     """Warn if the text holds '<|endoftext|>', which is ordinary text there."""
     if eot_marks:
         advice = "" if reading.split_on else f"; --split-documents-on '{EOT}' makes documents of it"
         warn(program, f"the text contains '{EOT}' {eot_marks} times, as ordinary text{advice}")
-
-
-def _files_below(folder: Path, flag: str) -> tuple[list[InputFile], Counter[str]]:
-    files = []
-    left_out: Counter[str] = Counter()
-    for path in sorted(folder.rglob("*"), key=lambda path: path.relative_to(folder).as_posix()):
-        relative = path.relative_to(folder)
-        if not path.is_file() or any(part.startswith(".") for part in relative.parts):
-            continue
-        if _suffix(path) in KINDS:
-            files.append(InputFile(str(path), relative.as_posix(), *KINDS[_suffix(path)], flag))
-        else:
-            left_out[path.suffix or "without a suffix"] += 1
-    return files, left_out
-
-
-def _suffix(path: Path) -> str:
-    """Return the lower-case suffix: `.jsonl.gz` of `A.JSONL.GZ`, `.txt` of `a.b.txt`."""
-    name = path.name.lower()
-    return next((suffix for suffix in sorted(KINDS, key=len, reverse=True) if name.endswith(suffix)), path.suffix)
-
-
-def file_state(file: InputFile) -> FileState:
-    """Return (bytes, modification time in ns), to notice a file that changes while it is read."""
-    if file.kind == "python-docs":
-        return 0, 0
-    with reading_from(file.path):
-        stat = Path(file.path).stat()
-    return stat.st_size, stat.st_mtime_ns
 
 
 def plan_units(file: InputFile, reading: Reading, unit_bytes: int | None = None) -> list[Unit]:
@@ -198,34 +138,16 @@ def plan_units(file: InputFile, reading: Reading, unit_bytes: int | None = None)
     if file.compressed or is_one_document(file, reading) or size <= unit_bytes:
         return [_whole(file)]
     separator = _separator(file, reading)
-    cuts = [0]
-    with (
-        reading_from(file.path),
-        Path(file.path).open("rb") as opened,
-        mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as data,
-    ):
-        while (cut := _cut_after(data, separator, cuts[-1] + unit_bytes)) is not None:
+    cuts = [file.text_start]
+    with open_regular(Path(file.path)) as opened, reading_from(file.path):
+        while (cut := find_cut(opened, separator, cuts[-1] + unit_bytes)) is not None:
             cuts.append(cut)
     return [Unit(file, start, stop, stop - start) for start, stop in itertools.pairwise([*cuts, size])]
 
 
 def _whole(file: InputFile) -> Unit:
     size, _ = file_state(file)
-    return Unit(file, 0, size, size)
-
-
-def _cut_after(data: mmap.mmap, separator: bytes, position: int) -> int | None:
-    """Return the first offset from `position` on, after a separator, at which reading from the start also cuts.
-
-    Separators may overlap (three line ends where two separate). A separator that no other overlaps from the left
-    always separates, whatever came before. Return None if there is none before the end of the file.
-    """
-    while (offset := data.find(separator, position)) >= 0:
-        if data.find(separator, max(0, offset - len(separator) + 1), offset + len(separator) - 1) < 0:
-            end = offset + len(separator)
-            return end if end < len(data) else None
-        position = offset + 1
-    return None
+    return Unit(file, file.text_start, size, size)
 
 
 def _row_group_units(file: InputFile, reading: Reading, unit_bytes: int) -> list[Unit]:
@@ -240,37 +162,98 @@ def _row_group_units(file: InputFile, reading: Reading, unit_bytes: int) -> list
     return units
 
 
-def read_documents(unit: Unit, reading: Reading) -> Iterator[tuple[int, str]]:
-    """Yield (position, text) of every document of the unit, empty ones too. See `document_location` for positions."""
+def read_documents(unit: Unit, reading: Reading, skipped: Skipped | None = None) -> Iterator[tuple[int, str]]:
+    """Yield (position, text) of every document of the unit, empty ones too. See `document_location` for positions.
+
+    Raise InputError at a bad row, or, if reading.on_bad_row is skip, leave it out and add it to `skipped`.
+    """
+    skipped = Skipped() if skipped is None else skipped
+    documents = _without_bad_rows(_rows(unit, reading), unit, reading, skipped)
     if is_one_document(unit.file, reading):
-        yield 0, read_whole(unit.file)[unit.first : unit.last]
-        return
+        for position, text in documents:
+            yield position, text[unit.first : unit.last]
+    else:
+        yield from itertools.islice(documents, unit.first, unit.last)
+
+
+def _rows(unit: Unit, reading: Reading) -> Iterator[tuple[int, str | BadRowError]]:
+    """Yield (position, text or fault) of every row of the unit."""
+    if is_one_document(unit.file, reading):
+        return _whole_document(unit.file, reading.max_document_bytes)
     match unit.file.kind:
         case "parquet":
-            path, column, row_groups = unit.file.path, reading.text_column, range(unit.start, unit.stop)
-            documents = parquet_rows.read_rows(path, column, row_groups, flag=unit.file.flag, tolerant=reading.tolerant)
+            return parquet_rows.read_rows(
+                unit.file.path,
+                reading.text_column,
+                range(unit.start, unit.stop),
+                flag=unit.file.flag,
+                tolerant=reading.tolerant,
+                max_document_bytes=reading.max_document_bytes,
+            )
         case "jsonl":
-            documents = _json_lines(unit, reading)
+            return _json_lines(unit, reading)
         case _:
-            documents = _separated(unit, reading)
-    yield from itertools.islice(documents, unit.first, unit.last)
+            return _separated(unit, reading)
 
 
-def read_whole(file: InputFile) -> str:
-    """Return the text of a file that is one document."""
+def _without_bad_rows(
+    rows: Iterable[tuple[int, str | BadRowError]], unit: Unit, reading: Reading, skipped: Skipped
+) -> Iterator[tuple[int, str]]:
+    for position, row in rows:
+        if not isinstance(row, BadRowError):
+            yield position, row
+        elif reading.on_bad_row == "skip":
+            skipped.add(position if row.position is None else row.position, row.reason)
+        else:
+            location = document_location(unit, reading, position)
+            if row.position is not None:
+                location = f"{unit.file.path}:{_line_at(unit.file, row.position)}"
+            raise InputError(f"{location}: {row}") from row
+
+
+def describe_skipped(skipped: Sequence[tuple[Unit, Skipped]], reading: Reading) -> dict[str, Any]:
+    """Return the manifest's record of the rows of all units, in order, that were left out; {} if none was."""
+    reasons = count_reasons(each for _, each in skipped)
+    if not reasons:
+        return {}
+    places = [(unit, *place) for unit, each in skipped for place in each.first]
+    first = [
+        f"{document_location(unit, reading, position, unit.file.name)}: {reason}"
+        for unit, position, reason in places[:NUM_PLACES]
+    ]
+    return {"skipped": {"rows": sum(reasons.values()), "reasons": reasons, "first": first}}
+
+
+def _whole_document(file: InputFile, most_bytes: int) -> Iterator[tuple[int, str | BadRowError]]:
+    """Yield the text of a file that is one document, or its fault."""
     if file.kind == "python-docs":
-        return PYTHON_DOCS[file.name]()
-    return _decode(b"".join(_blocks(_whole(file))), file, 0)
+        yield 0, PYTHON_DOCS[file.name]()
+        return
+    data = bytearray()
+    for block in _blocks(_whole(file)):
+        data += block
+        if len(data) > most_bytes:
+            yield 0, too_long(most_bytes)
+            return
+    yield 0, _text_or_fault(data, file.text_start)
 
 
-def read_pieces(file: InputFile, piece_bytes: int) -> Iterator[str]:
-    """Yield the text of a file that is one document, in pieces. Unlike `read_whole`, holds only a block in memory."""
+def read_pieces(unit: Unit, reading: Reading, piece_bytes: int, skipped: Skipped) -> Iterator[str]:
+    """Yield the text of a file that is one document, however long, in pieces. Memory: a block.
+
+    A piece that is not UTF-8 is a bad row, as in `read_documents`.
+    """
     assert piece_bytes >= 4  # the longest character of UTF-8
-    is_embedded = file.kind == "python-docs"
-    blocks = iter([PYTHON_DOCS[file.name]().encode("utf-8")]) if is_embedded else _blocks(_whole(file))
-    offset = 0
-    for piece in cut_pieces(blocks, piece_bytes):
-        yield _decode(piece, file, offset)
+    is_embedded = unit.file.kind == "python-docs"
+    blocks = iter([PYTHON_DOCS[unit.file.name]().encode("utf-8")]) if is_embedded else _blocks(unit)
+    pieces = _decoded_pieces(cut_pieces(blocks, piece_bytes), unit.start)
+    for _, text in _without_bad_rows(pieces, unit, reading, skipped):
+        yield text
+
+
+def _decoded_pieces(pieces: Iterable[bytes], offset: int) -> Iterator[tuple[int, str | BadRowError]]:
+    for piece in pieces:
+        yield offset, _text_or_fault(piece, offset)
         offset += len(piece)
 
 
@@ -298,19 +281,23 @@ def _end_of_piece(data: bytes, begin: int, limit: int) -> int:
     return next((offset for offset in offsets if data[offset] & 0xC0 != 0x80), limit)
 
 
-def document_location(unit: Unit, reading: Reading, position: int) -> str:
-    """Return the location of a document, for a message: `file:line`, the row of a parquet file, or the file."""
+def document_location(unit: Unit, reading: Reading, position: int, name: str | None = None) -> str:
+    """Return the location of a document, for a message: `file:line`, the row of a parquet file, or the file.
+
+    name: how to call the file. None: by its path.
+    """
+    name = unit.file.path if name is None else name
     if is_one_document(unit.file, reading):
-        return unit.file.path
+        return name
     if unit.file.kind == "parquet":
-        return parquet_rows.row_location(unit.file.path, position)
-    return f"{unit.file.path}:{_line_at(unit.file, position)}"
+        return parquet_rows.row_location(name, position)
+    return f"{name}:{_line_at(unit.file, position)}"
 
 
 def _line_at(file: InputFile, position: int) -> int:
     """Return the line number of a byte position. Reads the file from its start, so only for an error message."""
     line = 1
-    for block in _blocks(_whole(file)):
+    for block in _blocks(replace(_whole(file), start=0)):
         line += block.count(b"\n", 0, max(0, position))
         position -= len(block)
         if position <= 0:
@@ -323,14 +310,15 @@ def _blocks(unit: Unit) -> Iterator[bytes]:
     path = Path(unit.file.path)
     if unit.file.compressed:
         try:
-            with reading_from(path), gzip.open(path, "rb") as stream:
+            with open_regular(path) as file, reading_from(path), gzip.open(file, "rb") as stream:
+                stream.read(unit.start)
                 while block := stream.read(BLOCK_BYTES):
                     yield block
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise InputError(f"{path}: damaged gzip file ({error}) ({unit.file.flag})") from error
         return
     bytes_left = unit.stop - unit.start
-    with reading_from(path), path.open("rb") as stream:
+    with open_regular(path) as stream, reading_from(path):
         stream.seek(unit.start)
         while bytes_left:
             block = stream.read(min(bytes_left, BLOCK_BYTES))
@@ -340,60 +328,39 @@ def _blocks(unit: Unit) -> Iterator[bytes]:
             yield block
 
 
-def _split(unit: Unit, separator: bytes) -> Iterator[tuple[int, bytes]]:
-    """Yield (offset in the file, bytes) between separators, like bytes.split, but nothing after a final separator."""
-    offset = unit.start
-    remainder = b""
-    for block in _blocks(unit):
-        *pieces, remainder = (remainder + block).split(separator)
-        for piece in pieces:
-            yield offset, piece
-            offset += len(piece) + len(separator)
-    if remainder:
-        yield offset, remainder
-
-
 def _separator(file: InputFile, reading: Reading) -> bytes:
     if file.kind == "jsonl":
         return b"\n"
     assert reading.split_on
-    return reading.split_on.encode("utf-8")
+    return reading.split_on.encode("utf-8", "surrogateescape")
 
 
-def _separated(unit: Unit, reading: Reading) -> Iterator[tuple[int, str]]:
-    for offset, piece in _split(unit, _separator(unit.file, reading)):
-        yield offset, _decode(piece, unit.file, offset)
+def _separated(unit: Unit, reading: Reading) -> Iterator[tuple[int, str | BadRowError]]:
+    separator, most_bytes = _separator(unit.file, reading), reading.max_document_bytes
+    for offset, piece in split_blocks(_blocks(unit), separator, offset=unit.start, most_bytes=most_bytes):
+        yield offset, too_long(most_bytes) if piece is None else _text_or_fault(piece, offset)
 
 
-def _json_lines(unit: Unit, reading: Reading) -> Iterator[tuple[int, str]]:
-    for offset, line in _split(unit, b"\n"):
-        if line.strip():
-            yield offset, _text_of(_decode(line, unit.file, offset), unit, offset, reading)
+def _json_lines(unit: Unit, reading: Reading) -> Iterator[tuple[int, str | BadRowError]]:
+    most_bytes = reading.max_document_bytes + EXTRA_LINE_BYTES
+    for offset, line in split_blocks(_blocks(unit), b"\n", offset=unit.start, most_bytes=most_bytes):
+        if line is None:
+            yield offset, line_too_long(most_bytes)
+        elif line.strip():
+            text = _text_or_fault(line, offset)
+            if isinstance(text, str):
+                try:
+                    text = text_of_line(text, reading.text_column, reading.max_document_bytes, unit.file.flag)
+                except BadRowError as error:
+                    text = error
+            yield offset, text
 
 
-def _text_of(line: str, unit: Unit, offset: int, reading: Reading) -> str:
-    column = reading.text_column
-    try:
-        row = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        fault = f"not JSON ({error}); a .jsonl file holds one object per line ({unit.file.flag})"
-        raise InputError(f"{document_location(unit, reading, offset)}: {fault}") from error
-    if not isinstance(row, dict):
-        fault = f"a JSON {type(row).__name__}, not an object ({unit.file.flag})"
-    elif column not in row:
-        names = ", ".join(map(repr, row)) or "none"
-        fault = f"no field {column!r}, only {names}; name it with --text-column"
-    elif not isinstance(row[column], str):
-        fault = f"{column!r} is {type(row[column]).__name__}, not a string (--text-column)"
-    else:
-        return row[column]
-    raise InputError(f"{document_location(unit, reading, offset)}: {fault}")
-
-
-def _decode(data: bytes, file: InputFile, offset: int) -> str:
+def _text_or_fault(data: bytes | bytearray, offset: int) -> str | BadRowError:
+    """Return UTF-8 bytes, which begin at `offset` in their file, as text, or the place of what is not UTF-8."""
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError as error:
         position = offset + error.start
         fault = f"not UTF-8 (byte 0x{data[error.start]:02x} at {position}); convert it first"
-        raise InputError(f"{file.path}:{_line_at(file, position)}: {fault}") from error
+        return BadRowError("not UTF-8", fault, position)

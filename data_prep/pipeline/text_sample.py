@@ -12,9 +12,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from common.errors import InputError
+from data_prep.pipeline.bad_rows import Skipped
+from data_prep.pipeline.input_files import InputFile
 from data_prep.pipeline.sources import (
-    InputFile,
     Reading,
+    Unit,
     cut_pieces,
     is_one_document,
     plan_units,
@@ -49,17 +51,23 @@ class Drawn:
     eot_marks: int
 
 
-def read_texts(files: list[InputFile], reading: Reading, progress: Progress) -> Iterator[str]:
-    """Yield every document of the files, or pieces of a file that is one. Memory: a block and a document."""
+def read_texts(
+    files: list[InputFile], reading: Reading, progress: Progress, skipped: list[tuple[Unit, Skipped]]
+) -> Iterator[str]:
+    """Yield every document of the files, or pieces of a file that is one. Memory: a block and a document.
+
+    The bad rows that `reading` leaves out are appended to `skipped`, unit by unit.
+    """
     for file in files:
-        if is_one_document(file, reading):
-            for piece in read_pieces(file, PIECE_BYTES):
-                yield piece
-                progress.add(0 if file.compressed else len(piece), 1)
-            continue
         for unit in plan_units(file, reading):
+            skipped.append((unit, Skipped()))
+            if is_one_document(file, reading):
+                for piece in read_pieces(unit, reading, PIECE_BYTES, skipped[-1][1]):
+                    yield piece
+                    progress.add(0 if file.compressed else len(piece), 1)
+                continue
             documents = 0
-            for _, text in read_documents(unit, reading):
+            for _, text in read_documents(unit, reading, skipped[-1][1]):
                 documents += 1
                 yield text
             progress.add(unit.num_bytes, documents)

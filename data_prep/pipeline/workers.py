@@ -72,7 +72,8 @@ class Workers:
             return [future.result() for future in futures]
         except BrokenProcessPool as error:
             raise InputError(
-                "a worker process was killed, perhaps because memory ran out; try fewer with --workers"
+                "a worker process was killed, perhaps because memory ran out; try fewer with --workers, or a lower "
+                "--max-document-bytes"
             ) from error
 
 

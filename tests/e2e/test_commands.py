@@ -1,13 +1,17 @@
 """Commands in processes of their own, from another directory and with a bare environment."""
 
+import gzip
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from tests.helpers.runs import ROOT
+from data_prep import textfiles
+from tests.helpers.data_dirs import decoded
+from tests.helpers.runs import ROOT, called
 from tests.unit.test_house import SCRIPTS, relative
 from tests.unit.train.test_curves import train_row, write_run
 
@@ -54,3 +58,18 @@ def test_bad_input_ends_training_with_one_line_and_status_2() -> None:
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
     assert "nowhere: no such data directory" in done.stderr
+
+
+@pytest.mark.parametrize(("name", "mark"), [("it's \U0001f600.txt", b"\xff\xfe"), ("b.txt.gz", b"\xfe\xff")])
+def test_the_command_that_a_refusal_of_utf_16_names_converts_the_file(name: str, mark: bytes, tmp_path: Path) -> None:
+    if shutil.which("iconv") is None:
+        pytest.skip("no iconv")
+    text = "caf\u00e9 \U0001f600\r\n" * 100
+    content = mark + text.encode("utf-16-le" if mark == b"\xff\xfe" else "utf-16-be")
+    (tmp_path / name).write_bytes(gzip.compress(content) if name.endswith(".gz") else content)
+    flags = ["--tokenizer", "byte", "--out", str(tmp_path / "data"), "--input"]
+    refused = called(textfiles.main, *flags, str(tmp_path / name))
+    assert refused.returncode == 2
+    subprocess.run(refused.stderr.partition("(--input): ")[2], shell=True, check=True)
+    assert called(textfiles.main, *flags, str(tmp_path / f"utf8_{name}")).returncode == 0
+    assert decoded(tmp_path / "data").decode() == text

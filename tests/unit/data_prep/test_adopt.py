@@ -11,6 +11,7 @@ import pytest
 
 from common.errors import InputError
 from data_prep.manifest import open_split, read_manifest
+from data_prep.shards import open_shard
 from data_prep.textfiles import Options, prepare
 from data_prep.tokenizer import BpeTokenizer
 from data_prep.verify import main
@@ -132,20 +133,76 @@ def test_files_of_another_format_are_refused_by_name(tmp_path: Path, refusal: Ca
     array = tmp_path / "edu_train_000001.npy"
     for wrong in (*(ids.astype(dtype) for dtype in ("<u4", "<i8", ">u2", "<f4")), ids.reshape(10, 10)):
         np.save(array, wrong)
-        assert f"{array}: {wrong.ndim}-dimensional {wrong.dtype}; token shards are" in refusal(tmp_path)
+        assert f"{array}: {wrong.ndim}-dimensional {wrong.dtype.str}; token shards are" in refusal(tmp_path)
     np.save(array, np.array([{}], dtype=object), allow_pickle=True)
+    assert f"{array}: 1-dimensional |O; token shards are" in refusal(tmp_path)
+    np.save(array, np.asfortranarray(ids.reshape(10, 10)))
     assert f"{array}: not a readable .npy file" in refusal(tmp_path)
     array.write_bytes(b"junk")
     assert f"{array}: does not begin like a .npy file" in refusal(tmp_path)
     array.unlink()
 
     bare = tmp_path / "train.bin"
-    for content in (b"", b"abc"):
-        bare.write_bytes(content)
-        assert f"{bare}: {len(content)} bytes are not uint16 tokens" in refusal(tmp_path)
+    bare.write_bytes(b"abc")
+    assert f"{bare}: 3 bytes are not uint16 tokens" in refusal(tmp_path)
     ids[41] = EOT + 1
     ids.tofile(bare)
     assert f"{bare}: token 41 is id 259, outside the vocabulary of 259" in refusal(tmp_path)
+
+
+def test_files_without_tokens_are_refused(tmp_path: Path, refusal: Callable[[Path], str]) -> None:
+    none = random_ids(1, 0)
+    for name, write in (
+        ("train.bin", none.tofile),
+        ("fineweb_train_000001.bin", lambda path: write_llm_c(path, none)),
+        ("edu_train_000001.npy", lambda path: np.save(path, none)),
+    ):
+        write(tmp_path / name)
+        assert f"{tmp_path / name}: holds no tokens" in refusal(tmp_path)
+        (tmp_path / name).unlink()
+
+
+def test_every_flipped_bit_of_an_npy_header_is_read_or_refused_in_one_line(tmp_path: Path) -> None:
+    path, ids = tmp_path / "edu_train_000001.npy", random_ids(1, 100)
+    np.save(path, ids)
+    content = path.read_bytes()
+    assert len(content) == 128 + 2 * 100
+    num_read = 0
+    for bit in range(128 * 8):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        try:
+            np.testing.assert_array_equal(open_shard(path, "npy").tokens, ids)
+            num_read += 1
+        except InputError as error:
+            assert str(path) in str(error) and str(error).isprintable()
+    assert num_read < 20  # none but blanks that numpy ignores, too
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"",
+        b"\0" * 118,
+        b"{'descr': '<u2', 'fortran_order': False, 'shape': (-100,), }",
+        b"{'descr': '<u2', 'fortran_order': False, 'shape': (99999999999999999999999999,), }",
+        b"{'descr': '<u2', 'fortran_order': False, 'shape': (1 0 0,), }",
+        b"{'descr': '<u2', 'fortran_order': False, 'shape': (), }",
+        b"{'descr': '<u2', 'fortran_order': False, 'shape': (10, 10), }",
+        b"{'descr': '\xb2u2', 'fortran_order': False, 'shape': (100,), }",
+        b"{'descr': [('a', '<u2')], 'fortran_order': False, 'shape': (100,), }",
+        b"{'descr': '<u2', 'fortran_order': False, 'shape': (100,), 'x': " + b"[" * 50_000 + b"}",
+    ],
+    ids=range(10),
+)
+def test_an_odd_npy_header_is_refused_in_one_line(
+    tmp_path: Path, refusal: Callable[[Path], str], header: bytes
+) -> None:
+    path = tmp_path / "edu_train_000001.npy"
+    start = b"\x93NUMPY\x01\x00" + (len(header) + 1).to_bytes(2, "little")
+    path.write_bytes(start + header + b"\n" + random_ids(1, 100).tobytes())
+    assert str(path) in refusal(tmp_path)
 
 
 def test_files_of_several_sets_are_refused(tmp_path: Path, refusal: Callable[[Path], str]) -> None:

@@ -17,7 +17,9 @@ import regex
 from common.errors import InputError
 from data_prep.bpe import Options, main, prepare, save, tokens_of, train_by_tokenizers
 from data_prep.bpe_reference import train as train_reference
-from data_prep.pipeline.sources import InputFile, read_pieces
+from data_prep.pipeline.bad_rows import Skipped
+from data_prep.pipeline.input_files import InputFile
+from data_prep.pipeline.sources import Reading, plan_units, read_pieces
 from data_prep.pipeline.text_sample import PIECE_BYTES, draw, key_of, pieces, spread
 from data_prep.textfiles import Options as DataOptions
 from data_prep.textfiles import prepare as prepare_data
@@ -279,7 +281,7 @@ def test_an_existing_tokenizer_is_kept_unless_it_is_to_be_replaced(tmp_path: Pat
         (["--compare", "nowhere.txt"], "nowhere.txt: no such file (--compare)"),
         (["--compare", "blank.jsonl"], "--compare blank.jsonl: no text in it"),
         (["--out", "/"], "--out /: give the directory a name"),
-        (["--out", "alice.txt/tok"], "alice.txt: cannot be written ("),
+        (["--out", "alice.txt/tok"], "--out: alice.txt is no directory; choose another place"),
         (["--out", "alice.txt", "--overwrite"], "alice.txt: exists and is no tokenizer of this script"),
         (["--out", "mine", "--overwrite"], "mine: exists and is no tokenizer of this script"),
     ],
@@ -381,10 +383,10 @@ def test_pieces_are_the_file_cut_after_line_ends(tmp_path: Path, piece_bytes: in
     text = "".join(words) + "x" * 50_000
     path = tmp_path / "text"
     path.write_bytes(gzip.compress(text.encode()) if compressed else text.encode())
-    file = InputFile(str(path), "text", "text", compressed)
-    cut = [*read_pieces(file, piece_bytes)]
+    [unit] = plan_units(InputFile(str(path), "text", "text", compressed), Reading())
+    cut = [*read_pieces(unit, Reading(), piece_bytes, Skipped())]
     assert "".join(cut) == text
-    assert [*pieces([text.encode()])] == [*read_pieces(file, PIECE_BYTES)]
+    assert [*pieces([text.encode()])] == [*read_pieces(unit, Reading(), PIECE_BYTES, Skipped())]
     for piece, after in itertools.pairwise(cut):
         assert 0 < len(piece.encode()) <= piece_bytes
         longer = (piece + after).encode()[:piece_bytes]

@@ -1,6 +1,7 @@
 """Parts: read back as written, used again only for the same input and options, packed into the same shards."""
 
 import hashlib
+import os
 import re
 import shutil
 from pathlib import Path
@@ -19,7 +20,7 @@ from tests.helpers.data_dirs import contents, names, write_stories
 def test_a_part_reads_back_as_written(tmp_path: Path) -> None:
     documents = [np.arange(n, dtype=np.uint16) for n in (3, 1, BLOCK_TOKENS + 5, 2)]
     hashes = [hashlib.sha256(bytes([n])).digest()[:16] for n in range(4)]
-    tally = Tally(empty=3, repaired=1, dropped=[5])
+    tally = Tally(empty=3, repaired=1)
     batches = [
         (np.concatenate(documents[begin:end]), [len(ids) for ids in documents[begin:end]], hashes[begin:end])
         for begin, end in ((0, 1), (1, 4))
@@ -35,7 +36,9 @@ def test_a_part_reads_back_as_written(tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.concatenate([tokens for tokens, _ in blocks]), np.concatenate(documents))
 
 
-@pytest.mark.parametrize("damage", ["key", "record", "torn record", "flipped bit", "shorter", "gone"])
+@pytest.mark.parametrize(
+    "damage", ["key", "record", "torn record", "no form", "no tally", "fifo", "flipped bit", "shorter", "gone"]
+)
 def test_a_damaged_or_other_part_is_not_used(tmp_path: Path, damage: str) -> None:
     part = write_part(tmp_path / "one", {"key": 1}, [(np.arange(50, dtype=np.uint16), [50], [bytes(16)])], Tally())
     record, content = tmp_path / "one.json", part.path.read_bytes()
@@ -44,6 +47,13 @@ def test_a_damaged_or_other_part_is_not_used(tmp_path: Path, damage: str) -> Non
             record.unlink()
         case "torn record":
             record.write_text(record.read_text()[:-9])
+        case "no form":
+            record.write_text("[" * 100_000)
+        case "no tally":
+            record.write_text(record.read_text().replace('"repaired": 0', '"repaired": "0"'))
+        case "fifo":
+            part.path.unlink()
+            os.mkfifo(part.path)
         case "flipped bit":
             part.path.write_bytes(bytes([content[0] ^ 1]) + content[1:])
         case "shorter":

@@ -159,6 +159,8 @@ LINES = text_of(ROW, OTHER)
 DAMAGED: list[tuple[bytes, str]] = [
     (LINES[:-30], "2: not JSON ("),
     (LINES + b"\n", "3: not JSON ("),
+    (LINES + b"[" * 100_000, "3: not JSON (nested too deeply)"),
+    (LINES + b'{"ind": ' + b"1" * 5_000 + b"}\n", "3: not JSON (Exceeds the limit"),
     (LINES + b"[1]\n", "3: a JSON list, not an object"),
     (LINES.replace(b'he"', b'h\xe9"', 1), "1: not UTF-8 (byte 0xe9)"),
     (LINES + text_of({name: ROW[name] for name in ROW if name != "ctx_b"}), "3: no field ctx_b; is this"),
@@ -211,10 +213,10 @@ def test_files_that_changed_since_are_refused(pinned: Path, tmp_path: Path) -> N
     ("manifest", "complaint"),
     [
         (None, "exists and is no HellaSwag directory"),
-        ("{", r"not HellaSwag's \(JSONDecodeError"),
-        ('{"format_version": 2, "splits": {}}', r"not HellaSwag's \(KeyError"),
+        ("{", r"not HellaSwag's \(Expecting"),
+        ('{"format_version": 2, "splits": {}}', r"not HellaSwag's \(it has no key 'kind'"),
         (
-            '{"kind": "x", "format_version": 1, "sha256": "", "source": {"sha256": "", "is_pinned": 0}}',
+            '{"kind": "x", "format_version": 1, "sha256": "", "source": {"sha256": "", "is_pinned": false}}',
             "of 'x', not of",
         ),
     ],

@@ -52,7 +52,7 @@ def edited(content: dict[str, Any], keys: tuple[str | int, ...], value: Any) -> 
     inner: Any = content
     for key in keys[:-1]:
         inner = inner[key]
-    assert inner[keys[-1]] != value
+    assert repr(inner[keys[-1]]) != repr(value)
     if value is ...:
         del inner[keys[-1]]
     else:
@@ -135,7 +135,19 @@ def test_a_truncated_or_foreign_manifest_is_refused(data: Path) -> None:
         (("splits", "train", "shards", 0, "format"), "pickle", "damaged"),
         (("splits", "val", "stream_sha256"), "0" * 64, "fingerprint does not fit"),
         (("fingerprint",), "0" * 64, "fingerprint does not fit"),
-        (("splits",), {}, "fingerprint does not fit"),
+        (("splits",), {}, "it has no splits"),
+        (("splits", "val", "shards"), [], "0 tokens in the shards of 'val', 100 in all"),
+        (("splits", "train", "tokens"), 901, "900 tokens in the shards of 'train', 901 in all"),
+        (("splits", "train", "documents"), 2, "1 documents in the shards of 'train', 2 in all"),
+        (("splits", "train", "tokens"), 900.0, "damaged"),
+        (("splits", "train", "shards", 0, "tokens"), -300, "damaged"),
+        (("splits", "train", "shards", 0, "documents"), True, "damaged"),
+        (("splits", "train", "shards", 1, "file"), "train_000000.bin", "'train_000000.bin' is listed 2 times"),
+        (("splits", "train", "shards", 0, "file"), ["train_000000.bin"], "damaged"),
+        (("tokenizer", "vocab_size"), "14", "damaged"),
+        (("tokenizer", "vocab_size"), 65_537, "damaged"),
+        (("tokenizer", "eot_id"), 14, "EOT 14 is outside its vocabulary"),
+        (("tokenizer", "eot_id"), -1, "damaged"),
         (("format_version",), 3, "format version 3"),
     ],
 )

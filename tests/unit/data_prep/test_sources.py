@@ -11,7 +11,8 @@ import pytest
 
 from common.errors import InputError
 from data_prep.pipeline import sources
-from data_prep.pipeline.sources import InputFile, Reading, find_files, plan_units, read_documents
+from data_prep.pipeline.input_files import InputFile, find_files
+from data_prep.pipeline.sources import Reading, plan_units, read_documents
 
 pa = pytest.importorskip("pyarrow")
 pq = pytest.importorskip("pyarrow.parquet")
@@ -74,7 +75,7 @@ def test_json_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, unit_bytes:
 
 def test_compressed_text(tmp_path: Path) -> None:
     path = tmp_path / "text.TXT.GZ"
-    path.write_bytes(gzip.compress(f"\ufeffone\r\n{EOT}two{EOT}".encode()))
+    path.write_bytes(gzip.compress(f"\ufeff\ufeffone\r\n{EOT}two{EOT}".encode()))
     assert texts(path) == [f"\ufeffone\r\n{EOT}two{EOT}"]
     assert texts(path, Reading(split_on=EOT)) == ["\ufeffone\r\n", "two"]
     path.write_bytes(path.read_bytes()[:-9])

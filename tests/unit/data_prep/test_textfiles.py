@@ -10,7 +10,7 @@ import pytest
 import tiktoken
 
 from data_prep.textfiles import Options, main, prepare
-from data_prep.tokenizer import load_tokenizer
+from data_prep.tokenizer import CharTokenizer, load_tokenizer
 from tests.helpers.data_dirs import EOT_ID, contents, decoded, document_starts, names, state, tokens, write_rows
 from tests.helpers.data_dirs import write_text as write
 from tests.helpers.runs import called
@@ -18,7 +18,7 @@ from tests.helpers.runs import called
 EOT = "<|endoftext|>"
 ALICE = "Alice was beginning to get very tired\nof sitting by her sister on the bank. " * 20
 # A mark, every kind of line end, a NUL, and characters of two, three and four bytes.
-UNUSUAL = f"\ufeffone\r\ntwo\rthree\n\r\n\0 \x85 \u2028 \u00e9\u20ac\U0001f600 e\u0301 {EOT} \t\x0b\x0c no newline"
+UNUSUAL = f"a\ufeffone\r\ntwo\rthree\n\r\n\0 \x85 \u2028 \u00e9\u20ac\U0001f600 e\u0301 {EOT} \t\x0b\x0c no newline"
 
 
 def textfiles(*arguments: str | Path, cwd: Path = Path()) -> subprocess.CompletedProcess[str]:
@@ -194,10 +194,20 @@ def test_bad_options_give_one_line_and_leave_nothing(tmp_path: Path) -> None:
         assert names(tmp_path) == before
 
 
-def test_a_text_that_the_tokenizer_gives_up_on_is_named_by_its_line(shared_data: Path, tmp_path: Path) -> None:
-    source = write_rows(tmp_path / "a.jsonl", ["one", "two" + " " * 1_500_000 + "x", "three"])
-    done = textfiles("--input", source, "--out", tmp_path / "data", "--tokenizer", "gpt2", "--val-fraction", "0.4")
-    assert_one_line(done, f"{source}:2: tokenizer gpt2 gave up")
+def test_a_row_with_a_run_of_blanks_is_encoded_like_the_others(shared_data: Path, tmp_path: Path) -> None:
+    texts = ["one", "two" + " " * 1_500_000 + "x", "three"]
+    source, ranks = write_rows(tmp_path / "a.jsonl", texts), shared_data / "gpt2.tiktoken"
+    done = textfiles("--input", source, "--out", tmp_path / "data", "--tokenizer", ranks, "--val-fraction", "0.4")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert decoded(tmp_path / "data") == "".join(texts).encode()
+    assert document_starts(tmp_path / "data", "train", 100_000_000) == [0]
+
+
+def test_a_text_that_the_tokenizer_cannot_encode_is_named_by_its_line(tmp_path: Path) -> None:
+    CharTokenizer("eno").save(tmp_path)
+    source = write_rows(tmp_path / "a.jsonl", ["one", "nex", "none"])
+    flags = ("--out", tmp_path / "data", "--tokenizer", tmp_path / "tokenizer", "--val-fraction", "0.4")
+    assert_one_line(textfiles("--input", source, *flags), f"{source}:2: character 'x' at 2 is not among")
 
 
 def test_flags_without_effect_and_forgotten_separators_are_warned_of(tmp_path: Path) -> None:

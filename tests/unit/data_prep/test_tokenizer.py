@@ -164,8 +164,6 @@ def test_gpt2_ids_of_nasty_and_random_text_are_tiktokens(gpt2: Tokenizer, oracle
         assert gpt2.eot_id not in ids
         readable = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         assert gpt2.decode_bytes(ids) == readable.encode()
-    with pytest.raises(InputError, match="tokenizer gpt2 gave up on this text"):
-        gpt2.encode(" " * 1_200_000 + "x")
 
 
 def test_the_gpt2_vocabulary_is_tiktokens(gpt2: Tokenizer, oracle: tiktoken.Encoding) -> None:
@@ -266,7 +264,12 @@ def test_unknown_and_missing_tokenizers_are_named(tmp_path: Path, monkeypatch: p
         ("char", {"kind": "bpe"}),
         ("char", {"kind": "wordpiece"}),
         ("small", {"pattern": "("}),
+        ("small", {"pattern": "a{1000000000}"}),
         ("small", {"vocab_size": 261}),
+        ("small", {"vocab_size": 259.0}),
+        ("small", {"eot_id": True}),
+        ("small", {"name": ["small"]}),
+        ("small", {"kind": ["bpe"]}),
     ],
 )
 def test_an_altered_description_is_refused(tmp_path: Path, kind: str, changes: dict[str, Any], is_signed: bool) -> None:
@@ -282,8 +285,7 @@ def test_an_altered_description_is_refused(tmp_path: Path, kind: str, changes: d
     if not is_signed:
         assert f"{path}: was altered since it was written" in refusal(tmp_path)
     else:
-        with pytest.raises(ValueError):  # tiktoken's own for a bad pattern, else an InputError
-            load_tokenizer(tmp_path)
+        assert refusal(tmp_path)
 
 
 def test_altered_ranks_are_refused(tmp_path: Path) -> None:

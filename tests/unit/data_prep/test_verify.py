@@ -150,9 +150,9 @@ def set_slot(slot: int) -> tuple[str, int, bytes]:
         (set_id(EOT + 1), f"train_000001.bin: holds id {EOT + 1}, vocabulary is {EOT + 1}"),
         (set_id(EOT), "train_000001.bin: its index does not name exactly the positions of EOT"),
         (("train_000000.idx", 0, b"\1"), "train_000000.bin: its index does not name exactly the positions of EOT"),
-        (set_slot(3), "train_000001.bin: (tokens, documents, bytes, vocabulary, EOT) "),
-        (set_slot(4), "train_000001.bin: (tokens, documents, bytes, vocabulary, EOT) "),
-        (set_slot(5), "train_000001.bin: (tokens, documents, bytes, vocabulary, EOT) "),
+        (set_slot(3), "train_000001.bin: 200 as its vocabulary, but manifest.json says 259"),
+        (set_slot(4), "train_000001.bin: 200 as its EOT, but manifest.json says 258"),
+        (set_slot(5), "train_000001.bin: 200 documents, but manifest.json says 1"),
     ],
 )
 def test_wrong_content_is_found_behind_true_hashes(data: Path, damage: tuple[str, int, bytes], expected: str) -> None:
@@ -162,13 +162,6 @@ def test_wrong_content_is_found_behind_true_hashes(data: Path, damage: tuple[str
     assert f"{data}/{expected}" in complaint(data)
 
 
-def add_one(total: str) -> Callable[[dict[str, Any]], None]:
-    def change(raw: dict[str, Any]) -> None:
-        raw["splits"]["train"][total] += 1
-
-    return change
-
-
 def drop_a_shard(raw: dict[str, Any]) -> None:
     train = raw["splits"]["train"]
     dropped = train["shards"].pop(2)
@@ -176,19 +169,9 @@ def drop_a_shard(raw: dict[str, Any]) -> None:
     train["documents"] -= dropped["documents"]
 
 
-@pytest.mark.parametrize(
-    ("change", "expected"),
-    [
-        (add_one("tokens"), " tokens in shards, "),
-        (add_one("documents"), " documents in shards, "),
-        (drop_a_shard, "not the stream that the manifest names"),
-    ],
-)
-def test_a_manifest_that_does_not_fit_the_files_is_found(
-    data: Path, change: Callable[[dict[str, Any]], None], expected: str
-) -> None:
-    edit_manifest(data, change)
-    assert expected in complaint(data)
+def test_a_manifest_that_leaves_out_a_shard_is_found(data: Path) -> None:
+    edit_manifest(data, drop_a_shard)
+    assert "not the stream that the manifest names" in complaint(data)
 
 
 @pytest.mark.parametrize("lost", ["manifest.json", "tokenizer/codec.json", ""])

@@ -140,6 +140,8 @@ def test_a_bad_line_of_prompts_is_named(tmp_path: Path, refusal: Callable[..., s
             [b'["The"]', b'{"prompt": 1}', b'{"prompt": "A", "seed": 1}', b'{"text": "A"}', b"null"],
         ),
         ("not among this tokenizer's", [b'"\\ud800"']),
+        ("no JSON", [b"1" * 5_000]),
+        ("a line of more than 16,777,216 bytes", [b'"' + b"x" * 2**24]),
     ):
         for line in lines:
             (tmp_path / "prompts.jsonl").write_bytes(b'"The"\n' + line + b"\n")
