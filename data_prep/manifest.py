@@ -121,4 +121,4 @@ def open_split(directory: Path, split: str) -> TokenStream:
         if len(shard.tokens) != info.tokens:
             raise InputError(f"{shard.path}: {len(shard.tokens)} tokens, but {FILE_NAME} says {info.tokens}")
         shards.append(shard)
-    return TokenStream(shards)
+    return TokenStream(shards, manifest.vocab_size)

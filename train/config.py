@@ -24,6 +24,9 @@ class DataConfig:
     skip_sequences: tuple[int, ...] = ()
     """Training sequences that are never read, such as those of a step that was not finite. The next sequence of the
     data takes the place of each. The list may grow when a run is continued."""
+    verify: bool = True
+    """Before the first step, hold the shards to the manifest's hashes and vocabulary. Each host reads a shard once and
+    again only if its size, times or inode have changed."""
 
 
 @dataclass(frozen=True)

@@ -68,6 +68,11 @@ class RunDirectory:
             raise
         return self
 
+    @property
+    def step(self) -> int:
+        """The step of the newest checkpoint, as in status.json."""
+        return self._step
+
     def _check_shared(self) -> None:
         """Raise InputError unless this rank sees rank 0's lock: all ranks write checkpoints into one directory."""
         end = time.monotonic() + SECONDS_TO_SEE
