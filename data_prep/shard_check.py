@@ -115,7 +115,8 @@ class ShardCheck:
             with open_regular(file.path, inside=file.path.parent) as opened, reading_from(file.path):
                 before = os.fstat(opened.fileno())
                 if file.num_bytes not in (None, before.st_size):
-                    return f"{file.path}: has {before.st_size} bytes, the manifest says {file.num_bytes}"
+                    stated = f"{before.st_size} bytes, the manifest says {file.num_bytes}"
+                    return f"{file.path}: truncated or altered: {stated}"
                 offset, first_token = 0, before.st_size - file.token_bytes  # in bytes
                 while (num_bytes := opened.readinto(block)) and not self._is_cancelled:  # type: ignore[attr-defined]
                     digest.update(block[:num_bytes])

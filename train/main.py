@@ -133,8 +133,9 @@ def run(config: Config, group: ProcessGroup, startup: Startup | None = None) -> 
                 outcome, reason = train(current)
                 step = current.state.progress.step
                 watchdog.heartbeat("the end")
-                logger.make_durable()
-                directory.end(outcome, step, reason)
+                insist = current.reports.checkpoints.insist
+                insist(logger.make_durable)
+                insist(functools.partial(directory.end, outcome, step, reason))
                 logger.log(f"{outcome} at step {step}" + (f" ({reason})" if reason else ""))
         except torch.OutOfMemoryError as error:
             error.add_note(memory_advice(current, is_auto=config.train.micro_batch == "auto"))

@@ -72,7 +72,12 @@ def set_up(
     elif config.from_checkpoint is not None:
         origin = resume.load_weights(config.from_checkpoint, loss_model.model, tokenizer, group)
 
-    logger = RunLogger(directory.path, step=progress.step if loaded else None, group=group, stop_requests=stop_requests)
+    logger = RunLogger(
+        directory.path,
+        step=progress.step if loaded else None,
+        group=group,
+        stop_requests=stop_requests if config.save.on_failure == "stop" else None,
+    )
     for line in [f"passed over {fault}" for fault in faults] + warnings_of(
         config, parallel_plan, evaluation_data, group
     ):
@@ -144,6 +149,7 @@ def set_up(
                 directory=directory,
                 logger=logger,
                 meters=meters,
+                group=group,
                 heartbeat=watchdog.heartbeat,
             ),
         ),

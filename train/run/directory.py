@@ -179,10 +179,10 @@ class RunDirectory:
             with contextlib.suppress(InputError):
                 self._write_config()
 
-    def report(self, step: int) -> None:
-        """Write into status.json that the run is running and that its newest checkpoint is of this step."""
+    def report(self, step: int, trouble: str | None = None) -> None:
+        """Write into status.json that the run is running, its newest checkpoint's step, and a trouble as the reason."""
         self._step = step
-        self._group.on_main(lambda: self._write_status("running", None))
+        self._group.on_main(lambda: self._write_status("running", trouble))
 
     def end(self, state: str, step: int, reason: str | None) -> None:
         """Write that the run ended in order: `done`, or `stopped` for a reason."""
