@@ -30,7 +30,7 @@ class LineFile:
 
     def add(self, line: str) -> None:
         """Append a line. If the disk fails, raise OSError but keep the line."""
-        self._lines += f"{line}\n".encode()
+        self._lines += f"{line}\n".encode(errors="backslashreplace")
         self._write()
 
     def flush(self) -> None:
