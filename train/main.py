@@ -110,6 +110,7 @@ def run(config: Config, group: ProcessGroup, startup: Startup | None = None) -> 
         RunDirectory(config, manifest.fingerprint, group) as directory,
         Watchdog(config.parallel, group, directory) as watchdog,
     ):
+        startup.done("run directory")
         if config.data.verify and is_stopped_in_the_data(config, manifest, group, stop_requests, directory, watchdog):
             return
         startup.done("data")
