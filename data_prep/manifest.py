@@ -179,4 +179,5 @@ def open_split(directory: Path, split: str) -> TokenStream:
         raise InputError(f"{directory}: has no split {split!r}, only {', '.join(sorted(manifest.splits))}")
     if read_description(directory)[1] != manifest.tokenizer:
         raise InputError(f"{directory}: its tokenizer is not the one in {FILE_NAME}")
-    return TokenStream([manifest.open_shard(directory, info) for info in manifest.splits[split].shards])
+    shards = [manifest.open_shard(directory, info) for info in manifest.splits[split].shards]
+    return TokenStream(shards, manifest.vocab_size)

@@ -240,11 +240,20 @@ def _map_with_header(file: BinaryIO, path: Path) -> Shard:
     return Shard(path, tokens, vocab_size, eot_id if eot_id >= 0 else None, documents)
 
 
-class TokenStream:
-    """One split as one stream of tokens across its shards."""
+def outside_vocabulary(tokens: Tokens, vocab_size: int, *, first: int = 0) -> str | None:
+    """Return which token is the first outside the vocabulary, counted from `first` for tokens[0]; None if none is."""
+    if len(tokens) == 0 or int(tokens.max()) < vocab_size:
+        return None
+    index = int(np.argmax(tokens >= vocab_size))
+    return f"token {first + index} is id {tokens[index]}, outside the vocabulary of {vocab_size}"
 
-    def __init__(self, shards: Sequence[Shard]) -> None:
+
+class TokenStream:
+    """One split as one stream of tokens across its shards. What is read lies inside the vocabulary, or InputError."""
+
+    def __init__(self, shards: Sequence[Shard], vocab_size: int = MAX_VOCAB_SIZE) -> None:
         self._shards = list(shards)
+        self._vocab_size = vocab_size
         lengths = [len(shard.tokens) for shard in self._shards]
         self._ends = np.cumsum(lengths, dtype=np.int64)
         self._num_tokens = sum(lengths)
@@ -268,6 +277,19 @@ class TokenStream:
 
     def read(self, start: int, stop: int) -> Tokens:
         """Return tokens [start, stop) as uint16 [stop - start]; the range must lie within the stream."""
+        return self.read_rows([start], stop - start)[0]
+
+    def read_rows(self, starts: Sequence[int], length: int) -> Tokens:
+        """Return the `length` tokens from each of `starts` on: uint16 [len(starts), length]."""
+        rows = np.stack([self._read(start, start + length) for start in starts])
+        if rows.size and int(rows.max()) >= self._vocab_size:
+            row, column = divmod(int(np.argmax(rows >= self._vocab_size)), length)
+            ((shard, position, _),) = self.ranges(starts[row] + column, starts[row] + column + 1)
+            outside = outside_vocabulary(rows[row, column:], self._vocab_size, first=position)
+            raise InputError(f"{shard.path}: {outside}; restore the file or prepare the data again")
+        return rows
+
+    def _read(self, start: int, stop: int) -> Tokens:
         pieces = [shard.tokens[begin:end] for shard, begin, end in self.ranges(start, stop)]
         if len(pieces) == 1:
             return np.asarray(pieces[0])

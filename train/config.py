@@ -27,6 +27,9 @@ class DataConfig:
     skip_sequences: tuple[int, ...] = ()
     """Training sequences that are never read, such as those of a step that was not finite. The next sequence of the
     data takes the place of each. The list may grow when a run is continued."""
+    verify: bool = True
+    """Before the first step, hold the shards to the manifest's hashes and vocabulary. Each host reads a shard once and
+    again only if its size, times or inode have changed."""
 
 
 @dataclass(frozen=True)
@@ -125,6 +128,15 @@ class SaveConfig:
     """Newest checkpoints to keep, besides the one that this attempt continued from."""
     keep_every: int | None = None
     """Also keep every checkpoint whose step is a multiple of this; None: only the newest."""
+    on_failure: Literal["retry", "stop"] = "retry"
+    """What to do when a save fails, as on a full disk. retry: warn, train on, and save again when the next save is due
+    or after --save.retry-seconds. stop: end the run. Both for synchronous and asynchronous saves."""
+    failures_in_a_row: int = 10
+    """retry: end the run after so many failed saves without one that succeeded. At most one is counted in
+    --save.retry-seconds, however often saves are due."""
+    retry_seconds: float = 60.0
+    """retry: save again so long after a failure, if no save is due sooner. At the end of a run, keep trying for so
+    long before the run fails."""
 
 
 @dataclass(frozen=True)
@@ -278,6 +290,7 @@ def faults_of(config: Config) -> list[str]:
         "--save.every": config.save.every,
         "--save.keep": config.save.keep,
         "--save.keep-every": config.save.keep_every,
+        "--save.failures-in-a-row": config.save.failures_in_a_row,
         "--validate.every": config.validate.every,
         "--validate.tokens": config.validate.tokens,
         "--validate.hellaswag-every": config.validate.hellaswag_every,
@@ -321,6 +334,7 @@ def faults_of(config: Config) -> list[str]:
         "--train.diverged-above": train.diverged_above,
         "--track.peak-tflops": config.track.peak_tflops,
         "--save.every-seconds": config.save.every_seconds,
+        "--save.retry-seconds": config.save.retry_seconds,
         "--parallel.init-timeout-seconds": config.parallel.init_timeout_seconds,
         "--parallel.timeout-seconds": config.parallel.timeout_seconds,
     }

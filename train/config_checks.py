@@ -1,6 +1,6 @@
 """Settings that do nothing in a run, for warnings. Impossible values are refused in train/config.py."""
 
-from train.config import Config, OptimConfig, SampleConfig, TrackConfig, parse_steps
+from train.config import Config, OptimConfig, SampleConfig, SaveConfig, TrackConfig, parse_steps
 
 
 def settings_without_effect(config: Config, device_type: str, world: int, mode: str) -> list[str]:
@@ -39,6 +39,9 @@ def settings_without_effect(config: Config, device_type: str, world: int, mode: 
         warnings.append("--track.project, --track.group and --track.tags have no effect with --track.wandb disabled")
     if sample.every is None and (sample.prompts, sample.tokens) != (SampleConfig.prompts, SampleConfig.tokens):
         warnings.append("--sample.prompts and --sample.tokens have no effect with --sample.every None")
+    retries = config.save.failures_in_a_row, config.save.retry_seconds
+    if config.save.on_failure == "stop" and retries != (SaveConfig.failures_in_a_row, SaveConfig.retry_seconds):
+        warnings.append("--save.failures-in-a-row and --save.retry-seconds have no effect with --save.on-failure stop")
     if config.validate.hellaswag is None and (
         config.validate.hellaswag_every != type(config.validate).hellaswag_every
         or config.validate.hellaswag_items is not None

@@ -140,7 +140,7 @@ class TrainingSequences:
 
     def __init__(self, stream: TokenStream, seq_len: int, seed: int, skip_sequences: Collection[int] = ()) -> None:
         self._stream = stream
-        self._seq_len = seq_len
+        self.seq_len = seq_len
         self._seed = seed
         self.count = (len(stream) - 1) // seq_len
         if self.count < 1:
@@ -164,9 +164,8 @@ class TrainingSequences:
 
     def read(self, ids: list[int]) -> tuple[Tensor, Tensor]:
         """Read sequences -> inputs_BT and targets_BT (the inputs one token later), int64 on the CPU."""
-        T = self._seq_len
-        rows = np.stack([self._stream.read(i * T, i * T + T + 1) for i in ids]).astype(np.int64)
-        rows_BT1 = torch.from_numpy(rows)
+        T = self.seq_len
+        rows_BT1 = torch.from_numpy(self._stream.read_rows([i * T for i in ids], T + 1).astype(np.int64))
         return rows_BT1[:, :-1].contiguous(), rows_BT1[:, 1:].contiguous()
 
     def micro_batches(self, position: int, plan: BatchPlan, rank: int) -> list[tuple[Tensor, Tensor]]:
@@ -178,7 +177,9 @@ class TrainingSequences:
 class Prefetcher:
     """Reads the next step's sequences in a thread while this step computes, into pinned memory on a GPU machine.
 
-    The position is the loop's: what was read ahead for another position is discarded and read anew.
+    The position is the loop's: what was read ahead for another position is discarded and read anew. What this rank
+    alone cannot read is replaced by zeros, since all ranks take the step. The loop then asks all ranks to stop and
+    calls `refuse_fault` on all of them.
     """
 
     def __init__(self, sequences: TrainingSequences, plan: BatchPlan, *, rank: int, device: torch.device) -> None:
@@ -190,12 +191,29 @@ class Prefetcher:
         initializer = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch", initializer=initializer)
         self._ahead: tuple[int, Future[list[tuple[Tensor, Tensor]]]] | None = None
+        self._fault: InputError | None = None
+
+    @property
+    def has_fault(self) -> bool:
+        """Return whether `take` has returned zeros in place of tokens."""
+        return self._fault is not None
+
+    def refuse_fault(self) -> bool:
+        """Raise the InputError for which `take` has returned zeros, if it has; else return True."""
+        if self._fault is not None:
+            raise self._fault
+        return True
 
     def take(self, position: int) -> list[tuple[Tensor, Tensor]]:
         """Return this rank's micro-batches of the step at `position`, on its device or on their way to it."""
         if self._ahead is None or self._ahead[0] != position:
             self._ahead = position, self._thread.submit(self._read, position)
-        batches = self._ahead[1].result()
+        try:
+            batches = self._ahead[1].result()
+        except InputError as error:
+            self._fault = error
+            zeros_BT = torch.zeros(self._plan.micro_batch, self._sequences.seq_len, dtype=torch.int64)
+            batches = [(zeros_BT, zeros_BT)] * self._plan.accumulation
         following = position + self._plan.sequences
         self._ahead = following, self._thread.submit(self._read, following)
         return [

@@ -30,7 +30,7 @@ class StepNumbers(NamedTuple, Generic[Number]):
     norm: Number
     is_finite: Number
     is_bad: Number
-    stops: Number  # ranks that were asked to stop
+    stops: Number  # ranks that were asked to stop, or could not read their tokens
     saves_due: Number  # ranks for which --save.every-seconds have passed
     saves_written: Number  # ranks that have written their part of the checkpoint under way
     loss_scale: Number
@@ -124,7 +124,7 @@ def take_step(run: Run) -> StepResult:
     weight = state.token_weight if scale is None else state.token_weight * scale
     loss_sum = accumulate_gradients(run, batches, weight)
     squares = optim.sum_of_squares(state.model.parameters()) / processes.parallel_plan.replicas
-    flags = (processes.stop_requests.wanted(), writer.is_overdue(), writer.has_written())
+    flags = (run.wants_to_stop(), writer.is_overdue(), writer.has_written())
     totals = group.sum_(torch.stack([loss_sum, squares, *(torch.full_like(loss_sum, flag) for flag in flags)]))
     loss, norm = totals[0] / config.train.batch_tokens, totals[1].sqrt().float()
     if scale is not None:
@@ -180,7 +180,8 @@ def read_result(run: Run, result: StepResult) -> None:
     numbers: StepNumbers[float] = StepNumbers(*result.numbers.tolist())
     processes.watchdog.heartbeat(f"step {step}, reporting")
     processes.stragglers.record(step)
-    run.must_stop |= numbers.stops > 0
+    if numbers.stops > 0:
+        run.must_stop = processes.group.on_all(run.data.batches.refuse_fault)
     reports.checkpoints.is_requested |= numbers.saves_due > 0
     reports.checkpoints.is_written |= numbers.saves_written == processes.group.world
     guard.num_in_a_row = guard.num_in_a_row + 1 if numbers.is_bad else 0

@@ -34,6 +34,7 @@ from model.checkpoint import list_checkpoints
 from train.config import Config, parse
 from train.config_checks import settings_without_effect
 from train.data import BatchPlan, divisors, resolve_with_data
+from train.guards.data_check import check_data
 from train.guards.watchdog import Watchdog
 from train.loop import train
 from train.metrics.meters import Startup
@@ -111,6 +112,10 @@ def run(config: Config, group: ProcessGroup, startup: Startup | None = None) -> 
         RunDirectory(config, manifest.fingerprint, group) as directory,
         Watchdog(config.parallel, group, directory) as watchdog,
     ):
+        startup.done("run directory")
+        if config.data.verify and is_stopped_in_the_data(config, manifest, group, stop_requests, directory, watchdog):
+            return
+        startup.done("data")
         current = set_up(
             config,
             batch_plan,
@@ -131,8 +136,9 @@ def run(config: Config, group: ProcessGroup, startup: Startup | None = None) -> 
                 outcome, reason = train(current)
                 step = current.state.progress.step
                 watchdog.heartbeat("the end")
-                logger.make_durable()
-                directory.end(outcome, step, reason)
+                insist = current.reports.checkpoints.insist
+                insist(logger.make_durable)
+                insist(functools.partial(directory.end, outcome, step, reason))
                 logger.log(f"{outcome} at step {step}" + (f" ({reason})" if reason else ""))
         except torch.OutOfMemoryError as error:
             error.add_note(memory_advice(current, is_auto=config.train.micro_batch == "auto"))
@@ -141,6 +147,38 @@ def run(config: Config, group: ProcessGroup, startup: Startup | None = None) -> 
         finally:
             current.data.batches.close()
         group.barrier()  # launchers kill the rest when the first process exits
+
+
+def is_stopped_in_the_data(
+    config: Config,
+    manifest: Manifest,
+    group: ProcessGroup,
+    stop_requests: StopRequests,
+    directory: RunDirectory,
+    watchdog: Watchdog,
+) -> bool:
+    """Hold the data to its manifest; return True if a stop was asked for meanwhile, once the run has ended. Collective.
+
+    Raise InputError on all ranks if the data is not what the manifest says.
+    """
+    reason = check_data(
+        config.data.dir,
+        manifest,
+        manifest.splits,
+        group=group,
+        stop_requests=stop_requests,
+        flag="--data.no-verify",
+        run_dir=directory.path,
+        heartbeat=lambda: watchdog.heartbeat("reading the data"),
+    )
+    if reason is None:
+        return False
+    group.on_main(stop_requests.remove_file)
+    directory.end("stopped", directory.step, reason)
+    if group.is_main:
+        print(f"stopped at step {directory.step}, while the data was read ({reason})", flush=True)
+    group.barrier()
+    return True
 
 
 def memory_advice(run: Run, *, is_auto: bool) -> str:

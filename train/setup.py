@@ -2,10 +2,12 @@
 
 import secrets
 import sys
+from pathlib import Path
 
 import numpy as np
 import torch
 
+from common.errors import InputError
 from common.redaction import redacted
 from data_prep.manifest import Manifest, open_split
 from data_prep.tokenizer import Tokenizer, load_tokenizer
@@ -50,7 +52,7 @@ def set_up(
     startup: Startup,
 ) -> Run:
     """Return a run with new weights from the seed, or as its newest sound checkpoint left it. Collective."""
-    tokenizer = group.on_all(lambda: load_tokenizer(config.data.dir))
+    tokenizer = group.on_all(lambda: open_tokenizer(config.data.dir, manifest))
     loss_model = apply.build_loss_model(config, parallel_plan, group)
     optimizer = build_optimizer(loss_model.model, config.optim)
     if config.train.micro_batch == "auto":
@@ -72,7 +74,11 @@ def set_up(
         origin = resume.load_weights(config.from_checkpoint, loss_model.model, tokenizer, group)
 
     logger = RunLogger(
-        directory.path, step=progress.step if loaded else None, group=group, stop_requests=stop_requests, seals=seals
+        directory.path,
+        step=progress.step if loaded else None,
+        group=group,
+        stop_requests=stop_requests if config.save.on_failure == "stop" else None,
+        seals=seals,
     )
     remarks = [*directory.remarks, *(f"passed over {fault}" for fault in faults), *logger.remarks]
     for line in remarks + warnings_of(config, parallel_plan, evaluation_data, group):
@@ -146,10 +152,22 @@ def set_up(
                 directory=directory,
                 logger=logger,
                 meters=meters,
+                group=group,
                 heartbeat=watchdog.heartbeat,
             ),
         ),
     )
+
+
+def open_tokenizer(directory: Path, manifest: Manifest) -> Tokenizer:
+    """Return the data's tokenizer. Raise InputError if it has another vocabulary than the data, and so the model."""
+    tokenizer = load_tokenizer(directory)
+    if tokenizer.vocab_size != manifest.vocab_size:
+        raise InputError(
+            f"{directory}: its tokenizer has {tokenizer.vocab_size} ids, its manifest says {manifest.vocab_size}; "
+            "restore it or prepare the data again"
+        )
+    return tokenizer
 
 
 def open_sequences(config: Config) -> TrainingSequences:

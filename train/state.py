@@ -92,3 +92,7 @@ class Run:
     reports: Reports
     must_stop: bool = False
     failure: Exception | None = None
+
+    def wants_to_stop(self) -> bool:
+        """Return whether this rank was asked to stop, or could not read its tokens. Cheap enough for every step."""
+        return self.processes.stop_requests.wanted() or self.data.batches.has_fault

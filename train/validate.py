@@ -44,6 +44,7 @@ from train.evals.hellaswag import STYLE, HellaSwag, Score, ending_losses, open_h
 from train.evals.results import read_result, write_result
 from train.evals.subject import Subject, load_subject
 from train.evals.validation import Scoring, Validation, ValidationSet, validate
+from train.guards.data_check import check_data
 from train.processes.group import ProcessGroup, open_process_group
 from train.processes.stop_requests import StopRequests
 
@@ -77,6 +78,8 @@ class Options:
     """Compile the model block by block with torch.compile, as in training."""
     out: Path | None = None
     """Directory that keeps the results; None: RUN/evaluations, and nowhere for a Hugging Face folder."""
+    verify: bool = True
+    """First hold the split to the hashes and the vocabulary of its manifest."""
 
 
 class StoppedError(Exception):
@@ -173,6 +176,8 @@ def evaluate(options: Options, group: ProcessGroup, stop_requests: StopRequests)
     trained = subject.trained
     validation = group.on_all(lambda: open_validation(options, subject))
     hellaswag = group.on_all(lambda: open_questions(options, subject))
+    if validation is not None and options.verify:
+        hold_to_manifest(Path(validation[1]["directory"]), options.split, group, stop_requests)
     at_step = "" if trained.step is None else f" at step {trained.step:,}"
     log(group, f"{options.path}{at_step}, {subject.key['dtype']}, processes: {group.world}, {group.device.type}")
     scoring = Scoring(group, stop_requests, progress_of(group))
@@ -183,6 +188,14 @@ def evaluate(options: Options, group: ProcessGroup, stop_requests: StopRequests)
     if hellaswag is not None:
         report["hellaswag"] = report_hellaswag(subject, hellaswag, scoring)
     return report
+
+
+def hold_to_manifest(directory: Path, split: str, group: ProcessGroup, stop_requests: StopRequests) -> None:
+    """Raise InputError on all ranks unless a split is what its manifest says. Collective."""
+    manifest = group.on_all(lambda: read_manifest(directory))
+    reason = check_data(directory, manifest, [split], group=group, stop_requests=stop_requests, flag="--no-verify")
+    if reason is not None:
+        raise StoppedError
 
 
 def report_validation(

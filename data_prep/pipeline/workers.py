@@ -9,16 +9,18 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import connection
+from multiprocessing import connection, resource_tracker
 from typing import TypeVar
 
 from common.errors import InputError
 
 REPORT_SECONDS = 5.0
 TERMINAL_SECONDS = 0.2
+STDERR = 2
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
@@ -38,14 +40,24 @@ class Workers:
 
     def __enter__(self) -> "Workers":
         if self.num_workers > 1:  # spawned, because a forked child of a process with threads may hang
+            start_tracker()
             self._pool = ProcessPoolExecutor(
                 self.num_workers, mp_context=multiprocessing.get_context("spawn"), initializer=_exit_with_parent
             )
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._pool is not None:  # waits for running tasks, so that their parts count
-            self._pool.shutdown(wait=True, cancel_futures=True)
+        if self._pool is None:
+            return
+        start_tracker()  # if it was killed: the pool is about to give its semaphores back to it
+        pool, self._pool = self._pool, None
+        processes = list((pool._processes or {}).values())
+        try:
+            pool.shutdown(wait=True, cancel_futures=True)  # waits for running tasks, so that their parts count
+        except KeyboardInterrupt:  # a second Ctrl-C: the person does not want to wait
+            for process in processes:
+                process.kill()
+            raise
 
     def map(
         self,
@@ -65,6 +77,10 @@ class Workers:
             previous_mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
             try:
                 futures = {self._pool.submit(function, task): task for task in tasks}
+                # The pool looks for dead workers among those that were there at its last submission, so these follow
+                # the start of the last worker. A worker that died before would be waited for for ever.
+                for _ in range(self.num_workers + 1):
+                    self._pool.submit(int)
             finally:
                 signal.pthread_sigmask(signal.SIG_SETMASK, previous_mask)
             for future in as_completed(futures):
@@ -75,6 +91,23 @@ class Workers:
                 "a worker process was killed, perhaps because memory ran out; try fewer with --workers, or a lower "
                 "--max-document-bytes"
             ) from error
+
+
+def start_tracker() -> None:
+    """Start Python's own child that frees a dead process's semaphores, if it does not run, with nowhere to print to.
+
+    After a kill of it or of this process it would print tracebacks and warnings, though nothing is to be done.
+    """
+    stderr, nowhere = os.dup(STDERR), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, STDERR)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it has been killed
+            resource_tracker.ensure_running()
+    finally:
+        os.dup2(stderr, STDERR)
+        os.close(stderr)
+        os.close(nowhere)
 
 
 def _exit_with_parent() -> None:

@@ -84,10 +84,11 @@ def fail_to_save_on_one_rank(group: ProcessGroup, config: Config, fault: Excepti
 def test_a_save_that_fails_on_one_rank_ends_all_and_leaves_no_checkpoint(
     tiny_data: Path, tmp_path: Path, world: int, fault: Exception
 ) -> None:
-    config = with_save(tiny_config(tiny_data, tmp_path / "run", steps=STEPS), every=10, mode="async")
+    config = tiny_config(tiny_data, tmp_path / "run", steps=STEPS)
+    config = with_save(config, every=10, mode="async", on_failure="stop")
     errors = run_on_ranks(world, fail_to_save_on_one_rank, config, fault)
     assert len(set(errors)) == 1
-    assert "step_00000020: not saved; rank 0: " in errors[0] and str(fault) in errors[0]
+    assert f"step_00000020: not saved; rank {world - 1}: " in errors[0] and str(fault) in errors[0]
     assert "\n" not in errors[0]
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step_00000010"]
     assert status(tmp_path / "run")["state"] == "failed" and "not saved" in status(tmp_path / "run")["reason"]

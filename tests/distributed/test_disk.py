@@ -115,7 +115,7 @@ def train_on_a_disk_that_fills_up(can_mount: bool, data: Path, whole: Path, fold
             disk.fill(leaving=0)
 
     shutil.disk_usage = fill_after_the_check
-    refused = called(main, *flags(data, run_dir))
+    refused = called(main, *flags(data, run_dir, "--save.on-failure", "stop"))
     shutil.disk_usage = usage
     assert refused.returncode == 2 and refused.stderr.count("\n") == 1, refused.stderr
     assert f"train: {run_dir}/checkpoints/step_00000020: not saved" in refused.stderr
@@ -125,7 +125,7 @@ def train_on_a_disk_that_fills_up(can_mount: bool, data: Path, whole: Path, fold
 
     disk.free()
     with before_each_step(fill_before_step_13):
-        refused = called(main, *flags(data, run_dir, "--save.every", "100"))
+        refused = called(main, *flags(data, run_dir, "--save.every", "100", "--save.on-failure", "stop"))
     warning, error = refused.stderr.splitlines()
     assert refused.returncode == 2 and warning == f"warning: {run_dir}/status.json still says running"
     assert error.startswith(f"train: {run_dir}: cannot be written ([Errno ")
@@ -196,7 +196,7 @@ def lose_the_disk_on_rank_0(group: ProcessGroup, config: Config) -> str:
 def test_rows_that_rank_0_cannot_write_end_every_rank(tiny_data: Path, whole: Path, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     cut_back(whole, run_dir, step=10)
-    config = parse(flags(tiny_data, run_dir, "--save.every", "100"), PRESETS)
+    config = parse(flags(tiny_data, run_dir, "--save.every", "100", "--save.on-failure", "stop"), PRESETS)
     first, second = run_on_ranks(2, lose_the_disk_on_rank_0, config)
     assert first == second and first.startswith(f"{run_dir}: cannot be written ([Errno ")
     ended = status(run_dir)

@@ -139,16 +139,16 @@ def test_the_run_is_recorded_and_a_later_attempt_is_the_same_run(start: Any, tmp
         first.row(row)
     first.row({"step": 5, "samples": [{"prompt": "To <b>", "text": "be\nor"}]})
     first.close(exit_code=0)
-    program = Path(sys.executable).with_name("wandb")
-    line = f"{program} sync --id {ID} {tmp_path}/run/wandb"
+    program, (one,) = Path(sys.executable).with_name("wandb"), attempts(tmp_path / "run")
+    line = f"{program} sync --id {ID} {one}"
     assert messages == [f"W&B: upload every attempt as one run with `{line}` (after `wandb login`)"]
 
     second, messages = start()
     second.row({"step": 6, "tokens": 60, "loss": 2.0})
     second.close(exit_code=1)
-    assert len(messages) == 1
-
     one, two = attempts(tmp_path / "run")
+    assert messages == [f"W&B: upload every attempt as one run with `{line} {two}` (after `wandb login`)"]
+
     run = next(record.run for record in records(one) if record.HasField("run"))
     assert (run.run_id, run.project, run.display_name, run.run_group) == (ID, "ladder", "tiny", "sweep 1")
     assert list(run.tags) == ["a", "b"]
@@ -173,6 +173,31 @@ def test_the_run_is_recorded_and_a_later_attempt_is_the_same_run(start: Any, tmp
     assert exit_codes(two) == [1]
 
     assert "Would sync 2 run(s)" in sync(messages[0], tmp_path, "--dry-run")
+
+
+def test_a_run_that_begins_anew_in_its_directory_is_not_uploaded_with_the_one_before(
+    start: Any, tmp_path: Path
+) -> None:
+    """The first dies before its first checkpoint, so that nothing keeps its id. It is not lost."""
+    died, messages = start(run_id="older123")
+    died.row(ROWS[0])
+    died.leave()
+    wandb_process.LEFT[-1].wait(timeout=20)
+    (older,) = attempts(tmp_path / "run")
+    (old_line,) = messages
+
+    anew, messages = start()
+    for row in ROWS:
+        anew.row(row)
+    anew.close(exit_code=0)
+    (attempt,) = attempts(tmp_path / "run")
+    moved = tmp_path / "run" / "wandb" / "aside" / older.name
+    first, last = messages
+    assert first == f"W&B: {older} is of a run that began here before this one; moved to {moved.parent}"
+    assert "Would sync 1 run(s)" in (dry := sync(last, tmp_path, "--dry-run")) and attempt.name in dry
+    assert older.name not in last and f"--id {ID}" in last
+    assert (moved / "run-older123.wandb").is_file()
+    assert attempt.name not in old_line, "nor does the older line name the newer run"
 
 
 @pytest.mark.parametrize(("key", "message"), [(None, "No API key configured"), ("a" * 40, "connection refused")])

@@ -62,24 +62,38 @@ def scored_batches(
     """Yield (index, targets_BT, losses_BT) of each batch of this rank; the ranks take batches in turn.
 
     Collective: every rank must exhaust the iterator. A rank without a batch left gets one without targets, so that all
-    ranks call the model equally often. Raise StopRequestedError on all ranks if any rank is asked to stop.
+    ranks call the model equally often. Raise StopRequestedError on all ranks if any rank is asked to stop, InputError
+    if any rank cannot read its batch.
     """
     group = scoring.group
     loss_model.eval()
     stop: Tensor | None = None  # above 0: some rank must stop; read one batch late, so that no batch waits
+    faults: list[InputError] = []
     for first in range(0, data.num_batches, group.world):
         scoring.heartbeat(f"{name}, batches from {first} of {data.num_batches}")
         index = first + group.rank
+        try:
+            batch = data.batch(index)
+        except InputError as error:  # this rank's alone, while the others score
+            faults.append(error)
+            batch = data.batch(data.num_batches)
         inputs_BT, targets_BT = (
-            pinned(tensor_BT, group.device).to(group.device, non_blocking=True) for tensor_BT in data.batch(index)
+            pinned(tensor_BT, group.device).to(group.device, non_blocking=True) for tensor_BT in batch
         )
         yield index, targets_BT, loss_model.token_losses(inputs_BT, targets_BT)
         if stop is not None and stop.item():
             break
-        stop = group.sum_(torch.full((), float(scoring.stop_requests.wanted()), device=group.device))
+        must_stop = scoring.stop_requests.wanted() or bool(faults)
+        stop = group.sum_(torch.full((), float(must_stop), device=group.device))
     loss_model.train()
     if stop is not None and stop.item():
+        group.on_all(lambda: raise_first(faults))
         raise StopRequestedError
+
+
+def raise_first(faults: list[InputError]) -> None:
+    if faults:
+        raise faults[0]
 
 
 class ValidationSet:

@@ -1,7 +1,7 @@
 """The run's reports: each record goes to metrics.jsonl and W&B and, as one line, to the console and log.txt.
 
-A file that cannot be written ends the run, as on a full disk. Rank 0 alone sees the error: it asks for a stop and
-writes no more, so that no row follows a gap. `make_durable`, before the stop's checkpoint, raises it on every rank.
+A row that cannot be written, as on a full disk, is kept and written later. Rank 0 alone sees the error. `make_durable`
+raises it on every rank if it is still so when a checkpoint is to be saved.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import asdict
-from io import FileIO
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from common.errors import writing_to
+from train.metrics.line_file import LineFile
 from train.metrics.rows import KEPT_FILES, METRICS_FILE, SAMPLES_FILE, Row, Seal, restore_rows
 
 if TYPE_CHECKING:  # these import torch, which costs curves.py seconds
@@ -34,7 +34,8 @@ class RunLogger:
 
     Opening drops the rows after `step`. A fresh start (`step` None) drops every row, since they come from an attempt
     that ended before its first checkpoint. `seals` describe the rows at that checkpoint (train/metrics/rows.py); from
-    then on `self.seals` are those of the last `make_durable`. `tracking` is the W&B run, set by the caller; None: no
+    then on `self.seals` are those of the last `make_durable`. `stop_requests` gets a request when a row cannot be
+    written; None: the run goes on, to see whether a save can be. `tracking` is the W&B run, set by the caller; None: no
     tracking.
     """
 
@@ -44,14 +45,14 @@ class RunLogger:
         *,
         step: int | None,
         group: ProcessGroup,
-        stop_requests: StopRequests,
+        stop_requests: StopRequests | None,
         seals: Mapping[str, Seal] | None = None,
     ) -> None:
         self._run_dir = run_dir
         self._group = group
         self._stop_requests = stop_requests
-        self._files: dict[str, FileIO] = {}
-        self._fault: OSError | None = None
+        self._files: dict[str, LineFile] = {}
+        self._is_behind = False  # some line is not written yet
         self.tracking: Tracking | None = None
         self.remarks: list[str] = []  # on rank 0: damage that was found
         self.seals: dict[str, Seal] = {}
@@ -66,8 +67,8 @@ class RunLogger:
                     self._count(name, content)
                     self.remarks += [] if remark is None else [remark]
                     kept.append(rows)
-                self._open(METRICS_FILE)
-                self._open(LOG_FILE)
+                self._file(METRICS_FILE).open()
+                self._file(LOG_FILE).open()
             return kept
 
         rows, samples = group.on_main(open_files)
@@ -88,23 +89,21 @@ class RunLogger:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
             self._write(LOG_FILE, f"warning: the console is gone ({error}); this file goes on")
 
-    def _open(self, name: str) -> FileIO:
-        """Open without a buffer, since closing a buffer would write again what could not be written."""
-        if name not in self._files:
-            self._files[name] = (self._run_dir / name).open("ab", buffering=0)
-        return self._files[name]
+    def _file(self, name: str) -> LineFile:
+        return self._files.setdefault(name, LineFile(self._run_dir / name))
 
     def _write(self, name: str, line: str) -> None:
-        """Write a line at once, or nothing after an earlier line that could not be written."""
-        content = f"{line}\n".encode(errors="backslashreplace")
-        rest = memoryview(content)
+        """Write a line at once, or keep it if the disk fails now."""
+        self._count(name, f"{line}\n".encode(errors="backslashreplace"))
         try:
-            while rest and self._fault is None:
-                rest = rest[self._open(name).write(rest) :]
-            self._count(name, content)
+            self._file(name).add(line)
         except OSError as error:
-            self._fault = error
-            self._stop_requests.reason = self._stop_requests.reason or f"{name} could not be written"
+            if self._stop_requests is not None:
+                self._stop_requests.reason = self._stop_requests.reason or f"{name} could not be written"
+            elif not self._is_behind:
+                warning = f"{self._run_dir / name}: cannot be written now ({error}); its lines are kept until it can"
+                print(f"warning: {warning}", file=sys.stderr, flush=True)
+            self._is_behind = True
 
     def _count(self, name: str, content: bytes) -> None:
         if name in KEPT_FILES:
@@ -144,10 +143,9 @@ class RunLogger:
 
     def _synchronize(self) -> None:
         with writing_to(self._run_dir):
-            if self._fault is not None:
-                raise self._fault
             for file in self._files.values():
-                os.fsync(file.fileno())
+                file.flush()
+        self._is_behind = False
         for name in KEPT_FILES:
             self.seals[name] = {"bytes": self._sizes[name], "sha256": self._digests[name].hexdigest()}
 

@@ -11,6 +11,7 @@ failed.
 import html
 import json
 import os
+import re
 import select
 import shlex
 import signal
@@ -25,6 +26,8 @@ from typing import Any, Literal
 from common.files import ROOT
 
 LOG_FILE = "tracking.log"
+ASIDE = "aside"  # beside the attempts of a run: those of runs that began in the same directory before it
+ATTEMPT_NAME = re.compile(r"(?:offline-)?run-\d+_\d+-(?P<id>.+)")  # of the directory that wandb makes
 INIT_SECONDS = 30.0  # to reach the server, before the run is recorded offline
 UPLOAD_SECONDS = 20.0  # to upload the rest at the end
 CLOSE_SECONDS = 60.0  # longest wait in `close`: the two above and a start of Python
@@ -55,7 +58,8 @@ def open_tracking(
 ) -> "Tracking | None":
     """Start the helper and return at once; return None if tracking is disabled or the helper cannot start.
 
-    `run_id` makes all attempts one W&B run; keep it with the run. `log` gets warnings, here and in later calls.
+    `run_id` makes all attempts one W&B run; keep it with the run. What another run has recorded in this directory is
+    moved aside: it died before its first checkpoint. `log` gets warnings, here and in later calls.
     """
     if mode == "disabled":
         return None
@@ -70,6 +74,7 @@ def open_tracking(
     env = {name: value for name, value in os.environ.items() if name not in ("WANDB_MODE", "WANDB_SERVICE")}
     try:
         (run_dir / "wandb").mkdir(parents=True, exist_ok=True)
+        set_aside(run_dir / "wandb", run_id, log)
         with (run_dir / "wandb" / LOG_FILE).open("a", encoding="utf-8") as log_file:
             helper = subprocess.Popen(
                 [sys.executable, "-c", code],
@@ -83,6 +88,16 @@ def open_tracking(
         log(f"warning: no W&B tracking: {error}")
         return None
     return Tracking(helper, start, log)
+
+
+def set_aside(folder: Path, run_id: str, log: Callable[[str], None]) -> None:
+    """Move the attempts of other runs into wandb/aside, where nothing uploads them together with this run's."""
+    for path in folder.iterdir():
+        match = ATTEMPT_NAME.fullmatch(path.name)
+        if match and match["id"] != run_id:
+            (folder / ASIDE).mkdir(exist_ok=True)
+            path.rename(folder / ASIDE / path.name)
+            log(f"W&B: {path} is of a run that began here before this one; moved to {folder / ASIDE}")
 
 
 class Tracking:
@@ -100,8 +115,7 @@ class Tracking:
         self._unsent = bytearray()
         self._received = b""
         self._log = log
-        self._sync_line = sync_line(start)
-        self._log_file = log_of(start)
+        self._start = start
         self._send(start)
 
     def row(self, row: dict[str, Any]) -> None:
@@ -135,7 +149,7 @@ class Tracking:
         self._send({"exit_code": 1})
         if self._helper is None:
             return
-        self._log(f"W&B: the helper ends the W&B run; upload what is recorded with `{self._sync_line}`")
+        self._log(f"W&B: the helper ends the W&B run; upload what is recorded with `{sync_line(self._start)}`")
         LEFT.append(self._helper)
         self._forget()
 
@@ -174,8 +188,8 @@ class Tracking:
 
     def _switch_off(self, reason: str) -> None:
         self._log(
-            f"warning: W&B tracking is off: {reason}; see {self._log_file}. "
-            f"Upload what is recorded with `{self._sync_line}`"
+            f"warning: W&B tracking is off: {reason}; see {log_of(self._start)}. "
+            f"Upload what is recorded with `{sync_line(self._start)}`"
         )
         self._release()
 
@@ -195,14 +209,17 @@ class Tracking:
 
 
 def sync_line(start: dict[str, Any]) -> str:
-    """Return the command that uploads every attempt, in order of time, as one W&B run.
+    """Return the command that uploads every attempt of this run so far, in order of time, as one W&B run.
 
-    wandb finds the attempts' directories, leaves out those it has synced, and with --id sorts them by start time. It
-    leaves out attempts made online unless told to include them.
+    wandb leaves out what it has synced, and with --id sorts the directories by start time. It leaves out attempts made
+    online unless told to include them. Before wandb has made a directory, the line names the folder of them all.
     """
     online = ["--include-online"] if start["mode"] == "online" else []
     program = Path(sys.executable).with_name("wandb")  # by its path, since the environment need not be activated
-    return shlex.join([str(program), "sync", "--id", start["init"]["id"], *online, start["init"]["dir"] + "/wandb"])
+    run_id, folder = start["init"]["id"], Path(start["init"]["dir"], "wandb")
+    matches = [(path, ATTEMPT_NAME.fullmatch(path.name)) for path in sorted(folder.glob("*run-*"))]
+    attempts = [str(path) for path, match in matches if match and match["id"] == run_id]
+    return shlex.join([str(program), "sync", "--id", run_id, *online, *(attempts or [str(folder)])])
 
 
 def log_of(start: dict[str, Any]) -> Path:

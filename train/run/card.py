@@ -77,6 +77,8 @@ def _data_line(config: Config, manifest: Manifest | None, total_tokens: int) -> 
     skipped = f", {num_skipped} sequences left out" if num_skipped else ""
     warning = "  WARNING: more than one epoch" if epochs > 1 else ""
     vocabulary = f"vocabulary {manifest.vocab_size:,}"
+    if not config.data.verify:
+        warning += "  WARNING: not held to its hashes (--data.no-verify)"
     return f"{config.data.dir}: {tokens:,} training tokens{skipped}, {vocabulary}, {epochs:.2f} epochs{warning}"
 
 

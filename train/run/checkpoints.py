@@ -20,10 +20,12 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.tensor import DTensor
 
 from common.errors import InputError, writing_to
-from common.files import fsync_directory, sha256_of_file, write_atomically, write_json_atomically
+from common.files import fsync_directory, move_aside, sha256_of_file, write_atomically, write_json_atomically
+from common.reading import is_there
 from model.base import LanguageModel
 from model.checkpoint import (
     CHECKPOINTS,
@@ -105,7 +107,8 @@ class CheckpointWriter:
         self._group = group
         self._pending: PendingCheckpoint | None = None
         self._undeletable: set[Path] = set()
-        self._last_begin = time.monotonic()
+        self._last_try = time.monotonic()
+        self._is_retrying = False  # the last save failed
         # Each thread has its own current CUDA device, and DCP copies from the current one.
         on_gpu = functools.partial(torch.cuda.set_device, group.device) if is_cuda else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saves", initializer=on_gpu)
@@ -121,7 +124,7 @@ class CheckpointWriter:
         Raise InputError if the disk has too little room; earlier checkpoints stay as they are.
         """
         assert self._pending is None, "finish the pending checkpoint first"
-        self._last_begin = time.monotonic()
+        self._last_try = time.monotonic()
         folder = self._run_dir / CHECKPOINTS
         final = folder / f"step_{progress.step:08d}"
         temporary = folder / f".{final.name}.writing_{self._attempt}"
@@ -161,11 +164,20 @@ class CheckpointWriter:
         return self._pending is not None and self._pending.written.done()
 
     def is_overdue(self) -> bool:
-        """Return whether --save.every-seconds have passed since the last save began. False on ranks other than 0."""
-        seconds = self._config.every_seconds
-        if seconds is None or self._pending is not None or not self._group.is_main:
+        """Return whether --save.every-seconds have passed since the last save began. False on ranks other than 0.
+
+        After a failed save also whether --save.retry-seconds have passed since it failed.
+        """
+        if self._pending is not None or not self._group.is_main:
             return False
-        return time.monotonic() - self._last_begin >= seconds
+        waited_seconds, every_seconds = time.monotonic() - self._last_try, self._config.every_seconds
+        is_retry_due = self._is_retrying and waited_seconds >= self._config.retry_seconds
+        return is_retry_due or (every_seconds is not None and waited_seconds >= every_seconds)
+
+    def retry_later(self) -> None:
+        """Note that a save has failed."""
+        self._last_try = time.monotonic()
+        self._is_retrying = True
 
     def finish(self) -> int | None:
         """Wait for the pending save, give it its final name and delete old checkpoints. Collective.
@@ -177,8 +189,8 @@ class CheckpointWriter:
         save, self._pending = self._pending, None
         error = save.written.exception()  # Whatever it is, all ranks raise it together.
         errors: dict[str, int] = {}  # each distinct error, with the first rank that had it
-        for rank, text in enumerate(self._group.gather(None if error is None else last_line_of(error))):
-            if text is not None:
+        for faults in self._group.gather({} if error is None else self._faults_of(error)):
+            for rank, text in faults.items():
                 errors.setdefault(text, rank)
         if errors:
             self._group.on_main(lambda: shutil.rmtree(save.temporary, ignore_errors=True))
@@ -188,10 +200,17 @@ class CheckpointWriter:
             ) from error
         self._group.on_main(lambda: _rename(save.temporary, save.final))
         self.saved_step = save.step
+        self._is_retrying = False
         if self._group.is_main:
             protected = {save.final} | ({self._loaded} if self._loaded else set())
             self._purging = self._thread.submit(self._purge, protected)
         return save.step
+
+    def _faults_of(self, error: BaseException) -> dict[int, str]:
+        """Return an error of this rank's thread by rank: DCP raises the errors of all ranks on each."""
+        if isinstance(error, CheckpointException):
+            return {rank: last_line_of(own) for rank, (own, _) in error.failures.items()}
+        return {self._group.rank: last_line_of(error)}
 
     def __enter__(self) -> "CheckpointWriter":
         return self
@@ -201,8 +220,9 @@ class CheckpointWriter:
 
     def _make_room(self, folder: Path, temporary: Path, tensors: dict[str, Tensor]) -> None:
         """Make the temporary folder. Raise InputError if the whole checkpoint does not fit on the disk."""
-        if self._purging is not None:
-            self._purging.result()
+        purging, self._purging = self._purging, None
+        if purging is not None:
+            purging.result()
         needed = sum(tensor.nbytes for tensor in tensors.values()) + SPARE_BYTES
         with writing_to(folder):
             folder.mkdir(parents=True, exist_ok=True)
@@ -298,8 +318,10 @@ def _seal(temporary: Path, state: dict[str, Any]) -> None:
 
 def _rename(temporary: Path, final: Path) -> None:
     with writing_to(final):
-        if final.exists():  # a damaged checkpoint of this step, which this start passed over
+        if final.is_dir() and not final.is_symlink():  # a damaged checkpoint, which this start passed over
             shutil.rmtree(final)
+        elif is_there(final):
+            move_aside(final)
         temporary.rename(final)
         fsync_directory(final.parent)
 

@@ -57,6 +57,11 @@ class RunDirectory:
             raise
         return self
 
+    @property
+    def step(self) -> int:
+        """The step of the newest checkpoint, as in status.json."""
+        return self._step
+
     def _check_shared(self) -> None:
         """Raise InputError unless this rank sees rank 0's lock: all ranks write checkpoints into one directory."""
         end = time.monotonic() + SECONDS_TO_SEE
@@ -173,10 +178,10 @@ class RunDirectory:
             with contextlib.suppress(InputError):
                 self._write_config()
 
-    def report(self, step: int) -> None:
-        """Write into status.json that the run is running and that its newest checkpoint is of this step."""
+    def report(self, step: int, trouble: str | None = None) -> None:
+        """Write into status.json that the run is running, its newest checkpoint's step, and a trouble as the reason."""
         self._step = step
-        self._group.on_main(lambda: self._write_status("running", None))
+        self._group.on_main(lambda: self._write_status("running", trouble))
 
     def end(self, state: str, step: int, reason: str | None) -> None:
         """Write that the run ended in order: `done`, or `stopped` for a reason."""

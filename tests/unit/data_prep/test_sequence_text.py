@@ -82,7 +82,9 @@ def test_an_id_that_the_tokenizer_does_not_have_is_named(plain: Path, tmp_path: 
         file.seek(1024 + 2 * 5)
         file.write(b"\x00\x01")
     done = called(main, str(data), "--sequence", "1", "--seq-len", "100")
-    assert done.returncode == 2 and "sequence 1: holds id 256, vocabulary is 256" in done.stderr
+    assert (
+        done.returncode == 2 and "train_000001.bin: token 5 is id 256, outside the vocabulary of 256; " in done.stderr
+    )
 
 
 def test_flags_without_effect_are_told(plain: Path) -> None:

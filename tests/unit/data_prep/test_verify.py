@@ -147,7 +147,7 @@ def set_slot(slot: int) -> tuple[str, int, bytes]:
 @pytest.mark.parametrize(
     ("damage", "expected"),
     [
-        (set_id(EOT + 1), f"train_000001.bin: holds id {EOT + 1}, vocabulary is {EOT + 1}"),
+        (set_id(EOT + 1), f"train_000001.bin: token 17 is id {EOT + 1}, outside the vocabulary of {EOT + 1}"),
         (set_id(EOT), "train_000001.bin: its index does not name exactly the positions of EOT"),
         (("train_000000.idx", 0, b"\1"), "train_000000.bin: its index does not name exactly the positions of EOT"),
         (set_slot(3), "train_000001.bin: 200 as its vocabulary, but manifest.json says 259"),
