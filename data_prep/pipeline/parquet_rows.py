@@ -56,10 +56,15 @@ def read_rows(
             raise InputError(f"{path}: became shorter while it was read")
         row = sum(chunk.num_rows for chunk in opened.chunks[: row_groups[0]])
         for group in row_groups:
+            end = row + opened.chunks[group].num_rows
+            if row == end:  # such a row group need not have pages
+                continue
             for batch in _batches(opened, group, max_document_bytes):
                 for value in _values(batch, max_document_bytes):
                     yield row, value if isinstance(value, str) else _text_of(value, column, tolerant=tolerant)
                     row += 1
+            if row != end:
+                raise InputError(f"{path}: row group {group} is damaged (it ends at row {row:,}, not {end:,})")
 
 
 def row_location(path: str, row: int) -> str:

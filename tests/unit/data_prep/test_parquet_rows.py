@@ -102,6 +102,11 @@ def test_files_without_rows_and_damaged_ones(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
     pq.ParquetWriter(path, pa.schema([("text", pa.string())])).close()
     assert rows(path) == []
+    with pq.ParquetWriter(path, pa.schema([("text", pa.string())])) as writer:
+        for texts in ([], ["a"], [], ["b", "c"]):
+            writer.write_table(pa.table({"text": pa.array(texts, pa.string())}))
+    assert pq.ParquetFile(path).metadata.num_row_groups == 4
+    assert rows(path) == ["a", "b", "c"]
     content = write(path, TEXTS).read_bytes()
     for damaged in (b"", b"PAR1", content[: len(content) // 2], content[:-1], content[:-8] + bytes(4) + b"PAR1"):
         path.write_bytes(damaged)
