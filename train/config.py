@@ -132,11 +132,9 @@ class SaveConfig:
     """What to do when a save fails, as on a full disk. retry: warn, train on, and save again when the next save is due
     or after --save.retry-seconds. stop: end the run. Both for synchronous and asynchronous saves."""
     failures_in_a_row: int = 10
-    """retry: end the run after so many failed saves without one that succeeded. At most one is counted in
-    --save.retry-seconds, however often saves are due."""
+    """retry: end the run after so many failed saves in a row; at most one is counted in --save.retry-seconds."""
     retry_seconds: float = 60.0
-    """retry: save again so long after a failure, if no save is due sooner. At the end of a run, keep trying for so
-    long before the run fails."""
+    """retry: save again so long after a failure if no save is due sooner; at the run's end, keep trying for so long."""
 
 
 @dataclass(frozen=True)

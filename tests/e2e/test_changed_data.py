@@ -1,5 +1,6 @@
 """Data that has changed since it was prepared: found before the first step, on one line, whatever rank meets it."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -162,12 +163,18 @@ def large_data(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """A manifest of 200 sparse shards of 1 GB, which take minutes to read, beside those of the tiny data."""
     data = Path(shutil.copytree(tiny_data, tmp_path_factory.mktemp("large") / "data"))
     raw = json.loads((data / "manifest.json").read_text())
-    last = raw["splits"]["train"]["shards"][-1]
+    train = raw["splits"]["train"]
+    num_tokens = (2**30 - 1024) // 2
+    header = np.fromfile(data / train["shards"][-1]["file"], dtype="<i4", count=256)
+    header[2], header[5] = num_tokens, 0
     for number in range(100, 300):
         path = data / f"train_{number:06d}.bin"
-        path.write_bytes((data / last["file"]).read_bytes()[:1024])
+        path.write_bytes(header.tobytes())
         os.truncate(path, 2**30)
-        raw["splits"]["val"]["shards"].append(last | {"file": path.name, "bytes": 2**30, "idx_sha256": None})
+        path.with_suffix(".idx").touch()
+        stated = {"file": path.name, "tokens": num_tokens, "documents": 0, "bytes": 2**30}
+        train["shards"].append(train["shards"][-1] | stated | {"idx_sha256": hashlib.sha256().hexdigest()})
+        train["tokens"] += num_tokens
     (data / "manifest.json").write_text(json.dumps(raw))
     return data
 
