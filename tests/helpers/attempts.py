@@ -5,6 +5,8 @@ import json
 import os
 import random
 import signal
+import struct
+import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -17,13 +19,8 @@ SECONDS_TO_REACH = 240.0  # to reach a place or the end, on a busy machine
 SECONDS_TO_END = 240.0  # for every process, after the last strike; the watchdog and torchrun take a minute
 
 
-# Files keep the real clock, which is the file server's.
-FAKE_CLOCK = {
-    "LD_PRELOAD": "/usr/$LIB/faketime/libfaketime.so.1",  # where Debian's package has it
-    "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-    "FAKETIME_CACHE_DURATION": "1",
-    "NO_FAKE_STAT": "1",
-}
+CLOCK_STEPS_C = Path(__file__).with_name("clock_steps.c")
+CLOCK_STEPS_SECONDS = (2 * 3600, -2 * 3600, 400 * 86400, -400 * 86400)
 
 
 class StuckError(AssertionError):
@@ -53,6 +50,14 @@ def send(pid: int, number: signal.Signals) -> None:
         os.kill(pid, number)
 
 
+def clock_library(folder: Path) -> Path:
+    """Return the compiled clock_steps.c in `folder`, for LD_PRELOAD."""
+    library = folder / "clock_steps.so"
+    if not library.exists():
+        subprocess.run(["cc", "-O2", "-shared", "-fPIC", "-o", library, CLOCK_STEPS_C], check=True)
+    return library
+
+
 def fill(path: Path) -> None:
     """Fill the disk with this file."""
     with path.open("wb", buffering=0) as file, contextlib.suppress(OSError):
@@ -72,8 +77,8 @@ class Attempt:
         (control / "holds.json").write_text(json.dumps(holds))
         env = {"SOAK_CONTROL": str(control)}
         if any(strike.kind == CLOCK for fault in episode.faults for strike in fault.strikes):
-            self.clock.write_text("+0")
-            env |= FAKE_CLOCK | {"FAKETIME_TIMESTAMP_FILE": str(self.clock)}
+            self.set_clock(0)
+            env |= {"LD_PRELOAD": str(clock_library(control.parent)), "CLOCK_STEPS": str(self.clock)}
         if episode.in_place:
             env["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         self.output = control / "output.txt"
@@ -86,6 +91,11 @@ class Attempt:
                 env=env,
                 stdout=output,
             )
+
+    def set_clock(self, seconds: int) -> None:
+        """Let the wall clock of all processes be off by so much."""
+        with self.clock.open("r+b" if self.clock.exists() else "wb") as file:  # they have the file itself in memory
+            file.write(struct.pack("=q", seconds))
 
     def wait_for(self, condition: Callable[[], bool], what: str, seconds: float, tick_seconds: float = 0.01) -> None:
         end = time.monotonic() + seconds
@@ -140,7 +150,7 @@ class Attempt:
                 self.process.kill()
                 self.process.wait()
             case _ if strike.kind == CLOCK:
-                self.clock.write_text(random.Random(strike.rank).choice(["+2h", "-2h", "+400d", "-400d"]))
+                self.set_clock(random.Random(str(strike)).choice(CLOCK_STEPS_SECONDS))
             case _ if strike.kind == FULL:
                 fill(self.filler)
             case "STOP file":

@@ -29,7 +29,7 @@ BESIDE_THE_LOOP = ("purge", "deleting")
 BESIDE_THE_LOOP_IF_ASYNC = ("save", "writing", "commit")
 ASYNC_SAVES = ("--save.mode", "async")
 SHARDED = ("--parallel.mode", "fsdp")  # on two processes, bit for bit what DDP trains
-AT_REST = ("damaged file", "damaged file", "damaged file", "damaged checkpoint", "damaged checkpoint", "wrong data")
+AT_REST = (*("damaged file", "another damaged file", "damaged checkpoint") * 3, "wrong data")
 RESTART_PLACES = ("start", "process group", "claim", "find start", "load", "warm-up")
 
 KILLS = ("kill rank", "kill ranks", "kill everything")
@@ -88,7 +88,7 @@ class Episode:
     """
 
     faults: tuple[Fault, ...]
-    at_rest: tuple[str, int] | None = None
+    at_rest: tuple[tuple[str, int], ...] = ()
     in_place: bool = False
     flags: tuple[str, ...] = ()
     launcher_flags: tuple[str, ...] = ()
@@ -96,7 +96,7 @@ class Episode:
     def __str__(self) -> str:
         text = "; then ".join(map(str, self.faults))
         extra = " ".join((*self.launcher_flags, *self.flags))
-        text = ", ".join(filter(None, (text, f"{self.at_rest[0]} ({self.at_rest[1]})" if self.at_rest else "")))
+        text = ", ".join(filter(None, (text, *(f"{kind} ({seed})" for kind, seed in self.at_rest))))
         return text + (" (in-place restarts)" if self.in_place else "") + (f" ({extra})" if extra else "")
 
 
@@ -132,20 +132,22 @@ def draw(
     """Return a random episode; `kinds`: faults beside kills, stops and pauses that this machine can inflict.
 
     One in two saves asynchronously, one in two shards the model, one in eight restarts in place, and one in twelve
-    freezes a rank. Of a run that `has_begun`, three in four others find something damaged at the start; one in ten of
-    these is not struck as well.
+    freezes a rank. Of a run that `has_begun`, three in four others find one to three things damaged at the
+    start; one in ten of these is not struck as well.
     """
     flags = (*(ASYNC_SAVES if rng.random() < 0.5 else ()), *(SHARDED if may_shard and rng.random() < 0.5 else ()))
-    at_rest = (rng.choice(AT_REST), rng.randrange(10**6)) if rng.random() < 0.75 and has_begun else None
+    at_rest: tuple[tuple[str, int], ...] = ()
+    if has_begun and rng.random() < 0.75:
+        kinds_at_rest = {rng.choice(AT_REST): None for _ in range(rng.randint(1, 3))}
+        at_rest = tuple((kind, rng.randrange(10**6)) for kind in kinds_at_rest)
     if rng.random() < 0.12:
         faults = tuple(draw_fault(rng, KILLS[:2], world) for _ in range(rng.randint(1, 3)))
         return Episode(faults, in_place=True, flags=flags)
     if rng.random() < 0.08:
         fault = draw_fault(rng, (FREEZE,), world, places=("step", "update", "validation", "save"))
-        return Episode(
-            (fault,), flags=(*flags, "--parallel.timeout-seconds", "10"), launcher_flags=("--shutdown-timeout=5",)
-        )
-    if at_rest is not None and rng.random() < 0.1:
+        limits = ("--parallel.timeout-seconds", "10", "--parallel.init-timeout-seconds", "30")
+        return Episode((fault,), flags=(*flags, *limits), launcher_flags=("--shutdown-timeout=5",))
+    if at_rest and rng.random() < 0.1:
         return Episode((), at_rest, flags=flags)
     kind = (rng.choice(kinds),) if kinds and rng.random() < 0.25 else (*KILLS, *STOPS, PAUSE)
     return Episode((draw_fault(rng, kind, world),), at_rest, flags=flags)

@@ -30,7 +30,7 @@ if not __package__:
 
 from tests.helpers.aftermath import KEEP, STEPS, check, check_checkpoints, snapshot_of
 from tests.helpers.at_rest import inflict
-from tests.helpers.attempts import FAKE_CLOCK, Attempt
+from tests.helpers.attempts import Attempt
 from tests.helpers.faults import CLOCK, FULL, PLACES, SHARDED, Episode, Struck, draw
 from tests.helpers.groups import run_on_ranks
 from tests.helpers.runs import (
@@ -135,13 +135,13 @@ class Soak:
             attempt.wait_for_the_end()
             after = snapshot_of(run_dir)
             refusal = refusal_of(attempt) if damage is not None else None
-            if damage is not None and (damage.is_data or refusal is not None):
-                assert refusal is not None or struck.faults, f"trained on changed data: {damage.text}"
+            if damage is not None and (damage.is_of_data or refusal is not None):
+                assert refusal is not None or struck.faults, f"trained on changed data: {damage}"
                 check_checkpoints(run_dir, episode, before, after)
-                damage.mend(run_dir, self.data)
+                damage.mend()
                 state, after = "refused", snapshot_of(run_dir)
                 if refusal is not None:
-                    self.persons.append(f"{damage.text}: {refusal}")
+                    self.persons.append(f"{damage}: {refusal}")
             else:
                 self.has_lost_rows |= damage is not None and damage.is_of_rows
                 check(attempt, episode, struck, before, after)
@@ -150,20 +150,20 @@ class Soak:
                 compare(run_dir, whole, with_rows=not self.has_lost_rows)
         except (AssertionError, OSError, ValueError) as error:
             attempt.kill_everything()
-            text = damage.text if damage is not None else "nothing"
-            raise SoakError(f"damaged at rest: {text}\n{self.account(attempt, error)}") from error
+            raise SoakError(f"damaged at rest: {damage}\n{self.account(attempt, error)}") from error
         finally:
             attempt.filler.unlink(missing_ok=True)
-        self.num_faults += len(struck.faults) + (damage is not None)
+        self.num_faults += len(struck.faults) + (0 if damage is None else len(damage.paths))
         self.num_restarts += len(list(attempt.control.glob("pid_*_0")))
         self.ends[state] += 1
         for fault in struck.faults:
             self.table[" + ".join(strike.kind for strike in fault.strikes), fault.place if fault.stays else "any"] += 1
-        if damage is not None and episode.at_rest is not None:
-            self.table[episode.at_rest[0], "at rest"] += 1
+        for path in damage.paths if damage is not None else ():
+            kind = "wrong data" if path.is_relative_to(self.data) else "damaged file"
+            self.table["damaged checkpoint" if path.parent.name.startswith("step_") else kind, "at rest"] += 1
         seconds, steps = time.monotonic() - began, f"step {before.newest:3} -> {after.newest:3}"
         prefix = "" if struck.faults or not episode.faults else "not met: "
-        text = f"{prefix}{episode}" + (f"  [{damage.text}]" if damage is not None else "")
+        text = f"{prefix}{episode}" + (f"  [{damage}]" if damage is not None else "")
         self.log(f"{self.num_faults:4} faults  {seconds:5.1f} s  {world} x  {steps}  {state:9}  {text}".rstrip())
         if state == "done":
             self.num_finished += 1
@@ -277,14 +277,6 @@ def small_disk(folder: Path) -> Iterator[Path | None]:
         subprocess.run(["umount", "--lazy", disk], check=True)
 
 
-def has_fake_clock() -> bool:
-    """Return whether libfaketime is installed, which steps the clock of the processes that load it."""
-    done = subprocess.run(["true"], env=os.environ | FAKE_CLOCK, capture_output=True, check=False)
-    if done.stderr:
-        print("no clock steps: install libfaketime")
-    return not done.stderr
-
-
 def main() -> None:
     os.environ["OMP_NUM_THREADS"], os.environ["CUDA_VISIBLE_DEVICES"] = "1", ""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -299,7 +291,7 @@ def main() -> None:
             seed=args.seed,
             log=lambda line: print(line, flush=True),
             disk=disk,
-            kinds=[*([FULL] if disk is not None else []), *([CLOCK] if has_fake_clock() else [])],
+            kinds=[CLOCK, *([FULL] if disk is not None else [])],
         )
         try:
             soak.soak(args.faults)
