@@ -113,7 +113,8 @@ def check_state(attempt: Attempt, episode: Episode, struck: Struck, before: Snap
     is_stop = kinds <= {*STOPS, *HARMLESS} and bool(kinds - HARMLESS)
     code = attempt.process.returncode
     summary = f"status.json says {after.status}, and the newest checkpoint is of step {after.newest}"
-    if before.checkpoints and state in ("done", "stopped"):
+    is_begun = "while the data was read" not in attempt.output.read_text(errors="replace")
+    if before.checkpoints and state in ("done", "stopped") and is_begun:
         line = f"continuing from {attempt.run_dir}/checkpoints/step_{before.newest:08d}"
         assert line in (attempt.run_dir / "log.txt").read_text(), f"not in the log: {line}"
     if state == "done":

@@ -29,7 +29,7 @@ BESIDE_THE_LOOP = ("purge", "deleting")
 BESIDE_THE_LOOP_IF_ASYNC = ("save", "writing", "commit")
 ASYNC_SAVES = ("--save.mode", "async")
 SHARDED = ("--parallel.mode", "fsdp")  # on two processes, bit for bit what DDP trains
-AT_REST = (*("damaged file", "another damaged file", "damaged checkpoint") * 3, "wrong data")
+AT_REST = (*("damaged file", "another damaged file", "third damaged file", "damaged checkpoint") * 3, "wrong data")
 RESTART_PLACES = ("start", "process group", "claim", "find start", "load", "warm-up")
 
 KILLS = ("kill rank", "kill ranks", "kill everything")
@@ -131,19 +131,19 @@ def draw(
 ) -> Episode:
     """Return a random episode; `kinds`: faults beside kills, stops and pauses that this machine can inflict.
 
-    One in two saves asynchronously, one in two shards the model, one in eight restarts in place, and one in twelve
-    freezes a rank. Of a run that `has_begun`, three in four others find one to three things damaged at the
-    start; one in ten of these is not struck as well.
+    One in two saves asynchronously, one in two shards the model, one in sixteen restarts in place, and one in thirty
+    freezes a rank. Of a run that `has_begun`, nine in ten others find one to four things damaged at the start; one in
+    ten of these is not struck as well.
     """
     flags = (*(ASYNC_SAVES if rng.random() < 0.5 else ()), *(SHARDED if may_shard and rng.random() < 0.5 else ()))
     at_rest: tuple[tuple[str, int], ...] = ()
-    if has_begun and rng.random() < 0.75:
-        kinds_at_rest = {rng.choice(AT_REST): None for _ in range(rng.randint(1, 3))}
+    if has_begun and rng.random() < 0.9:
+        kinds_at_rest = {rng.choice(AT_REST): None for _ in range(rng.randint(1, 5))}
         at_rest = tuple((kind, rng.randrange(10**6)) for kind in kinds_at_rest)
-    if rng.random() < 0.12:
+    if rng.random() < 0.06:
         faults = tuple(draw_fault(rng, KILLS[:2], world) for _ in range(rng.randint(1, 3)))
         return Episode(faults, in_place=True, flags=flags)
-    if rng.random() < 0.08:
+    if rng.random() < 0.03:
         fault = draw_fault(rng, (FREEZE,), world, places=("step", "update", "validation", "save"))
         limits = ("--parallel.timeout-seconds", "10", "--parallel.init-timeout-seconds", "30")
         return Episode((fault,), flags=(*flags, *limits), launcher_flags=("--shutdown-timeout=5",))
