@@ -102,7 +102,9 @@ def as_nobody(folder: Path) -> Iterator[None]:
 
 
 def files_of(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    """Return every file of the run and of its data."""
+    files = [path for name in ("run", "data") for path in (folder / name).rglob("*") if path.is_file()]
+    return sorted(str(path.relative_to(folder)) for path in files)
 
 
 def start_after_damage(case: Case, rng: random.Random) -> None:
@@ -113,7 +115,7 @@ def start_after_damage(case: Case, rng: random.Random) -> None:
         outside.mkdir()
         shutil.copytree(case.folder, folder)
         run_dir = folder / "run"
-        path = run_dir / rng.choice(files_of(case.folder / "run"))
+        path = folder / rng.choice(files_of(case.folder))
         how = damage(path, rng, outside)
         sealed = path.name in ("state.json", ".metadata") and path.is_file() and how != "unreadable"
         if sealed and rng.random() < 0.5:
@@ -140,3 +142,11 @@ def start_after_damage(case: Case, rng: random.Random) -> None:
 @given(st.randoms(use_true_random=True))
 def test_a_run_with_one_damaged_file_goes_on_bitwise_or_says_why_not(case: Case, rng: random.Random) -> None:
     start_after_damage(case, rng)
+
+
+@pytest.mark.long(reason="2,000 cases; the test before has 200 in `make test`")
+@pytest.mark.timeout(1800)
+@settings(FIXED, max_examples=2000)
+@given(st.integers(0, 2**64))
+def test_two_thousand_damages(case: Case, number: int) -> None:
+    start_after_damage(case, random.Random(number))
