@@ -36,6 +36,7 @@ def pytest_runtest_makereport(
 
 # Longest first, so that workers end together (with --no-loadscope-reorder; files stay whole).
 LONGEST = (
+    "test_damaged_files",
     "test_modes",
     "test_golden",
     "test_memory",

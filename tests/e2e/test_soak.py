@@ -32,6 +32,28 @@ def test_a_run_with_five_faults_is_bitwise_the_uninterrupted_one(tiny_data: Path
     assert (soak.num_faults, soak.num_finished) == (5, 1)
 
 
+# What is damaged before each start, the strike in it, and the state afterwards.
+AT_REST = (
+    ((), "kill ranks", "running"),
+    (("damaged file", "another damaged file"), "SIGTERM launcher", "stopped"),
+    (("wrong data",), "SIGTERM launcher", "refused"),
+    (("damaged checkpoint", "damaged file"), "clock step", "done"),
+)
+
+
+@pytest.mark.long(reason="four starts of torchrun; test_damaged_files.py starts one process in `make test`")
+@pytest.mark.timeout(900)
+def test_a_run_damaged_at_rest_is_bitwise_the_undamaged_one_and_changed_data_is_refused(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    soak = Soak(tmp_path, tiny_data)
+    for seed, (kinds, strike, state) in enumerate(AT_REST):
+        at_rest = tuple((kind, seed) for kind in kinds)
+        soak.do(Episode((Fault("step", (Strike(strike),), visit=12),), at_rest))
+        assert soak.ends[state] == 1, soak.ends
+    assert (soak.num_faults, soak.num_finished, len(soak.persons)) == (8, 1, 1)
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(2 * 60 * 60)
 def test_runs_with_a_hundred_random_faults_are_bitwise_the_uninterrupted_one(tiny_data: Path, tmp_path: Path) -> None:

@@ -116,7 +116,7 @@ def check_state(attempt: Attempt, episode: Episode, struck: Struck, before: Snap
     is_begun = "while the data was read" not in attempt.output.read_text(errors="replace")
     if before.checkpoints and state in ("done", "stopped") and is_begun:
         line = f"continuing from {attempt.run_dir}/checkpoints/step_{before.newest:08d}"
-        assert line in (attempt.run_dir / "log.txt").read_text(), f"not in the log: {line}"
+        assert line in (attempt.run_dir / "log.txt").read_text(errors="replace"), f"not in the log: {line}"
     if state == "done":
         assert after.newest == step == STEPS and reason is None, summary
         if kinds <= HARMLESS or episode.in_place:
