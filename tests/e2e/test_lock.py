@@ -106,6 +106,19 @@ def test_of_two_starts_at_once_one_is_refused_or_continues_the_other(tiny_data: 
         assert sum("continuing from" in output and "step_00000060" in output for output in claims) == 1, outputs
 
 
+@pytest.mark.parametrize("value", ["1e999", "-1", "1e400", "[]", "null", "true", '"1"', "9" * 4000, "4194305"])
+@pytest.mark.parametrize("key", ["host", "pid", "started", "job"])
+def test_a_lock_of_another_form_is_that_of_nobody_here(key: str, value: str, tmp_path: Path) -> None:
+    holder = {"host": f'"{os.uname().nodename}"', "pid": str(os.getpid()), "started": '"1"', "job": "null"}
+    lines = ", ".join(f'"{name}": {text}' for name, text in (holder | {key: value}).items())
+    (tmp_path / "lock.json").write_text(f"{{{lines}}}")
+    os.utime(tmp_path / "lock.json", (0, 0))
+    assert lock.living_holder(tmp_path) is None
+    mine = RunLock(tmp_path)
+    mine.acquire()
+    mine.release()
+
+
 def test_the_heartbeat_decides_about_a_holder_on_another_host(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

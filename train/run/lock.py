@@ -15,10 +15,11 @@ from typing import Any
 
 from common.errors import InputError
 from common.files import move_aside
-from common.reading import parse_json
+from common.reading import misfit, parse_json
 from train.processes.ranks import slurm_job
 
 FILE_NAME = "lock.json"
+FORM = {"host": str, "pid": range(1, 2**22 + 1), "started": (str, None), "job": (str, None)}  # pids as in proc(5)
 HEARTBEAT_SECONDS = 10.0
 SECONDS_BETWEEN_CHECKS = 1.0
 DEAD_AFTER_SECONDS = 60.0  # A holder on another host counts as dead after so long without a heartbeat.
@@ -171,15 +172,21 @@ def _file_time(folder: Path) -> float:
         return time.time()
 
 
-def _is_alive_here(text: str) -> bool | None:
-    """Return whether the holder runs on this host; None, if it is elsewhere or unreadable: the heartbeat decides."""
+def _holder_in(text: str) -> dict[str, Any] | None:
+    """Return the holder that a lock's text names; None if it is no lock of ours."""
     try:
         holder = parse_json(text)
-        if holder["host"] == socket.gethostname():
-            return holder["started"] is not None and _start_time(int(holder["pid"])) == holder["started"]
-    except (KeyError, TypeError, ValueError):
-        pass
-    return None
+    except ValueError:
+        return None
+    return holder if misfit(holder, FORM) is None else None
+
+
+def _is_alive_here(text: str) -> bool | None:
+    """Return whether the holder runs on this host; None, if it is elsewhere or unreadable: the heartbeat decides."""
+    holder = _holder_in(text)
+    if holder is None or holder["host"] != socket.gethostname():
+        return None
+    return holder["started"] is not None and _start_time(holder["pid"]) == holder["started"]
 
 
 def _start_time(pid: int) -> str | None:
@@ -204,10 +211,9 @@ def _start_time(pid: int) -> str | None:
 
 
 def _describe(text: str) -> str:
-    """Return the holder that a lock's text names, or the text if it is no lock of ours."""
-    try:
-        holder = parse_json(text)
-        job = f", job {holder['job']}" if holder["job"] else ""
-        return f"pid {holder['pid']} on {holder['host']}{job}"
-    except (ValueError, KeyError, TypeError):
+    """Return the holder that a lock's text names, or the text's beginning if it is no lock of ours."""
+    holder = _holder_in(text)
+    if holder is None:
         return f"a lock that says {text[:40]!r}"
+    job = f", job {holder['job']}" if holder["job"] else ""
+    return f"pid {holder['pid']} on {holder['host']}{job}"
