@@ -17,8 +17,8 @@ ours      `data_prep/fineweb.py --source local --workers W` from start to end: t
 In every round all cases read all files, each time in another order, with a bare measurement before and after each.
 Ratios are taken within a round. Start-up (imports, worker processes, the tokenizer) is the time that the same command
 takes on a tiny input just before; it is subtracted and reported separately. `encode` lasts from the start of the first
-part, when its worker has yet to import its libraries, to the end of the last one. Files come from the page cache. Memory
-is each process's VmHWM. Last line: JSON.
+part, when its worker has yet to import its libraries, to the end of the last one. Files come from the page cache.
+Memory is each process's VmHWM. Last line: JSON.
 """
 
 import contextlib
