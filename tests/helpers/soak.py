@@ -134,7 +134,8 @@ class Soak:
             struck = self.strike_all(attempt, episode)
             attempt.wait_for_the_end()
             after = snapshot_of(run_dir)
-            refusal = refusal_of(attempt) if damage is not None else None
+            is_full = any(strike.kind == FULL for strike in struck.strikes)  # then room is all that it takes
+            refusal = None if damage is None or is_full else refusal_of(attempt)
             if damage is not None and (damage.is_of_data or refusal is not None):
                 assert refusal is not None or struck.faults, f"trained on changed data: {damage}"
                 check_checkpoints(run_dir, episode, before, after)
@@ -142,6 +143,7 @@ class Soak:
                 state, after = "refused", snapshot_of(run_dir)
                 if refusal is not None:
                     self.persons.append(f"{damage}: {refusal}")
+                    self.log(f"  refused: {refusal}")
             else:
                 self.has_lost_rows |= damage is not None and damage.is_of_rows
                 check(attempt, episode, struck, before, after)
