@@ -35,7 +35,7 @@ def test_a_run_with_five_faults_is_bitwise_the_uninterrupted_one(tiny_data: Path
 # What is damaged before each start, the strike in it, and the state afterwards.
 AT_REST = (
     ((), "kill ranks", "running"),
-    (("damaged file", "another damaged file"), "SIGTERM launcher", "stopped"),
+    (("damaged file", "damaged file"), "SIGTERM launcher", "stopped"),
     (("wrong data",), "SIGTERM launcher", "refused"),
     (("damaged checkpoint", "damaged file"), "clock step", "done"),
 )
@@ -48,7 +48,7 @@ def test_a_run_damaged_at_rest_is_bitwise_the_undamaged_one_and_changed_data_is_
 ) -> None:
     soak = Soak(tmp_path, tiny_data)
     for seed, (kinds, strike, state) in enumerate(AT_REST):
-        at_rest = tuple((kind, seed) for kind in kinds)
+        at_rest = tuple((kind, seed + 10 * number) for number, kind in enumerate(kinds))
         soak.do(Episode((Fault("step", (Strike(strike),), visit=12),), at_rest))
         assert soak.ends[state] == 1, soak.ends
     assert (soak.num_faults, soak.num_finished, len(soak.persons)) == (8, 1, 1)

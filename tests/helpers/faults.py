@@ -29,7 +29,6 @@ BESIDE_THE_LOOP = ("purge", "deleting")
 BESIDE_THE_LOOP_IF_ASYNC = ("save", "writing", "commit")
 ASYNC_SAVES = ("--save.mode", "async")
 SHARDED = ("--parallel.mode", "fsdp")  # on two processes, bit for bit what DDP trains
-AT_REST = (*("damaged file", "another damaged file", "third damaged file", "damaged checkpoint") * 3, "wrong data")
 RESTART_PLACES = ("start", "process group", "claim", "find start", "load", "warm-up")
 
 KILLS = ("kill rank", "kill ranks", "kill everything")
@@ -132,13 +131,14 @@ def draw(
     """Return a random episode; `kinds`: faults beside kills, stops and pauses that this machine can inflict.
 
     One in two saves asynchronously, one in two shards the model, one in sixteen restarts in place, and one in thirty
-    freezes a rank. Of a run that `has_begun`, nine in ten others find one to four things damaged at the start; one in
+    freezes a rank. Of a run that `has_begun`, nine in ten others find one to eight things damaged at the start; one in
     ten of these is not struck as well.
     """
     flags = (*(ASYNC_SAVES if rng.random() < 0.5 else ()), *(SHARDED if may_shard and rng.random() < 0.5 else ()))
     at_rest: tuple[tuple[str, int], ...] = ()
     if has_begun and rng.random() < 0.9:
-        kinds_at_rest = {rng.choice(AT_REST): None for _ in range(rng.randint(1, 5))}
+        kinds_at_rest = ["damaged file"] * rng.randint(1, 6)
+        kinds_at_rest += ["damaged checkpoint"] * (rng.random() < 0.4) + ["wrong data"] * (rng.random() < 0.06)
         at_rest = tuple((kind, rng.randrange(10**6)) for kind in kinds_at_rest)
     if rng.random() < 0.06:
         faults = tuple(draw_fault(rng, KILLS[:2], world) for _ in range(rng.randint(1, 3)))
