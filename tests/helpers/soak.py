@@ -1,6 +1,6 @@
 """The soak: a run that real signals strike again and again must be bit for bit the uninterrupted run.
 
-    python tests/helpers/soak.py --seed 7 --faults 500    # half an hour on two cores; a seed always draws the same faults
+    python tests/helpers/soak.py --seed 7 --faults 500    # half an hour on two cores; a seed draws the same faults
 
 Each episode starts a real torchrun of two or three processes of helpers/faulty_train.py, which waits where the fault is
 aimed. Before it, a file of the run or of its data may be damaged. The soak strikes, waits until the last process is
