@@ -6,6 +6,7 @@ raises it on every rank if it is still so when a checkpoint is to be saved.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -60,7 +61,8 @@ class RunLogger:
         self._digests = {name: hashlib.sha256() for name in KEPT_FILES}
 
         def open_files() -> list[list[Row]]:
-            with writing_to(run_dir):
+            with writing_to(run_dir), contextlib.ExitStack() as undo:
+                undo.callback(self._close)
                 kept = []
                 for name in KEPT_FILES:
                     rows, content, remark = restore_rows(run_dir / name, step, (seals or {}).get(name))
@@ -69,6 +71,7 @@ class RunLogger:
                     kept.append(rows)
                 self._file(METRICS_FILE).open()
                 self._file(LOG_FILE).open()
+                undo.pop_all()
             return kept
 
         rows, samples = group.on_main(open_files)
@@ -157,6 +160,9 @@ class RunLogger:
             self.tracking.close(exit_code=0)
         elif self.tracking is not None:
             self.tracking.leave()
+        self._close()
+
+    def _close(self) -> None:
         for file in self._files.values():
             file.close()
 
