@@ -60,6 +60,26 @@ def write_json_atomically(path: Path, value: Any) -> None:
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=True) + "\n")
 
 
+def keep_aside(path: Path) -> Path:
+    """Give a file the second name NAME.aside_N, the first that is free, so that a new file may replace it."""
+    number = 1
+    while True:
+        aside = path.with_name(f"{path.name}.aside_{number}")
+        try:
+            os.link(path, aside)
+            return aside
+        except FileExistsError:
+            number += 1
+
+
+def remove(path: Path) -> None:
+    """Remove a file, if there is one; move a directory of its name aside."""
+    try:
+        path.unlink(missing_ok=True)
+    except IsADirectoryError:
+        move_aside(path)
+
+
 def move_aside(path: Path) -> Path:
     """Rename whatever has this name to the first free NAME.aside_N beside it, links themselves too; return that."""
     number = 1

@@ -119,7 +119,7 @@ def redacted_words(words: Sequence[str]) -> list[str]:
     for word in words:
         name, equals, value = word.partition("=")
         is_name = FLAG_OR_NAME.fullmatch(name) is not None and not _is_other_token(name)
-        if follows_flag and not word.startswith("-"):
+        if follows_flag and not word.startswith("--"):
             result.append(MARK)
         elif is_name and equals and value:
             result.append(f"{name}={MARK}")

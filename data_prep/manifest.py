@@ -164,6 +164,9 @@ def _fault_of_splits(splits: dict[str, Any]) -> str | None:
         faults = [fault, *(misfit(shard, SHARD, f"a shard of {name!r}") for shard in shards)]
         if fault := next(filter(None, faults), None):
             return fault
+        for number, shard in enumerate(shards):  # their order is that of the tokens, which nothing else bears out
+            if shard["format"] == "ladder" and shard["file"] != f"{name}_{number:06d}.bin":
+                return f"shard {number} of {name!r} is {shard['file']!r}"
         for total in ("tokens", "documents"):
             counted = sum(shard[total] for shard in shards)
             if counted != split[total]:

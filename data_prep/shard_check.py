@@ -60,6 +60,7 @@ class ShardCheck:
 
     def __init__(self, files: list[StatedFile], vocab_size: int, *, record: Path | None = None) -> None:
         self.faults: dict[Path, str] = {}
+        self.record_fault: str | None = None  # why what has passed could not be kept
         self._vocab_size = vocab_size
         self._record = record
         known = {} if record is None else read_record(record, vocab_size)
@@ -100,8 +101,9 @@ class ShardCheck:
                     self._record.parent.mkdir(exist_ok=True)
                     write_json_atomically(self._record, {"vocab_size": self._vocab_size, "files": passed})
                 self._num_recorded = len(passed)
+                self.record_fault = None
             except InputError as error:
-                self.faults[self._record] = str(error)
+                self.record_fault = str(error)
         for file, check in zip(self._unread, self._checks, strict=True):
             if is_over and (fault := check.result()) is not None:
                 self.faults[file.path] = fault

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from common.errors import InputError, writing_to
+from common.files import remove
 from launch.grid import Point
 from launch.options import Options, parse_minutes
 from launch.runs import record_submission
@@ -37,7 +38,7 @@ def train_here(options: Options, base: Path, code: Path, points: Sequence[Point]
     for point in points:
         record_submission(point, None)
         with writing_to(point.run_dir):
-            (point.run_dir / STOP_FILE).unlink(missing_ok=True)
+            remove(point.run_dir / STOP_FILE)
     try:
         while waiting or running:
             while waiting and free:

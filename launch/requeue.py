@@ -31,6 +31,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common.errors import InputError, one_line_errors, warn, writing_to
+from common.files import remove
 from common.names import require_printable
 from common.reading import read_own_json
 from train.processes.ranks import number_in, slurm_job
@@ -120,7 +121,7 @@ def begin(run_dir: Path, job: str) -> str:
         raise InputError(f"{run_dir}: job {holder} is training here; wait for it, or choose another --run-dir")
     with writing_to(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "STOP").unlink(missing_ok=True)
+        remove(run_dir / "STOP")
     status = warned_status(run_dir)
     return f"{status['attempt']} {status['step']}"
 

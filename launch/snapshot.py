@@ -29,7 +29,7 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 from common.errors import InputError, one_line_errors, reading_from, warn, writing_to
-from common.reading import Form, child, read_own_json, read_regular, require_regular
+from common.reading import Form, read_own_json, read_regular, require_regular
 from common.redaction import DIFF, redacted_diff, why_secret
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -100,11 +100,10 @@ def check(code: Path) -> Path:
 
 
 def inside(folder: Path, name: str) -> Path:
-    """Return folder / name. Raise InputError for a name that leaves the folder."""
-    path = folder
-    for part in name.split("/"):
-        path = child(path, part)
-    return path
+    """Return folder / name. Raise InputError for a name that leaves the folder; any other may be a file of git's."""
+    if {"", ".", ".."} & set(name.split("/")) or "\0" in name:
+        raise InputError(f"{folder}: {RECORD} names {name!r}, which is not a name inside this folder")
+    return folder / name
 
 
 def files_of(root: Path, run_dir: Path) -> list[str]:

@@ -32,7 +32,7 @@ from common.reading import NATURAL, Form, child, is_there, misfit, open_regular,
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from model.base import HEAD, LanguageModel
 from model.config import ModelConfig, with_current_names
-from model.dcp_reader import data_files_of, read_tensors, sizes_of
+from model.dcp_reader import read_tensors, require_data_files, sizes_of
 from model.hf.folder import is_hugging_face, open_folder
 from model.ladder import make_model
 
@@ -99,9 +99,7 @@ def _require_sound(checkpoint: Path) -> None:
             if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                 raise InputError(f"{checkpoint}: {_shown(name)} is damaged (its sha256 is not the one in {SUMS_FILE})")
     read_state(checkpoint)
-    missing = data_files_of(checkpoint) - present
-    if missing:
-        raise InputError(f"{checkpoint}: .metadata names files that are not there: {', '.join(map(_shown, missing))}")
+    require_data_files(checkpoint)
 
 
 def _read_sums(checkpoint: Path) -> dict[str, str]:
@@ -198,7 +196,7 @@ class TrainedModel:
 def run_and_step(name: str) -> tuple[str, int | None]:
     """Return ("RUN", 500) for RUN@500, and (name, None) for any other name."""
     run, at, step = name.rpartition("@")
-    return (run, int(step)) if at and step.isascii() and step.isdecimal() else (name, None)
+    return (run, int(step)) if at and re.fullmatch(r"[0-9]{1,18}", step) else (name, None)
 
 
 def find_checkpoint(name: str | Path) -> Path:

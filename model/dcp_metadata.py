@@ -350,6 +350,10 @@ def description(content: bytes) -> Metadata:
     """
     tensors, places = fields_of(interpret(content), f"{METADATA}Metadata", "state_dict_metadata", "storage_data")
     require(type(tensors) is dict and type(places) is dict, "it has no tensors by name")
+    # A pickle may use one list of parts for many tensors.
+    parts = [fields_of(value, f"{METADATA}TensorStorageMetadata", "chunks")[0] for value in tensors.values()]
+    num_parts = sum(len(each) for each in parts if type(each) is list)
+    require(num_parts <= len(content), f"{num_parts} parts of tensors in {len(content)} bytes")
     described = {text(name): tensor_of(value, name) for name, value in tensors.items()}
     storage: dict[MetadataIndex, _StorageInfo] = {}
     for index, place in places.items():

@@ -27,7 +27,7 @@ from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.futures import Future
 
 from common.errors import InputError, reading_from
-from common.reading import child, open_regular, read_regular
+from common.reading import child, is_there, open_regular, read_regular
 from model.dcp_metadata import PERSISTENT, RefusedError, called, description, interpret, natural, naturals, require
 
 METADATA_FILE = ".metadata"
@@ -183,6 +183,21 @@ def last_line_of(error: BaseException) -> str:
 def data_files_of(checkpoint: Path) -> set[str]:
     """Return the names of the files that hold a checkpoint's tensors, according to its metadata."""
     return {place.relative_path for place in read_description(checkpoint).storage_data.values()}
+
+
+def require_data_files(checkpoint: Path) -> None:
+    """Raise InputError unless every file that the metadata names is there, with all the bytes that it should hold."""
+    ends: dict[str, int] = {}
+    for place in read_description(checkpoint).storage_data.values():
+        ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
+    for name, end in sorted(ends.items()):
+        path = child(checkpoint, name)
+        if not is_there(path):
+            raise InputError(f"{checkpoint}: {METADATA_FILE} names {name}, which is not there")
+        with reading_from(path):
+            num_bytes = path.stat().st_size
+        if num_bytes < end:
+            raise InputError(f"{path}: {num_bytes} bytes, but {METADATA_FILE} names {end}")
 
 
 def sizes_of(checkpoint: Path) -> dict[str, torch.Size]:

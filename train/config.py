@@ -19,6 +19,8 @@ from common.seeds import seed_fault
 from model.config import ModelConfig
 from model.costs.gpu_peaks import DType
 
+FREE_TEXT = ("project", "group", "tags", "prompts")  # settings that nothing reads back
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -216,18 +218,14 @@ class Config:
         return self.train.batch_tokens // self.train.seq_len
 
     def to_json(self) -> dict[str, Any]:
-        """Return plain values, as config.json and checkpoints hold them: text without secrets."""
+        """Return plain values, as config.json and checkpoints hold them: free text without secrets."""
         return dataclasses.asdict(self, dict_factory=_plain)
 
 
 def _plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    return {name: _plain_value(value) for name, value in pairs}
-
-
-def _plain_value(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return tuple(map(_plain_value, value))
-    return redacted(str(value)) if isinstance(value, (Path, str)) else value
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in pairs}
+    free = {name: plain[name] for name in FREE_TEXT if plain.get(name)}
+    return plain | {n: tuple(map(redacted, v)) if isinstance(v, tuple) else redacted(v) for n, v in free.items()}
 
 
 def parse(args: Sequence[str], presets: dict[str, Config]) -> Config:

@@ -65,7 +65,9 @@ def set_up(
     module = apply.wrap(loss_model, parallel_plan)
     loss_scale = LossScale(group.device) if config.train.dtype == "fp16" else None
 
-    loaded, faults = resume.find_start(directory.path, save_every=config.save.every, group=group)
+    loaded, faults = resume.find_start(
+        directory.path, save_every=config.save.every, give_up=directory.give_up_progress, group=group
+    )
     progress, saved_wandb_id, origin, seals = Progress(), None, None, None
     if loaded is not None:
         saved = resume.load(loaded, model=loss_model.model, optimizer=optimizer, loss_scale=loss_scale, group=group)

@@ -144,6 +144,8 @@ class _Thrift:
         """Yield the kind of each item of a list, like `fields`."""
         head = self._byte()
         count = self._varint() if head >> 4 == 15 else head >> 4
+        if count > len(self._data) - self.at:  # each item takes a byte or more
+            raise IndexError("a list goes on beyond the data")
         for _ in range(count):
             yield head & 15
 

@@ -167,7 +167,8 @@ def large_data(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     num_tokens = (2**30 - 1024) // 2
     header = np.fromfile(data / train["shards"][-1]["file"], dtype="<i4", count=256)
     header[2], header[5] = num_tokens, 0
-    for number in range(100, 300):
+    first = len(train["shards"])
+    for number in range(first, first + 200):
         path = data / f"train_{number:06d}.bin"
         path.write_bytes(header.tobytes())
         os.truncate(path, 2**30)

@@ -135,6 +135,20 @@ def test_the_heartbeat_decides_about_a_holder_on_another_host(
     mine.release()
 
 
+def test_a_lock_of_the_future_blocks_no_longer_than_any_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "lock.json").write_text("junk")
+    ahead = time.time() + 86_400
+    os.utime(tmp_path / "lock.json", (ahead, ahead))
+    assert lock.living_holder(tmp_path) is None
+    monkeypatch.setattr(lock, "SECONDS_BETWEEN_CHECKS", 0.01)
+    monkeypatch.setattr(lock, "DEAD_AFTER_SECONDS", 0.3)
+    began = time.monotonic()
+    mine = RunLock(tmp_path)
+    mine.acquire()
+    assert 0.3 <= time.monotonic() - began < 5
+    mine.release()
+
+
 def test_a_holder_renews_its_heartbeat_and_a_lock_that_was_removed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,7 +77,7 @@ def check_checkpoints(run_dir: Path, episode: Episode, before: Snapshot, after: 
     """Check that no checkpoint became unsound and none is lost."""
     for step in after.unsound - before.unsound:
         raise AssertionError(fault_of(run_dir / "checkpoints" / f"step_{step:08d}"))
-    ever = sorted({*before.checkpoints, *after.checkpoints})
+    ever = sorted({*before.checkpoints, *before.unsound, *after.checkpoints})  # --save.keep counts names
     for step in {*before.checkpoints} - {*after.checkpoints}:
         assert step not in ever[-KEEP:], f"the checkpoint of step {step} was lost"
         assert episode.in_place or step != before.newest, f"step {step} was deleted, which this attempt had loaded"

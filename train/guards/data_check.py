@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from common.errors import InputError
+from common.errors import InputError, warn
 from data_prep.manifest import Manifest
 from data_prep.pipeline.workers import Progress
 from data_prep.shard_check import ShardCheck, stated_files
@@ -72,6 +72,8 @@ def check_data(
                 heartbeat()
             progress.add(int(done_bytes - before))
             before = done_bytes
+    if check.record_fault is not None:
+        warn("train", f"{check.record_fault}; so the next start reads the data again")
     group.on_all(refuse_faults)
     log(f"{directory}: its {total_bytes / 1e9:.1f} GB are those of the manifest ({time.monotonic() - began:.0f} s)")
     return None

@@ -9,7 +9,6 @@ import contextlib
 import faulthandler
 import json
 import os
-import shutil
 import socket
 import sys
 import tempfile
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from common.errors import InputError
-from common.files import write_atomically
+from common.files import move_aside, write_atomically
 from train.config import ParallelConfig
 from train.metrics.logger import LOG_FILE
 from train.processes import flight_recorder
@@ -55,8 +54,8 @@ class Watchdog:
 
     def __enter__(self) -> "Watchdog":
         self._folder = self._directory.path / FOLDER / f"attempt_{self._directory.attempt}"
-        # A folder of this attempt's number is left over only if somebody removed status.json.
-        self._group.on_main(lambda: shutil.rmtree(self._folder, ignore_errors=True))
+        # A folder of this attempt's number is left over if status.json was removed or damaged.
+        self._group.on_main(lambda: move_aside(self._folder) if self._folder.exists() else None)
         self.hosts = self._group.gather(socket.gethostname())
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from common.errors import reading_from
-from common.files import move_aside, write_blocks_atomically
+from common.files import keep_aside, write_blocks_atomically
 from common.reading import NATURAL, is_there, misfit, open_regular, parse_json
 
 METRICS_FILE = "metrics.jsonl"
@@ -72,7 +72,7 @@ def restore_rows(path: Path, step: int | None, seal: Seal | None) -> tuple[list[
         if found.damaged:
             remark += f", {len(found.damaged)} lines cannot (the first is line {found.damaged[0]})"
         if content:
-            remark += f"; the file as it was is now {move_aside(path).name}"
+            remark += f"; the file as it was is kept as {keep_aside(path).name}"
     if content or is_there(path):
         write_blocks_atomically(path, [new])
     return [row for row, _ in kept], new, remark

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import FrameType
 
 from common.errors import writing_to
+from common.files import remove
 from train.config import parse_duration
 from train.processes import parent_watch
 
@@ -66,7 +67,7 @@ class StopRequests:
         """Remove the STOP file, so that the next start runs. For rank 0."""
         if self._file is not None:
             with writing_to(self._file):
-                self._file.unlink(missing_ok=True)
+                remove(self._file)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.reason = self.reason or signal.Signals(number).name

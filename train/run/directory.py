@@ -16,6 +16,7 @@ from train.config import Config
 from train.metrics.logger import LOG_FILE
 from train.metrics.rows import METRICS_FILE, read_lines
 from train.processes.group import ProcessGroup
+from train.processes.ranks import is_automatic_restart
 from train.run.identity import CONFIG_FILE, recorded_run, refuse_another_run
 from train.run.lock import FILE_NAME as LOCK_FILE
 from train.run.lock import RunLock
@@ -116,9 +117,8 @@ class RunDirectory:
                 self.remarks = self._lock.remarks + clear_the_way(self.path)
             self.remarks += self.check_start(was_locked=was_locked)
             self._read_status()
-            if not self._config.resume:
-                with writing_to(self.path):
-                    self.remarks += set_aside(self.path)
+            if self._begins_again():
+                self.remarks += self.give_up_progress()
             tokenizer = load_tokenizer(self._config.data.dir)
             self.provenance = provenance(self._config)
             self._write_config()
@@ -138,16 +138,28 @@ class RunDirectory:
         if status is not None:
             self.attempt, self._step = status["attempt"] + 1, status["step"]
 
+    def _begins_again(self) -> bool:
+        """Return whether --no-resume applies: not to a job that Slurm restarts after it has saved."""
+        return not self._config.resume and newest_sound(self.path)[0] is None
+
+    def give_up_progress(self) -> list[str]:
+        """Set checkpoints and rows aside, once status.json names none; return a line for each. On rank 0."""
+        self._step = 0
+        if is_there(self.path / STATUS_FILE):
+            self._write_status("running", None)
+        with writing_to(self.path):
+            return set_aside(self.path)
+
     def check_start(self, *, was_locked: bool | None = None) -> list[str]:
         """Raise InputError if the directory holds another run, or progress that this start would lose. Write nothing.
 
         Return a line if this start will write config.json again. `was_locked`: an attempt before left its lock.
         """
-        if not self._config.resume:
-            if newest_sound(self.path)[0] is not None:
-                raise InputError(
-                    f"{self.path}: holds checkpoints; drop --no-resume to continue it, or choose another --run-dir"
-                )
+        if not self._config.resume and not is_automatic_restart() and newest_sound(self.path)[0] is not None:
+            raise InputError(
+                f"{self.path}: holds checkpoints; drop --no-resume to continue it, or choose another --run-dir"
+            )
+        if self._begins_again():
             return []
         recorded, remarks = recorded_run(self.path)
         if recorded is not None and list_checkpoints(self.path):

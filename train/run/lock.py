@@ -49,7 +49,7 @@ class RunLock:
 
     def acquire(self) -> None:
         """Take the lock; raise InputError with the holder's name if it is alive."""
-        first: tuple[str, float] | None = None  # text and heartbeat of another host's lock when first read
+        first: tuple[str, float, float] | None = None  # another host's lock: text, heartbeat, when it was first read
         while not self._create():
             if os.path.lexists(self._path) and not _is_file(self._path):
                 self.remarks.append(f"{self._path}: not a lock; moved aside to {move_aside(self._path).name}")
@@ -59,14 +59,15 @@ class RunLock:
                 continue  # It was released meanwhile.
             text, heartbeat = holder
             is_alive = _is_alive_here(text)
+            # The clocks of hosts may differ by anything, so a heartbeat in the future counts for no longer than others.
             if is_alive is None and self._now - heartbeat < DEAD_AFTER_SECONDS:
                 if first is None or first[0] != text:
-                    first = text, heartbeat
+                    first = text, heartbeat, time.monotonic()
                     print(f"{self._path}: waiting to see whether {_describe(text)} lives", file=sys.stderr, flush=True)
-                if first[1] == heartbeat:
+                is_alive = first[1] != heartbeat
+                if not is_alive and time.monotonic() - first[2] < DEAD_AFTER_SECONDS:
                     time.sleep(SECONDS_BETWEEN_CHECKS)
                     continue
-                is_alive = True
             if is_alive:
                 raise InputError(
                     f"{self._path.parent}: another process is training here ({_describe(text)}); {self._path}"
@@ -145,7 +146,7 @@ def living_holder(run_dir: Path) -> str | None:
     text, heartbeat = holder
     is_alive = _is_alive_here(text)
     if is_alive is None:
-        is_alive = _file_time(run_dir) - heartbeat < DEAD_AFTER_SECONDS
+        is_alive = abs(_file_time(run_dir) - heartbeat) < DEAD_AFTER_SECONDS
     return _describe(text) if is_alive else None
 
 

@@ -2,13 +2,14 @@
 
 import base64
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from common.errors import InputError, writing_to
+from common.errors import InputError
 from data_prep.tokenizer import Tokenizer, gives_same_ids, load_tokenizer
 from model.base import LanguageModel
 from model.checkpoint import (
@@ -33,17 +34,18 @@ from train.processes.group import ProcessGroup
 from train.processes.ranks import is_automatic_restart
 from train.run.checkpoints import checkpoint_tensors
 from train.run.identity import recorded_run
-from train.run.obstacles import set_aside
 
 # Settings that may differ from those with which the weights were trained.
 FREE_SETTINGS = ("attention", "zero_init_projections", "eot_id")
 
 
-def find_start(run_dir: Path, *, save_every: int, group: ProcessGroup) -> tuple[Path | None, list[str]]:
+def find_start(
+    run_dir: Path, *, save_every: int, give_up: Callable[[], list[str]], group: ProcessGroup
+) -> tuple[Path | None, list[str]]:
     """Return the checkpoint to continue from, or None, and a line for each damaged one passed over. Collective.
 
     A job that Slurm restarts begins again by itself if its only checkpoint is the first that it could have: nobody may
-    be there to decide, and little is lost.
+    be there to decide, and little is lost. `give_up` then sets aside what there is, and returns a line for each.
     """
 
     def find() -> tuple[Path | None, list[str]]:
@@ -53,8 +55,7 @@ def find_start(run_dir: Path, *, save_every: int, group: ProcessGroup) -> tuple[
         if checkpoint is None and faults:
             checkpoints = list_checkpoints(run_dir)
             if is_automatic_restart() and len(checkpoints) == 1 and step_of(checkpoints[0]) <= save_every:
-                with writing_to(run_dir):
-                    return None, faults + set_aside(run_dir)
+                return None, faults + give_up()
             newest = step_of(checkpoints[-1])
             raise InputError(
                 f"{run_dir}: has no sound checkpoint ({'; '.join(faults)}); mend that, or give --no-resume too, which "
@@ -94,7 +95,7 @@ def settle_origin(config: Config) -> Config:
         origin = f"{named.parents[1]}@{step_of(named)}"
     elif step is not None:
         origin = f"{named}@{step}"
-    elif (recorded := recorded_origin(config.directory, named)) is not None:
+    elif config.resume and (recorded := recorded_origin(config.directory, named)) is not None:
         origin = recorded
     else:
         origin = str(named) if is_hugging_face(named) else f"{named}@{step_of(find_checkpoint(named))}"

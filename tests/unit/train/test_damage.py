@@ -171,3 +171,48 @@ def test_no_resume_refuses_while_a_sound_checkpoint_is_there(trained: Config, tm
     (config.directory / "checkpoints" / "step_00000020" / "state.json").write_text("{")
     with pytest.raises(InputError, match="holds checkpoints; drop --no-resume"):
         run(config, ALONE)
+
+
+def test_what_was_given_up_is_not_missed_at_the_next_start(
+    trained: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A start that gave up its progress may be killed before it saves again."""
+    config = copy_of(trained, tmp_path)
+    damage_checkpoints(config.directory)
+    monkeypatch.setattr("train.main.set_up", kill)
+    for resume in (False, True):
+        with pytest.raises(KilledError):
+            run(dataclasses.replace(config, resume=resume), ALONE)
+        assert status(config.directory)["step"] == 0
+    monkeypatch.undo()
+    run(config, ALONE)
+    assert curve(config.directory) == curve(trained.directory)
+
+
+class KilledError(Exception):
+    pass
+
+
+def kill(*args: object, **kwargs: object) -> None:
+    raise KilledError
+
+
+def test_a_job_that_began_again_goes_on_when_slurm_restarts_it(
+    trained: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = copy_of(trained, tmp_path, resume=False)
+    shutil.rmtree(config.directory / "checkpoints" / "step_00000020")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    run(config, ALONE)
+    assert f"continuing from {config.directory}/checkpoints/step_00000010" in log_of(config)
+    assert_same_tensors(final_tensors(config.directory), final_tensors(trained.directory))
+    assert not list(config.directory.glob("*.aside_*"))
+
+
+def test_a_folder_called_stop_stops_nothing(trained: Config, tmp_path: Path) -> None:
+    config = copy_of(trained, tmp_path)
+    (config.directory / "STOP" / "sub").mkdir(parents=True)
+    shutil.rmtree(config.directory / "checkpoints" / "step_00000020")
+    run(config, ALONE)
+    assert status(config.directory)["state"] == "done"
