@@ -23,7 +23,7 @@ from data_prep.shards import outside_vocabulary
 
 BLOCK_BYTES = 2**22
 MOST_THREADS = 32  # more than a disk or a file server needs at once
-SETTLED_SECONDS = 2.0  # a change that follows another within a tick of the file server's clock leaves the times alone
+SETTLED_SECONDS = 2.0  # A file that changed since is not recorded: a second change could have the same times.
 
 
 @dataclass(frozen=True)

@@ -213,7 +213,7 @@ class BpeTokenizer(Tokenizer):
 
     @functools.cached_property
     def _whole(self) -> tiktoken.Encoding:
-        """The same byte pairs with a pattern to which any text is one word."""
+        """Return the same byte pairs with a pattern to which any text is one word."""
         return self._split_by(r"[\s\S]+")
 
     @property

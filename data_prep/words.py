@@ -41,8 +41,8 @@ def cut_long_runs(text: str, long_run: int) -> Iterator[tuple[str, bool]]:
     """Yield pieces whose words by GPT-2's pattern are those of the whole text, as `pieces_of` does.
 
     Every run of white space of `long_run` >= 2 characters is a piece that is one word, without its last character if
-    anything follows. For in no word of the pattern does white space follow anything else, so each run begins a word.
-    The word ends with the text, or one character before the run does: that character may go with what follows it.
+    anything follows. White space follows nothing else inside a word of the pattern, so each run begins a word. The word
+    ends with the text, or one character before the run does: that character may go with what follows it.
     """
     begin = 0
     for run in re.finditer(f"[{WHITE_SPACE}]{{{long_run},}}", text):
