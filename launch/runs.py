@@ -22,6 +22,7 @@ PATIENCE_SECONDS = 600.0  # with a run that was asked to stop: a long step, a bi
 SECONDS_BETWEEN_POLLS = 1.0
 JOB_FORM = {"job": (str, None)}  # of submitted.json and provenance.json
 ABSENT = "-"
+CONFIG_FORM = {"config": {"train": {"steps": NATURAL}}}
 MENDED = "the next start writes it again"
 # squeue's states of a job that has started and not yet ended.
 STARTED = ("RUNNING", "CONFIGURING", "SUSPENDED", "STOPPED", "SIGNALING", "STAGE_OUT", "COMPLETING")
@@ -137,9 +138,7 @@ def table(runs: Sequence[RunInfo]) -> str:
     for run in runs:
         reason = (run.status or {}).get("reason") or ""
         try:
-            content = read_own_json(
-                run.run_dir / "config.json", {"config": {"train": {"steps": NATURAL}}}, remedy=MENDED
-            )
+            content = read_own_json(run.run_dir / "config.json", CONFIG_FORM, remedy=MENDED)
             steps = ABSENT if content is None else str(content["config"]["train"]["steps"])
         except InputError as error:  # one damaged file must not hide the other runs
             steps, reason = ABSENT, str(error)
