@@ -164,15 +164,18 @@ def _fault_of_splits(splits: dict[str, Any]) -> str | None:
         faults = [fault, *(misfit(shard, SHARD, f"a shard of {name!r}") for shard in shards)]
         if fault := next(filter(None, faults), None):
             return fault
-        for number, shard in enumerate(shards):  # their order is that of the tokens, which nothing else bears out
-            if shard["format"] == "ladder" and shard["file"] != f"{name}_{number:06d}.bin":
-                return f"shard {number} of {name!r} is {shard['file']!r}"
         for total in ("tokens", "documents"):
             counted = sum(shard[total] for shard in shards)
             if counted != split[total]:
                 return f"{counted} {total} in the shards of {name!r}, {split[total]} in all"
     files = Counter(shard["file"] for split in splits.values() for shard in split["shards"])
-    return next((f"{file!r} is listed {count} times" for file, count in files.items() if count > 1), None)
+    if twice := next((file for file in files if files[file] > 1), None):
+        return f"{twice!r} is listed {files[twice]} times"
+    for name, split in splits.items():  # the order of shards is that of the tokens, which no hash of a file bears out
+        for number, shard in enumerate(split["shards"]):
+            if shard["format"] == "ladder" and shard["file"] != f"{name}_{number:06d}.bin":
+                return f"shard {number} of {name!r} is {shard['file']!r}"
+    return None
 
 
 def open_split(directory: Path, split: str) -> TokenStream:

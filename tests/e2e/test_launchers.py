@@ -28,6 +28,7 @@ def python(*args: str, before: tuple[str, ...] = (), env: dict[str, str] | None 
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # a shell's `&` leaves it ignored
     )
 
 

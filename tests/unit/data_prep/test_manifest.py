@@ -143,6 +143,7 @@ def test_a_truncated_or_foreign_manifest_is_refused(data: Path) -> None:
         (("splits", "train", "shards", 0, "tokens"), -300, "damaged"),
         (("splits", "train", "shards", 0, "documents"), True, "damaged"),
         (("splits", "train", "shards", 1, "file"), "train_000000.bin", "'train_000000.bin' is listed 2 times"),
+        (("splits", "train", "shards", 1, "file"), "train_000007.bin", "shard 1 of 'train' is 'train_000007.bin'"),
         (("splits", "train", "shards", 0, "file"), ["train_000000.bin"], "damaged"),
         (("tokenizer", "vocab_size"), "14", "damaged"),
         (("tokenizer", "vocab_size"), 65_537, "damaged"),

@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 
 from common.errors import InputError
 from data_prep import shard_check
-from data_prep.manifest import Manifest, read_manifest
+from data_prep.manifest import Manifest, SplitInfo, read_manifest
 from data_prep.shard_check import ShardCheck, stated_files
 from tests.helpers.runs import make_tiny_data
 
@@ -164,8 +165,10 @@ def test_names_and_links_that_leave_the_directory_are_refused(data: Path, tmp_pa
     raw = json.loads((data / "manifest.json").read_text())
     raw["splits"]["val"]["shards"][0]["file"] = "../elsewhere"
     (data / "manifest.json").write_text(json.dumps(raw))
+    with pytest.raises(InputError, match=r"'\.\./elsewhere'"):
+        read_manifest(data)
     with pytest.raises(InputError, match="not a name inside this folder"):
-        stated_files(data, read_manifest(data).splits.values())
+        stated_files(data, [SplitInfo.of([replace(manifest.splits["val"].shards[0], file="../elsewhere")], "")])
     assert isinstance(manifest, Manifest)
 
 
