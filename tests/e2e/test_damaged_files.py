@@ -29,6 +29,7 @@ STEPS = 12
 MOST_BYTES = 8 * 2**30  # of address space, torch included
 SECONDS = 60  # in which a start ends, or hangs
 NOBODY = 65534
+MEMORY = "/dev/shm" if Path("/dev/shm").is_dir() else None  # where a flush costs nothing
 
 
 class Case(NamedTuple):
@@ -54,7 +55,7 @@ def flags(folder: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def case() -> Iterator[Case]:
     # Not below pytest's own folder, which nobody but its owner may enter.
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as name:
         folder = Path(name)
         folder.chmod(0o755)
         run_dir = folder / "run"
@@ -109,7 +110,7 @@ def files_of(folder: Path) -> list[str]:
 
 def start_after_damage(case: Case, rng: random.Random) -> None:
     """Damage a file and start the run; raise AssertionError unless it goes on bit for bit or says why not."""
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir=MEMORY) as name:
         folder, outside = Path(name) / "here", Path(name) / "outside"
         Path(name).chmod(0o755)
         outside.mkdir()
