@@ -176,16 +176,16 @@ MUTATIONS = [
     ),
     Mutation(
         "rows after the restored step stay",
-        "train/metrics/logger.py",
-        'if row["step"] <= step:',
-        "if True:",
+        "train/metrics/rows.py",
+        'if row["step"] <= (step or 0)]',
+        "]",
         "tests/e2e/test_loop.py tests/distributed/test_exact.py",
     ),
     Mutation(
         "another optimizer is the same run",
-        "train/run/directory.py",
-        '    "optim",\n',
-        "",
+        "train/run/identity.py",
+        '*("--train.dtype", "--optim"),',
+        '"--train.dtype",',
         "tests/unit/train/test_directory.py",
     ),
     Mutation(
