@@ -106,7 +106,7 @@ class Struck:
     strikes: list[Strike] = field(default_factory=list)
     faults: list[Fault] = field(default_factory=list)  # the faults that were reached
     all_heard: bool = True
-    rows: int = 0  # in metrics.jsonl at the strike
+    rows: int = 0  # the step of the last row in metrics.jsonl at the strike
 
 
 def killed_rank_0(strike: Strike) -> bool:

@@ -45,7 +45,7 @@ from tests.helpers.runs import (
 )
 from train.config import Config, parse
 from train.main import run
-from train.metrics.rows import SAMPLES_FILE
+from train.metrics.rows import SAMPLES_FILE, read_lines
 from train.presets import PRESETS
 from train.processes.group import ProcessGroup
 
@@ -184,7 +184,7 @@ class Soak:
             if not attempt.is_under_way(start):
                 break
             struck.faults.append(fault)
-            struck.rows = num_rows(attempt.run_dir)
+            struck.rows = last_row(attempt.run_dir)
             for index, strike in enumerate(fault.strikes):
                 if index > 0:
                     time.sleep(fault.pause_seconds)
@@ -237,9 +237,10 @@ def train_whole(group: ProcessGroup, config: Config) -> None:
         run(config, group)
 
 
-def num_rows(run_dir: Path) -> int:
+def last_row(run_dir: Path) -> int:
+    """Return the step of the last training row; rows before it may be lost to damage."""
     path = run_dir / "metrics.jsonl"
-    return path.read_bytes().count(b'"loss"') if path.is_file() else 0
+    return max((row["step"] for row in read_lines(path).rows if "loss" in row), default=0) if path.is_file() else 0
 
 
 def refusal_of(attempt: Attempt) -> str | None:
