@@ -134,8 +134,7 @@ class Soak:
             struck = self.strike_all(attempt, episode)
             attempt.wait_for_the_end()
             after = snapshot_of(run_dir)
-            is_full = any(strike.kind == FULL for strike in struck.strikes)  # then room is all that it takes
-            refusal = None if damage is None or is_full else refusal_of(attempt)
+            refusal = None if damage is None or struck.strikes else refusal_of(attempt)
             if damage is not None and (damage.is_of_data or refusal is not None):
                 assert refusal is not None or struck.faults, f"trained on changed data: {damage}"
                 check_checkpoints(run_dir, episode, before, after)
@@ -244,7 +243,7 @@ def last_row(run_dir: Path) -> int:
 
 
 def refusal_of(attempt: Attempt) -> str | None:
-    """Return the line with which a start refused to begin; None if it began, or was struck before it could say so."""
+    """Return the line with which a start that nothing struck refused to begin; None if it began."""
     lines = attempt.output.read_text(errors="replace").splitlines()
     refusals = [line for line in lines if line.startswith("train: ") and "warning" not in line]
     is_begun = any(attempt.control.glob("claimed_*")) and "step " in "\n".join(lines)
