@@ -7,7 +7,6 @@ raises it on every rank if it is still so when a checkpoint is to be saved.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import sys
@@ -57,8 +56,6 @@ class RunLogger:
         self.tracking: Tracking | None = None
         self.remarks: list[str] = []  # on rank 0: damage that was found
         self.seals: dict[str, Seal] = {}
-        self._sizes = dict.fromkeys(KEPT_FILES, 0)
-        self._digests = {name: hashlib.sha256() for name in KEPT_FILES}
 
         def open_files() -> list[list[Row]]:
             with writing_to(run_dir), contextlib.ExitStack() as undo:
@@ -66,7 +63,7 @@ class RunLogger:
                 kept = []
                 for name in KEPT_FILES:
                     rows, content, remark = restore_rows(run_dir / name, step, (seals or {}).get(name))
-                    self._count(name, content)
+                    self._files[name] = LineFile(run_dir / name, content)
                     self.remarks += [] if remark is None else [remark]
                     kept.append(rows)
                 self._file(METRICS_FILE).open()
@@ -97,7 +94,6 @@ class RunLogger:
 
     def _write(self, name: str, line: str) -> None:
         """Write a line at once, or keep it if the disk fails now."""
-        self._count(name, f"{line}\n".encode(errors="backslashreplace"))
         try:
             self._file(name).add(line)
         except OSError as error:
@@ -107,11 +103,6 @@ class RunLogger:
                 warning = f"{self._run_dir / name}: cannot be written now ({error}); its lines are kept until it can"
                 print(f"warning: {warning}", file=sys.stderr, flush=True)
             self._is_behind = True
-
-    def _count(self, name: str, content: bytes) -> None:
-        if name in KEPT_FILES:
-            self._sizes[name] += len(content)
-            self._digests[name].update(content)
 
     def row(self, row: Row) -> None:
         """Write a record for programs, and its line for people."""
@@ -149,8 +140,7 @@ class RunLogger:
             for file in self._files.values():
                 file.flush()
         self._is_behind = False
-        for name in KEPT_FILES:
-            self.seals[name] = {"bytes": self._sizes[name], "sha256": self._digests[name].hexdigest()}
+        self.seals |= {name: self._files[name].seal for name in KEPT_FILES}
 
     def __enter__(self) -> RunLogger:
         return self

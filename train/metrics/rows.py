@@ -61,16 +61,16 @@ def restore_rows(path: Path, step: int | None, seal: Seal | None) -> tuple[list[
     attempt that ended before its first checkpoint.
     """
     content = _content_of(path)
-    found = parse_lines(path.name, content)
-    kept = [(row, line) for row, line in zip(found.rows, found.lines, strict=True) if step is not None]
-    kept = [(row, line) for row, line in kept if row["step"] <= (step or 0)]
+    rows, lines, damaged = parse_lines(path.name, content)
+    last_step = -1 if step is None else step
+    kept = [(row, line) for row, line in zip(rows, lines, strict=True) if row["step"] <= last_step]
     new = b"".join(line for _, line in kept)
     remark = None
     is_sealed = seal is None or seal_of(content[: seal["bytes"]]) == seal
-    if step is not None and (found.damaged or not is_sealed):
+    if step is not None and (damaged or not is_sealed):
         remark = f"{path}: not as it was written: {len(kept)} rows up to step {step} can be read"
-        if found.damaged:
-            remark += f", {len(found.damaged)} lines cannot (the first is line {found.damaged[0]})"
+        if damaged:
+            remark += f", {len(damaged)} lines cannot (the first is line {damaged[0]})"
         if content:
             remark += f"; the file as it was is kept as {keep_aside(path).name}"
     if content or is_there(path):

@@ -41,11 +41,12 @@ class RunDirectory:
         self._group = group
         self.attempt = 1
         self._step = 0
+        self._begins_again = False  # --no-resume was given, and no checkpoint is sound
         self._state = "running"  # as in status.json
         self._ended = False
         self._lock = RunLock(self.path)
         self._claimed = self._lock.text  # after entry: the text of rank 0's lock, on every rank
-        self.found: dict[str, Any] = {}  # on rank 0 only, like provenance and remarks
+        self.measured: dict[str, Any] = {}  # on rank 0 only, like provenance and remarks
         self.provenance: dict[str, Any] = {}
         self.remarks: list[str] = []  # what was mended at the start, for the log
 
@@ -117,7 +118,7 @@ class RunDirectory:
                 self.remarks = self._lock.remarks + clear_the_way(self.path)
             self.remarks += self.check_start(was_locked=was_locked)
             self._read_status()
-            if self._begins_again():
+            if self._begins_again:
                 self.remarks += self.give_up_progress()
             tokenizer = load_tokenizer(self._config.data.dir)
             self.provenance = provenance(self._config)
@@ -138,10 +139,6 @@ class RunDirectory:
         if status is not None:
             self.attempt, self._step = status["attempt"] + 1, status["step"]
 
-    def _begins_again(self) -> bool:
-        """Return whether --no-resume applies: not to a job that Slurm restarts after it has saved."""
-        return not self._config.resume and newest_sound(self.path)[0] is None
-
     def give_up_progress(self) -> list[str]:
         """Set checkpoints and rows aside, once status.json names none; return a line for each. On rank 0."""
         self._step = 0
@@ -155,15 +152,17 @@ class RunDirectory:
 
         Return a line if this start will write config.json again. `was_locked`: an attempt before left its lock.
         """
-        if not self._config.resume and not is_automatic_restart() and newest_sound(self.path)[0] is not None:
-            raise InputError(
-                f"{self.path}: holds checkpoints; drop --no-resume to continue it, or choose another --run-dir"
-            )
-        if self._begins_again():
+        if not self._config.resume:
+            self._begins_again = newest_sound(self.path)[0] is None
+            if not self._begins_again and not is_automatic_restart():  # a restarted job goes on from what it saved
+                raise InputError(
+                    f"{self.path}: holds checkpoints; drop --no-resume to continue it, or choose another --run-dir"
+                )
+        if self._begins_again:
             return []
         recorded, remarks = recorded_run(self.path)
         if recorded is not None and list_checkpoints(self.path):
-            self.found = recorded.found
+            self.measured = recorded.measured
             refuse_another_run(self.path, recorded, self._config, self._fingerprint)
             return remarks
         was_locked = is_there(self.path / LOCK_FILE) if was_locked is None else was_locked
@@ -175,17 +174,17 @@ class RunDirectory:
         return []
 
     def _write_config(self) -> None:
-        content = {"config": self._config.to_json(), "data": self._fingerprint, "found": self.found}
+        content = {"config": self._config.to_json(), "data": self._fingerprint, "found": self.measured}
         self._write(CONFIG_FILE, content)
 
     def record(self, measured: dict[str, Any]) -> None:
         """Keep in config.json what set-up measured (parallel/auto_micro_batch.py), for later attempts."""
-        self.found = measured
+        self.measured = measured
         self._group.on_main(self._write_config)
 
     def forget(self) -> None:
         """Drop from config.json what `record` kept. Not collective, since one rank may be alone with its error."""
-        self.found = {}
+        self.measured = {}
         if self._group.is_main:
             with contextlib.suppress(InputError):
                 self._write_config()
