@@ -35,6 +35,7 @@ from common.files import remove
 from common.names import require_printable
 from common.reading import read_own_json
 from train.processes.ranks import number_in, slurm_job
+from train.run import lock
 from train.run.status import UNKNOWN_ATTEMPT, find_status
 
 # Reasons in status.json that come from a person: a STOP file that this job did not make, W&B's stop button, a flag.
@@ -158,13 +159,13 @@ def warned_status(run_dir: Path) -> dict[str, Any]:
 
 def read_holder(run_dir: Path) -> str | None:
     """Return the Slurm job that lock.json names, None without one; warn if the file is damaged."""
-    path = run_dir / "lock.json"
+    path = run_dir / lock.FILE_NAME
     try:
-        lock = read_own_json(path, {"job": (str, None)}, remedy="the trainer finds out whether somebody holds the run")
+        content = read_own_json(path, lock.FORM, remedy="the trainer finds out whether somebody holds the run")
     except InputError as error:
         warn("slurm", str(error))
         return None
-    holder = None if lock is None else lock["job"]
+    holder = None if content is None else content["job"]
     return holder if holder is not None and JOB_ID.fullmatch(holder) else None
 
 

@@ -1,5 +1,7 @@
 """Lets one process write into a run directory: a lock file with host, pid, job and a heartbeat."""
 
+from __future__ import annotations  # launch/requeue.py runs on Python 3.9
+
 import fcntl
 import json
 import os

@@ -135,7 +135,7 @@ def squeue(monkeypatch: pytest.MonkeyPatch) -> Answer:
 
 
 def write_lock(run_dir: Path, job: str) -> None:
-    (run_dir / "lock.json").write_text(json.dumps({"host": "n1", "pid": 5, "job": job}))
+    (run_dir / "lock.json").write_text(json.dumps({"host": "n1", "pid": 5, "started": "1", "job": job}))
 
 
 def write_status(run_dir: Path, **status: Any) -> None:
