@@ -16,7 +16,7 @@ import numpy as np
 from common.errors import InputError, reading_from, writing_to
 from common.reading import child, open_regular, sha256_of_regular
 from data_prep.manifest import FILE_NAME, Manifest, SplitInfo, read_manifest
-from data_prep.shards import MAGIC, NPY_MAGIC, VERSION, Format, ShardInfo, open_shard
+from data_prep.shards import MAGIC, NPY_MAGIC, VERSION, Format, ShardInfo, open_shard, outside_vocabulary
 from data_prep.tokenizer import Tokenizer
 
 NAME = re.compile(r"(?:(?P<stem>[^.].*)_)?(?P<split>train|val)(?:_(?P<number>\d+))?\.(?:bin|npy)")
@@ -123,12 +123,8 @@ def describe(file: TokenFile, tokenizer: Tokenizer) -> ShardInfo:
     documents = 0
     for begin in range(0, len(tokens), BLOCK_TOKENS):
         block = np.asarray(tokens[begin : begin + BLOCK_TOKENS])
-        if int(block.max()) >= tokenizer.vocab_size:
-            position = begin + int(np.argmax(block >= tokenizer.vocab_size))
-            raise InputError(
-                f"{file.path}: token {position:,} is id {tokens[position]}, outside the vocabulary of "
-                f"{tokenizer.vocab_size}; give another --tokenizer, or remove what is no token file"
-            )
+        if (fault := outside_vocabulary(block, tokenizer.vocab_size, first=begin)) is not None:
+            raise InputError(f"{file.path}: {fault}; give another --tokenizer, or remove what is no token file")
         if tokenizer.eot_id is not None:
             documents += int(np.count_nonzero(block == tokenizer.eot_id))
     with reading_from(file.path):

@@ -32,14 +32,13 @@ from data_prep.pipeline.bad_rows import (
     count_reasons,
     too_long,
 )
-from data_prep.pipeline.input_files import PYTHON_DOCS, InputFile, file_state
+from data_prep.pipeline.input_files import NUM_NAMED, PYTHON_DOCS, InputFile, file_state
 from data_prep.pipeline.json_lines import EXTRA_LINE_BYTES, line_too_long, text_of_line
 from data_prep.pipeline.split_bytes import find_cut, occurs, split_blocks
 from data_prep.tokenizer import EOT
 
 UNIT_BYTES = 8 * 2**20
 BLOCK_BYTES = 2**20
-NUM_NAMED = 3
 
 
 @dataclass(frozen=True)
