@@ -146,8 +146,8 @@ def _is_other_token(name: str) -> bool:
 
 def _assignment(match: re.Match[str]) -> str:
     """Return a matched assignment, with [redacted] for its value if that looks like a secret."""
-    found = PREFIX.search(match.string, max(0, match.start() - 40), match.start())
-    name = (found[0] if found else "") + match["key"]
+    prefix = PREFIX.search(match.string, max(0, match.start() - 40), match.start())
+    name = (prefix[0] if prefix else "") + match["key"]
     value = match["quoted"] or match["bare"]
     if PLACEHOLDER.match(value) or _is_other_token(name):
         return match[0]

@@ -254,8 +254,8 @@ def called(value: Any, name: str) -> tuple[Any, ...]:
     """Return the arguments of a record that calls `name`."""
     if type(value) is Made and value.name == name:
         return value.arguments
-    given = value.name if type(value) in (Made, Name) else type(value).__name__
-    raise RefusedError(f"{reprlib.repr(given)} has no place where {name} belongs")
+    kind = value.name if type(value) in (Made, Name) else type(value).__name__
+    raise RefusedError(f"{reprlib.repr(kind)} has no place where {name} belongs")
 
 
 def fields_of(value: Any, name: str, *fields: str) -> list[Any]:
@@ -365,9 +365,9 @@ def description(content: bytes) -> Metadata:
         storage[key] = _StorageInfo(text(path), natural(start), natural(length))
     for name, tensor in described.items():
         for chunk in tensor.chunks:
-            found = storage.get(MetadataIndex(name, chunk.offsets))
+            place = storage.get(MetadataIndex(name, chunk.offsets))
             num_bytes = math.prod(chunk.sizes) * tensor.properties.dtype.itemsize
-            require(found is not None and found.length >= num_bytes, f"{reprlib.repr(name)} has no place for its bytes")
+            require(place is not None and place.length >= num_bytes, f"{reprlib.repr(name)} has no place for its bytes")
     ends: dict[str, int] = {}
     for info in sorted(storage.values(), key=lambda info: info.offset):
         require(info.offset >= ends.get(info.relative_path, 0), f"places overlap in {reprlib.repr(info.relative_path)}")

@@ -57,7 +57,7 @@ def set_up(
     optimizer = build_optimizer(loss_model.model, config.optim)
     if config.train.micro_batch == "auto":
         config, batch_plan, measured = settle_micro_batch(
-            config, batch_plan, directory.found, loss_model=loss_model, parallel_plan=parallel_plan, group=group
+            config, batch_plan, directory.measured, loss_model=loss_model, parallel_plan=parallel_plan, group=group
         )
         directory.record(measured)
     sequences = group.on_all(lambda: open_sequences(config))
@@ -106,7 +106,7 @@ def set_up(
             "data": manifest.fingerprint,
             "versions": versions(),
             "wandb_id": wandb_id,
-            "found": directory.found,
+            "found": directory.measured,
             "rows": logger.seals,
         },
         loaded=loaded,

@@ -177,7 +177,7 @@ MUTATIONS = [
     Mutation(
         "rows after the restored step stay",
         "train/metrics/rows.py",
-        'if row["step"] <= (step or 0)]',
+        'if row["step"] <= last_step]',
         "]",
         "tests/e2e/test_loop.py tests/distributed/test_exact.py",
     ),

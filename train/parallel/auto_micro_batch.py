@@ -75,9 +75,9 @@ def conditions_of(config: Config, parallel_plan: ParallelPlan, group: ProcessGro
     }
 
 
-def kept_micro_batch(found: dict[str, Any], conditions: dict[str, Any]) -> int | None:
+def kept_micro_batch(kept: dict[str, Any], conditions: dict[str, Any]) -> int | None:
     """Return the micro-batch that config.json keeps for the same conditions; None if it keeps none."""
-    return found["micro_batch"] if found.get("conditions") == conditions else None
+    return kept["micro_batch"] if kept.get("conditions") == conditions else None
 
 
 def search(

@@ -22,7 +22,7 @@ IDENTITY = (
 )
 FORM = {"config": {"model": dict, "train": dict, "optim": dict}, "data": str}
 # What set-up measured (parallel/auto_micro_batch.py); runs of before it was sealed have none in their checkpoints.
-FOUND = {"micro_batch": range(1, 2**31), "conditions": dict}
+MEASURED = {"micro_batch": range(1, 2**31), "conditions": dict}
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class RecordedRun:
 
     config: dict[str, Any]
     data: str
-    found: dict[str, Any]
+    measured: dict[str, Any]
 
 
 def recorded_run(run_dir: Path) -> tuple[RecordedRun | None, list[str]]:
@@ -57,7 +57,7 @@ def recorded_run(run_dir: Path) -> tuple[RecordedRun | None, list[str]]:
             return begun, [f"{path}: {fault.removeprefix(f'{path}: ')}; written again from {checkpoint.name}"]
         if differing(recorded.config, begun.config) or recorded.data != begun.data:
             return begun, [f"{path}: differs from what {checkpoint.name} was trained with; written again from there"]
-        return RecordedRun(begun.config, begun.data, begun.found or recorded.found), []
+        return RecordedRun(begun.config, begun.data, begun.measured or recorded.measured), []
     if recorded is None and checkpoints:
         raise InputError(
             f"{path}: {fault.removeprefix(f'{path}: ')}; and no checkpoint in {run_dir} tells what run this is: put "
@@ -68,8 +68,8 @@ def recorded_run(run_dir: Path) -> tuple[RecordedRun | None, list[str]]:
 
 def _recorded(content: dict[str, Any]) -> RecordedRun:
     config = content["config"] | {"model": with_current_names(content["config"]["model"])}
-    found = {} if misfit(content.get("found"), FOUND) else content["found"]
-    return RecordedRun(config, content["data"], found)
+    measured = {} if misfit(content.get("found"), MEASURED) else content["found"]
+    return RecordedRun(config, content["data"], measured)
 
 
 def refuse_another_run(run_dir: Path, recorded: RecordedRun, config: Config, fingerprint: str) -> None:
