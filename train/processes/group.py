@@ -3,6 +3,7 @@
 import datetime
 import ipaddress
 import os
+import resource
 import socket
 import sys
 import traceback
@@ -22,6 +23,7 @@ from train.processes.ranks import LOOPBACK, RankInfo, take_rank
 
 # Collectives time out so much later than the watchdog (train/guards/watchdog.py) acts, since it names the culprit.
 LATER_SECONDS = 60.0
+OTHER_FILES = 256  # open files of a rank beside its connections, generously: libraries, shards, compilation
 WAITING_CONNECTIONS = 4096  # as torch's own store has it: all ranks connect at once
 STATUS_OF_ONE_LINE = {InputError: 2, KeyboardInterrupt: 130}  # as in common/errors.py
 
@@ -32,7 +34,12 @@ Result = TypeVar("Result")
 class ProcessGroup:
     """One process among `world`. With one process every collective here is a no-op.
 
-    One process has no process group of torch's unless `need_group` made one. As a context it takes the group down at
+    On GPUs the default group is NCCL's alone, and `hosts` is a group of gloo's for what the processes agree on in host
+    memory. On CPUs both are the default group, and `hosts` is None. A default group of both would not do: a device mesh
+    splits every backend of a group that is bound to a GPU, and the splitting of gloo hangs (seen in torch 2.11 and
+    2.13).
+
+    One process has no process group of torch's unless `need_group` made one. As a context it takes the groups down at
     the end; after an error, it prints the error and exits hard.
     """
 
@@ -40,6 +47,7 @@ class ProcessGroup:
     world: int
     device: torch.device
     program: str = "train"  # the word with which error messages begin
+    hosts: dist.ProcessGroup | None = None
 
     def __enter__(self) -> "ProcessGroup":
         return self
@@ -66,7 +74,7 @@ class ProcessGroup:
         return self.rank == 0
 
     def sum_(self, tensor: Tensor) -> Tensor:
-        """Add the tensor up over all ranks, in place."""
+        """Add a tensor on this process's device up over all ranks, in place."""
         if self.world > 1:
             dist.all_reduce(tensor)
         return tensor
@@ -76,20 +84,20 @@ class ProcessGroup:
         if self.world == 1:
             return flag
         total = torch.full((1,), float(flag))
-        dist.all_reduce(total)
+        dist.all_reduce(total, group=self.hosts)
         return bool(total.item())
 
     def barrier(self) -> None:
         """Make the host wait until every rank has called this."""
         if self.world > 1:
-            dist.all_reduce(torch.zeros(1))
+            dist.all_reduce(torch.zeros(1), group=self.hosts)
 
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's picklable value in rank order, on every rank."""
         if self.world == 1:
             return [value]
         values = [None] * self.world
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.hosts)
         return values
 
     def on_all(self, function: Callable[[], Result]) -> Result:
@@ -123,7 +131,7 @@ class ProcessGroup:
             except (InputError, OSError) as error:
                 raised = error
                 outcome[1] = str(error)
-        dist.broadcast_object_list(outcome, src=0, device=torch.device("cpu"))
+        dist.broadcast_object_list(outcome, src=0, group=self.hosts, device=torch.device("cpu"))
         if outcome[1] is not None:
             raise InputError(outcome[1]) from raised
         result: Result = outcome[0]
@@ -141,8 +149,8 @@ class ProcessGroup:
 
 
 def backend_of(device: torch.device) -> str:
-    """Return the backends of a process group: gloo for tensors on the CPU, NCCL for those on a GPU."""
-    return "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    """Return the only backend of the default group: NCCL for processes on GPUs, gloo for those on CPUs."""
+    return "nccl" if device.type == "cuda" else "gloo"
 
 
 def group_timeout(seconds: float) -> datetime.timedelta:
@@ -171,7 +179,9 @@ def open_process_group(timeout_seconds: float, run_dir: Path, *, program: str = 
             raise InputError(fault)
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+    hosts = None
     if world > 1:
+        allow_open_files(world)
         flight_recorder.turn_on(run_dir)
         if rank_info.host == LOOPBACK:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
@@ -185,7 +195,22 @@ def open_process_group(timeout_seconds: float, run_dir: Path, *, program: str = 
                 world_size=world,
                 device_id=device if device.type == "cuda" else None,
             )
-    return ProcessGroup(rank, world, device, program)
+            if backend_of(device) != "gloo":
+                hosts = dist.new_group(backend="gloo", timeout=timeout)
+    return ProcessGroup(rank, world, device, program, hosts)
+
+
+def allow_open_files(world: int) -> None:
+    """Raise this process's limit of open files as far as it may: gloo keeps a connection to every other rank.
+
+    The usual limit of 1,024 is for programs that use select(2). Where a connection to every rank is too much even so,
+    let gloo connect to a rank when it first needs to. That is not the rule, since a rank that is gone is then noticed
+    only by those connected to it. Otherwise gloo would say nothing but "Connection closed by peer".
+    """
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
+    if most != resource.RLIM_INFINITY and world + OTHER_FILES > most:
+        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
 
 
 def open_store(rank_info: RankInfo, timeout: datetime.timedelta) -> dist.Store:
