@@ -167,6 +167,7 @@ class Soak:
         text = f"{prefix}{episode}" + (f"  [{damage}]" if damage is not None else "")
         self.log(f"{self.num_faults:4} faults  {seconds:5.1f} s  {world} x  {steps}  {state:9}  {text}".rstrip())
         if state == "done":
+            shutil.rmtree(run_dir)  # it was compared, and the disk is small
             self.num_finished += 1
             self.has_lost_rows = False
         shutil.rmtree(attempt.control)
