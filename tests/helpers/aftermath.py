@@ -84,8 +84,11 @@ def check_checkpoints(run_dir: Path, episode: Episode, before: Snapshot, after: 
 
 
 def check_tracebacks(attempt: Attempt, struck: Struck) -> None:
-    """Check that no traceback of ours was printed, unless a rank lost another one: it says where it stood then."""
-    if not {strike.kind for strike in struck.strikes} & {*KILLS, FREEZE}:
+    """Check that no traceback of ours was printed, unless a rank lost another one: it says where it stood then.
+
+    A rank that has no handlers yet is lost to any signal.
+    """
+    if struck.all_heard and not {strike.kind for strike in struck.strikes} & {*KILLS, FREEZE}:
         output = attempt.output.read_text(errors="replace")
         assert 'faulty_train.py", line' not in output, "a traceback was printed"
 
