@@ -180,11 +180,11 @@ class ModelOnCard:
         return faults
 
     def not_positive(self, *names: str) -> list[str]:
-        """Return a fault for each of these fields that is neither None nor above 0."""
+        """Return a fault for each of these fields that is neither None nor a finite number above 0."""
         return [
-            f"--{name.replace('_', '-')} {value} must be more than 0"
+            f"--{name.replace('_', '-')} {value} must be a finite number above 0"
             for name in names
-            if (value := getattr(self, name)) is not None and not value > 0
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf
         ]
 
 

@@ -24,8 +24,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from common.errors import one_line_errors
 from model.config import ModelConfig
-from model.cost import CARDS, ModelOnCard, in_bytes, in_flops, memory_and_peak, model_cost, parse_as
+from model.cost import CARDS, COMPUTE_BYTES, ModelOnCard, in_bytes, in_flops, memory_and_peak, model_cost, parse_as
+from model.costs.activations import StepShape
 from model.costs.gpu_peaks import BANDWIDTHS
+from model.costs.memory import memory
 from model.costs.roofline import Kernel, Rates, Row, StepTrace, rows_of
 from model.gpt import GPT
 from train.config import OptimConfig
@@ -58,7 +60,15 @@ class Options(ModelOnCard):
                 f"--card {self.card}: its peaks are not listed; give --peak-tflops and --bandwidth-tb-per-s, or "
                 f"--card with one of {', '.join(CARDS)}"
             )
-        return faults
+        return faults or self.overflow()
+
+    def overflow(self) -> list[str]:
+        """Return a fault if torch cannot count the bytes of the step's tensors in 64 bits."""
+        shape = StepShape(micro_batch=self.batch, seq_len=self.seq_len, compute_bytes=COMPUTE_BYTES[self.dtype])
+        if (peak_bytes := memory(self.model, shape).peak_bytes) < 2**60:
+            return []
+        step = f"--batch {self.batch} x --seq-len {self.seq_len}: a step of this model"
+        return [f"{step} needs {in_bytes(peak_bytes)} of memory, but at most 2^60 bytes can be counted"]
 
 
 def card_rates(options: Options) -> Rates | None:

@@ -160,10 +160,10 @@ def fused_bytes(node: BaseSchedulerNode) -> int:
             touched = 1
             for size in dependency.size:
                 touched *= int(size)
-        elif isinstance(dependency, (MemoryDep, StarDep)):
+        elif isinstance(dependency, MemoryDep) or (isinstance(dependency, StarDep) and dependency.mode is None):
             touched = int(dependency.get_numel())
         else:
-            continue
+            continue  # it only orders kernels, as the whole buffer of a scatter does
         elements[dependency.name] = elements.get(dependency.name, 0) + touched
     written = {name for part in inside for name in part.get_buffer_names()}
     return sum(

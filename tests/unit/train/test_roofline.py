@@ -73,6 +73,16 @@ def test_a_gather_reads_as_many_elements_as_it_has_indices() -> None:
     assert kernel.num_bytes == 64 * (INT64 + FP32 + FP32)
 
 
+def test_a_scatter_touches_as_many_elements_as_it_has_indices() -> None:
+    """It adds in place to a copy, as on a GPU."""
+
+    def scatter(x_NV: Tensor, index_N: Tensor) -> Tensor:
+        return x_NV.scatter_add(1, index_N[:, None], torch.ones(64, 1))
+
+    copy, scattered = recorded(scatter, (64, 1000), (64,))
+    assert copy.num_bytes == 2 * 64 * 1000 * FP32 and scattered.num_bytes == 64 * (INT64 + FP32)
+
+
 def test_a_product_ends_a_fused_kernel() -> None:
     before, product, after = recorded(lambda x, w: (x.relu() @ w).tanh(), (64, 32), (32, 48))
     assert before.num_bytes == 2 * 64 * 32 * FP32 and after.num_bytes == 2 * 64 * 48 * FP32
@@ -240,7 +250,10 @@ def test_bad_input_is_one_line() -> None:
         ("gpt3", "no shape 'gpt3'; there are gpt2-small, "),
         ("--card 80", "--card 80: its peaks are not listed; give --peak-tflops and --bandwidth-tb-per-s, or --card "),
         ("--card 80 --peak-tflops 100", "--card 80: its peaks are not listed; give --peak-tflops and "),
-        ("--bandwidth-tb-per-s -1", "--bandwidth-tb-per-s -1.0 must be more than 0"),
+        ("--bandwidth-tb-per-s -1", "--bandwidth-tb-per-s -1.0 must be a finite number above 0"),
+        ("--bandwidth-tb-per-s inf", "--bandwidth-tb-per-s inf must be a finite number above 0"),
+        ("--batch 1000000000000", "--batch 1000000000000 x --seq-len 1024: a step of this model needs "),
+        ("--model.width 12000000000", "--batch 1 x --seq-len 1024: a step of this model needs "),
         ("--model.attention flex", "--model.attention flex: its work depends on the documents; give sdpa or naive"),
         ("--attained 70 0.3 0.9", "--attained 70.0 0.3 0.9: give three fractions above 0 and at most 1"),
     ):
