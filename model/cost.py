@@ -5,7 +5,7 @@
 
 This takes half a second. The run card, the meters, this command and every plan use these counts. The FLOPs are those
 of the matrix products and equal torch.utils.flop_counter's; other operations are not counted. The first command prints
-1,560,992,448 parameters.
+1,560,992,448 parameters. How long a step takes on a card at best: train/roofline.py.
 """
 
 import itertools
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -151,8 +151,8 @@ CARDS = {
 
 
 @dataclass(frozen=True)
-class Options:
-    """Count what a model costs: parameters, FLOPs, bytes, days."""
+class ModelOnCard:
+    """Say which model, which micro-batch and which card; train/roofline.py takes these options too."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     vocab_size: int = 50257
@@ -167,6 +167,31 @@ class Options:
     """Name of a card, or its memory in GB (10^9 bytes)."""
     peak_tflops: float | None = None
     """The card's dense peak at --dtype in TFLOP/s. None: the listed peak of a named card, unknown for any other."""
+
+    def faults(self) -> list[str]:
+        """Return every reason why nothing can be counted."""
+        faults = self.model.faults()
+        if self.model.kind != "gpt":
+            faults.append(f"--model.kind {self.model.kind}: this command counts gpt only; use train/main.py --dry-run")
+        faults += self.not_positive("vocab_size", "batch", "seq_len", "peak_tflops")
+        memory_bytes, _ = memory_and_peak(self)
+        if not 0 < memory_bytes < math.inf:
+            faults.append(f"--card {self.card}: its memory in GB must be a finite number above 0")
+        return faults
+
+    def not_positive(self, *names: str) -> list[str]:
+        """Return a fault for each of these fields that is neither None nor a finite number above 0."""
+        return [
+            f"--{name.replace('_', '-')} {value} must be a finite number above 0"
+            for name in names
+            if (value := getattr(self, name)) is not None and not 0 < value < math.inf
+        ]
+
+
+@dataclass(frozen=True)
+class Options(ModelOnCard):
+    """Count what a model costs: parameters, FLOPs, bytes, days."""
+
     num_cards: int = 8
     """Cards that train together, each with the whole model (DDP)."""
     mfu: float = 0.4
@@ -174,40 +199,41 @@ class Options:
     tokens: int | None = None
     """Tokens to train on. None: 20 per parameter (Hoffmann et al. 2022)."""
 
+    def faults(self) -> list[str]:
+        faults = super().faults() + self.not_positive("num_cards", "mfu", "tokens")
+        if self.mfu > 1:
+            faults.append(f"--mfu {self.mfu} must be at most 1; it is a fraction of the peak, like 0.4")
+        return faults
 
-def parse(args: Sequence[str]) -> Options:
-    """Return the options of `[SHAPE] [--flags]`. Raise one InputError with every fault."""
+
+AnyOptions = TypeVar("AnyOptions", bound=ModelOnCard)
+
+
+def parse_as(kind: type[AnyOptions], args: Sequence[str], *, program: str, text: str | None) -> AnyOptions:
+    """Return the options of `[SHAPE] [--flags]`. Raise one InputError with every fault. `text` opens the help."""
     name, flags = ("gpt2-small", list(args)) if not args or args[0].startswith("-") else (args[0], list(args[1:]))
     if name not in NAMED_SHAPES:
         raise InputError(f"no shape {name!r}; there are {', '.join(NAMED_SHAPES)}")
     refuse_former_flags(flags)
     shape = NAMED_SHAPES[name]
     options = tyro.cli(
-        Options,
-        prog=f"model/cost.py {name}",
-        description=f"{__doc__} The first argument may be a shape: {', '.join(NAMED_SHAPES)}.",
+        kind,
+        prog=f"{program} {name}",
+        description=f"{text} The first argument may be a shape: {', '.join(NAMED_SHAPES)}.",
         args=flags,
-        default=Options(model=shape, vocab_size=shape.vocab_size, seq_len=shape.context_len),
+        default=kind(model=shape, vocab_size=shape.vocab_size, seq_len=shape.context_len),
     )
-    faults = options.model.faults()
-    if options.model.kind != "gpt":
-        faults.append(f"--model.kind {options.model.kind}: this command counts gpt only; use train/main.py --dry-run")
-    faults += [
-        f"--{flag.replace('_', '-')} {value} must be more than 0"
-        for flag in ("vocab_size", "batch", "seq_len", "num_cards", "mfu", "tokens", "peak_tflops")
-        if (value := getattr(options, flag)) is not None and not value > 0
-    ]
-    if options.mfu > 1:
-        faults.append(f"--mfu {options.mfu} must be at most 1; it is a fraction of the peak, like 0.4")
-    memory_bytes, _ = memory_and_peak(options)
-    if not 0 < memory_bytes < math.inf:
-        faults.append(f"--card {options.card}: its memory in GB must be a finite number above 0")
-    if faults:
+    if faults := options.faults():
         raise InputError("; ".join(faults))
     return replace(options, model=replace(options.model, vocab_size=options.vocab_size, context_len=options.seq_len))
 
 
-def memory_and_peak(options: Options) -> tuple[float, float | None]:
+def parse(args: Sequence[str]) -> Options:
+    """Return this command's options."""
+    return parse_as(Options, args, program="model/cost.py", text=__doc__)
+
+
+def memory_and_peak(options: ModelOnCard) -> tuple[float, float | None]:
     """Return the card's bytes of memory and its dense FLOP/s at --dtype, None if unknown."""
     peak = None if options.peak_tflops is None else options.peak_tflops * 1e12
     if options.card in CARDS:

@@ -1,4 +1,4 @@
-"""Peak dense FLOP/s of GPUs by device name and number format, each from its maker's datasheet.
+"""Peak dense FLOP/s of GPUs by device name and number format, and memory bandwidths, from their makers' datasheets.
 
 The figures are for matrix products with fp32 accumulation and without sparsity, since that is how training computes.
 Three traps:
@@ -109,6 +109,21 @@ PEAKS |= {
     "NVIDIA A100-PCIE-40GB": PEAKS["NVIDIA A100-SXM4-40GB"],
     "NVIDIA A100 80GB PCIe": PEAKS["NVIDIA A100-SXM4-40GB"],
     "NVIDIA GH200 144G HBM3e": PEAKS["NVIDIA GH200 480GB"],
+}
+
+
+# Bytes per second between a GPU and its memory, and the datasheet; for the cards that model/cost.py names.
+BANDWIDTHS = {
+    "NVIDIA GeForce RTX 4090": (1.008e12, "NVIDIA Ada GPU Architecture V2, 2022"),
+    "NVIDIA GeForce RTX 5090": (1.792e12, RTX_50_PAPER),
+    "NVIDIA L4": (0.300e12, "NVIDIA L4 Tensor Core GPU datasheet, 2023"),
+    "NVIDIA L40S": (0.864e12, "NVIDIA L40S datasheet, 2023"),
+    "NVIDIA A100-SXM4-40GB": (1.555e12, "NVIDIA A100 Tensor Core GPU datasheet, 2021"),
+    "NVIDIA A100-SXM4-80GB": (2.039e12, "NVIDIA A100 Tensor Core GPU datasheet, 2021"),
+    "NVIDIA H100 80GB HBM3": (3.35e12, "NVIDIA H100 Tensor Core GPU datasheet, 2024"),
+    "NVIDIA H200": (4.8e12, "NVIDIA H200 Tensor Core GPU datasheet, 2024"),
+    "NVIDIA B200": (7.7e12, "NVIDIA Blackwell datasheet, HGX B200, 2025"),
+    "AMD Instinct MI300X": (5.3e12, "AMD Instinct MI300X data sheet, 2023"),
 }
 
 

@@ -143,7 +143,8 @@ def test_bad_input_is_one_line() -> None:
     for flags, message in (
         ("gpt3", "no shape 'gpt3'; there are gpt2-small, "),
         ("--card a1000", "--card a1000: give its memory in GB, or one of rtx-4090, "),
-        ("--batch 0 --mfu -1", "--batch 0 must be more than 0; --mfu -1.0 must be more than 0"),
+        ("--batch 0 --mfu -1", "--batch 0 must be a finite number above 0; --mfu -1.0 must be a finite"),
+        ("--peak-tflops inf", "--peak-tflops inf must be a finite number above 0"),
         ("--mfu 40", "--mfu 40.0 must be at most 1"),
         ("--model.num-heads 7", "--model.width 768 is not divisible by --model.num-heads 7"),
     ):

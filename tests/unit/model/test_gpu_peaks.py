@@ -2,7 +2,7 @@
 
 import pytest
 
-from model.costs.gpu_peaks import PEAKS, DType, peak_flops
+from model.costs.gpu_peaks import BANDWIDTHS, PEAKS, DType, peak_flops
 
 DTYPES: tuple[DType, ...] = ("bf16", "fp16", "tf32", "fp32")
 
@@ -41,6 +41,29 @@ UNITS = {
     "AMD Instinct MI350X": (256, 2200, 4096),
     "AMD Instinct MI355X": (256, 2400, 4096),
 }
+
+
+# Width of the memory's interface in bits, and 10^9 bits per second on each of its lines.
+MEMORIES = {
+    "NVIDIA GeForce RTX 4090": (384, 21),
+    "NVIDIA GeForce RTX 5090": (512, 28),
+    "NVIDIA L4": (192, 12.5),
+    "NVIDIA L40S": (384, 18),
+    "NVIDIA A100-SXM4-40GB": (5 * 1024, 2.43),
+    "NVIDIA A100-SXM4-80GB": (5 * 1024, 3.186),
+    "NVIDIA H100 80GB HBM3": (5 * 1024, 5.234),
+    "NVIDIA H200": (6 * 1024, 6.25),
+    "NVIDIA B200": (8 * 1024, 7.5),
+    "AMD Instinct MI300X": (8 * 1024, 5.2),
+}
+
+
+def test_a_bandwidth_is_lines_times_their_rate() -> None:
+    assert set(MEMORIES) == set(BANDWIDTHS) <= set(PEAKS)
+    for name, (lines, gigabits) in MEMORIES.items():
+        bandwidth, source = BANDWIDTHS[name]
+        assert bandwidth == pytest.approx(lines * gigabits * 1e9 / 8, rel=0.006), name
+        assert ", 20" in source and source.split()[0] == name.split()[0]
 
 
 def test_a_peak_is_units_times_clock_times_operations() -> None:
