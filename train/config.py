@@ -49,6 +49,16 @@ class TrainConfig:
     """Compile the model block by block with torch.compile."""
     loss: Literal["plain", "chunked"] = "plain"
     """chunked: the same loss without ever holding the logits of a whole micro-batch."""
+    loss_chunk_tokens: int = 8192
+    """chunked: tokens whose logits are computed at once; 8,192 take 1.6 GB in fp32 with GPT-2's vocabulary."""
+    attention_backend: Literal["auto", "flash", "cudnn", "efficient", "fa3"] = "auto"
+    """--model.attention sdpa: the library whose kernel is used. auto: the fastest for this GPU and these shapes,
+    measured before step 0 and kept in config.json; on a CPU, torch's choice. flash: FlashAttention 2. fa3:
+    FlashAttention 3, which needs its package, flash_attn_interface. efficient: CUTLASS."""
+    fp8: Literal["head", "blocks", "all"] | None = None
+    """Compute the matrix products of the head, of the blocks or of both in FP8, with a scale for each row; gradients of
+    weights stay in bf16, and evaluations compute without FP8. Faster and less exact; needs --train.dtype bf16 and a GPU
+    with FP8 units."""
     activation_checkpointing: bool = False
     """Keep only each block's input and compute the block again in the backward pass: less memory for one more forward
     pass."""

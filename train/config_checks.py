@@ -5,7 +5,16 @@ import math
 from common.errors import InputError
 from common.names import require_printable
 from common.seeds import seed_fault
-from train.config import Config, OptimConfig, SampleConfig, SaveConfig, TrackConfig, parse_duration, parse_steps
+from train.config import (
+    Config,
+    OptimConfig,
+    SampleConfig,
+    SaveConfig,
+    TrackConfig,
+    TrainConfig,
+    parse_duration,
+    parse_steps,
+)
 
 
 def faults_of(config: Config) -> list[str]:
@@ -15,6 +24,7 @@ def faults_of(config: Config) -> list[str]:
         "--train.seq-len": train.seq_len,
         "--train.steps": train.steps,
         "--train.batch-tokens": train.batch_tokens,
+        "--train.loss-chunk-tokens": train.loss_chunk_tokens,
         "--train.micro-batch": None if train.micro_batch == "auto" else train.micro_batch,
         "--save.every": config.save.every,
         "--save.keep": config.save.keep,
@@ -32,7 +42,7 @@ def faults_of(config: Config) -> list[str]:
     faults = [
         f"{flag} {value} must be at least 1" for flag, value in at_least_one.items() if value is not None and value < 1
     ]
-    faults += config.model.faults()
+    faults += config.model.faults() + faults_of_fp8(config)
     try:
         require_printable("--run-dir", str(config.directory))
     except InputError as error:
@@ -97,6 +107,29 @@ def faults_of(config: Config) -> list[str]:
     return faults
 
 
+def faults_of_fp8(config: Config) -> list[str]:
+    """Return what keeps --train.fp8 from computing this model: torch's kernels take rows of a multiple of 16."""
+    train, model = config.train, config.model
+    if train.fp8 is None:
+        return []
+    faults = []
+    if train.dtype != "bf16":
+        faults.append(f"--train.fp8 {train.fp8} needs --train.dtype bf16 (it is {train.dtype})")
+    if model.kind != "gpt":
+        faults.append(f"--train.fp8 {train.fp8}: only for --model.kind gpt, not for {model.kind}")
+    needed = {"--model.width": model.width}
+    if train.fp8 != "head":
+        needed["the MLP's width, --model.mlp-width,"] = model.resolved_mlp_width
+    if train.fp8 != "blocks":
+        needed["--model.vocab-multiple"] = model.vocab_multiple
+    faults += [
+        f"{name} {size} must be a multiple of 16 for --train.fp8 {train.fp8}"
+        for name, size in needed.items()
+        if size % 16
+    ]
+    return faults
+
+
 def settings_without_effect(config: Config, device_type: str, world: int, mode: str) -> list[str]:
     """Return one line for each setting that does nothing here, for a warning.
 
@@ -110,6 +143,14 @@ def settings_without_effect(config: Config, device_type: str, world: int, mode: 
         )
     if model.value_residual and model.num_layers == 1:
         warnings.append("--model.value-residual has no effect with --model.num-layers 1: there are no later blocks")
+    backend = config.train.attention_backend
+    if backend != "auto" and (model.attention != "sdpa" or model.kind != "gpt"):
+        which = f"--model.attention {model.attention}" if model.kind == "gpt" else f"--model.kind {model.kind}"
+        warnings.append(f"--train.attention-backend {backend} has no effect with {which}")
+    if config.train.loss == "plain" and config.train.loss_chunk_tokens != TrainConfig.loss_chunk_tokens:
+        warnings.append(
+            f"--train.loss-chunk-tokens {config.train.loss_chunk_tokens} has no effect with --train.loss plain"
+        )
     if model.attention == "flex" and model.eot_id is None:
         warnings.append("--model.attention flex finds no documents: the data's tokenizer has no end-of-text token")
     if model.attention == "flex" and not config.train.compile:

@@ -54,6 +54,8 @@ from train.run.resume import settle_origin
 from train.setup import open_evaluation_data, open_sequences, set_up
 from train.state import Run
 
+FEW_TOKENS = 1024  # in a chunk of the loss: its logits are then small beside everything else
+
 
 def main(args: Sequence[str] | None = None) -> None:
     with one_line_errors("train"):
@@ -190,6 +192,8 @@ def memory_advice(run: Run, *, is_auto: bool) -> str:
         f"--train.micro-batch {smaller}": smaller is not None,
         "--train.micro-batch auto": smaller is not None and not is_auto,
         "--train.loss chunked": train.loss == "plain",
+        f"--train.loss-chunk-tokens {FEW_TOKENS}": train.loss == "chunked"
+        and min(train.loss_chunk_tokens, batch_plan.micro_batch * train.seq_len) > FEW_TOKENS,
         "--train.activation-checkpointing": not train.activation_checkpointing,
         "--parallel.mode fsdp": parallel_plan.mode == "ddp",
         "--parallel.reshard-after-forward": parallel_plan.is_sharded and not parallel_plan.reshard_after_forward,
