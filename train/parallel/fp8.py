@@ -30,10 +30,10 @@ class Scaled(NamedTuple):
 
 
 def scaled(x_MK: Tensor, dtype: torch.dtype = E4M3) -> Scaled:
-    """Return x in 8-bit floats. An element that is not finite gives its row one that is NaN."""
+    """Return x in 8-bit floats, row by row in memory. An element that is not finite gives its row one that is NaN."""
     largest_M1 = x_MK.float().abs().amax(dim=1, keepdim=True)
     scale_M1 = torch.where(largest_M1 > SMALLEST, largest_M1 / torch.finfo(dtype).max, 1.0)
-    return Scaled((x_MK.float() / scale_M1).to(dtype), scale_M1)
+    return Scaled((x_MK.float() / scale_M1).to(dtype).contiguous(), scale_M1)
 
 
 def product(a: Scaled, b: Scaled, dtype: torch.dtype, *, is_forward: bool) -> Tensor:
