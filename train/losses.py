@@ -89,7 +89,7 @@ def chunk_loss(
     if head.columns is None:
         x_gradient_nD = gradient_nV @ head.weight_VD
     else:
-        x_gradient_nD = fp8.product(fp8.scaled(gradient_nV, fp8.E5M2), head.columns, x_nD.dtype, is_forward=False)
+        x_gradient_nD = fp8.product(fp8.scaled(gradient_nV), head.columns, x_nD.dtype, is_forward=False)
     return losses_n.sum(), gradient_nV, x_gradient_nD
 
 

@@ -292,6 +292,10 @@ def test_an_out_of_memory_error_ends_with_what_to_set(
     with pytest.raises(torch.OutOfMemoryError) as caught:
         run(least, ALONE)
     assert "set a smaller --train.seq-len or a smaller model" in caught.value.__notes__[0]
+    large = {"batch_tokens": 1536, "micro_batch": 48, "activation_checkpointing": True}
+    with pytest.raises(torch.OutOfMemoryError) as caught_too:
+        run(tiny_config(tiny_data, tmp_path / "large", loss="chunked", **large), ALONE)
+    assert " or --train.loss-chunk-tokens 1024;" in caught_too.value.__notes__[0]
     assert "the same command then goes on from the beginning" in caught.value.__notes__[0]
 
 

@@ -36,15 +36,14 @@ def relative(value: Tensor, expected: Tensor) -> float:
     return ((value.float() - expected.float()).norm() / expected.float().norm()).item()
 
 
-@pytest.mark.parametrize(("dtype", "largest_error"), [(fp8.E4M3, 2**-4), (fp8.E5M2, 2**-3)])
-def test_every_row_keeps_the_formats_relative_precision(dtype: torch.dtype, largest_error: float) -> None:
-    """Half of the last bit of three (e4m3) or two (e5m2), for what is not far smaller than the row's largest."""
+def test_every_row_keeps_the_formats_relative_precision() -> None:
+    """Half of the last of three bits, for what is not far smaller than the row's largest."""
     x_MK = some(64, 256)
-    values, scale = fp8.scaled(x_MK, dtype)
+    values, scale = fp8.scaled(x_MK)
     back_MK = values.float() * scale
     is_normal = x_MK.float().abs() > scale * 2**-6
     assert is_normal.float().mean() > 0.98
-    assert ((back_MK - x_MK) / x_MK)[is_normal].abs().max() <= largest_error * 1.001
+    assert ((back_MK - x_MK) / x_MK)[is_normal].abs().max() <= 2**-4 * 1.001
     torch.testing.assert_close(back_MK.abs().amax(dim=1), x_MK.float().abs().amax(dim=1), rtol=1e-6, atol=0)
 
 
@@ -60,7 +59,7 @@ def test_rows_of_zeros_stay_zeros_and_what_is_not_finite_shows() -> None:
 
 @pytest.mark.parametrize("is_forward", [True, False])
 def test_a_product_is_that_of_its_operands(is_forward: bool) -> None:
-    a, b = fp8.scaled(some(48, 64), fp8.E4M3 if is_forward else fp8.E5M2), fp8.scaled(some(32, 64, seed=2))
+    a, b = fp8.scaled(some(48, 64)), fp8.scaled(some(32, 64, seed=2))
     exact = (a.values.double() * a.scale) @ (b.values.double() * b.scale).t()
     result = fp8.product(a, b, torch.bfloat16, is_forward=is_forward)
     assert result.dtype == torch.bfloat16 and result.shape == (48, 32)
@@ -74,7 +73,7 @@ def test_a_linear_and_its_gradients_are_the_exact_ones_to_three_bits() -> None:
     assert y.shape == exact.shape and relative(y, exact) <= 0.05
     x_gradient, weight_gradient = torch.autograd.grad(y, (x_BTD, weight), gradient)
     exact_x, exact_weight = torch.autograd.grad(exact, (x_BTD, weight), gradient.float())
-    assert relative(x_gradient, exact_x) <= 0.1
+    assert relative(x_gradient, exact_x) <= 0.05
     assert relative(weight_gradient, exact_weight) <= 2**-7  # in bf16
 
 
