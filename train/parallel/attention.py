@@ -7,6 +7,7 @@ choice is made for the whole process before anything is compiled, since the comp
 import contextlib
 import dataclasses
 import os
+import re
 import time
 import warnings
 from collections.abc import Iterator
@@ -146,11 +147,12 @@ class Trial:
                 self.seconds(backend)
             except (RuntimeError, ImportError) as error:
                 texts = [str(warning.message) for warning in warned] + [str(error)]
-                reason = next(text for text in texts if "because:" not in text and "runtime disabled" not in text)
+                told = [text for text in texts if "because:" not in text and "runtime disabled" not in text]
+                reason = re.split(r"\n|\. | \(Triggered", (told or texts)[0])[0]
                 raise InputError(
                     f"--train.attention-backend {backend} cannot compute this run's attention "
                     f"({', '.join(f'{name} {value}' for name, value in self.conditions.items())}): "
-                    f"{reason.partition('. ')[0].partition(' (Triggered')[0]}; take auto"
+                    f"{reason}; take auto"
                 ) from error
         if backend == "fa3":
             attention.activate_flash_attention_impl("FA3")

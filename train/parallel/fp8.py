@@ -91,12 +91,13 @@ def use_in_blocks(model: LanguageModel) -> None:
 
 
 def check_device(config: TrainConfig, device: torch.device) -> None:
-    """Raise InputError for --train.fp8 on a device without FP8 units."""
+    """Raise InputError for --train.fp8 on a device without FP8 units, or with those of another format (AMD's)."""
     if config.fp8 is None:
         return
-    name = "a CPU" if device.type != "cuda" else torch.cuda.get_device_name(device)
-    if device.type != "cuda" or torch.cuda.get_device_capability(device) < CAPABILITY:
+    is_nvidia = device.type == "cuda" and torch.version.hip is None
+    if not is_nvidia or torch.cuda.get_device_capability(device) < CAPABILITY:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "a CPU"
         raise InputError(
-            f"--train.fp8 {config.fp8}: {name} has no FP8 units; leave the flag out, or use a GPU "
-            f"of compute capability {CAPABILITY[0]}.{CAPABILITY[1]} or later (Ada, Hopper, Blackwell)"
+            f"--train.fp8 {config.fp8} needs an NVIDIA GPU of compute capability {CAPABILITY[0]}.{CAPABILITY[1]} or "
+            f"later (Ada, Hopper, Blackwell), and this is {name}; leave the flag out"
         )

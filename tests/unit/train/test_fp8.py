@@ -156,7 +156,9 @@ def with_fp8(part: object, **model: object) -> Config:
 @pytest.mark.parametrize("part", PARTS)
 def test_a_cpu_is_refused_in_one_line(part: str) -> None:
     assert faults_of(with_fp8(part)) == []
-    with pytest.raises(InputError, match=f"--train.fp8 {part}: a CPU has no FP8 units; leave the flag out"):
+    with pytest.raises(
+        InputError, match=f"--train.fp8 {part} needs an NVIDIA GPU .* and this is a CPU; leave the flag out"
+    ):
         check_device(with_fp8(part), torch.device("cpu"))
     check_device(with_fp8(None), torch.device("cpu"))
 
