@@ -18,11 +18,11 @@ quickstart: .venv/.base
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 test: .venv/.dev
-	$(PYTEST) -m "not long and not slow and not cluster"
+	$(PYTEST) -m "not long and not slow and not cluster and not gpu"
 
 # What is exhaustive: more kills, more faults in a row, every pair of layouts. With `make test` all that CI checks.
 test-long: .venv/.dev
-	$(PYTEST) -m "long and not slow and not cluster"
+	$(PYTEST) -m "long and not slow and not cluster and not gpu"
 
 # A Slurm of several nodes on this machine, as root, from Debian's packages: where that cannot be, it says why and skips.
 test-cluster: .venv/.dev

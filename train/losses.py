@@ -1,12 +1,16 @@
 """Cross-entropy as a sum over tokens, plain and chunked: any split of a batch adds up to the same number.
 
-The chunked loss computes the logits of CHUNK_TOKENS positions at a time and, in training, their gradient at once. So
+The chunked loss computes the logits of some thousand positions at a time and, in training, their gradient at once. So
 the logits of a micro-batch (B x T x V, the largest tensor of a small GPT-2) never exist. It multiplies the same
 matrices the same number of times as the plain loss; only the order of the additions differs.
+
+torch 2.13's F.linear_cross_entropy does not serve here: it returns the sum in the dtype of its input (in bf16 three
+digits), adds up the weight's gradient in that dtype too, and has no soft cap.
 """
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +18,21 @@ from torch import Tensor, nn
 
 from model.base import LanguageModel, softcapped
 from model.config import ModelConfig
+from train.parallel import fp8
+from train.parallel.fp8 import Scaled
 
 IGNORED = -100  # a target that is not scored
-CHUNK_TOKENS = 1024  # 206 MB of fp32 logits with GPT-2's vocabulary
 
-ChunkFunction = Callable[..., tuple[Tensor, Tensor]]
+
+class Head(NamedTuple):
+    """The head's weights in the compute dtype, and for --train.fp8 in 8-bit floats by rows and by columns."""
+
+    weight_VD: Tensor
+    rows: Scaled | None = None
+    columns: Scaled | None = None
+
+
+ChunkFunction = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
 def token_losses(logits_NV: Tensor, targets_N: Tensor, vocab_size: int, cap: float | None = None) -> Tensor:
@@ -32,23 +46,34 @@ def token_losses(logits_NV: Tensor, targets_N: Tensor, vocab_size: int, cap: flo
 
 
 def plain_loss(
-    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, scale: Tensor, vocab_size: int, cap: float | None = None
+    x_ND: Tensor,
+    weight_VD: Tensor,
+    targets_N: Tensor,
+    scale: Tensor,
+    vocab_size: int,
+    cap: float | None = None,
+    *,
+    linear: Callable[[Tensor, Tensor], Tensor] = F.linear,
 ) -> Tensor:
     """Return fp32 [2]: (sum of the token losses) x scale, and the sum itself without a gradient."""
-    logits_NV = softcapped(F.linear(x_ND, weight_VD.to(x_ND.dtype))[:, :vocab_size].float(), cap)
+    logits_NV = softcapped(linear(x_ND, weight_VD.to(x_ND.dtype))[:, :vocab_size].float(), cap)
     loss = F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORED, reduction="sum")
     return torch.stack([loss * scale, loss.detach()])
 
 
 def chunk_loss(
-    x_nD: Tensor, weight_VD: Tensor, targets_n: Tensor, scale: Tensor, vocab_size: int, cap: float | None = None
-) -> tuple[Tensor, Tensor]:
-    """Return a chunk's sum of token losses, fp32, and the gradient of (sum x scale) by its logits, [n, V] in x's dtype.
+    x_nD: Tensor, head: Head, targets_n: Tensor, scale: Tensor, vocab_size: int, cap: float | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a chunk's sum of token losses, fp32, and the gradients of (sum x scale) by its logits and by x.
 
-    d loss / d logit = softmax - one-hot (Bridle 1990, equation 8), 0 for ignored targets and in padding columns; and
-    d tanh(y) / dy = 1 - tanh(y)^2.
+    The gradients are [n, V] and [n, D] in x's dtype. d loss / d logit = softmax - one-hot (Bridle 1990, equation 8), 0
+    for ignored targets and in padding columns; and d tanh(y) / dy = 1 - tanh(y)^2.
     """
-    logits_nV = softcapped(F.linear(x_nD, weight_VD).float(), cap)
+    if head.rows is None:
+        logits_nV = F.linear(x_nD, head.weight_VD)
+    else:
+        logits_nV = fp8.product(fp8.scaled(x_nD), head.rows, x_nD.dtype, is_forward=True)
+    logits_nV = softcapped(logits_nV.float(), cap)
     slope_nV = None if cap is None else 1 - (logits_nV / cap).square()
     logits_nV[:, vocab_size:] = -torch.inf
     is_scored_n = targets_n != IGNORED
@@ -60,7 +85,27 @@ def chunk_loss(
     gradient_nV = gradient_nV * (scale * is_scored_n)[:, None]
     if slope_nV is not None:
         gradient_nV = gradient_nV * slope_nV
-    return losses_n.sum(), gradient_nV.to(x_nD.dtype)
+    gradient_nV = gradient_nV.to(x_nD.dtype)
+    if head.columns is None:
+        x_gradient_nD = gradient_nV @ head.weight_VD
+    else:
+        x_gradient_nD = fp8.product(fp8.scaled(gradient_nV), head.columns, x_nD.dtype, is_forward=False)
+    return losses_n.sum(), gradient_nV, x_gradient_nD
+
+
+def make_head(weight_VD: Tensor, *, is_fp8: bool) -> Head:
+    """Return the head's weights as `chunk_loss` reads them."""
+    return Head(weight_VD, fp8.scaled(weight_VD), fp8.scaled(weight_VD.t().contiguous())) if is_fp8 else Head(weight_VD)
+
+
+def add_product(total_VD: Tensor, gradient_nV: Tensor, x_nD: Tensor) -> None:
+    """Add gradient^T @ x, a product of any dtype with fp32 sums, to an fp32 total, in place."""
+    if gradient_nV.dtype == total_VD.dtype:
+        total_VD.addmm_(gradient_nV.T, x_nD)
+    elif total_VD.is_cuda:  # the product adds its fp32 sums itself, and no [V, D] in x's dtype is written and read
+        torch.addmm(total_VD, gradient_nV.T, x_nD, out_dtype=total_VD.dtype, out=total_VD)
+    else:
+        total_VD += gradient_nV.T @ x_nD
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -75,21 +120,21 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         scale: Tensor,
         vocab_size: int,
         cap: float | None,
+        chunk_tokens: int,
+        prepare_head: Callable[[Tensor], Head],
         score_chunk: ChunkFunction,
     ) -> Tensor:
-        weight = weight_VD.to(x_ND.dtype)
+        head = prepare_head(weight_VD.to(x_ND.dtype))
         x_gradient = torch.empty_like(x_ND)
         weight_gradient = torch.zeros_like(weight_VD)
         loss = torch.zeros((), dtype=torch.float32, device=x_ND.device)
-        for start in range(0, len(x_ND), CHUNK_TOKENS):
-            x_nD, targets_n = x_ND[start : start + CHUNK_TOKENS], targets_N[start : start + CHUNK_TOKENS]
-            chunk_sum, gradient_nV = score_chunk(x_nD, weight, targets_n, scale, vocab_size, cap)
+        for start in range(0, len(x_ND), chunk_tokens):
+            chunk = slice(start, start + chunk_tokens)
+            chunk_sum, gradient_nV, x_gradient[chunk] = score_chunk(
+                x_ND[chunk], head, targets_N[chunk], scale, vocab_size, cap
+            )
             loss += chunk_sum
-            torch.mm(gradient_nV, weight, out=x_gradient[start : start + CHUNK_TOKENS])
-            if gradient_nV.dtype == weight_gradient.dtype:
-                weight_gradient.addmm_(gradient_nV.T, x_nD)
-            else:
-                weight_gradient += gradient_nV.T @ x_nD
+            add_product(weight_gradient, gradient_nV, x_ND[chunk])
             del gradient_nV  # else it is still there while the next chunk's logits are
         ctx.save_for_backward(x_gradient, weight_gradient)
         return torch.stack([loss * scale, loss])
@@ -99,7 +144,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         """Scale the gradients of element 0; element 1, the sum itself, is only read and carries none."""
         x_gradient, weight_gradient = ctx.saved_tensors
         outer = gradients[0][0]
-        return x_gradient * outer, weight_gradient * outer, None, None, None, None, None
+        return x_gradient * outer, weight_gradient * outer, *[None] * 7
 
 
 class LossModel(nn.Module):
@@ -108,26 +153,30 @@ class LossModel(nn.Module):
     inputs_BT, targets_BT, scale [] -> fp32 [2]: (sum of the token losses) x scale, to call backward on, and the sum.
     """
 
-    def __init__(self, model: LanguageModel, *, chunked: bool, compiled: bool = False) -> None:
+    def __init__(
+        self, model: LanguageModel, *, chunk_tokens: int | None, is_fp8: bool = False, compiled: bool = False
+    ) -> None:
+        """`chunk_tokens` None: the plain loss. `is_fp8`: the head's products in training are in FP8."""
         super().__init__()
         self.model = model
-        self._is_chunked = chunked
-        self._plain: Callable[..., Tensor] = plain_loss
+        self._chunk_tokens = chunk_tokens
+        self._plain: Callable[..., Tensor] = partial(plain_loss, linear=fp8.linear) if is_fp8 else plain_loss
+        self._head: Callable[..., Head] = partial(make_head, is_fp8=is_fp8)
         self._chunk: ChunkFunction = chunk_loss
         self._tokens: Callable[..., Tensor] = token_losses
         if compiled:
-            self._plain = torch.compile(plain_loss, dynamic=False)
+            self._plain = torch.compile(self._plain, dynamic=False)
+            self._head = torch.compile(self._head, dynamic=False) if is_fp8 else self._head
             self._chunk = torch.compile(chunk_loss, dynamic=False)
             self._tokens = torch.compile(token_losses, dynamic=False)
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor, scale: Tensor) -> Tensor:
         x_ND, targets_N = self.model.hidden_states(inputs_BT).flatten(0, 1), targets_BT.flatten()
-        weight_VD = self.model.lm_head.weight
-        vocab_size, cap = self.config.vocab_size, self.config.logit_softcap
-        if self._is_chunked:
-            losses: Tensor = ChunkedCrossEntropy.apply(x_ND, weight_VD, targets_N, scale, vocab_size, cap, self._chunk)
-            return losses
-        return self._plain(x_ND, weight_VD, targets_N, scale, vocab_size, cap)
+        arguments = x_ND, self.model.lm_head.weight, targets_N, scale, self.config.vocab_size, self.config.logit_softcap
+        if self._chunk_tokens is None:
+            return self._plain(*arguments)
+        losses: Tensor = ChunkedCrossEntropy.apply(*arguments, self._chunk_tokens, self._head, self._chunk)
+        return losses
 
     @property
     def config(self) -> ModelConfig:
@@ -141,7 +190,7 @@ class LossModel(nn.Module):
     def token_losses(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         """Return the loss of each token in nats, fp32 [B, T], 0 where ignored, which evaluations read."""
         x_ND, targets_N = self.model.hidden_states(inputs_BT).flatten(0, 1), targets_BT.flatten()
-        size = CHUNK_TOKENS if self._is_chunked else len(x_ND)
+        size = self._chunk_tokens or len(x_ND)
         losses = [
             self._tokens(self.model.lm_head(x_nD), targets_n, self.config.vocab_size, self.config.logit_softcap)
             for x_nD, targets_n in zip(x_ND.split(size), targets_N.split(size), strict=True)

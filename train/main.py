@@ -31,7 +31,8 @@ from common.errors import one_line_errors, reading_from
 from data_prep.manifest import FILE_NAME, Manifest, read_manifest
 from data_prep.tokenizer import load_tokenizer
 from model.checkpoint import list_checkpoints
-from train.config import Config, parse
+from train.command_line import parse
+from train.config import Config
 from train.config_checks import settings_without_effect
 from train.data import BatchPlan, divisors, resolve_with_data
 from train.guards.data_check import check_data
@@ -52,6 +53,8 @@ from train.run.identity import refuse_disagreement
 from train.run.resume import settle_origin
 from train.setup import open_evaluation_data, open_sequences, set_up
 from train.state import Run
+
+FEW_TOKENS = 1024  # in a chunk of the loss: its logits are then small beside everything else
 
 
 def main(args: Sequence[str] | None = None) -> None:
@@ -189,6 +192,8 @@ def memory_advice(run: Run, *, is_auto: bool) -> str:
         f"--train.micro-batch {smaller}": smaller is not None,
         "--train.micro-batch auto": smaller is not None and not is_auto,
         "--train.loss chunked": train.loss == "plain",
+        f"--train.loss-chunk-tokens {FEW_TOKENS}": train.loss == "chunked"
+        and min(train.loss_chunk_tokens, batch_plan.micro_batch * train.seq_len) > FEW_TOKENS,
         "--train.activation-checkpointing": not train.activation_checkpointing,
         "--parallel.mode fsdp": parallel_plan.mode == "ddp",
         "--parallel.reshard-after-forward": parallel_plan.is_sharded and not parallel_plan.reshard_after_forward,

@@ -27,6 +27,7 @@ from train.metrics.profiler import open_trace
 from train.metrics.wandb_process import Tracking, open_tracking
 from train.optim import build_optimizer
 from train.parallel import apply
+from train.parallel.attention import settle_attention_backend
 from train.parallel.auto_micro_batch import settle_micro_batch
 from train.parallel.plan import ParallelPlan
 from train.parallel.precision import LossScale
@@ -53,12 +54,15 @@ def set_up(
 ) -> Run:
     """Return a run with new weights from the seed, or as its newest sound checkpoint left it. Collective."""
     tokenizer = group.on_all(lambda: open_tokenizer(config.data.dir, manifest))
+    config, measured, attention_remark = settle_attention_backend(config, batch_plan, directory.measured, group)
     loss_model = apply.build_loss_model(config, parallel_plan, group)
     optimizer = build_optimizer(loss_model.model, config.optim)
     if config.train.micro_batch == "auto":
-        config, batch_plan, measured = settle_micro_batch(
+        config, batch_plan, settled = settle_micro_batch(
             config, batch_plan, directory.measured, loss_model=loss_model, parallel_plan=parallel_plan, group=group
         )
+        measured |= settled
+    if measured:
         directory.record(measured)
     sequences = group.on_all(lambda: open_sequences(config))
     evaluation_data = group.on_all(lambda: open_evaluation_data(config, batch_plan, tokenizer))
@@ -85,6 +89,8 @@ def set_up(
     remarks = [*directory.remarks, *(f"passed over {fault}" for fault in faults), *logger.remarks]
     for line in remarks + warnings_of(config, parallel_plan, evaluation_data, group):
         logger.log(f"warning: {line}")
+    if attention_remark is not None:
+        logger.log(attention_remark)
     if origin is not None:
         logger.log(f"weights from {origin}")
     wandb_id = group.on_main(lambda: saved_wandb_id or secrets.token_hex(4))

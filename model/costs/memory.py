@@ -224,7 +224,8 @@ def _loss_forward(config: ModelConfig, shape: StepShape) -> Bytes:
         return components | {"loss": largest, "head's weights": _head_copy(config, shape)}
     # Either a chunk's logits and two tensors of their size, or the logits' gradient and the weight gradient.
     n = min(shape.chunk_tokens, N)
-    product = _head_copy(config, shape) * (3 if shape.on_cpu else 1)  # a CPU copies to fp32 before it adds
+    # A GPU's product adds to the weight gradient itself; a CPU makes one of its own and copies it to fp32.
+    product = _head_copy(config, shape) * 3 if shape.on_cpu else 0
     return components | {
         "loss": max((3 if config.logit_softcap is None else 4) * n * V * FP32_BYTES, n * V * c + product),
         "loss's gradients": N * D * c + V * D * FP32_BYTES,

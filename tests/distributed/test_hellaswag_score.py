@@ -59,7 +59,7 @@ def check_against_plain(
     data = HellaSwag(questions, context_len=context_len, batch_tokens=batch_tokens, fixed_shapes=fixed_shapes)
     heartbeats: list[str] = []
     scoring = Scoring(ALONE, StopRequests(None, is_main=True), heartbeats.append)
-    losses_Q4 = ending_losses(LossModel(model, chunked=False), data, scoring)
+    losses_Q4 = ending_losses(LossModel(model, chunk_tokens=None), data, scoring)
     assert losses_Q4 is not None and len(heartbeats) == data.num_batches
     plain = torch.tensor(plain_scores(model, tokenizer, items), dtype=torch.float64)
     sums_Q4, num_scored_Q4 = plain.unbind(dim=2)

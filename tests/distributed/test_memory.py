@@ -152,6 +152,7 @@ def check_peak_of_one_process(options: dict[str, Any], accumulation: int, tolera
 
 
 BF16 = {"dtype": "bf16"}
+CHUNKED = {"loss": "chunked", "loss_chunk_tokens": 1024}
 ONE_PROCESS: list[dict[str, Any]] = [
     WIDE,
     LONG,
@@ -160,11 +161,12 @@ ONE_PROCESS: list[dict[str, Any]] = [
     LONG | BF16,
     DEEP | {"activation_checkpointing": True},
     DEEP | {"activation_checkpointing": True} | BF16,
-    LONG | {"loss": "chunked"},
-    LONG | {"loss": "chunked"} | BF16,
-    LONG | {"sequences": 1, "loss": "chunked"} | BF16,
-    LONG | {"sequences": 40, "loss": "chunked"},  # three chunks
-    LONG | {"sequences": 40, "loss": "chunked"} | BF16,
+    LONG | CHUNKED,
+    LONG | CHUNKED | BF16,
+    LONG | {"sequences": 1} | CHUNKED | BF16,
+    LONG | {"sequences": 40} | CHUNKED,  # three chunks
+    LONG | {"sequences": 40} | CHUNKED | BF16,
+    LONG | {"sequences": 40, "loss": "chunked"},  # one chunk
 ]
 
 

@@ -52,9 +52,8 @@ def test_compiled_equals_eager_to_the_printed_digits(train: Callable[..., Path],
     assert validations(plain) == pytest.approx(np.array(validations(compiled)), abs=1e-5)
 
 
-def test_chunked_is_the_same_run(train: Callable[..., Path], plain: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_losses, "CHUNK_TOKENS", 50)
-    chunked = train(loss="chunked")
+def test_chunked_is_the_same_run(train: Callable[..., Path], plain: Path) -> None:
+    chunked = train(loss="chunked", loss_chunk_tokens=50)
     assert largest_difference(chunked, plain, first=1) <= 1e-6 and largest_difference(chunked, plain) <= 1e-5
     assert np.array(validations(chunked)) == pytest.approx(np.array(validations(plain)), abs=1e-5)
 

@@ -55,14 +55,14 @@ def test_compiled_flex_attention_stays_within_documents() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("chunked", [False, True])
-def test_a_compiled_loss_has_the_softcap(chunked: bool) -> None:
+@pytest.mark.parametrize("chunk_tokens", [None, 1024])
+def test_a_compiled_loss_has_the_softcap(chunk_tokens: int | None) -> None:
     torch.compiler.reset()
     model = moved(switched(logit_softcap=2.0))
     inputs_BT, targets_BT = some_tokens(), some_tokens().roll(1, dims=1)
     losses, gradients = [], []
     for compiled in (False, True):
-        loss = LossModel(model, chunked=chunked, compiled=compiled)(inputs_BT, targets_BT, torch.ones(()))[0]
+        loss = LossModel(model, chunk_tokens=chunk_tokens, compiled=compiled)(inputs_BT, targets_BT, torch.ones(()))[0]
         losses.append(loss)
         gradients.append(torch.autograd.grad(loss, list(model.parameters())))
     torch.testing.assert_close(*losses)

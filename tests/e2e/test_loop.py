@@ -65,15 +65,15 @@ LONG_KERNELS = pytest.mark.long(reason="kernels of its own to compile; test_prec
     ("activation_checkpointing", "loss"), [(False, "plain"), pytest.param(True, "chunked", marks=LONG_KERNELS)]
 )
 def test_nothing_is_compiled_once_training_has_begun(
-    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, loss: str, activation_checkpointing: bool
+    tiny_data: Path, tmp_path: Path, loss: str, activation_checkpointing: bool
 ) -> None:
     """Steps, validations (with a short last batch), samples and saves need no new graph, nor do they after a resume.
 
     There are three graphs with gradients (all blocks, the last norm, the loss), three without, and three for
     HellaSwag's batches of 4 x 32 tokens; the chunked loss has one less, since all its chunks have one size.
     """
-    monkeypatch.setattr(train_losses, "CHUNK_TOKENS", 64)
     options: dict[str, Any] = {"loss": loss, "activation_checkpointing": activation_checkpointing}
+    options["loss_chunk_tokens"] = 64
     config = sampling(tiny_config(tiny_data, tmp_path / "run", steps=20, compile=True, **options))
     config = replace(config, validate=replace(config.validate, every=5))
     config = scoring(config, tmp_path)
@@ -292,6 +292,10 @@ def test_an_out_of_memory_error_ends_with_what_to_set(
     with pytest.raises(torch.OutOfMemoryError) as caught:
         run(least, ALONE)
     assert "set a smaller --train.seq-len or a smaller model" in caught.value.__notes__[0]
+    large = {"batch_tokens": 1536, "micro_batch": 48, "activation_checkpointing": True}
+    with pytest.raises(torch.OutOfMemoryError) as caught_too:
+        run(tiny_config(tiny_data, tmp_path / "large", loss="chunked", **large), ALONE)
+    assert " or --train.loss-chunk-tokens 1024;" in caught_too.value.__notes__[0]
     assert "the same command then goes on from the beginning" in caught.value.__notes__[0]
 
 

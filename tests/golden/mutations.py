@@ -184,8 +184,8 @@ MUTATIONS = [
     Mutation(
         "another optimizer is the same run",
         "train/run/identity.py",
-        '*("--train.dtype", "--optim"),',
-        '"--train.dtype",',
+        '*("--train.dtype", "--train.fp8", "--optim"),',
+        '*("--train.dtype", "--train.fp8"),',
         "tests/unit/train/test_directory.py",
     ),
     Mutation(

@@ -35,7 +35,7 @@ class Settings:
 
     dtype: DType = "fp32"
     micro_batch: int = 8
-    is_chunked: bool = True
+    chunk_tokens: int | None = TrainConfig.loss_chunk_tokens
     deterministic: bool = False
     tokens: int | None = ValidateConfig.tokens
     data: Path | None = None
@@ -69,7 +69,7 @@ def settings_of(checkpoint: Path) -> Settings:
     return Settings(
         dtype=train["dtype"],
         micro_batch=Settings.micro_batch if train["micro_batch"] == "auto" else train["micro_batch"],
-        is_chunked=train["loss"] == "chunked",
+        chunk_tokens=Settings.chunk_tokens if train["loss"] == "chunked" else None,
         deterministic=train["deterministic"],
         tokens=config["validate"]["tokens"],
         data=Path(config["data"]["dir"]),
@@ -96,7 +96,7 @@ def load_subject(
     set_numerics(TrainConfig(dtype=dtype, deterministic=settings.deterministic), device)
     load = load_checkpoint if is_checkpoint else load_model
     trained = load(Path(name), device=device, dtype=COMPUTE_DTYPES[dtype])
-    loss_model = LossModel(trained.model, chunked=settings.is_chunked, compiled=compiled)
+    loss_model = LossModel(trained.model, chunk_tokens=settings.chunk_tokens, compiled=compiled)
     if compiled:
         compile_parts(trained.model)
     if out is None and is_checkpoint:

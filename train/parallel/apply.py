@@ -15,6 +15,7 @@ from model.gpt import Block, Shared
 from model.ladder import make_model
 from train.config import Config
 from train.losses import LossModel
+from train.parallel import fp8
 from train.parallel.plan import ParallelPlan
 from train.parallel.precision import compute_dtype
 from train.processes.group import ProcessGroup
@@ -24,7 +25,7 @@ def build_loss_model(config: Config, parallel_plan: ParallelPlan, group: Process
     """Return the model with its loss and initial weights, ready for this process. Parameter names stay as they are.
 
     1. Build on the meta device, so that no rank ever holds more than its part and one whole parameter.
-    2. Apply activation checkpointing block by block. The compiler must see it to plan what is recomputed.
+    2. Apply FP8, and activation checkpointing block by block. The compiler must see it to plan what is recomputed.
     3. Compile in place and block by block: one graph serves all blocks (two with a value residual). A block's forward
        is compiled, not its call, so that FSDP2's hooks, which run around it, break no graph. Shapes are static:
        training, validation and sampling use one shape, HellaSwag a few. Dynamo's own splitting at DDP's buckets is off:
@@ -36,7 +37,14 @@ def build_loss_model(config: Config, parallel_plan: ParallelPlan, group: Process
     train = config.train
     with torch.device("meta"):
         model = make_model(config.model, compute_dtype=compute_dtype(train))
-        loss_model = LossModel(model, chunked=train.loss == "chunked", compiled=train.compile)
+        loss_model = LossModel(
+            model,
+            chunk_tokens=train.loss_chunk_tokens if train.loss == "chunked" else None,
+            is_fp8=train.fp8 in ("head", "all"),
+            compiled=train.compile,
+        )
+    if train.fp8 in ("blocks", "all"):
+        fp8.use_in_blocks(model)
     if train.activation_checkpointing:
         for block in model.blocks:
             block.forward = types.MethodType(recomputed, block)

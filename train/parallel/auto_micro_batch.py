@@ -15,7 +15,7 @@ from common.errors import InputError
 from train.config import Config
 from train.data import BatchPlan, divisors, plan_batches
 from train.losses import LossModel
-from train.parallel import apply
+from train.parallel import apply, fp8
 from train.parallel.plan import ParallelPlan
 from train.processes.group import ProcessGroup
 
@@ -33,6 +33,7 @@ def check_device(config: Config, device: torch.device) -> None:
             f"--model.attention flex: FlexAttention of torch {torch.__version__} has no backward pass on a CPU; "
             "train with --model.attention sdpa there, or on a GPU"
         )
+    fp8.check_device(config.train, device)
 
 
 def settle_micro_batch(
@@ -67,6 +68,9 @@ def conditions_of(config: Config, parallel_plan: ParallelPlan, group: ProcessGro
         "dtype": train.dtype,
         "compile": train.compile,
         "loss": train.loss,
+        "loss_chunk_tokens": train.loss_chunk_tokens,
+        "fp8": train.fp8,
+        "attention_backend": train.attention_backend,
         "activation_checkpointing": train.activation_checkpointing,
         "mode": parallel_plan.mode,
         "shards": parallel_plan.shards,

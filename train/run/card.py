@@ -8,7 +8,6 @@ from model.cost import model_cost
 from model.costs.memory import Memory, StepShape, memory
 from train.config import Config
 from train.data import BatchPlan
-from train.losses import CHUNK_TOKENS
 from train.parallel.communication import step_communication
 from train.parallel.plan import ParallelPlan
 from train.parallel.precision import compute_dtype
@@ -36,7 +35,9 @@ def run_card(
     options = {
         train.dtype: True,
         "compiled" if train.compile else "eager": True,
-        "chunked loss": train.loss == "chunked",
+        f"loss in chunks of {train.loss_chunk_tokens:,} tokens": train.loss == "chunked",
+        f"FP8 in {'head and blocks' if train.fp8 == 'all' else train.fp8}": train.fp8 is not None,
+        f"attention by {train.attention_backend}": train.attention_backend != "auto",
         "activation checkpointing": train.activation_checkpointing,
         "deterministic": train.deterministic,
     }
@@ -134,7 +135,7 @@ def step_memory(config: Config, plan: BatchPlan, parallel_plan: ParallelPlan, *,
         accumulation=plan.accumulation,
         compute_bytes=compute_dtype(train).itemsize,
         activation_checkpointing=train.activation_checkpointing,
-        chunk_tokens=CHUNK_TOKENS if train.loss == "chunked" else None,
+        chunk_tokens=train.loss_chunk_tokens if train.loss == "chunked" else None,
         mode=parallel_plan.mode,
         shards=parallel_plan.shards,
         reshard_after_forward=parallel_plan.reshard_after_forward,

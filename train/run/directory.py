@@ -178,13 +178,13 @@ class RunDirectory:
         self._write(CONFIG_FILE, content)
 
     def record(self, measured: dict[str, Any]) -> None:
-        """Keep in config.json what set-up measured (parallel/auto_micro_batch.py), for later attempts."""
-        self.measured = measured
+        """Keep in config.json what set-up measured (parallel/auto_micro_batch.py, attention.py), for later attempts."""
+        self.measured = self.measured | measured
         self._group.on_main(self._write_config)
 
     def forget(self) -> None:
-        """Drop from config.json what `record` kept. Not collective, since one rank may be alone with its error."""
-        self.measured = {}
+        """Drop from config.json the micro-batch that `record` kept. Not collective: one rank may be alone with it."""
+        self.measured = {name: value for name, value in self.measured.items() if name == "attention"}
         if self._group.is_main:
             with contextlib.suppress(InputError):
                 self._write_config()

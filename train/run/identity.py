@@ -18,10 +18,11 @@ CONFIG_FILE = "config.json"
 # intervals) may change on the way.
 IDENTITY = (
     *("--seed", "--from-checkpoint", "--model", "--train.seq-len", "--train.steps", "--train.batch-tokens"),
-    *("--train.dtype", "--optim"),
+    *("--train.dtype", "--train.fp8", "--optim"),
 )
 FORM = {"config": {"model": dict, "train": dict, "optim": dict}, "data": str}
-# What set-up measured (parallel/auto_micro_batch.py); runs of before it was sealed have none in their checkpoints.
+# What set-up measured (parallel/auto_micro_batch.py), beside the attention's kernel (parallel/attention.py); runs of
+# before it was sealed have none in their checkpoints.
 MEASURED = {"micro_batch": range(1, 2**31), "conditions": dict}
 
 
@@ -68,7 +69,10 @@ def recorded_run(run_dir: Path) -> tuple[RecordedRun | None, list[str]]:
 
 def _recorded(content: dict[str, Any]) -> RecordedRun:
     config = content["config"] | {"model": with_current_names(content["config"]["model"])}
-    measured = {} if misfit(content.get("found"), MEASURED) else content["found"]
+    found: Any = content.get("found")
+    measured = {} if misfit(found, MEASURED) else {name: found[name] for name in MEASURED}
+    if misfit(found, {"attention": dict}) is None:
+        measured["attention"] = found["attention"]
     return RecordedRun(config, content["data"], measured)
 
 

@@ -229,8 +229,8 @@ def test_the_value_residual_by_its_equation() -> None:
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("chunked", [False, True])
-def test_the_softcap_by_its_equation_in_logits_loss_and_gradients(chunked: bool) -> None:
+@pytest.mark.parametrize("chunk_tokens", [None, 1024])
+def test_the_softcap_by_its_equation_in_logits_loss_and_gradients(chunk_tokens: int | None) -> None:
     model = moved(switched(logit_softcap=2.0))
     inputs_BT, targets_BT = some_tokens(), some_tokens().roll(1, dims=1)
     raw_BTV = F.linear(model.hidden_states(inputs_BT), model.lm_head.weight)
@@ -238,7 +238,7 @@ def test_the_softcap_by_its_equation_in_logits_loss_and_gradients(chunked: bool)
     capped_BTV = 2 * torch.tanh(raw_BTV / 2)
     torch.testing.assert_close(model(inputs_BT), capped_BTV)
     expected = F.cross_entropy(capped_BTV[..., :100].flatten(0, 1), targets_BT.flatten(), reduction="sum")
-    loss_model = LossModel(model, chunked=chunked)
+    loss_model = LossModel(model, chunk_tokens=chunk_tokens)
     loss = loss_model(inputs_BT, targets_BT, torch.ones(()))[0]
     torch.testing.assert_close(loss, expected)
     gradients = [torch.autograd.grad(value, list(model.parameters())) for value in (loss, expected)]
@@ -291,7 +291,7 @@ def test_a_switch_keeps_causality_learns_and_changes_no_other_initial_value(swit
     logits_BTV, changed_BTV = model(tokens_BT), model(changed_BT)
     torch.testing.assert_close(logits_BTV[:, :9], changed_BTV[:, :9], rtol=0, atol=1e-6)
     assert not torch.equal(logits_BTV[0, 9:], changed_BTV[0, 9:])
-    loss_model, optimizer = LossModel(model, chunked=False), torch.optim.AdamW(model.parameters(), lr=1e-2)
+    loss_model, optimizer = LossModel(model, chunk_tokens=None), torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(20):
         loss = loss_model(tokens_BT[:, :-1], tokens_BT[:, 1:], torch.tensor(1 / 30))[0]

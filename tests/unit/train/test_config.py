@@ -9,7 +9,8 @@ import torch
 from common.errors import InputError
 from tests.helpers.names import REFUSED
 from tests.helpers.runs import called, tiny_flags
-from train.config import Config, parse
+from train.command_line import parse
+from train.config import Config
 from train.config_checks import settings_without_effect
 from train.main import main, run
 from train.presets import PRESETS
@@ -68,15 +69,16 @@ def test_typos_get_suggestions_and_sizes_of_the_data_have_no_flag() -> None:
 def test_all_faults_are_reported_at_once_with_value_rule_and_flag() -> None:
     text = refusal(
         *("--train.batch-tokens", "500000", "--model.num-heads", "7", "--optim.lr-peak", "-1"),
-        *("--optim.beta2", "1.0", "--save.keep", "0", "--optim.warmup-steps", "-5"),
+        *("--optim.beta2", "1.0", "--save.keep", "0", "--optim.warmup-steps", "-5", "--train.loss-chunk-tokens", "0"),
     )
     for line in (
-        "6 faults",
+        "7 faults",
         "--train.batch-tokens 500000 is not divisible by --train.seq-len 1024; try 499712 or 500736",
         "--model.width 768 is not divisible by --model.num-heads 7; try --model.width 770",
         "--optim.lr-peak -1.0 must be more than 0",
         "--optim.beta2 1.0 must lie in [0, 1)",
         "--save.keep 0 must be at least 1",
+        "--train.loss-chunk-tokens 0 must be at least 1",
         "--optim.warmup-steps -5 must not be negative",
     ):
         assert line in text
@@ -115,6 +117,8 @@ def test_dry_run_warns_of_epochs_and_a_mode_that_does_not_fit_is_refused(tmp_pat
         ("--optim.warmdown-fraction 0.5", "has no effect with --optim.schedule cosine"),
         ("--optim.schedule constant --optim.lr-final 1e-5 --optim.warmup-steps 0", "--optim.lr-final"),
         ("--train.dtype tf32", "--train.dtype tf32 has no effect on a CPU"),
+        ("--train.loss-chunk-tokens 99", "--train.loss-chunk-tokens 99 has no effect with --train.loss plain"),
+        ("--train.attention-backend cudnn --model.attention naive", "no effect with --model.attention naive"),
         ("--preflight --dry-run", "--preflight has no effect with --dry-run"),
     ],
 )

@@ -11,11 +11,11 @@ from torch.utils._pytree import tree_leaves
 
 from model.config import ModelConfig
 from model.gpt import GPT, build_model
-from train import losses
 from train.losses import IGNORED, LossModel, token_losses
 
 CONFIG = ModelConfig(num_layers=1, num_heads=2, width=16, vocab_size=150, context_len=40)
 SCALE = torch.tensor(0.25)
+CHUNK = 32  # of 120 tokens: four chunks, the last one shorter
 
 
 def batch(B: int = 3, T: int = 40) -> tuple[Tensor, Tensor]:
@@ -25,10 +25,10 @@ def batch(B: int = 3, T: int = 40) -> tuple[Tensor, Tensor]:
     return inputs_BT, targets_BT
 
 
-def gradients_of(model: GPT, *, chunked: bool) -> tuple[Tensor, dict[str, Tensor]]:
+def gradients_of(model: GPT, chunk_tokens: int | None) -> tuple[Tensor, dict[str, Tensor]]:
     model.zero_grad()
     inputs_BT, targets_BT = batch()
-    loss_pair = LossModel(model, chunked=chunked)(inputs_BT, targets_BT, SCALE)
+    loss_pair = LossModel(model, chunk_tokens=chunk_tokens)(inputs_BT, targets_BT, SCALE)
     loss_pair[0].backward()
     return loss_pair.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
@@ -38,13 +38,8 @@ def model() -> GPT:
     return build_model(CONFIG, seed=1)
 
 
-@pytest.fixture(autouse=True)
-def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(losses, "CHUNK_TOKENS", 32)  # 120 tokens: four chunks, the last one shorter
-
-
-@pytest.mark.parametrize("chunked", [False, True])
-def test_the_loss_is_log_softmax_over_the_vocabulary_without_padding(model: GPT, chunked: bool) -> None:
+@pytest.mark.parametrize("chunk_tokens", [None, CHUNK])
+def test_the_loss_is_log_softmax_over_the_vocabulary_without_padding(model: GPT, chunk_tokens: int | None) -> None:
     inputs_BT, targets_BT = batch()
     with torch.no_grad():
         model.lm_head.weight[CONFIG.vocab_size :] = 100.0  # padding that would win if it were scored
@@ -52,7 +47,7 @@ def test_the_loss_is_log_softmax_over_the_vocabulary_without_padding(model: GPT,
     scored = [
         -scores_BTV[b, t, targets_BT[b, t]].item() for b in range(3) for t in range(40) if targets_BT[b, t] != IGNORED
     ]
-    loss_model = LossModel(model, chunked=chunked)
+    loss_model = LossModel(model, chunk_tokens=chunk_tokens)
     scaled, loss = loss_model(inputs_BT, targets_BT, SCALE).tolist()
     assert len(scored) == 113
     assert loss == pytest.approx(math.fsum(scored), rel=1e-6) and scaled == pytest.approx(loss / 4, rel=1e-7)
@@ -62,8 +57,8 @@ def test_the_loss_is_log_softmax_over_the_vocabulary_without_padding(model: GPT,
 
 
 def test_chunked_equals_plain(model: GPT) -> None:
-    plain, plain_gradients = gradients_of(model, chunked=False)
-    chunked, chunked_gradients = gradients_of(model, chunked=True)
+    plain, plain_gradients = gradients_of(model, None)
+    chunked, chunked_gradients = gradients_of(model, CHUNK)
     torch.testing.assert_close(chunked, plain, rtol=1e-6, atol=0)
     assert chunked_gradients.keys() == plain_gradients.keys()
     for name, gradient in plain_gradients.items():
@@ -74,8 +69,8 @@ def test_chunked_equals_plain(model: GPT) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_chunked_equals_plain_within_half_precision(dtype: torch.dtype) -> None:
     model = build_model(CONFIG, seed=1, compute_dtype=dtype)
-    plain, plain_gradients = gradients_of(model, chunked=False)
-    chunked, chunked_gradients = gradients_of(model, chunked=True)
+    plain, plain_gradients = gradients_of(model, None)
+    chunked, chunked_gradients = gradients_of(model, CHUNK)
     torch.testing.assert_close(chunked, plain, rtol=1e-5, atol=0)
     for name, gradient in plain_gradients.items():
         assert (chunked_gradients[name] - gradient).norm() <= 0.02 * gradient.norm(), name
@@ -85,8 +80,8 @@ def test_chunked_equals_plain_within_half_precision(dtype: torch.dtype) -> None:
 def test_chunked_compiles_into_one_graph(model: GPT) -> None:
     inputs_BT, targets_BT = batch()
     # Dynamo finds graph breaks without compiling kernels, which test_precision.py does.
-    whole = torch.compile(LossModel(model, chunked=True), fullgraph=True, backend="aot_eager")
-    expected = LossModel(model, chunked=True)(inputs_BT, targets_BT, SCALE)
+    whole = torch.compile(LossModel(model, chunk_tokens=CHUNK), fullgraph=True, backend="aot_eager")
+    expected = LossModel(model, chunk_tokens=CHUNK)(inputs_BT, targets_BT, SCALE)
     torch.testing.assert_close(whole(inputs_BT, targets_BT, SCALE), expected, rtol=1e-6, atol=0)
 
 
@@ -104,17 +99,17 @@ class LargestTensor(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("chunked", [False, True])
-def test_chunked_never_holds_the_logits(chunked: bool) -> None:
+@pytest.mark.parametrize("chunk_tokens", [None, CHUNK])
+def test_chunked_never_holds_the_logits(chunk_tokens: int | None) -> None:
     model = build_model(CONFIG, seed=1)
-    loss_model = LossModel(model, chunked=chunked)
+    loss_model = LossModel(model, chunk_tokens=chunk_tokens)
     logits = 3 * 40 * CONFIG.padded_vocab_size
     with LargestTensor() as training:
         loss_model(*batch(), SCALE)[0].backward()
     with LargestTensor() as validation:
         loss_model.token_losses(*batch())
-    chunk, hidden = 32 * CONFIG.padded_vocab_size, 3 * 40 * CONFIG.resolved_mlp_width
-    expected = max(chunk, hidden) if chunked else logits
+    chunk, hidden = CHUNK * CONFIG.padded_vocab_size, 3 * 40 * CONFIG.resolved_mlp_width
+    expected = max(chunk, hidden) if chunk_tokens else logits
     assert training.elements == expected and validation.elements == expected
 
 

@@ -48,7 +48,7 @@ def test_equals_a_plain_loop(tiny_data: Path, model: GPT, micro_batch: int, num_
     data = ValidationSet(stream, seq_len=T, micro_batch=micro_batch, num_tokens=num_tokens, byte_lengths=byte_lengths)
     heartbeats: list[str] = []
     scoring = Scoring(ALONE, StopRequests(None, is_main=True), heartbeats.append)
-    result = validate(LossModel(model, chunked=micro_batch == 7), data, scoring)
+    result = validate(LossModel(model, chunk_tokens=100 if micro_batch == 7 else None), data, scoring)
     assert result is not None and result.tokens == scored
     assert len(heartbeats) == data.num_batches
     assert result.loss == pytest.approx(loss_sum / scored, abs=1e-6)
