@@ -31,7 +31,8 @@ from launch.options import Options, SubmitOptions, refuse_contradictions, requir
 from launch.runs import RunInfo, find_runs, inspect_runs, stop, table
 from launch.slurm_jobs import slurm_executor, submit_to_slurm
 from launch.snapshot import ROOT, take
-from train.config import Config, parse
+from train.command_line import parse
+from train.config import Config
 from train.main import planned
 from train.presets import PRESETS
 from train.processes.ranks import RankInfo

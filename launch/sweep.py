@@ -55,7 +55,7 @@ from launch.sweeps import (
     refuse_flags_of,
     sweep_table,
 )
-from train.config import parse
+from train.command_line import parse
 from train.curves import read_rows
 from train.presets import PRESETS
 

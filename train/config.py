@@ -1,10 +1,7 @@
-"""The configuration of a run: frozen dataclasses, one `parse`, and the faults that it reports all at once."""
+"""The configuration of a run: frozen dataclasses, which train/command_line.py fills and config_checks.py checks."""
 
 import dataclasses
-import difflib
-import math
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,10 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from common.errors import InputError
-from common.former_flags import refuse_former_flags
-from common.names import require_printable
 from common.redaction import redacted
-from common.seeds import seed_fault
 from model.config import ModelConfig
 from model.costs.gpu_peaks import DType
 
@@ -228,33 +222,6 @@ def _plain(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return plain | {n: tuple(map(redacted, v)) if isinstance(v, tuple) else redacted(v) for n, v in free.items()}
 
 
-def parse(args: Sequence[str], presets: dict[str, Config]) -> Config:
-    """Parse `[PRESET] [--section.field value ...]` into a resolved Config; report every fault in one InputError."""
-    name, flags = ("gpt2-small", list(args)) if not args or args[0].startswith("-") else (args[0], list(args[1:]))
-    if name not in presets:
-        raise InputError(f"no preset {name!r}{_suggestion(name, presets)}; there are {', '.join(presets)}")
-    refuse_former_flags(flags)
-    preset = presets[name]
-    config, unknown = tyro.cli(
-        Config,
-        prog=f"train/main.py {name}",
-        description=f"{Config.__doc__} Presets, first on the line: {', '.join(presets)}.",
-        args=flags,
-        default=preset,
-        return_unknown_args=True,
-    )
-    if unknown:
-        known = _flags_of(Config)
-        unknown = [arg for arg in unknown if arg.startswith("-")] or unknown  # without the flags' values
-        raise InputError("; ".join(f"unknown {flag!r}{_suggestion(flag.split('=')[0], known)}" for flag in unknown))
-    faults = faults_of(config)
-    if config.train.tokens is not None and config.train.steps != preset.train.steps:
-        faults.append("--train.steps and --train.tokens both set the length of the run; give one")
-    if faults:
-        raise InputError("\n  ".join([f"{len(faults)} faults:", *faults]) if len(faults) > 1 else faults[0])
-    return resolve(config)
-
-
 SECONDS_PER = {"d": 86_400, "h": 3600, "m": 60, "s": 1}
 
 
@@ -275,95 +242,6 @@ def parse_steps(text: str) -> range:
     return range(int(match[1]), int(match[2]))
 
 
-def faults_of(config: Config) -> list[str]:
-    """Return everything wrong with the values themselves: value, rule and flag, one line each."""
-    train, optim = config.train, config.optim
-    at_least_one = {
-        "--train.seq-len": train.seq_len,
-        "--train.steps": train.steps,
-        "--train.batch-tokens": train.batch_tokens,
-        "--train.micro-batch": None if train.micro_batch == "auto" else train.micro_batch,
-        "--save.every": config.save.every,
-        "--save.keep": config.save.keep,
-        "--save.keep-every": config.save.keep_every,
-        "--save.failures-in-a-row": config.save.failures_in_a_row,
-        "--validate.every": config.validate.every,
-        "--validate.tokens": config.validate.tokens,
-        "--validate.hellaswag-every": config.validate.hellaswag_every,
-        "--validate.hellaswag-items": config.validate.hellaswag_items,
-        "--sample.every": config.sample.every,
-        "--sample.tokens": config.sample.tokens,
-        "--track.every": config.track.every,
-        "--parallel.shard-size": config.parallel.shard_size,
-    }
-    faults = [
-        f"{flag} {value} must be at least 1" for flag, value in at_least_one.items() if value is not None and value < 1
-    ]
-    faults += config.model.faults()
-    try:
-        require_printable("--run-dir", str(config.directory))
-    except InputError as error:
-        faults.append(str(error))
-    if train.seq_len > 0 and train.batch_tokens > 0 and train.batch_tokens % train.seq_len:
-        lower = train.batch_tokens // train.seq_len * train.seq_len
-        nearest = " or ".join(str(n) for n in (lower, lower + train.seq_len) if n)
-        faults.append(
-            f"--train.batch-tokens {train.batch_tokens} "
-            f"is not divisible by --train.seq-len {train.seq_len}; try {nearest}"
-        )
-    if train.tokens is not None and train.tokens < train.batch_tokens:
-        faults.append(
-            f"--train.tokens {train.tokens} is less than one step of --train.batch-tokens {train.batch_tokens}"
-        )
-    at_least_zero = {
-        "--optim.lr-final": optim.lr_final,
-        "--optim.warmup-steps": optim.warmup_steps,
-        "--optim.weight-decay": optim.weight_decay,
-    }
-    if (seed := seed_fault(config.seed)) is not None:
-        faults.append(seed)
-    faults += [f"{flag} {value} must not be negative" for flag, value in at_least_zero.items() if value < 0]
-    more_than_zero = {
-        "--optim.lr-peak": optim.lr_peak,
-        "--optim.epsilon": optim.epsilon,
-        "--optim.clip-norm": optim.clip_norm,
-        "--train.diverged-above": train.diverged_above,
-        "--track.peak-tflops": config.track.peak_tflops,
-        "--save.every-seconds": config.save.every_seconds,
-        "--save.retry-seconds": config.save.retry_seconds,
-        "--parallel.init-timeout-seconds": config.parallel.init_timeout_seconds,
-        "--parallel.timeout-seconds": config.parallel.timeout_seconds,
-    }
-    faults += [
-        f"{flag} {value} must be more than 0"
-        for flag, value in more_than_zero.items()
-        if value is not None and not value > 0
-    ]
-    faults += [
-        f"{flag} {value} must be a finite number"
-        for flag, value in (at_least_zero | more_than_zero).items()
-        if isinstance(value, float) and not math.isfinite(value)
-    ]
-    for flag, value in {"--optim.beta1": optim.beta1, "--optim.beta2": optim.beta2}.items():
-        if not 0 <= value < 1:
-            faults.append(f"{flag} {value} must lie in [0, 1)")
-    if not 0 < optim.warmdown_fraction <= 1:
-        faults.append(f"--optim.warmdown-fraction {optim.warmdown_fraction} must lie in (0, 1]")
-    if config.trace is not None:
-        try:
-            parse_steps(config.trace)
-        except InputError as error:
-            faults.append(str(error))
-    if config.stop_after is not None:
-        try:
-            parse_duration(config.stop_after)
-        except InputError as error:
-            faults.append(f"--stop-after {error}")
-    if config.sample.every is not None and not config.sample.prompts:
-        faults.append("--sample.prompts names no prompt; give one, or --sample.every None")
-    return faults
-
-
 def resolve(config: Config) -> Config:
     """Fill in the fields that follow from others: steps from tokens, the model's context from the sequence length."""
     train = config.train
@@ -376,23 +254,3 @@ def resolve(config: Config) -> Config:
 def with_vocabulary(config: Config, vocab_size: int, eot_id: int | None = None) -> Config:
     """Return the config for a data set's vocabulary and its end-of-text token, if it has one."""
     return dataclasses.replace(config, model=dataclasses.replace(config.model, vocab_size=vocab_size, eot_id=eot_id))
-
-
-def _flags_of(kind: Any, prefix: str = "--") -> list[str]:
-    flags = []
-    for item in dataclasses.fields(kind):
-        if tyro.conf.Suppress in getattr(item.type, "__metadata__", ()):
-            continue
-        flag = prefix + item.name.replace("_", "-")
-        if dataclasses.is_dataclass(item.type):
-            flags += _flags_of(item.type, flag + ".")
-        elif item.type is bool:
-            flags += [flag, prefix + "no-" + item.name.replace("_", "-")]
-        else:
-            flags.append(flag)
-    return flags
-
-
-def _suggestion(word: str, known: Sequence[str] | dict[str, Config]) -> str:
-    near = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {near[0]}?)" if near else ""

@@ -1,6 +1,100 @@
-"""Settings that do nothing in a run, for warnings. Impossible values are refused in train/config.py."""
+"""Values that cannot be, for one error that lists them, and settings that do nothing in a run, for warnings."""
 
-from train.config import Config, OptimConfig, SampleConfig, SaveConfig, TrackConfig, parse_steps
+import math
+
+from common.errors import InputError
+from common.names import require_printable
+from common.seeds import seed_fault
+from train.config import Config, OptimConfig, SampleConfig, SaveConfig, TrackConfig, parse_duration, parse_steps
+
+
+def faults_of(config: Config) -> list[str]:
+    """Return everything wrong with the values themselves: value, rule and flag, one line each."""
+    train, optim = config.train, config.optim
+    at_least_one = {
+        "--train.seq-len": train.seq_len,
+        "--train.steps": train.steps,
+        "--train.batch-tokens": train.batch_tokens,
+        "--train.micro-batch": None if train.micro_batch == "auto" else train.micro_batch,
+        "--save.every": config.save.every,
+        "--save.keep": config.save.keep,
+        "--save.keep-every": config.save.keep_every,
+        "--save.failures-in-a-row": config.save.failures_in_a_row,
+        "--validate.every": config.validate.every,
+        "--validate.tokens": config.validate.tokens,
+        "--validate.hellaswag-every": config.validate.hellaswag_every,
+        "--validate.hellaswag-items": config.validate.hellaswag_items,
+        "--sample.every": config.sample.every,
+        "--sample.tokens": config.sample.tokens,
+        "--track.every": config.track.every,
+        "--parallel.shard-size": config.parallel.shard_size,
+    }
+    faults = [
+        f"{flag} {value} must be at least 1" for flag, value in at_least_one.items() if value is not None and value < 1
+    ]
+    faults += config.model.faults()
+    try:
+        require_printable("--run-dir", str(config.directory))
+    except InputError as error:
+        faults.append(str(error))
+    if train.seq_len > 0 and train.batch_tokens > 0 and train.batch_tokens % train.seq_len:
+        lower = train.batch_tokens // train.seq_len * train.seq_len
+        nearest = " or ".join(str(n) for n in (lower, lower + train.seq_len) if n)
+        faults.append(
+            f"--train.batch-tokens {train.batch_tokens} "
+            f"is not divisible by --train.seq-len {train.seq_len}; try {nearest}"
+        )
+    if train.tokens is not None and train.tokens < train.batch_tokens:
+        faults.append(
+            f"--train.tokens {train.tokens} is less than one step of --train.batch-tokens {train.batch_tokens}"
+        )
+    at_least_zero = {
+        "--optim.lr-final": optim.lr_final,
+        "--optim.warmup-steps": optim.warmup_steps,
+        "--optim.weight-decay": optim.weight_decay,
+    }
+    if (seed := seed_fault(config.seed)) is not None:
+        faults.append(seed)
+    faults += [f"{flag} {value} must not be negative" for flag, value in at_least_zero.items() if value < 0]
+    more_than_zero = {
+        "--optim.lr-peak": optim.lr_peak,
+        "--optim.epsilon": optim.epsilon,
+        "--optim.clip-norm": optim.clip_norm,
+        "--train.diverged-above": train.diverged_above,
+        "--track.peak-tflops": config.track.peak_tflops,
+        "--save.every-seconds": config.save.every_seconds,
+        "--save.retry-seconds": config.save.retry_seconds,
+        "--parallel.init-timeout-seconds": config.parallel.init_timeout_seconds,
+        "--parallel.timeout-seconds": config.parallel.timeout_seconds,
+    }
+    faults += [
+        f"{flag} {value} must be more than 0"
+        for flag, value in more_than_zero.items()
+        if value is not None and not value > 0
+    ]
+    faults += [
+        f"{flag} {value} must be a finite number"
+        for flag, value in (at_least_zero | more_than_zero).items()
+        if isinstance(value, float) and not math.isfinite(value)
+    ]
+    for flag, value in {"--optim.beta1": optim.beta1, "--optim.beta2": optim.beta2}.items():
+        if not 0 <= value < 1:
+            faults.append(f"{flag} {value} must lie in [0, 1)")
+    if not 0 < optim.warmdown_fraction <= 1:
+        faults.append(f"--optim.warmdown-fraction {optim.warmdown_fraction} must lie in (0, 1]")
+    if config.trace is not None:
+        try:
+            parse_steps(config.trace)
+        except InputError as error:
+            faults.append(str(error))
+    if config.stop_after is not None:
+        try:
+            parse_duration(config.stop_after)
+        except InputError as error:
+            faults.append(f"--stop-after {error}")
+    if config.sample.every is not None and not config.sample.prompts:
+        faults.append("--sample.prompts names no prompt; give one, or --sample.every None")
+    return faults
 
 
 def settings_without_effect(config: Config, device_type: str, world: int, mode: str) -> list[str]:

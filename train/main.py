@@ -31,7 +31,8 @@ from common.errors import one_line_errors, reading_from
 from data_prep.manifest import FILE_NAME, Manifest, read_manifest
 from data_prep.tokenizer import load_tokenizer
 from model.checkpoint import list_checkpoints
-from train.config import Config, parse
+from train.command_line import parse
+from train.config import Config
 from train.config_checks import settings_without_effect
 from train.data import BatchPlan, divisors, resolve_with_data
 from train.guards.data_check import check_data

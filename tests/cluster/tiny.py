@@ -4,7 +4,8 @@ from pathlib import Path
 
 from tests.helpers.groups import run_on_ranks
 from tests.helpers.runs import curve, losses, rows, tiny_flags
-from train.config import Config, parse
+from train.command_line import parse
+from train.config import Config
 from train.main import run
 from train.presets import PRESETS
 from train.processes.group import ProcessGroup

@@ -24,7 +24,8 @@ from tests.helpers.groups import run_on_ranks, run_with_own_mounts
 from tests.helpers.runs import assert_same_tensors, called, curve, final_tensors, rows, status, tiny_flags, validations
 from tests.helpers.steps import before_each_step
 from train import loop
-from train.config import Config, parse
+from train.command_line import parse
+from train.config import Config
 from train.main import main, run
 from train.presets import PRESETS
 from train.processes.group import ProcessGroup

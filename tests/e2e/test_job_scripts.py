@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tests.helpers.names import ODD
 from tests.helpers.runs import ROOT
-from train.config import parse
+from train.command_line import parse
 from train.presets import PRESETS
 
 JOBS = sorted(path for path in (ROOT / "slurm").glob("*.sh") if path.name not in ("body.sh", "site.sh"))

@@ -9,7 +9,7 @@ import pytest
 from tests.distributed.test_exact import train_all
 from tests.helpers.groups import run_on_ranks
 from tests.helpers.runs import ROOT, called, status, tiny_flags
-from train.config import parse
+from train.command_line import parse
 from train.main import main
 from train.presets import PRESETS
 

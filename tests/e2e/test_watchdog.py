@@ -19,7 +19,8 @@ from tests.helpers.groups import run_on_ranks, start_on_ranks
 from tests.helpers.runs import assert_same_tensors, curve, final_tensors, rows, status, tiny_config, tiny_flags
 from tests.helpers.steps import before_each_step
 from train import loop
-from train.config import Config, ParallelConfig, parse
+from train.command_line import parse
+from train.config import Config, ParallelConfig
 from train.guards import watchdog
 from train.guards.watchdog import Watchdog, verdict
 from train.main import run

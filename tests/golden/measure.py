@@ -28,7 +28,7 @@ from tests.helpers.corpus import make_text
 from tests.helpers.groups import leaving_no_group, run_on_ranks
 from tests.helpers.pages import make_pages, write_pages
 from tests.helpers.runs import called, curve, final_tensors, make_tiny_data, tiny_flags, validations
-from train.config import parse
+from train.command_line import parse
 from train.data import permute, substitutes
 from train.main import run
 from train.presets import PRESETS

@@ -43,7 +43,8 @@ from tests.helpers.runs import (
     tiny_flags,
     validations,
 )
-from train.config import Config, parse
+from train.command_line import parse
+from train.config import Config
 from train.main import run
 from train.metrics.rows import SAMPLES_FILE, read_lines
 from train.presets import PRESETS

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.runs import ROOT, called
-from train.config import parse
+from train.command_line import parse
 from train.presets import PRESETS
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]

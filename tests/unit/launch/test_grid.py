@@ -9,7 +9,7 @@ from common.errors import InputError
 from launch import grid
 from launch.grid import expand_grid, find_run_dir, split_at_dashes
 from tests.helpers.runs import called
-from train.config import parse
+from train.command_line import parse
 from train.presets import PRESETS
 
 

@@ -8,7 +8,7 @@ import tyro
 from data_prep import fineweb_plan
 from launch.grid import expand_grid, split_at_dashes
 from tests.helpers.runs import ROOT
-from train.config import parse
+from train.command_line import parse
 from train.presets import PRESETS
 
 JOBS = sorted(path for path in (ROOT / "slurm").glob("*.sh") if path.name not in ("body.sh", "site.sh"))

@@ -22,7 +22,7 @@ from launch.runs import find_runs, inspect_runs
 from launch.slurm_jobs import parse_sbatch_flags, refusal_message
 from tests.helpers.names import ODD_FOR_SUBMIT
 from tests.helpers.runs import ROOT, called, tiny_flags
-from train.config import parse
+from train.command_line import parse
 from train.presets import PRESETS
 
 PRESET = "shakespeare-char-cpu"

@@ -20,7 +20,7 @@ from launch.options import Options
 from launch.sweeps import CPU_PRESET, DEFAULT_PRESETS, RUNGS, SWEEPS, build_sweep, descend, descent_table
 from tests.helpers.runs import ROOT, called, rows, tiny_flags
 from train import main as trainer
-from train.config import parse
+from train.command_line import parse
 from train.presets import PRESETS
 
 PRESET = "shakespeare-char-cpu"

@@ -25,7 +25,7 @@ from model.config import Kind, ModelConfig
 from model.cost import count_forward_flops, model_cost
 from tests.helpers.runs import ROOT, called
 from tests.unit.test_readme import help_of
-from train.config import parse
+from train.command_line import parse
 from train.presets import PRESETS
 
 BELOW = tuple(RUNGS)[:-1]

@@ -31,7 +31,7 @@ from tests.unit.model.test_kv_cache import FLEX
 from tests.unit.model.test_ladder import BELOW, kind
 from tests.unit.model.test_switches import MODERN, ONE_BY_ONE, TINY, moved, named, some_tokens, switched
 from tests.unit.test_readme import help_of
-from train.config import parse
+from train.command_line import parse
 from train.main import run
 from train.presets import PRESETS
 from train.processes.group import ProcessGroup

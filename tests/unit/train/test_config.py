@@ -9,7 +9,8 @@ import torch
 from common.errors import InputError
 from tests.helpers.names import REFUSED
 from tests.helpers.runs import called, tiny_flags
-from train.config import Config, parse
+from train.command_line import parse
+from train.config import Config
 from train.config_checks import settings_without_effect
 from train.main import main, run
 from train.presets import PRESETS

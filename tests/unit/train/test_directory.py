@@ -10,7 +10,8 @@ import torch
 
 from common.errors import InputError
 from tests.helpers.runs import ROOT, rows, status, tiny_config
-from train.config import faults_of, parse_duration
+from train.config import parse_duration
+from train.config_checks import faults_of
 from train.main import run
 from train.metrics.logger import RunLogger
 from train.processes.group import ProcessGroup

@@ -9,8 +9,9 @@ import pytest
 from model.cost import model_cost
 from model.costs.gpu_peaks import peak_flops
 from train import presets
-from train.config import Config, faults_of, parse, resolve, with_vocabulary
-from train.config_checks import settings_without_effect
+from train.command_line import parse
+from train.config import Config, resolve, with_vocabulary
+from train.config_checks import faults_of, settings_without_effect
 from train.presets import PRESETS
 
 WITH_COST = [name for name, config in PRESETS.items() if config.train.dtype == "bf16"]
