@@ -30,7 +30,6 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-import tyro
 
 from benchmarks.steps import configured, opened_run, seconds_of, summary
 from common.errors import InputError, one_line_errors
@@ -131,6 +130,8 @@ def seconds_to_stop(options: Options, config: Config, folder: Path, where: str) 
 
 
 def main(args: list[str] | None = None) -> None:
+    import tyro  # here, because benchmarks/gpu_parts.py imports this module
+
     with one_line_errors("bench_saves"):
         options = tyro.cli(Options, args=args, description=__doc__)
         with (

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
-
 from common.errors import InputError
+from common.flags import HIDDEN
 from common.redaction import redacted
 from model.config import ModelConfig
 from model.costs.gpu_peaks import DType
@@ -172,7 +171,7 @@ class TrackConfig:
 class Config:
     """Train a GPT. The same command line again continues the run."""
 
-    preset: Annotated[str, tyro.conf.Suppress] = "gpt2-small"
+    preset: Annotated[str, HIDDEN] = "gpt2-small"
     run_dir: Path | None = None
     """Run directory; None: runs/PRESET."""
     seed: int = 1337
