@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-long test-cluster test-slow golden mutations lint bench bench-gpu
+.PHONY: quickstart test test-long test-cluster test-slow golden mutations lint bench bench-gpu gpu-check
 
 # The text inside CPython -> shards -> a GPT trained in two processes -> its loss curve and a sample.
 # On the CPU also where there is a GPU: two processes want two, and the numbers are then the same everywhere.
@@ -18,11 +18,11 @@ quickstart: .venv/.base
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
 
 test: .venv/.dev
-	$(PYTEST) -m "not long and not slow and not cluster"
+	$(PYTEST) -m "not long and not slow and not cluster and not gpu"
 
 # What is exhaustive: more kills, more faults in a row, every pair of layouts. With `make test` all that CI checks.
 test-long: .venv/.dev
-	$(PYTEST) -m "long and not slow and not cluster"
+	$(PYTEST) -m "long and not slow and not cluster and not gpu"
 
 # A Slurm of several nodes on this machine, as root, from Debian's packages: where that cannot be, it says why and skips.
 test-cluster: .venv/.dev
@@ -67,6 +67,12 @@ gpu-saves:
 	$(BIN)/python benchmarks/bench_saves.py $(SMALL) --sequences 64
 gpu-generate:
 	$(BIN)/python benchmarks/bench_generate.py
+
+# The first thing to run where there is a GPU: 8 minutes. Any Python that has torch will do; nothing is installed, but for
+# the wheels of the folder WHEELS, if it is given.
+OUT ?= gpu-check
+gpu-check:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu_check.py --out $(OUT) $(if $(WHEELS),--wheels $(WHEELS))
 
 .venv/.base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

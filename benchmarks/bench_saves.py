@@ -25,6 +25,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
@@ -77,7 +78,7 @@ def wait_for_a_save(run: Run) -> None:
     run.reports.checkpoints.finish(run.state.progress)
 
 
-def measure(options: Options, config: Config, group: ProcessGroup) -> dict[str, object]:
+def measure(options: Options, config: Config, group: ProcessGroup) -> dict[str, Any]:
     """Return the conditions and the costs of a save."""
     ratios, controls, waits = list[float](), list[float](), list[float]()
     counts = list[int]()

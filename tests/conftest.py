@@ -12,7 +12,8 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 
 # Before torch is imported anywhere: bits are compared, and the order of addition depends on the threads.
 os.environ["OMP_NUM_THREADS"] = "1"
-os.environ["CUDA_VISIBLE_DEVICES"] = ""  # gloo processes share one machine, whatever GPUs it has
+if os.environ.get("GPU_TESTS") != "cuda":  # as benchmarks/gpu_check.py sets it for tests/gpu
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # gloo processes share one machine, whatever GPUs it has
 if (SHARED_DATA / "tiktoken_cache").is_dir():
     os.environ["TIKTOKEN_CACHE_DIR"] = str(SHARED_DATA / "tiktoken_cache")
 
