@@ -46,6 +46,12 @@ class TrainConfig:
     scale. tf32 is fp32 with matrix products in TF32 on a GPU. fp32 never uses TF32."""
     compile: bool = True
     """Compile the model block by block with torch.compile."""
+    compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
+    """torch.compile's mode. max-autotune-no-cudagraphs: time several kernels for each product and fusion and take the
+    fastest, which takes minutes at the start."""
+    cuda_graphs: bool = False
+    """Capture a micro-batch's forward and backward pass as one CUDA graph, for small models, whose kernels are done
+    before the next is launched. One process on one GPU."""
     loss: Literal["plain", "chunked"] = "plain"
     """chunked: the same loss without ever holding the logits of a whole micro-batch."""
     activation_checkpointing: bool = False

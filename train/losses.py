@@ -108,7 +108,7 @@ class LossModel(nn.Module):
     inputs_BT, targets_BT, scale [] -> fp32 [2]: (sum of the token losses) x scale, to call backward on, and the sum.
     """
 
-    def __init__(self, model: LanguageModel, *, chunked: bool, compiled: bool = False) -> None:
+    def __init__(self, model: LanguageModel, *, chunked: bool, compiled: bool = False, mode: str = "default") -> None:
         super().__init__()
         self.model = model
         self._is_chunked = chunked
@@ -116,9 +116,9 @@ class LossModel(nn.Module):
         self._chunk: ChunkFunction = chunk_loss
         self._tokens: Callable[..., Tensor] = token_losses
         if compiled:
-            self._plain = torch.compile(plain_loss, dynamic=False)
-            self._chunk = torch.compile(chunk_loss, dynamic=False)
-            self._tokens = torch.compile(token_losses, dynamic=False)
+            self._plain = torch.compile(plain_loss, dynamic=False, mode=mode)
+            self._chunk = torch.compile(chunk_loss, dynamic=False, mode=mode)
+            self._tokens = torch.compile(token_losses, dynamic=False, mode=mode)
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor, scale: Tensor) -> Tensor:
         x_ND, targets_N = self.model.hidden_states(inputs_BT).flatten(0, 1), targets_BT.flatten()

@@ -64,7 +64,7 @@ def test_flex_attention_equals_sdpa(gpu: torch.device) -> None:
     tokens_BT = torch.randint(100, (4, 128), generator=torch.Generator().manual_seed(1)).to(gpu)
     for attention in ("sdpa", "flex"):
         torch.compiler.reset()
-        config = dataclasses.replace(MODEL, context_len=128, attention=attention, eot_id=None)  # type: ignore[arg-type]
+        config = dataclasses.replace(MODEL, context_len=128, attention=attention, eot_id=None)
         model = build_model(config, seed=1, device=gpu, compute_dtype=torch.bfloat16)
         for part in model.compiled_parts:
             part.forward = torch.compile(part.forward, dynamic=False)

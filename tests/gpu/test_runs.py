@@ -68,6 +68,14 @@ def test_compiled_equals_eager(train: Train, plain: Path, gpu: torch.device, opt
     assert validations(compiled) == pytest.approx(np.array(validations(plain)), abs=1e-4)
 
 
+@pytest.mark.parametrize("options", [{}, {"dtype": "fp16", "loss": "chunked"}, {"compile": True}], ids=str)
+def test_a_captured_pass_is_the_same_run(train: Train, gpu: torch.device, options: dict[str, Any]) -> None:
+    """With several micro-batches, whose gradients the graph adds up in place."""
+    plain = train("plain", micro_batch=3, **options)
+    graphs = train("graphs", micro_batch=3, cuda_graphs=True, **options)
+    assert curve(graphs) == pytest.approx(np.array(curve(plain)), abs=1e-3)
+
+
 def test_ways_to_compute_are_the_same_run(train: Train, plain: Path) -> None:
     assert largest_difference(train(loss="chunked", activation_checkpointing=True, micro_batch=2), plain) <= 1e-4
 

@@ -36,12 +36,12 @@ def build_loss_model(config: Config, parallel_plan: ParallelPlan, group: Process
     train = config.train
     with torch.device("meta"):
         model = make_model(config.model, compute_dtype=compute_dtype(train))
-        loss_model = LossModel(model, chunked=train.loss == "chunked", compiled=train.compile)
+        loss_model = LossModel(model, chunked=train.loss == "chunked", compiled=train.compile, mode=train.compile_mode)
     if train.activation_checkpointing:
         for block in model.blocks:
             block.forward = types.MethodType(recomputed, block)
     if train.compile:
-        compile_parts(model)
+        compile_parts(model, train.compile_mode)
     if parallel_plan.is_sharded:
         shard(loss_model, parallel_plan, group)
         group.set_timeout(config.parallel.init_timeout_seconds)  # for the groups that sharding made, too
@@ -53,7 +53,7 @@ def build_loss_model(config: Config, parallel_plan: ParallelPlan, group: Process
     return loss_model
 
 
-def compile_parts(model: LanguageModel) -> None:
+def compile_parts(model: LanguageModel, mode: str = "default") -> None:
     """Compile the model's parts in place (step 3).
 
     torch keeps 8 graphs of a function and runs later ones uncompiled: too few for the shapes of training, validation
@@ -62,7 +62,7 @@ def compile_parts(model: LanguageModel) -> None:
     torch._dynamo.config.optimize_ddp = False
     torch._dynamo.config.recompile_limit = 32
     for part in model.compiled_parts:
-        part.forward = torch.compile(part.forward, dynamic=False)
+        part.forward = torch.compile(part.forward, dynamic=False, mode=mode)
 
 
 def recomputed(block: Block, x_BTD: Tensor, shared: Shared) -> tuple[Tensor, Tensor | None]:

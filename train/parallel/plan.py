@@ -60,6 +60,11 @@ def choose_parallel_plan(config: Config, *, world: int, local_world: int, memory
         fitting = [n for n in divisors(world) if 1 < n < world]
         advice = f"; --parallel.shard-size may be {' or '.join(map(str, fitting))}" if fitting else "; use fsdp"
         raise InputError(f"--parallel.mode hsdp cannot give each of {world} processes one of {shards} shards{advice}")
+    if config.train.cuda_graphs and mode != "none":
+        raise InputError(
+            f"--train.cuda-graphs needs one process and --parallel.mode none, not {mode} with {world}: a captured pass "
+            "would not communicate"
+        )
     is_sharded = mode in ("fsdp", "hsdp")
     if is_sharded and config.model.kind != "gpt":
         raise InputError(

@@ -36,6 +36,8 @@ def run_card(
     options = {
         train.dtype: True,
         "compiled" if train.compile else "eager": True,
+        train.compile_mode: train.compile and train.compile_mode != "default",
+        "CUDA graphs": train.cuda_graphs,
         "chunked loss": train.loss == "chunked",
         "activation checkpointing": train.activation_checkpointing,
         "deterministic": train.deterministic,

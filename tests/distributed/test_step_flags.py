@@ -1,0 +1,122 @@
+"""Flags that change how a step is computed or sent: compile mode, CUDA graphs, the dtype of the reduction."""
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from common.errors import InputError
+from tests.helpers.runs import assert_same_tensors, called, curve, final_tensors, tiny_config, tiny_flags
+from train import main as train_main
+from train.config import Config, TrainConfig
+from train.config_checks import faults_of, settings_without_effect
+from train.main import run
+from train.parallel import apply
+from train.parallel.graphs import GraphedPasses
+from train.parallel.plan import choose_parallel_plan
+from train.processes.group import ProcessGroup
+
+ALONE = ProcessGroup(0, 1, torch.device("cpu"))
+STEPS = 12
+
+
+def with_train(config: Config, **train: Any) -> Config:
+    return replace(config, train=replace(config.train, **train))
+
+
+def planned(config: Config, world: int) -> Any:
+    return choose_parallel_plan(config, world=world, local_world=world, memory_bytes=10**12)
+
+
+# --- --train.compile-mode ---------------------------------------------------------------------------------------------
+
+
+def test_the_compile_mode_reaches_blocks_and_loss(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torch.compile itself is left out, since autotuning C++ takes minutes."""
+    modes: list[str] = []
+
+    def record(function: Callable[..., Any], *, mode: str, **options: Any) -> Callable[..., Any]:
+        modes.append(mode)
+        return function
+
+    monkeypatch.setattr(torch, "compile", record)
+    config = tiny_config(tiny_data, tmp_path, compile=True, compile_mode="max-autotune-no-cudagraphs")
+    apply.build_loss_model(config, planned(config, 1), ALONE)
+    assert len(modes) >= 2 + 1 + 3 and set(modes) == {"max-autotune-no-cudagraphs"}
+
+
+def test_a_compile_mode_without_compilation_has_no_effect(tiny_data: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_data, tmp_path, compile_mode="max-autotune-no-cudagraphs")
+    (line,) = settings_without_effect(config, "cuda", 1, "none")
+    assert line == "--train.compile-mode max-autotune-no-cudagraphs has no effect with --train.no-compile"
+
+
+# --- --train.cuda-graphs ----------------------------------------------------------------------------------------------
+
+
+class Recorded:
+    """What a CPU has in place of a captured graph: the same pass over the same tensors, run again."""
+
+    def __init__(self, passes: GraphedPasses) -> None:
+        self.passes, self.num_replays = passes, 0
+
+    def replay(self) -> None:
+        self.num_replays += 1
+        self.passes._losses.copy_(self.passes._pass())
+
+
+@pytest.mark.parametrize("options", [{"micro_batch": 4}, {"dtype": "fp16"}, {"loss": "chunked"}], ids=str)
+def test_replayed_passes_are_the_same_run(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+) -> None:
+    """Gradients are summed in place, batches and the loss scale come through the graph's own tensors."""
+    graphs: list[Recorded] = []
+
+    def record(passes: GraphedPasses) -> Recorded:
+        passes.prepare()
+        graphs.append(Recorded(passes))
+        return graphs[-1]
+
+    plain = tiny_config(tiny_data, tmp_path / "plain", steps=STEPS, **options)
+    run(plain, ALONE)
+    monkeypatch.setattr(train_main, "check_device", lambda *args: None)
+    monkeypatch.setattr(GraphedPasses, "_capture", record)
+    run(replace(with_train(plain, cuda_graphs=True), run_dir=tmp_path / "graphs"), ALONE)
+    accumulation = 12 // int(plain.train.micro_batch)
+    assert [graph.num_replays for graph in graphs] == [2 + STEPS * accumulation]
+    assert curve(tmp_path / "graphs") == curve(tmp_path / "plain")
+    assert_same_tensors(final_tensors(tmp_path / "graphs"), final_tensors(tmp_path / "plain"))
+
+
+def test_cuda_graphs_are_refused_where_a_pass_communicates_or_cannot_be_captured(
+    tiny_data: Path, tmp_path: Path
+) -> None:
+    config = tiny_config(tiny_data, tmp_path, cuda_graphs=True)
+    with pytest.raises(InputError, match=r"--train.cuda-graphs needs a GPU"):
+        run(config, ALONE)
+    with pytest.raises(InputError, match=r"--train.cuda-graphs needs one process .* not ddp with 2"):
+        planned(config, 2)
+    with pytest.raises(InputError, match=r"not fsdp with 1"):
+        planned(replace(config, parallel=replace(config.parallel, mode="fsdp")), 1)
+    flex = replace(config, model=replace(config.model, attention="flex"))
+    assert ["flex; use sdpa" in fault for fault in faults_of(flex)] == [True]
+    done = called(
+        train_main.main, *tiny_flags(tiny_data, tmp_path), "--train.cuda-graphs", "--train.micro-batch", "auto"
+    )
+    assert done.returncode == 2 and "auto cannot see; give a number" in done.stderr
+
+
+def test_the_flags_of_a_step_may_change_when_a_run_is_continued(tiny_data: Path, tmp_path: Path) -> None:
+    """They change no identity, and the record of the run begins with their defaults."""
+    config = tiny_config(tiny_data, tmp_path / "run", steps=STEPS)
+    run(with_train(config, steps=STEPS), ALONE)
+    recorded = json.loads((tmp_path / "run" / "config.json").read_text())["config"]["train"]
+    assert recorded["compile_mode"] == TrainConfig.compile_mode and recorded["cuda_graphs"] is False
+    run(with_train(config, compile_mode="max-autotune-no-cudagraphs"), ALONE)  # eager, so only a warning
+    assert "has no effect with --train.no-compile" in (tmp_path / "run" / "log.txt").read_text()
