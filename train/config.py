@@ -151,6 +151,9 @@ class ParallelConfig:
     reduce_gradients: Literal["auto", "step", "micro_batch"] = "auto"
     """fsdp, hsdp: when gradients are reduced. step: once a step, for 4 more bytes per parameter. micro_batch: after
     each micro-batch, keeping only the own shard. auto: step while whole gradients fit comfortably."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """ddp, fsdp: the dtype in which gradients are sent and added up over the processes. bf16 halves what is sent and
+    rounds each sum to 8 bits; gradients, their norm and the update stay fp32."""
     init_timeout_seconds: float = 1800
     """End the run as hung after this long without progress before the first step is done (loading, compilation)."""
     timeout_seconds: float = 600

@@ -128,6 +128,8 @@ def settings_without_effect(config: Config, device_type: str, world: int, mode: 
         warnings.append(
             f"--parallel.reduce-gradients {parallel.reduce_gradients} has no effect with --parallel.mode {mode}"
         )
+    if world == 1 and parallel.reduce_dtype != "fp32":
+        warnings.append(f"--parallel.reduce-dtype {parallel.reduce_dtype} has no effect with one process")
     if config.preflight and config.dry_run:
         warnings.append("--preflight has no effect with --dry-run")
     track, sample, trace_ranks = config.track, config.sample, " ".join(map(str, config.trace_ranks))
