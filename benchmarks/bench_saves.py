@@ -55,7 +55,7 @@ class Options:
     vocab_size: int = 256
     """Size of the model's vocabulary. The text is read as bytes, whatever the size."""
     on_cpu: bool = False
-    """Use fp32 and no torch.compile, whatever the preset says; bf16 is slow on a CPU."""
+    """Use fp32, no torch.compile and one micro-batch, whatever the preset says; bf16 is slow on a CPU."""
     rounds: int = 8
     """Rounds of steps beside an asynchronous save, steps without one (twice), and a save that is waited for."""
 
@@ -154,7 +154,9 @@ def main(args: list[str] | None = None) -> None:
 def config_of(options: Options, folder: Path) -> Config:
     """Return the preset's configuration with checkpoints only where the benchmark asks for them."""
     config = configured(folder, preset=options.preset, sequences=options.sequences, vocab_size=options.vocab_size)
-    train = dataclasses.replace(config.train, compile=False, dtype="fp32") if options.on_cpu else config.train
+    train = config.train
+    if options.on_cpu:
+        train = dataclasses.replace(train, compile=False, dtype="fp32", micro_batch=options.sequences)
     save = SaveConfig(every=10**9, keep=1, mode="async")
     return dataclasses.replace(config, train=train, save=save)
 

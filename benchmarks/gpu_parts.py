@@ -194,8 +194,9 @@ def loss(setting: Setting) -> Iterator[Row]:
     x_ND = torch.randn(N, D, device=setting.device, dtype=dtype, requires_grad=True)
     weight_VD = (0.02 * torch.randn(V, D, device=setting.device)).requires_grad_()
     targets_N, scale = torch.randint(vocab_size, (N,), device=setting.device), torch.ones((), device=setting.device)
-    compiled = (lambda function: function) if setting.is_tiny else torch.compile
-    plain, chunk = compiled(losses.plain_loss), compiled(losses.chunk_loss)
+    plain, chunk = losses.plain_loss, losses.chunk_loss
+    if not setting.is_tiny:
+        plain, chunk = (torch.compile(each, dynamic=False) for each in (plain, chunk))
     sizes = [None, *((16, 32) if setting.is_tiny else (1024, 2048, 4096, 8192, 16384))]
     for size in sizes:
         losses.CHUNK_TOKENS = size or losses.CHUNK_TOKENS
@@ -245,6 +246,7 @@ KINDS = {
     "other kernels of the compiler": "^triton_(?!tem)",  # named after all that it fused
     "optimizer": "adam|multi_tensor|foreach|lpnorm",
     "matrix products": "gemm|nvjet|cutlass|cublas|splitk|addmm|::mm|::bmm|linear|^triton_tem",
+    "communication": "nccl",
     "copies": "memcpy|memset|copy|::to\\b|::fill|::zero",
     "elementwise": "elementwise|gelu|add|mul|reduce",
 }

@@ -27,6 +27,7 @@ from train.guards.watchdog import Watchdog
 from train.loop import accumulate_gradients, read_result, take_step
 from train.metrics.garbage import collected_between_steps
 from train.metrics.meters import Startup
+from train.parallel.auto_micro_batch import check_device
 from train.parallel.plan import ParallelPlan, agree_on_parallel_plan
 from train.parallel.precision import compute_dtype, set_numerics
 from train.parallel.warm_up import warm_up
@@ -64,6 +65,7 @@ def configured(folder: Path, *, preset: str, sequences: int, vocab_size: int) ->
 @contextlib.contextmanager
 def opened_run(config: Config, group: ProcessGroup) -> Iterator[tuple[Run, Step]]:
     """Yield a warmed-up run as train/main.py sets it up, and its step. Collective; it saves only on request."""
+    check_device(config, group.device)
     gc.collect()  # the previous run's models are full of reference cycles
     torch.compiler.reset()  # its graphs would count towards Dynamo's limit of recompilations
     if group.device.type == "cuda":

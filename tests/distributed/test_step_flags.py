@@ -126,6 +126,20 @@ def test_the_flags_of_a_step_may_change_when_a_run_is_continued(tiny_data: Path,
     assert "has no effect with --train.no-compile" in (tmp_path / "run" / "log.txt").read_text()
 
 
+# --- The preset gpt2-small --------------------------------------------------------------------------------------------
+
+
+def test_gpt2_small_on_a_cpu_is_planned_but_needs_a_number_to_train(tiny_data: Path, tmp_path: Path) -> None:
+    """Its micro-batch is what fits a GPU, so a CPU gets one line before anything is computed."""
+    words = ["gpt2-small", "--data.dir", str(tiny_data), "--run-dir", str(tmp_path / "run")]
+    done = called(train_main.main, *words)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert "--train.micro-batch auto measures a GPU's memory; give a number on a CPU, such as 16" in done.stderr
+    assert not (tmp_path / "run").exists()
+    planned = called(train_main.main, *words, "--dry-run")
+    assert planned.returncode == 0 and "512 (micro-batch auto) sequences" in planned.stdout, planned.stderr
+
+
 # --- --parallel.reduce-dtype ------------------------------------------------------------------------------------------
 
 TOLERANCE = 2e-4  # of the loss, over 12 steps

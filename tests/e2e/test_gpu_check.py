@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpu_check
+from benchmarks import gpu_check, gpu_parts
 from benchmarks.gpu_check import Part
 from tests.helpers.runs import ROOT
 
@@ -88,6 +88,26 @@ def test_pytests_lines_are_rows() -> None:
     skipped = gpu_check.row_of("tests/gpu/test_runs.py::test_y SKIPPED (no GPU)     [ 20%]\n")
     assert skipped == {"test": "test_runs.py::test_y", "outcome": "skipped", "reason": "no GPU"}
     assert gpu_check.row_of("step       1  loss   5.5437\n") is None
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<...>", "attention"),
+        ("cudnn_generated_fort_native_sdpa_sm90_flash_bprop_wgmma_f16_knob_7_64x64", "attention"),
+        ("nvjet_sm90_tst_128x256_64x4_1x2_h_bz_coopA_NTN", "matrix products"),
+        ("void cutlass::Kernel2<cutlass_80_tensorop_bf16_s16816gemm_bf16_256x128>", "matrix products"),
+        ("triton_red_fused__log_softmax_nll_loss_forward_0", "loss"),
+        ("triton_per_fused__to_copy_add_native_layer_norm_2", "norms"),
+        ("triton_poi_fused__to_copy_addmm_gelu_3", "other kernels of the compiler"),
+        ("void at::native::(anonymous namespace)::multi_tensor_apply_kernel<FusedAdamMathFunctor>", "optimizer"),
+        ("Memcpy DtoD (Device -> Device)", "copies"),
+        ("void at::native::vectorized_elementwise_kernel<4, at::native::CUDAFunctor_add<float>>", "elementwise"),
+        ("ncclDevKernel_AllReduce_Sum_f32_RING_LL", "communication"),
+    ],
+)
+def test_kernels_are_sorted_by_their_names(kernel: str, kind: str) -> None:
+    assert gpu_parts.kind_of(kernel) == kind
 
 
 def test_the_time_of_all_parts_is_bounded(tmp_path: Path) -> None:
