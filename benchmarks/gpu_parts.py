@@ -196,7 +196,7 @@ def loss(setting: Setting) -> Iterator[Row]:
     targets_N, scale = torch.randint(vocab_size, (N,), device=setting.device), torch.ones((), device=setting.device)
     plain, chunk = losses.plain_loss, losses.chunk_loss
     if not setting.is_tiny:
-        plain, chunk = (torch.compile(each, dynamic=False) for each in (plain, chunk))
+        plain, chunk = torch.compile(plain, dynamic=False), torch.compile(chunk, dynamic=False)
     sizes = [None, *((16, 32) if setting.is_tiny else (1024, 2048, 4096, 8192, 16384))]
     for size in sizes:
         losses.CHUNK_TOKENS = size or losses.CHUNK_TOKENS
