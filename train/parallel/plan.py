@@ -142,8 +142,9 @@ def _check_reduction(config: Config, plan: ParallelPlan, world: int) -> None:
     flag = "--parallel.reduce-dtype bf16"
     if plan.mode == "hsdp":
         raise InputError(f"{flag} is for ddp and fsdp, not for --parallel.mode hsdp; leave it fp32")
-    is_one = config.train.micro_batch != "auto" and plan_batches(config, world).accumulation == 1
-    if plan.mode == "fsdp" and plan.whole_gradients and not is_one:
+    if plan.mode != "fsdp" or not plan.whole_gradients:
+        return
+    if config.train.micro_batch == "auto" or plan_batches(config, world).accumulation > 1:
         raise InputError(
             f"{flag} with --parallel.mode fsdp would add up micro-batches in bf16; give a --train.micro-batch of all "
             "sequences of a process, or --parallel.reduce-gradients micro_batch, or leave it fp32"
