@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-long test-cluster test-slow golden mutations lint bench bench-gpu
+.PHONY: quickstart test test-long test-cluster test-slow golden mutations lint bench bench-gpu gpu-check
 
 # The text inside CPython -> shards -> a GPT trained in two processes -> its loss curve and a sample.
 # On the CPU also where there is a GPU: two processes want two, and the numbers are then the same everywhere.
@@ -67,6 +67,12 @@ gpu-saves:
 	$(BIN)/python benchmarks/bench_saves.py $(SMALL) --sequences 64
 gpu-generate:
 	$(BIN)/python benchmarks/bench_generate.py
+
+# The first thing to run where there is a GPU: 8 minutes. Any Python that has torch will do; nothing is installed, but for
+# the wheels of the folder WHEELS, if it is given.
+OUT ?= gpu-check
+gpu-check:
+	$(or $(wildcard $(BIN)/python),$(PYTHON)) benchmarks/gpu_check.py --out $(OUT) $(if $(WHEELS),--wheels $(WHEELS))
 
 .venv/.base: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv

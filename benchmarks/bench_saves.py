@@ -25,12 +25,12 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-import tyro
 
 from benchmarks.steps import configured, opened_run, seconds_of, summary
 from common.errors import InputError, one_line_errors
@@ -55,7 +55,7 @@ class Options:
     vocab_size: int = 256
     """Size of the model's vocabulary. The text is read as bytes, whatever the size."""
     on_cpu: bool = False
-    """Use fp32 and no torch.compile, whatever the preset says; bf16 is slow on a CPU."""
+    """Use fp32, no torch.compile and one micro-batch, whatever the preset says; bf16 is slow on a CPU."""
     rounds: int = 8
     """Rounds of steps beside an asynchronous save, steps without one (twice), and a save that is waited for."""
 
@@ -78,7 +78,7 @@ def wait_for_a_save(run: Run) -> None:
     run.reports.checkpoints.finish(run.state.progress)
 
 
-def measure(options: Options, config: Config, group: ProcessGroup) -> dict[str, object]:
+def measure(options: Options, config: Config, group: ProcessGroup) -> dict[str, Any]:
     """Return the conditions and the costs of a save."""
     ratios, controls, waits = list[float](), list[float](), list[float]()
     counts = list[int]()
@@ -131,6 +131,8 @@ def seconds_to_stop(options: Options, config: Config, folder: Path, where: str) 
 
 
 def main(args: list[str] | None = None) -> None:
+    import tyro  # here, because benchmarks/gpu_parts.py imports this module
+
     with one_line_errors("bench_saves"):
         options = tyro.cli(Options, args=args, description=__doc__)
         with (
@@ -152,7 +154,9 @@ def main(args: list[str] | None = None) -> None:
 def config_of(options: Options, folder: Path) -> Config:
     """Return the preset's configuration with checkpoints only where the benchmark asks for them."""
     config = configured(folder, preset=options.preset, sequences=options.sequences, vocab_size=options.vocab_size)
-    train = dataclasses.replace(config.train, compile=False, dtype="fp32") if options.on_cpu else config.train
+    train = config.train
+    if options.on_cpu:
+        train = dataclasses.replace(train, compile=False, dtype="fp32", micro_batch=options.sequences)
     save = SaveConfig(every=10**9, keep=1, mode="async")
     return dataclasses.replace(config, train=train, save=save)
 

@@ -27,6 +27,7 @@ from train.guards.watchdog import Watchdog
 from train.loop import accumulate_gradients, read_result, take_step
 from train.metrics.garbage import collected_between_steps
 from train.metrics.meters import Startup
+from train.parallel.auto_micro_batch import check_device
 from train.parallel.plan import ParallelPlan, agree_on_parallel_plan
 from train.parallel.precision import compute_dtype, set_numerics
 from train.parallel.warm_up import warm_up
@@ -64,6 +65,7 @@ def configured(folder: Path, *, preset: str, sequences: int, vocab_size: int) ->
 @contextlib.contextmanager
 def opened_run(config: Config, group: ProcessGroup) -> Iterator[tuple[Run, Step]]:
     """Yield a warmed-up run as train/main.py sets it up, and its step. Collective; it saves only on request."""
+    check_device(config, group.device)
     gc.collect()  # the previous run's models are full of reference cycles
     torch.compiler.reset()  # its graphs would count towards Dynamo's limit of recompilations
     if group.device.type == "cuda":
@@ -131,16 +133,29 @@ def bare_step(config: Config, parallel_plan: ParallelPlan, group: ProcessGroup) 
     shape = (plan.accumulation, plan.micro_batch, config.train.seq_len + 1)
     tokens = torch.randint(config.model.vocab_size, shape, device=group.device)
 
+    def forward(rows: Tensor, is_last: bool) -> Tensor:
+        if isinstance(model, DistributedDataParallel):
+            model.require_backward_grad_sync = is_last
+        elif isinstance(model, FSDPModule):
+            model.set_reshard_after_backward(is_last, recurse=False)
+            if parallel_plan.whole_gradients:
+                model.set_requires_gradient_sync(is_last)
+        return score(model(rows[:, :-1]), rows[:, 1:], config.model.vocab_size)
+
+    return plain_step(tokens, forward, model, optimizer)
+
+
+def plain_step(
+    tokens: Tensor, forward: Callable[[Tensor, bool], Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
+) -> Step:
+    """Return a step over the micro-batches `tokens`: gradients of the mean loss, clipped, and an update.
+
+    `forward`: a micro-batch, and whether it is the last -> its mean loss.
+    """
+
     def step() -> None:
         for index, rows in enumerate(tokens):
-            is_last = index == len(tokens) - 1
-            if isinstance(model, DistributedDataParallel):
-                model.require_backward_grad_sync = is_last
-            elif isinstance(model, FSDPModule):
-                model.set_reshard_after_backward(is_last, recurse=False)
-                if parallel_plan.whole_gradients:
-                    model.set_requires_gradient_sync(is_last)
-            loss = score(model(rows[:, :-1]), rows[:, 1:], config.model.vocab_size)
+            loss = forward(rows, index == len(tokens) - 1)
             (loss / len(tokens)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

@@ -22,8 +22,6 @@ from typing import Any
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import tyro
-
 from common.byte_order import HEAD_BYTES, left_out, mark_bytes
 from common.errors import InputError, one_line_errors, reading_from, warn
 from common.files import sha256_of_file, write_blocks_atomically, write_json_atomically
@@ -241,6 +239,8 @@ def _count_existing(out: Path, sha256: str, options: Options) -> int | None:
 
 
 def main(args: list[str] | None = None) -> None:
+    import tyro  # here, because every run imports this module
+
     with one_line_errors("hellaswag"):
         prepare(tyro.cli(Options, args=args, description=__doc__))
 

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
 from typing import Annotated, Any, Literal
 
-import tyro
+from common.flags import HIDDEN
 
 Kind = Literal["bigram", "head", "heads", "block", "gpt"]
 MLP_TOLERANCE = 0.02  # relative difference allowed between SwiGLU's parameters and those of two 4 x width matrices
@@ -64,9 +64,9 @@ class ModelConfig:
     vocab_multiple: int = 64
     """Round the embedding's rows up to a multiple of this number, since tensor cores are fast on such sizes: 50,257 ->
     50,304 (nanoGPT, build-nanogpt). 1: no rounding."""
-    vocab_size: Annotated[int, tyro.conf.Suppress] = 50257
-    context_len: Annotated[int, tyro.conf.Suppress] = 1024
-    eot_id: Annotated[int | None, tyro.conf.Suppress] = 50256  # begins each document; None: documents are not marked
+    vocab_size: Annotated[int, HIDDEN] = 50257
+    context_len: Annotated[int, HIDDEN] = 1024
+    eot_id: Annotated[int | None, HIDDEN] = 50256  # begins each document; None: documents are not marked
 
     @property
     def head_size(self) -> int:

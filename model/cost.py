@@ -19,9 +19,8 @@ from typing import Literal, TypeVar
 if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
-import tyro
-
 from common.errors import InputError, one_line_errors
+from common.flags import mark_for_tyro
 from common.former_flags import refuse_former_flags
 from model.config import NAMED_SHAPES, ModelConfig
 from model.costs.activations import FP32_BYTES, StepShape
@@ -211,11 +210,14 @@ AnyOptions = TypeVar("AnyOptions", bound=ModelOnCard)
 
 def parse_as(kind: type[AnyOptions], args: Sequence[str], *, program: str, text: str | None) -> AnyOptions:
     """Return the options of `[SHAPE] [--flags]`. Raise one InputError with every fault. `text` opens the help."""
+    import tyro  # here, because every run counts with this module
+
     name, flags = ("gpt2-small", list(args)) if not args or args[0].startswith("-") else (args[0], list(args[1:]))
     if name not in NAMED_SHAPES:
         raise InputError(f"no shape {name!r}; there are {', '.join(NAMED_SHAPES)}")
     refuse_former_flags(flags)
     shape = NAMED_SHAPES[name]
+    mark_for_tyro(ModelConfig)
     options = tyro.cli(
         kind,
         prog=f"{program} {name}",

@@ -26,10 +26,10 @@ if not __package__:
     sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import torch
-import tyro
 
 from common.byte_order import HEAD_BYTES, left_out, mark_bytes
 from common.errors import InputError, first_line, one_line_errors, reading_from, warn
+from common.flags import POSITIONAL, mark_for_tyro
 from common.reading import parse_json
 from common.seeds import as_32_bits, seed_fault
 from data_prep.tokenizer import Tokenizer
@@ -48,7 +48,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 class Options:
     """Generate text with a trained model."""
 
-    path: Annotated[str, tyro.conf.Positional]
+    path: Annotated[str, POSITIONAL]
     """RUN directory, RUN@STEP, path of a checkpoint, or Hugging Face folder of a GPT-2."""
     prompt: str = ""
     """Text to continue. Empty: begin a new document."""
@@ -224,7 +224,10 @@ def make_passes(model: LanguageModel, options: Options) -> Passes:
 
 def main(args: list[str] | None = None) -> None:
     """Print continuations of the command line's prompts."""
+    import tyro  # here, because every run samples with this module
+
     with one_line_errors("generate"):
+        mark_for_tyro(Options)
         options = tyro.cli(Options, args=args, description=__doc__)
         sampling = check_options(options)
         trained = load_model(options.path, device=options.device, dtype=DTYPES[options.dtype])

@@ -29,10 +29,10 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-import tyro
 from torch import Tensor, nn
 
 from common.errors import InputError, one_line_errors
+from common.flags import POSITIONAL, mark_for_tyro
 from data_prep.manifest import open_split
 from data_prep.tokenizer import CharTokenizer, load_tokenizer
 from model.base import INIT_STD, LanguageModel
@@ -150,7 +150,7 @@ EVERYTHING_ONCE = 1  # added to every count, so that no pair has a probability o
 class Options:
     """Show a text's characters as numbers, and a bigram model made by counting instead of training."""
 
-    dir: Annotated[Path, tyro.conf.Positional]
+    dir: Annotated[Path, POSITIONAL]
     """Data directory of characters (data_prep/textfiles.py --tokenizer char)."""
 
 
@@ -199,7 +199,10 @@ def report(directory: Path) -> str:
 
 def main(args: Sequence[str] | None = None) -> None:
     """Print the report of a data directory."""
+    import tyro  # here, because every run builds its model with this module
+
     with one_line_errors("ladder"):
+        mark_for_tyro(Options)
         options = tyro.cli(Options, args=args, description=__doc__)
         print(report(options.dir))
 

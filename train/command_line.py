@@ -5,21 +5,24 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
-import tyro
-
 from common.errors import InputError
+from common.flags import HIDDEN, mark_for_tyro
 from common.former_flags import refuse_former_flags
+from model.config import ModelConfig
 from train.config import Config, resolve
 from train.config_checks import faults_of
 
 
 def parse(args: Sequence[str], presets: dict[str, Config]) -> Config:
     """Parse `[PRESET] [--section.field value ...]` into a resolved Config; report every fault in one InputError."""
+    import tyro  # here, because a run that another program starts parses nothing
+
     name, flags = ("gpt2-small", list(args)) if not args or args[0].startswith("-") else (args[0], list(args[1:]))
     if name not in presets:
         raise InputError(f"no preset {name!r}{_suggestion(name, presets)}; there are {', '.join(presets)}")
     refuse_former_flags(flags)
     preset = presets[name]
+    mark_for_tyro(Config, ModelConfig)
     config, unknown = tyro.cli(
         Config,
         prog=f"train/main.py {name}",
@@ -43,7 +46,7 @@ def parse(args: Sequence[str], presets: dict[str, Config]) -> Config:
 def _flags_of(kind: Any, prefix: str = "--") -> list[str]:
     flags = []
     for item in dataclasses.fields(kind):
-        if tyro.conf.Suppress in getattr(item.type, "__metadata__", ()):
+        if HIDDEN in getattr(item.type, "__metadata__", ()):
             continue
         flag = prefix + item.name.replace("_", "-")
         if dataclasses.is_dataclass(item.type):

@@ -6,9 +6,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import tyro
-
 from common.errors import InputError
+from common.flags import HIDDEN
 from common.redaction import redacted
 from model.config import ModelConfig
 from model.costs.gpu_peaks import DType
@@ -47,6 +46,12 @@ class TrainConfig:
     scale. tf32 is fp32 with matrix products in TF32 on a GPU. fp32 never uses TF32."""
     compile: bool = True
     """Compile the model block by block with torch.compile."""
+    compile_mode: Literal["default", "max-autotune-no-cudagraphs"] = "default"
+    """torch.compile's mode. max-autotune-no-cudagraphs: time several kernels for each product and fusion and take the
+    fastest, which takes minutes at the start."""
+    cuda_graphs: bool = False
+    """Capture a micro-batch's forward and backward pass as one CUDA graph, for small models, whose kernels are done
+    before the next is launched. One process on one GPU."""
     loss: Literal["plain", "chunked"] = "plain"
     """chunked: the same loss without ever holding the logits of a whole micro-batch."""
     loss_chunk_tokens: int = 8192
@@ -156,6 +161,9 @@ class ParallelConfig:
     reduce_gradients: Literal["auto", "step", "micro_batch"] = "auto"
     """fsdp, hsdp: when gradients are reduced. step: once a step, for 4 more bytes per parameter. micro_batch: after
     each micro-batch, keeping only the own shard. auto: step while whole gradients fit comfortably."""
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    """ddp, fsdp: the dtype in which gradients are sent and added up over the processes. bf16 halves what is sent and
+    rounds each sum to 8 bits; gradients, their norm and the update stay fp32."""
     init_timeout_seconds: float = 1800
     """End the run as hung after this long without progress before the first step is done (loading, compilation)."""
     timeout_seconds: float = 600
@@ -182,7 +190,7 @@ class TrackConfig:
 class Config:
     """Train a GPT. The same command line again continues the run."""
 
-    preset: Annotated[str, tyro.conf.Suppress] = "gpt2-small"
+    preset: Annotated[str, HIDDEN] = "gpt2-small"
     run_dir: Path | None = None
     """Run directory; None: runs/PRESET."""
     seed: int = 1337

@@ -102,6 +102,10 @@ def faults_of(config: Config) -> list[str]:
             parse_duration(config.stop_after)
         except InputError as error:
             faults.append(f"--stop-after {error}")
+    if train.cuda_graphs and train.micro_batch == "auto":
+        faults.append("--train.cuda-graphs keeps memory that --train.micro-batch auto cannot see; give a number")
+    if train.cuda_graphs and config.model.attention == "flex":
+        faults.append("--train.cuda-graphs cannot capture the document masks of --model.attention flex; use sdpa")
     if config.sample.every is not None and not config.sample.prompts:
         faults.append("--sample.prompts names no prompt; give one, or --sample.every None")
     return faults
@@ -155,6 +159,8 @@ def settings_without_effect(config: Config, device_type: str, world: int, mode: 
         warnings.append("--model.attention flex finds no documents: the data's tokenizer has no end-of-text token")
     if model.attention == "flex" and not config.train.compile:
         warnings.append("--model.attention flex with --train.no-compile holds all scores, as naive does")
+    if config.train.compile_mode != "default" and not config.train.compile:
+        warnings.append(f"--train.compile-mode {config.train.compile_mode} has no effect with --train.no-compile")
     if parallel.shard_size is not None and mode != "hsdp":
         warnings.append(f"--parallel.shard-size {parallel.shard_size} has no effect with --parallel.mode {mode}")
     if mode in ("none", "ddp") and not parallel.reshard_after_forward:
@@ -163,6 +169,8 @@ def settings_without_effect(config: Config, device_type: str, world: int, mode: 
         warnings.append(
             f"--parallel.reduce-gradients {parallel.reduce_gradients} has no effect with --parallel.mode {mode}"
         )
+    if world == 1 and parallel.reduce_dtype != "fp32":
+        warnings.append(f"--parallel.reduce-dtype {parallel.reduce_dtype} has no effect with one process")
     if config.preflight and config.dry_run:
         warnings.append("--preflight has no effect with --dry-run")
     track, sample, trace_ranks = config.track, config.sample, " ".join(map(str, config.trace_ranks))

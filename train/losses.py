@@ -154,7 +154,13 @@ class LossModel(nn.Module):
     """
 
     def __init__(
-        self, model: LanguageModel, *, chunk_tokens: int | None, is_fp8: bool = False, compiled: bool = False
+        self,
+        model: LanguageModel,
+        *,
+        chunk_tokens: int | None,
+        is_fp8: bool = False,
+        compiled: bool = False,
+        mode: str = "default",
     ) -> None:
         """`chunk_tokens` None: the plain loss. `is_fp8`: the head's products in training are in FP8."""
         super().__init__()
@@ -165,10 +171,9 @@ class LossModel(nn.Module):
         self._chunk: ChunkFunction = chunk_loss
         self._tokens: Callable[..., Tensor] = token_losses
         if compiled:
-            self._plain = torch.compile(self._plain, dynamic=False)
-            self._head = torch.compile(self._head, dynamic=False) if is_fp8 else self._head
-            self._chunk = torch.compile(chunk_loss, dynamic=False)
-            self._tokens = torch.compile(token_losses, dynamic=False)
+            compiles = partial(torch.compile, dynamic=False, mode=mode)
+            self._plain, self._chunk, self._tokens = map(compiles, (self._plain, chunk_loss, token_losses))
+            self._head = compiles(self._head) if is_fp8 else self._head
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor, scale: Tensor) -> Tensor:
         x_ND, targets_N = self.model.hidden_states(inputs_BT).flatten(0, 1), targets_BT.flatten()

@@ -32,7 +32,6 @@ from train.processes import parent_watch
 parent_watch.remember()
 
 import torch
-import tyro
 
 from common.errors import InputError, one_line_errors
 from train.guards.stragglers import median_of_others
@@ -224,6 +223,8 @@ class Options:
 
 
 def main(args: Sequence[str] | None = None) -> None:
+    import tyro  # here, because train/main.py imports this module
+
     with one_line_errors("train"):
         options = tyro.cli(Options, description=__doc__, args=args)
         with open_process_group(options.timeout_seconds, options.run_dir) as group:

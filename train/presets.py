@@ -24,7 +24,7 @@ def gpt2_small() -> Config:
     Brown et al. 2020, table 2.1 and appendix B.
     Cost: 8.5e18 FLOPs; 0.75 hours on 8 H100 at 40 % of their peak.
     """
-    return Config(preset="gpt2-small", model=NAMED_SHAPES["gpt2-small"])
+    return Config(preset="gpt2-small", model=NAMED_SHAPES["gpt2-small"], train=TrainConfig(micro_batch="auto"))
 
 
 def gpt2_medium() -> Config:
@@ -81,6 +81,7 @@ def gpt2_small_134m() -> Config:
         preset="gpt2-small-134m",
         data=DataConfig(dir=Path("data/fineweb_edu_32k")),
         model=NAMED_SHAPES["gpt2-small-134m"],
+        train=TrainConfig(micro_batch="auto"),
     )
 
 

@@ -30,7 +30,7 @@ from model.costs.gpu_peaks import BANDWIDTHS
 from model.costs.memory import memory
 from model.costs.roofline import Kernel, Rates, Row, StepTrace, rows_of
 from model.gpt import GPT
-from train.config import OptimConfig
+from train.config import OptimConfig, TrainConfig
 from train.losses import LossModel
 from train.optim import build_optimizer, sum_of_squares, update
 from train.parallel.apply import compile_parts
@@ -43,6 +43,8 @@ class Options(ModelOnCard):
 
     loss: Literal["plain", "chunked"] = "plain"
     """The loss that --train.loss names."""
+    loss_chunk_tokens: int = TrainConfig.loss_chunk_tokens
+    """chunked: tokens whose logits are computed at once."""
     bandwidth_tb_per_s: float | None = None
     """The bandwidth of the card's memory in TB/s (10^12 bytes). None: the listed bandwidth of a named card."""
     attained: tuple[float, float, float] = (0.70, 0.35, 0.90)
@@ -50,7 +52,7 @@ class Options(ModelOnCard):
     default is for an H100: 35 % is FlashAttention-2's (Shah et al. 2024, abstract), the others are assumptions."""
 
     def faults(self) -> list[str]:
-        faults = super().faults() + self.not_positive("bandwidth_tb_per_s")
+        faults = super().faults() + self.not_positive("bandwidth_tb_per_s", "loss_chunk_tokens")
         if self.model.attention == "flex":
             faults.append("--model.attention flex: its work depends on the documents; give sdpa or naive")
         if not all(0 < fraction <= 1 for fraction in self.attained):
@@ -81,12 +83,12 @@ def card_rates(options: Options) -> Rates | None:
 
 
 def traced_step(
-    config: ModelConfig, *, batch: int, seq_len: int, compute_dtype: torch.dtype, chunked: bool
+    config: ModelConfig, *, batch: int, seq_len: int, compute_dtype: torch.dtype, chunk_tokens: int | None = None
 ) -> list[Kernel]:
     """Return the kernels of one step with one micro-batch: forward pass, backward pass and update.
 
-    Model, loss, compilation and optimizer are those of training. Gradients are taken as autograd returns them, without
-    a copy or a sum with those of other micro-batches.
+    Model, loss, compilation and optimizer are those of training; `chunk_tokens` None is the plain loss. Gradients are
+    taken as autograd returns them, without a copy or a sum with those of other micro-batches.
     """
     trace = StepTrace()
 
@@ -99,7 +101,7 @@ def traced_step(
 
     with FakeTensorMode():
         model = GPT(config, compute_dtype=compute_dtype)
-        loss_model = LossModel(model, chunked=chunked, compiled=True)
+        loss_model = LossModel(model, chunk_tokens=chunk_tokens, compiled=True)
         compile_parts(model)
         model.transformer["ln_f"].register_forward_hook(enter_the_loss)  # the last module before the head
         optimizer = build_optimizer(loss_model, OptimConfig())
@@ -125,7 +127,7 @@ def report(options: Options) -> str:
         batch=options.batch,
         seq_len=options.seq_len,
         compute_dtype=COMPUTE_DTYPES[options.dtype],
-        chunked=options.loss == "chunked",
+        chunk_tokens=options.loss_chunk_tokens if options.loss == "chunked" else None,
     )
     products, attention, bandwidth = options.attained
     attained = Rates(peaks.products * products, peaks.attention * attention, peaks.bandwidth * bandwidth)

@@ -29,6 +29,7 @@ from train.optim import build_optimizer
 from train.parallel import apply
 from train.parallel.attention import settle_attention_backend
 from train.parallel.auto_micro_batch import settle_micro_batch
+from train.parallel.graphs import GraphedPasses
 from train.parallel.plan import ParallelPlan
 from train.parallel.precision import LossScale
 from train.processes.group import ProcessGroup
@@ -67,6 +68,8 @@ def set_up(
     sequences = group.on_all(lambda: open_sequences(config))
     evaluation_data = group.on_all(lambda: open_evaluation_data(config, batch_plan, tokenizer))
     module = apply.wrap(loss_model, parallel_plan)
+    if config.train.cuda_graphs:
+        module = GraphedPasses(loss_model, (batch_plan.micro_batch, config.train.seq_len), group.device)
     loss_scale = LossScale(group.device) if config.train.dtype == "fp16" else None
 
     loaded, faults = resume.find_start(

@@ -18,7 +18,8 @@ class StepShape:
     """The settings beside the model that decide a step's memory. The defaults are one process, eager fp32, plain loss.
 
     `mode`, `shards`, `reshard_after_forward` and `whole_gradients` are those of train/parallel/plan.py. `chunk_tokens`
-    is that of train/losses.py, None for the plain loss. `compute_bytes` is the size of an element of the activations.
+    is that of train/losses.py, None for the plain loss. `compute_bytes` is the size of an element of the activations,
+    `reduce_bytes` that of a gradient as it is sent.
     `on_cpu`: FSDP2 communicates by gloo, which copies what it gathers and reduces, and the gradients' norm is taken of
     an fp64 copy of each gradient.
     """
@@ -33,6 +34,7 @@ class StepShape:
     shards: int = 1
     reshard_after_forward: bool = True
     whole_gradients: bool = True
+    reduce_bytes: int = FP32_BYTES
     on_cpu: bool = False
 
     @property

@@ -97,13 +97,17 @@ def _gradients(config: ModelConfig, shape: StepShape, done: int, *, is_root_done
     """Return the gradients in the last micro-batch's backward pass, after those of `done` blocks are reduced.
 
     DDP's gradients lie in its buckets all the time. Accumulated gradients exist from the first micro-batch to the
-    update. The whole gradients that FSDP2 adds up become shards one block after the other.
+    update. The whole gradients that FSDP2 adds up become shards one block after the other. What DDP sends in bf16 is
+    a copy; it is counted whole, though buckets free it one by one.
     """
     blocks, num_roots_done = config.num_layers, int(is_root_done)
+    own_block, own_root = (count_shard(f(config), shape.shards) for f in (block_shapes, root_shapes))
+    copies = {}
+    if shape.mode == "ddp" and shape.reduce_bytes < FP32_BYTES:
+        copies["gradients in bf16"] = shape.reduce_bytes * (blocks * own_block + own_root)
     if shape.mode == "ddp" or (shape.accumulation > 1 and not shape.adds_up_whole):
         done, num_roots_done = blocks, 1
-    own_block, own_root = (FP32_BYTES * count_shard(f(config), shape.shards) for f in (block_shapes, root_shapes))
-    components = {"gradients": done * own_block + num_roots_done * own_root}
+    components = {"gradients": FP32_BYTES * (done * own_block + num_roots_done * own_root)} | copies
     if shape.adds_up_whole:
         block, root = (FP32_BYTES * count_shard(f(config), 1) for f in (block_shapes, root_shapes))
         components["whole gradients"] = (blocks - done) * block + (1 - num_roots_done) * root
@@ -375,4 +379,5 @@ def _update(config: ModelConfig, shape: StepShape) -> Bytes:
     """Return the update. On a CPU the norm takes an fp64 copy of one gradient after the other."""
     largest = max(count_shard([each], shape.shards) for each in block_shapes(config) + root_shapes(config))
     norm = FP64_BYTES * largest if shape.on_cpu else 0
-    return _kept_state(config, shape, done=config.num_layers, is_root_done=True) | {"norm": norm}
+    state = _kept_state(config, shape, done=config.num_layers, is_root_done=True)
+    return state | {"norm": norm}

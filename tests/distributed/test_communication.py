@@ -44,12 +44,14 @@ class Case:
     dtype: Literal["fp32", "bf16"] = "fp32"
     model: ModelConfig = ODD
     checkpointing: bool = False
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
 
     def __str__(self) -> str:
         words = [self.mode, str(self.micro_batches), self.dtype, f"{self.model.width}wide"]
         if self.mode in ("fsdp", "hsdp"):
             words += [self.reduce_gradients, "reshard" if self.reshard else "keep"]
-        return "-".join([*words, "checkpointing"] if self.checkpointing else words)
+        words += ["checkpointing"] * self.checkpointing + ["reduced in bf16"] * (self.reduce_dtype == "bf16")
+        return "-".join(words)
 
     def config(self, data: Path, run_dir: Path, world: int, shard_size: int) -> Config:
         """Return a run of three sequences for each rank, and a validation in three rounds if the data suffice."""
@@ -67,6 +69,7 @@ class Case:
             shard_size=shard_size if self.mode == "hsdp" else None,
             reshard_after_forward=self.reshard,
             reduce_gradients=self.reduce_gradients,
+            reduce_dtype=self.reduce_dtype,
         )
         validate = ValidateConfig(every=1, tokens=5 * world * micro_batch * 32 // 2)
         return resolve(replace(config, model=self.model, parallel=parallel, validate=validate))
@@ -83,11 +86,15 @@ ON_512 = [
     *HSDP,
     Case("hsdp", 3, checkpointing=True),
     Case("fsdp", 3),
+    Case("fsdp", 1, dtype="bf16", reduce_dtype="bf16"),
+    Case("fsdp", 3, reduce_gradients="micro_batch", reduce_dtype="bf16"),
 ]
 ON_GLOO = {
     2: [
         Case("ddp", 3, dtype="bf16"),
         Case("ddp", 1, model=WIDE),
+        Case("ddp", 3, reduce_dtype="bf16"),
+        Case("fsdp", 1, dtype="bf16", reduce_dtype="bf16"),
         Case("ddp", 3, model=SWITCHED),
         Case("fsdp", 3, reshard=False, model=SWITCHED, checkpointing=True),
         Case("fsdp", 3, reduce_gradients="micro_batch", dtype="bf16", model=SWITCHED),

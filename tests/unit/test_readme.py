@@ -83,6 +83,6 @@ def test_the_readme_is_short_and_names_the_targets() -> None:
 def test_benchmarks_of_the_makefile_have_the_flags_it_gives_them() -> None:
     (small,) = re.findall(r"^SMALL := (.*)$", MAKEFILE, re.MULTILINE)
     commands = re.findall(r"(benchmarks/\w+\.py)(.*)", MAKEFILE)
-    assert len(commands) == 10
+    assert len(commands) == 11
     for script, words in commands:
         assert unknown_flags(script, words.replace("$(SMALL)", small).split()) == [], script

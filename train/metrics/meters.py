@@ -16,9 +16,14 @@ GIB = 2**30
 
 def device_peak_flops(config: Config, device: torch.device) -> float | None:
     """Return a device's peak FLOP/s at the run's dtype; None if it is unknown, so that MFU is null."""
+    return peak_of(config, torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU")
+
+
+def peak_of(config: Config, device_name: str) -> float | None:
+    """Return the peak FLOP/s of a device by its name, or the one that --track.peak-tflops gives."""
     if config.track.peak_tflops is not None:
         return config.track.peak_tflops * 1e12
-    return peak_flops(torch.cuda.get_device_name(device), config.train.dtype) if device.type == "cuda" else None
+    return peak_flops(device_name, config.train.dtype)
 
 
 def peak_memory_gib(device: torch.device) -> float:

@@ -3,6 +3,7 @@
 import types
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
@@ -42,6 +43,7 @@ def build_loss_model(config: Config, parallel_plan: ParallelPlan, group: Process
             chunk_tokens=train.loss_chunk_tokens if train.loss == "chunked" else None,
             is_fp8=train.fp8 in ("head", "all"),
             compiled=train.compile,
+            mode=train.compile_mode,
         )
     if train.fp8 in ("blocks", "all"):
         fp8.use_in_blocks(model)
@@ -49,7 +51,7 @@ def build_loss_model(config: Config, parallel_plan: ParallelPlan, group: Process
         for block in model.blocks:
             block.forward = types.MethodType(recomputed, block)
     if train.compile:
-        compile_parts(model)
+        compile_parts(model, train.compile_mode)
     if parallel_plan.is_sharded:
         shard(loss_model, parallel_plan, group)
         group.set_timeout(config.parallel.init_timeout_seconds)  # for the groups that sharding made, too
@@ -61,7 +63,7 @@ def build_loss_model(config: Config, parallel_plan: ParallelPlan, group: Process
     return loss_model
 
 
-def compile_parts(model: LanguageModel) -> None:
+def compile_parts(model: LanguageModel, mode: str = "default") -> None:
     """Compile the model's parts in place (step 3).
 
     torch keeps 8 graphs of a function and runs later ones uncompiled: too few for the shapes of training, validation
@@ -70,7 +72,7 @@ def compile_parts(model: LanguageModel) -> None:
     torch._dynamo.config.optimize_ddp = False
     torch._dynamo.config.recompile_limit = 32
     for part in model.compiled_parts:
-        part.forward = torch.compile(part.forward, dynamic=False)
+        part.forward = torch.compile(part.forward, dynamic=False, mode=mode)
 
 
 def recomputed(block: Block, x_BTD: Tensor, shared: Shared) -> tuple[Tensor, Tensor | None]:
@@ -88,7 +90,7 @@ def shard(loss_model: LossModel, parallel_plan: ParallelPlan, group: ProcessGrou
     """Apply FSDP2 (step 4): every rank keeps its rows of each parameter and gathers a block when it is needed.
 
     A block's weights are gathered in the dtype that it computes with, as the plain model uses them, except that the
-    norms' gain and bias are rounded too. Its gradients are reduced in fp32. The root group holds the rest: the
+    norms' gain and bias are rounded too. Gradients are reduced in the plan's dtype. The root group holds the rest: the
     embedding (with the head), positions and last norm. It is gathered in fp32, since the embedding's gradient is a sum
     over tokens and would lose in bf16 what the plain model keeps. The last block and the root stay gathered between
     forward and backward pass, which begins with them.
@@ -96,7 +98,9 @@ def shard(loss_model: LossModel, parallel_plan: ParallelPlan, group: ProcessGrou
     device_mesh = make_device_mesh(parallel_plan, group)
     dtype = loss_model.model.compute_dtype
     in_compute_dtype = MixedPrecisionPolicy(
-        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        param_dtype=None if dtype == torch.float32 else dtype,
+        reduce_dtype=parallel_plan.reduce_dtype,
+        cast_forward_inputs=False,
     )
     *blocks, last = loss_model.model.blocks
     for block in blocks:
@@ -110,7 +114,7 @@ def shard(loss_model: LossModel, parallel_plan: ParallelPlan, group: ProcessGrou
     fully_shard(
         loss_model,
         mesh=device_mesh,
-        mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False),
+        mp_policy=MixedPrecisionPolicy(reduce_dtype=parallel_plan.reduce_dtype, cast_forward_inputs=False),
         reshard_after_forward=False,
     )
     for method in ("token_losses", "logits_at"):  # they gather as `forward` does
@@ -140,8 +144,20 @@ def wrap(loss_model: LossModel, parallel_plan: ParallelPlan) -> nn.Module:
     gradient_as_bucket_view saves one copy of the gradients. Validation and sampling call the loss model itself.
     """
     if parallel_plan.mode == "ddp":
-        return DistributedDataParallel(loss_model, gradient_as_bucket_view=True)
+        module = DistributedDataParallel(loss_model, gradient_as_bucket_view=True)
+        if parallel_plan.reduce_dtype == torch.bfloat16:
+            module.register_comm_hook(dist.get_world_size(), mean_in_bf16)
+        return module
     return loss_model
+
+
+def mean_in_bf16(world: int, bucket: dist.GradBucket) -> torch.futures.Future[Tensor]:
+    """Send a bucket in bf16: the mean over the ranks, as DDP takes it. torch's own hook refuses gloo."""
+    buffer = bucket.buffer()
+    sent = torch.empty_like(buffer, dtype=torch.bfloat16)
+    torch.div(buffer, world, out=sent)  # rounded once
+    future: torch.futures.Future[list[Tensor]] = dist.all_reduce(sent, async_op=True).get_future()
+    return future.then(lambda done: buffer.copy_(done.value()[0]))
 
 
 def zero_gradients(module: nn.Module) -> None:

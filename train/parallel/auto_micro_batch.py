@@ -28,6 +28,8 @@ def check_device(config: Config, device: torch.device) -> None:
     """Raise InputError if the config needs a GPU and there is none."""
     if config.train.micro_batch == "auto" and device.type != "cuda":
         raise InputError("--train.micro-batch auto measures a GPU's memory; give a number on a CPU, such as 16")
+    if config.train.cuda_graphs and device.type != "cuda":
+        raise InputError("--train.cuda-graphs needs a GPU; train without it on a CPU")
     if config.model.attention == "flex" and device.type != "cuda":
         raise InputError(
             f"--model.attention flex: FlexAttention of torch {torch.__version__} has no backward pass on a CPU; "
@@ -67,6 +69,7 @@ def conditions_of(config: Config, parallel_plan: ParallelPlan, group: ProcessGro
         "device": torch.cuda.get_device_name(group.device),
         "dtype": train.dtype,
         "compile": train.compile,
+        "compile_mode": train.compile_mode,
         "loss": train.loss,
         "loss_chunk_tokens": train.loss_chunk_tokens,
         "fp8": train.fp8,

@@ -14,8 +14,9 @@ from model.config import ModelConfig
 from model.ladder import make_model
 from train.parallel.plan import ParallelPlan
 
-REDUCED_BYTES = 4  # gradients are reduced in fp32
+FP32_BYTES = 4
 STEP_RESULT_BYTES = 5 * 8  # fp64: loss, squared norm, stops, checkpoints wanted, checkpoints written (train/loop.py)
+LINK_BYTES_PER_SECOND = 50e9  # of each GPU to other hosts: one port of 400 Gb/s (NVIDIA DGX H100 datasheet, 2023)
 FIRST_BUCKET_BYTES, BUCKET_BYTES = 2**20, 25 * 2**20  # DistributedDataParallel's; a small first bucket starts early
 
 
@@ -46,17 +47,17 @@ def step_communication(
     """Return the collectives of a step of `micro_batches`, without those of validation, sampling and checkpoints.
 
     The model has L blocks of b elements each. The root (token embedding, head, positions, last norm) has r elements.
-    A step has M micro-batches. The plan has S shards and R replicas. compute_dtype has c bytes. |x| is x with the rows
-    of each parameter rounded up to a multiple of S.
+    A step has M micro-batches. The plan has S shards and R replicas. compute_dtype has c bytes, the plan's
+    reduce_dtype g. |x| is x with the rows of each parameter rounded up to a multiple of S.
 
                         count                                           bytes
         all-gathers     2 M (L - 1) + M + 1  resharding                 (2 M (L - 1) + M) c |b| + 4 |r|
                         M L + 1              kept, sharded gradients    M L c |b| + 4 |r|
                         L + 1                kept, whole gradients      L c |b| + 4 |r|
-        reduce-scatters M (L + 1)            sharded gradients          4 M (L |b| + |r|)
-                        L + 1                whole gradients            4 (L |b| + |r|)
-        all-reduces     L + 1                R > 1                      4 (L |b| + |r|) / S
-                        number of buckets    DDP                        4 (L b + r)
+        reduce-scatters M (L + 1)            sharded gradients          g M (L |b| + |r|)
+                        L + 1                whole gradients            g (L |b| + |r|)
+        all-reduces     L + 1                R > 1                      g (L |b| + |r|) / S
+                        number of buckets    DDP                        g (L b + r)
                         + 1                  more than one rank         + 40
 
     All-gathers: a block is gathered for its forward pass and again for its backward pass, in the compute dtype. The
@@ -64,7 +65,7 @@ def step_communication(
     block stays gathered between its passes; with whole gradients it stays until the step's last backward pass. The root
     is used first and last, so it stays gathered for the whole step; it is gathered in fp32.
 
-    Reduce-scatters: in fp32. Whole gradients are added up locally until the last micro-batch.
+    Reduce-scatters: whole gradients are added up locally until the last micro-batch.
 
     All-reduces: over replicas, of the shards' sums, or in DDP of whole gradients; both after the last micro-batch. One
     more agrees on loss, norm and requests to stop or save. A single shard is not gathered or scattered, and a single
@@ -77,7 +78,7 @@ def step_communication(
     In a ring each rank sends (S - 1) / S of the bytes that are gathered or scattered, and 2 (R - 1) / R of the bytes
     that are all-reduced over R ranks (Patarasuk & Yuan 2009).
     """
-    shards, replicas = parallel_plan.shards, parallel_plan.replicas
+    shards, replicas, reduced_bytes = parallel_plan.shards, parallel_plan.replicas, parallel_plan.reduce_dtype.itemsize
     with torch.device("meta"):
         model = make_model(config)
     *blocks, last = [padded_numel(block.parameters(), shards) for block in model.blocks] or [0]
@@ -92,18 +93,33 @@ def step_communication(
         per_block = 2 * per_last if parallel_plan.reshard_after_forward else per_last
         gathered = per_block * sum(blocks) + per_last * last
         all_gathers = Collectives(
-            per_block * len(blocks) + per_last + 1, compute_dtype.itemsize * gathered + REDUCED_BYTES * root
+            per_block * len(blocks) + per_last + 1, compute_dtype.itemsize * gathered + FP32_BYTES * root
         )
         scatters = 1 if parallel_plan.whole_gradients else micro_batches
-        reduce_scatters = Collectives(scatters * num_groups, scatters * REDUCED_BYTES * total)
+        reduce_scatters = Collectives(scatters * num_groups, scatters * reduced_bytes * total)
 
     count, num_bytes = 0, 0
     if replicas > 1:
         count = count_buckets(model.parameters()) if parallel_plan.mode == "ddp" else num_groups
-        num_bytes = REDUCED_BYTES * total // shards
+        num_bytes = reduced_bytes * total // shards
     if shards * replicas > 1:
         count, num_bytes = count + 1, num_bytes + STEP_RESULT_BYTES
     return Communication(all_gathers, reduce_scatters, Collectives(count, num_bytes))
+
+
+def seconds_between_hosts(communication: Communication, parallel_plan: ParallelPlan) -> float:
+    """Return the least time in which a rank sends to other hosts what it sends in a step, by rings; 0 on one host.
+
+    HSDP gathers and scatters within its groups, which are taken to be of one host each.
+    """
+    if parallel_plan.hosts == 1:
+        return 0.0
+    shards, replicas = parallel_plan.shards, parallel_plan.replicas
+    sent = 2 * (replicas - 1) / replicas * communication.all_reduces.num_bytes
+    if replicas == 1:
+        whole = communication.all_gathers.num_bytes + communication.reduce_scatters.num_bytes
+        sent = (shards - 1) / shards * whole
+    return sent / LINK_BYTES_PER_SECOND
 
 
 def padded_numel(parameters: Iterable[Tensor], shards: int) -> int:
@@ -115,7 +131,7 @@ def count_buckets(parameters: Iterable[Tensor]) -> int:
     """Return the number of buckets in which DDP reduces the gradients, the last parameter's first."""
     count, filled, limit = 0, 0, FIRST_BUCKET_BYTES
     for parameter in reversed(list(parameters)):
-        filled += REDUCED_BYTES * parameter.numel()
+        filled += FP32_BYTES * parameter.numel()
         if filled >= limit:
             count, filled, limit = count + 1, 0, BUCKET_BYTES
     return count + (filled > 0)

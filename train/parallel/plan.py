@@ -12,7 +12,7 @@ import torch
 from common.errors import InputError
 from model.cost import model_cost
 from train.config import Config
-from train.data import divisors
+from train.data import divisors, plan_batches
 from train.processes.group import ProcessGroup
 
 Mode = Literal["none", "ddp", "fsdp", "hsdp"]
@@ -29,7 +29,7 @@ class ParallelPlan:
     `reshard_after_forward`: gathered weights are freed after each block's forward pass and gathered again for its
     backward pass. `whole_gradients`: micro-batches add up whole gradients, which are reduced once a step; otherwise
     they are reduced after each micro-batch, and only the own shard is kept. `reason`: why this plan. `memory_bytes`:
-    what each rank may use.
+    what each rank may use. `reduce_dtype`: in which gradients are sent. `hosts`: on how many the ranks are.
     """
 
     mode: Mode
@@ -39,6 +39,8 @@ class ParallelPlan:
     whole_gradients: bool
     reason: str
     memory_bytes: int
+    reduce_dtype: torch.dtype = torch.float32
+    hosts: int = 1
 
     @property
     def is_sharded(self) -> bool:
@@ -60,12 +62,17 @@ def choose_parallel_plan(config: Config, *, world: int, local_world: int, memory
         fitting = [n for n in divisors(world) if 1 < n < world]
         advice = f"; --parallel.shard-size may be {' or '.join(map(str, fitting))}" if fitting else "; use fsdp"
         raise InputError(f"--parallel.mode hsdp cannot give each of {world} processes one of {shards} shards{advice}")
+    if config.train.cuda_graphs and mode != "none":
+        raise InputError(
+            f"--train.cuda-graphs needs one process and --parallel.mode none, not {mode} with {world}: a captured pass "
+            "would not communicate"
+        )
     is_sharded = mode in ("fsdp", "hsdp")
     if is_sharded and config.model.kind != "gpt":
         raise InputError(
             f"--parallel.mode {mode} shards blocks, which --model.kind {config.model.kind} does not have; use ddp"
         )
-    return ParallelPlan(
+    plan = ParallelPlan(
         mode=mode,
         shards=shards,
         replicas=world // shards,
@@ -73,7 +80,11 @@ def choose_parallel_plan(config: Config, *, world: int, local_world: int, memory
         whole_gradients=not is_sharded or _adds_up_whole(config, shards, memory_bytes),
         reason=reason,
         memory_bytes=memory_bytes,
+        reduce_dtype=torch.bfloat16 if config.parallel.reduce_dtype == "bf16" else torch.float32,
+        hosts=world // local_world,
     )
+    _check_reduction(config, plan, world)
+    return plan
 
 
 def agree_on_parallel_plan(config: Config, group: ProcessGroup) -> ParallelPlan:
@@ -118,6 +129,26 @@ def _adds_up_whole(config: Config, shards: int, memory_bytes: int) -> bool:
         return config.parallel.reduce_gradients == "step"
     cost = model_cost(config.model)
     return cost.checkpoint_bytes // shards + cost.gradient_bytes <= COMFORTABLE * memory_bytes
+
+
+def _check_reduction(config: Config, plan: ParallelPlan, world: int) -> None:
+    """Raise InputError where --parallel.reduce-dtype bf16 would do more than round what is sent.
+
+    FSDP2 adds up whole gradients in the dtype in which it reduces them. In HSDP, before torch 2.13, the next block's
+    gradients could be written to memory of which an all-reduce in another dtype than the weights' was still reading.
+    """
+    if plan.reduce_dtype == torch.float32:
+        return
+    flag = "--parallel.reduce-dtype bf16"
+    if plan.mode == "hsdp":
+        raise InputError(f"{flag} is for ddp and fsdp, not for --parallel.mode hsdp; leave it fp32")
+    if plan.mode != "fsdp" or not plan.whole_gradients:
+        return
+    if config.train.micro_batch == "auto" or plan_batches(config, world).accumulation > 1:
+        raise InputError(
+            f"{flag} with --parallel.mode fsdp would add up micro-batches in bf16; give a --train.micro-batch of all "
+            "sequences of a process, or --parallel.reduce-gradients micro_batch, or leave it fp32"
+        )
 
 
 def memory_of(device: torch.device, local_ranks: int) -> int:

@@ -2,17 +2,21 @@
 
 from dataclasses import replace
 
+import torch
+
 from data_prep.manifest import Manifest
 from model.config import ModelConfig, flag_of
 from model.cost import model_cost
 from model.costs.memory import Memory, StepShape, memory
 from train.config import Config
 from train.data import BatchPlan
-from train.parallel.communication import step_communication
+from train.metrics.meters import peak_of
+from train.parallel.communication import LINK_BYTES_PER_SECOND, seconds_between_hosts, step_communication
 from train.parallel.plan import ParallelPlan
 from train.parallel.precision import compute_dtype
 
 CPU = "CPU process"  # in place of a GPU's name
+USUAL_MFU = 0.4  # with which a step's computing is held against its communication
 MIN_SHOWN = 0.01  # of the memory peak: smaller components are shown together as "other"
 
 
@@ -35,6 +39,8 @@ def run_card(
     options = {
         train.dtype: True,
         "compiled" if train.compile else "eager": True,
+        train.compile_mode: train.compile and train.compile_mode != "default",
+        "CUDA graphs": train.cuda_graphs,
         f"loss in chunks of {train.loss_chunk_tokens:,} tokens": train.loss == "chunked",
         f"FP8 in {'head and blocks' if train.fp8 == 'all' else train.fp8}": train.fp8 is not None,
         f"attention by {train.attention_backend}": train.attention_backend != "auto",
@@ -55,8 +61,11 @@ def run_card(
         f"checkpoint {cost.checkpoint_bytes / 1e9:.2f} GB",
         "parallel": _parallel_line(parallel_plan, plan),
     }
-    if world > 1 and not is_auto:
-        lines["network"] = _network_line(config, plan, parallel_plan)
+    if world > 1 and not (is_auto and parallel_plan.is_sharded):  # DDP sends the same whatever the micro-batch
+        peak = peak_of(config, device)
+        own_flops = cost.flops_per_token * train.batch_tokens / world
+        compute_seconds = None if peak is None else own_flops / (USUAL_MFU * peak)
+        lines["network"] = _network_line(config, plan, parallel_plan, compute_seconds)
     if model.kind == "gpt":
         lines["memory"] = _memory_line(config, plan, parallel_plan, on_cpu=device == CPU)
     return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
@@ -96,7 +105,7 @@ def _parallel_line(parallel_plan: ParallelPlan, plan: BatchPlan) -> str:
     return f"{shards}; {gradients}weights gathered {gathered}"
 
 
-def _network_line(config: Config, plan: BatchPlan, parallel_plan: ParallelPlan) -> str:
+def _network_line(config: Config, plan: BatchPlan, parallel_plan: ParallelPlan, compute_seconds: float | None) -> str:
     communication = step_communication(
         config.model, parallel_plan, micro_batches=plan.accumulation, compute_dtype=compute_dtype(config.train)
     )
@@ -106,7 +115,19 @@ def _network_line(config: Config, plan: BatchPlan, parallel_plan: ParallelPlan) 
         "all-reduces": communication.all_reduces,
     }
     parts = [f"{kind.count} {name} of {kind.num_bytes / 1e9:.3g} GB" for name, kind in kinds.items() if kind.count]
-    return f"each rank, each step: {', '.join(parts)}"
+    line = f"each rank, each step: {', '.join(parts)}"
+    if parallel_plan.reduce_dtype != torch.float32:
+        line += "; gradients in bf16"
+    sending_seconds = seconds_between_hosts(communication, parallel_plan)
+    if compute_seconds is None or sending_seconds <= compute_seconds:
+        return line
+    advice = "a larger --train.batch-tokens hides it"
+    if parallel_plan.mode == "ddp" and parallel_plan.reduce_dtype == torch.float32:
+        advice = f"--parallel.reduce-dtype bf16 halves it, {advice}"
+    return (
+        f"{line}  WARNING: the network binds: {1e3 * sending_seconds:.1f} ms at {LINK_BYTES_PER_SECOND / 1e9:.0f} GB/s "
+        f"between hosts, {1e3 * compute_seconds:.1f} ms of computing at {USUAL_MFU:.0%} of the peak; {advice}"
+    )
 
 
 def _memory_line(config: Config, plan: BatchPlan, parallel_plan: ParallelPlan, *, on_cpu: bool) -> str:
@@ -140,6 +161,7 @@ def step_memory(config: Config, plan: BatchPlan, parallel_plan: ParallelPlan, *,
         shards=parallel_plan.shards,
         reshard_after_forward=parallel_plan.reshard_after_forward,
         whole_gradients=parallel_plan.whole_gradients,
+        reduce_bytes=parallel_plan.reduce_dtype.itemsize,
         on_cpu=on_cpu,
     )
     return memory(config.model, shape)

@@ -151,7 +151,7 @@ def test_dry_run_prints_the_card_without_data_or_traces(tmp_path: Path) -> None:
     done = command("--dry-run", "--run-dir", str(run_dir), "--data.dir", str(tmp_path / "none"), WORLD_SIZE="8")
     assert done.returncode == 0, done.stderr
     assert "124,439,808 parameters (+36,096 vocabulary padding)" in done.stdout
-    assert "524,288 tokens = 8 processes x 4 micro-batches x 16 sequences x 1024" in done.stdout
+    assert "524,288 tokens = 8 processes x 64 (micro-batch auto) sequences x 1024" in done.stdout
     assert "19,073 steps = 9,999,745,024 tokens" in done.stdout
     assert "not there yet" in done.stdout
     assert not run_dir.exists()

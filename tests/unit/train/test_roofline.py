@@ -151,7 +151,7 @@ def gpt2_tiny() -> tuple[list[Kernel], Counter[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(roofline, "fused_bytes", counted)
         config = dataclasses.replace(TINY, vocab_size=V)  # without padding columns, which are not read
-        kernels = traced_step(config, batch=B, seq_len=T, compute_dtype=torch.bfloat16, chunked=False)
+        kernels = traced_step(config, batch=B, seq_len=T, compute_dtype=torch.bfloat16)
     return kernels, counts
 
 
@@ -184,7 +184,9 @@ def test_the_optimizer_reads_and_writes_every_parameters_four_tensors(
 def test_flops_equal_the_cost_account_and_torchs_counter(switches: dict[str, Any]) -> None:
     """A fused attention's backward pass also computes the scores once more."""
     config = dataclasses.replace(TINY, **switches)
-    kernels = traced_step(config, batch=B, seq_len=T, compute_dtype=torch.float32, chunked=switches == MODERN)
+    kernels = traced_step(
+        config, batch=B, seq_len=T, compute_dtype=torch.float32, chunk_tokens=N // 2 if switches == MODERN else None
+    )
     forward = count_forward_flops(config, batch=B, seq_len=T)
     step = sum(forward.values()) + sum(count_backward_flops(config, batch=B, seq_len=T).values())
     recomputed = 0 if config.attention == "naive" else forward["attention scores"]
@@ -196,7 +198,7 @@ def test_flops_equal_the_cost_account_and_torchs_counter(switches: dict[str, Any
     assert work == step if config.attention == "naive" else step + recomputed - attention // 2
 
     tokens = torch.zeros(B, T, dtype=torch.int64)
-    loss_model = LossModel(build_model(config, seed=1), chunked=False)  # torch does not count addmm_
+    loss_model = LossModel(build_model(config, seed=1), chunk_tokens=None)  # torch does not count addmm_
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         loss_model(tokens, tokens, torch.ones(()))[0].backward()
     assert counter.get_total_flops() == step

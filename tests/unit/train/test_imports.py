@@ -1,0 +1,29 @@
+"""What a run may do without: the command line's library, and W&B where tracking is off."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.helpers.runs import ROOT
+
+RUN = """
+import sys
+sys.modules["tyro"] = sys.modules["wandb"] = None  # an import of either now fails
+from pathlib import Path
+import torch
+from tests.helpers.runs import tiny_config
+from train.main import run
+from train.processes.group import ProcessGroup
+run(tiny_config(Path(sys.argv[1]), Path(sys.argv[2]), steps=2), ProcessGroup(0, 1, torch.device("cpu")))
+import benchmarks.bench_saves, train.presets
+"""
+
+
+def test_a_run_without_a_command_line_needs_neither_tyro_nor_wandb(tiny_data: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-c", RUN, str(tiny_data), str(tmp_path / "run")]
+    done = subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "done at step 2" in done.stdout
