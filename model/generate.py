@@ -29,6 +29,7 @@ import torch
 import tyro
 
 from common.byte_order import HEAD_BYTES, left_out, mark_bytes
+from common.compile_cache import take_compile_cache
 from common.errors import InputError, first_line, one_line_errors, reading_from, warn
 from common.reading import parse_json
 from common.seeds import as_32_bits, seed_fault
@@ -215,6 +216,8 @@ def make_passes(model: LanguageModel, options: Options) -> Passes:
     num_rows = options.batch_size if options.prompts_file else min(options.batch_size, options.num_samples)
     if isinstance(model, GPT) and options.cache:
         backend = "inductor" if options.compile else None
+        if options.compile:
+            take_compile_cache()
         return CachedPasses(model, num_rows=num_rows, keep=options.keep, compile_backend=backend)
     if options.compile:
         reason = f"--model.kind {kind} has no cache" if options.cache else "not with --no-cache"

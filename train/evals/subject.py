@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from common.compile_cache import take_compile_cache
 from common.errors import InputError
 from common.reading import Form, misfit
 from model.checkpoint import TrainedModel, load_checkpoint, load_model, read_state
@@ -98,6 +99,7 @@ def load_subject(
     trained = load(Path(name), device=device, dtype=COMPUTE_DTYPES[dtype])
     loss_model = LossModel(trained.model, chunked=settings.is_chunked, compiled=compiled)
     if compiled:
+        take_compile_cache()
         compile_parts(trained.model)
     if out is None and is_checkpoint:
         out = Path(name).resolve().parents[1] / FOLDER
