@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from common.errors import InputError
@@ -17,7 +18,7 @@ from tests.helpers.groups import PRELOADED
 from tests.helpers.runs import ROOT
 from train.processes import devices
 from train.processes.group import open_process_group
-from train.processes.ranks import port_of
+from train.processes.ranks import RankInfo, port_of
 
 TORCHRUN = ("-m", "torch.distributed.run", "--local-addr=127.0.0.1", "--nproc_per_node=3")
 
@@ -36,9 +37,9 @@ def start(rank: int, folder: Path, port: int, uuids: list[str | None], num_visib
     taken: list[torch.device] = []
     take = devices.take_device
 
-    def take_for_gloo(*args: Any) -> torch.device:
+    def take_for_gloo(rank_info: RankInfo, store: dist.Store | None) -> torch.device:
         """Return the CPU in place of the GPU that was taken: NCCL is not in a CPU's torch."""
-        taken.append(take(*args))
+        taken.append(take(rank_info, store))
         return torch.device("cpu")
 
     devices.take_device = take_for_gloo
