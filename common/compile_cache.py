@@ -14,6 +14,8 @@ VARIABLE = "TORCHINDUCTOR_CACHE_DIR"  # Triton's cache is a folder in it
 def take_compile_cache(environ: MutableMapping[str, str] = os.environ) -> None:
     """Make torch use `gpt-ladder-compiled-UID` in the folder for temporary files, or what VARIABLE names.
 
+    Call this before anything loads Inductor, as torch.use_deterministic_algorithms does: it then sets VARIABLE itself.
+
     torch runs the code in its cache and unpickles its entries. So the cache is not in the run directory, which others
     may be able to write: nothing there is ever executed. It is not on a shared disk either, since torch's temporary
     names are unique on one host only; a restart on another node compiles again. Raise InputError if somebody else can

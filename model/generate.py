@@ -216,8 +216,6 @@ def make_passes(model: LanguageModel, options: Options) -> Passes:
     num_rows = options.batch_size if options.prompts_file else min(options.batch_size, options.num_samples)
     if isinstance(model, GPT) and options.cache:
         backend = "inductor" if options.compile else None
-        if options.compile:
-            take_compile_cache()
         return CachedPasses(model, num_rows=num_rows, keep=options.keep, compile_backend=backend)
     if options.compile:
         reason = f"--model.kind {kind} has no cache" if options.cache else "not with --no-cache"
@@ -230,6 +228,8 @@ def main(args: list[str] | None = None) -> None:
     with one_line_errors("generate"):
         options = tyro.cli(Options, args=args, description=__doc__)
         sampling = check_options(options)
+        if options.compile:
+            take_compile_cache()
         trained = load_model(options.path, device=options.device, dtype=DTYPES[options.dtype])
         passes = make_passes(trained.model, options)
         make_ready(trained.model)

@@ -108,9 +108,9 @@ def run(config: Config, group: ProcessGroup, startup: Startup | None = None) -> 
     config, batch_plan = resolve_with_data(config, manifest, group.world)
     parallel_plan = agree_on_parallel_plan(config, group)
     check_device(config, group.device)
-    group.on_all(lambda: set_numerics(config.train, group.device))
     if config.train.compile:
         group.on_all(take_compile_cache)
+    group.on_all(lambda: set_numerics(config.train, group.device))
     with (
         StopRequests(
             config.directory, is_main=group.is_main, after=config.stop_after, started=startup.started

@@ -44,9 +44,9 @@ def start(rank: int, folder: Path, port: int, uuids: list[str | None], num_visib
 
     devices.take_device = take_for_gloo
     try:
-        with open_process_group(60, folder) as group:
+        with open_process_group(60, folder, longest_seconds=600) as group:
             group.barrier()
-            outcome = f"{taken} {chosen}"
+            outcome = f"{taken} {chosen} {os.environ['TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC']}"
     except InputError as error:
         outcome = str(error)
     (folder / f"outcome_{rank}").write_text(outcome)
@@ -64,7 +64,7 @@ def test_each_process_has_a_gpu_of_its_own(tmp_path: Path) -> None:
     for folder, num_visible in (("one", 1), ("all the host's", 3)):
         for rank, outcome in enumerate(outcomes(tmp_path / folder, ["a", "b", "c"], num_visible)):
             gpu = repr([torch.device("cuda", 0 if num_visible == 1 else rank)])
-            assert outcome == f"{gpu} {gpu}"
+            assert outcome == f"{gpu} {gpu} 660", "NCCL gives up a minute after our watchdog may"
 
 
 @pytest.mark.parametrize(
@@ -94,6 +94,28 @@ def test_every_rank_gives_the_same_line_if_one_has_no_gpu_of_its_own(
     assert len(set(texts)) == 1
     with pytest.raises(InputError, match=f"^{expected}"):
         raise InputError(texts[0])
+
+
+WORKERS = """
+from train.processes.devices import take_device
+from train.processes.ranks import RankInfo
+take_device(RankInfo(0, 2, 0, 2), None)
+import torch._inductor.config
+print(torch._inductor.config.compile_threads)
+"""
+
+
+def test_inductor_starts_as_many_workers_as_the_process_has_cores() -> None:
+    """torch itself would start one for each core of the host, in every process."""
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "TORCHINDUCTOR_"))}
+    for chosen, expected in (
+        ({}, max(1, len(os.sched_getaffinity(0)) // 2)),
+        ({"TORCHINDUCTOR_COMPILE_THREADS": "7"}, 7),
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", WORKERS], cwd=ROOT, env=clean | chosen, capture_output=True, text=True, check=False
+        )
+        assert done.stdout == f"{expected}\n", done.stderr
 
 
 SHARING = """

@@ -92,6 +92,8 @@ def load_subject(
 
     Raise InputError if anything is unusable. Needs no collectives.
     """
+    if compiled:
+        take_compile_cache()
     settings = settings_of(Path(name)) if is_checkpoint else Settings()
     dtype = dtype or settings.dtype
     set_numerics(TrainConfig(dtype=dtype, deterministic=settings.deterministic), device)
@@ -99,7 +101,6 @@ def load_subject(
     trained = load(Path(name), device=device, dtype=COMPUTE_DTYPES[dtype])
     loss_model = LossModel(trained.model, chunked=settings.is_chunked, compiled=compiled)
     if compiled:
-        take_compile_cache()
         compile_parts(trained.model)
     if out is None and is_checkpoint:
         out = Path(name).resolve().parents[1] / FOLDER
