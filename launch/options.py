@@ -31,7 +31,8 @@ class Options:
     partition: str | None = None
     """Slurm partition."""
     sbatch: tuple[str, ...] = ()
-    """More flags of sbatch, like qos=high mem=0 exclude=n17 exclusive."""
+    """More flags of sbatch, like qos=high mem=0 exclude=n17 exclusive. gres=gpu:h100:8, gpus-per-node=8, gpus=16 or
+    gpus-per-task=1 takes the place of --gres=gpu:N, by which GPUs are asked for."""
     name: str | None = None
     """Name of the job; None: the name of the run directory."""
     max_requeues: int = 50

@@ -22,10 +22,11 @@ NOTICE_SECONDS = 300  # from the signal to the time limit; Slurm's signal may co
 PREP_SCRIPT = "slurm/prep_fineweb.sh"
 # Flags of sbatch that a flag of launch/submit.py already sets.
 FLAGS_OF_SUBMIT = {
-    **{name: f"--{name}" for name in ("nodes", "gpus-per-node", "time", "account", "partition")},
+    **{name: f"--{name}" for name in ("nodes", "time", "account", "partition")},
     **{"ntasks-per-node": "--gpus-per-node", "cpus-per-task": "--cpus-per-gpu", "job-name": "--name"},
     **{"array": "--grid", "signal": "--time", "dependency": "--prep"},
 }
+GPU_FLAGS = ("gres", "gpus-per-node", "gpus", "gpus-per-task")  # sbatch's ways of asking for GPUs
 # What to look at, by a part of Slurm's message.
 ADVICE = {
     "invalid partition": "--partition; `sinfo -s` lists them",
@@ -62,15 +63,17 @@ def slurm_executor(
 ) -> Any:
     """Return submitit's executor for these runs.
 
-    Its line in the job script is `per_rank PYTHON -u -m submitit.core._submit FOLDER`; slurm/body.sh has per_rank.
+    Its line in the job script is `per_rank PYTHON -u -m submitit.core._submit FOLDER`; slurm/body.sh has per_rank. GPUs
+    are asked for by --gres, unless --sbatch has the flag that the site wants.
     """
+    more = parse_sbatch_flags(options.sbatch)
+    gres = {} if any(name in more for name in GPU_FLAGS) else {"gres": f"gpu:{options.gpus_per_node}"}
     executor = import_submitit().SlurmExecutor(base / "submitit", python=f"per_rank {shlex.quote(sys.executable)}")
     body = shlex.quote(str(code / "slurm" / "body.sh"))
     executor.update_parameters(
         job_name=options.name or base.name,
         nodes=options.nodes,
         ntasks_per_node=options.gpus_per_node,
-        gpus_per_node=options.gpus_per_node,
         cpus_per_task=options.cpus_per_gpu,
         account=options.account,
         partition=options.partition,
@@ -91,7 +94,8 @@ def slurm_executor(
             "signal": f"B:USR1@{NOTICE_SECONDS}",
             "requeue": True,
             **({"kill-on-invalid-dep": "yes"} if dependency else {}),
-            **parse_sbatch_flags(options.sbatch),
+            **gres,
+            **more,
         },
     )
     return executor

@@ -28,6 +28,7 @@ if not __package__:
 import torch
 
 from common.byte_order import HEAD_BYTES, left_out, mark_bytes
+from common.compile_cache import take_compile_cache
 from common.errors import InputError, first_line, one_line_errors, reading_from, warn
 from common.flags import POSITIONAL, mark_for_tyro
 from common.reading import parse_json
@@ -230,6 +231,8 @@ def main(args: list[str] | None = None) -> None:
         mark_for_tyro(Options)
         options = tyro.cli(Options, args=args, description=__doc__)
         sampling = check_options(options)
+        if options.compile:
+            take_compile_cache()
         trained = load_model(options.path, device=options.device, dtype=DTYPES[options.dtype])
         passes = make_passes(trained.model, options)
         make_ready(trained.model)

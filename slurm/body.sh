@@ -25,7 +25,8 @@ clear_leftovers() {
     case $name in
       SLURM_CONF | SLURM_JWT | SLURM_WORKING_CLUSTER | SLURM_TMPDIR) ;; # how to reach Slurm, and a site's own
       SLURM_JOB_ID | SLURM_JOB_NODELIST | SLURM_JOB_ACCOUNT | SLURM_JOB_PARTITION | SLURM_SUBMIT_DIR) ;;
-      SLURM_GPUS_PER_NODE | SLURM_CPUS_PER_TASK | SLURM_ARRAY_*) ;; # this job's, since every header asks for them
+      SLURM_CPUS_PER_TASK | SLURM_NTASKS_PER_NODE | SLURM_ARRAY_*) ;; # this job's, since every header asks for them
+      SLURM_GPUS_ON_NODE) ;; # this job's, if it has GPUs at all
       SLURM_* | SLURMD_* | SRUN_* | SBATCH_* | SALLOC_*) unset "$name" ;;
       RANK | LOCAL_RANK | GROUP_RANK | ROLE_RANK | WORLD_SIZE | LOCAL_WORLD_SIZE | GROUP_WORLD_SIZE | ROLE_WORLD_SIZE) unset "$name" ;;
       MASTER_ADDR | MASTER_PORT | ROLE_NAME | TORCHELASTIC_* | PET_*) unset "$name" ;;
@@ -35,7 +36,7 @@ clear_leftovers() {
 
 # prepare: go to the folder of the submission and set up the environment; every job begins with this
 prepare() {
-  local record tries=0
+  local tries=0
   [ -n "${SLURM_JOB_ID:-}" ] ||
     refuse "this is no Slurm job: give the script to sbatch, or use torchrun --nproc_per_node=N train/main.py on one machine"
   [[ ${MAX_REQUEUES:-50} =~ ^[0-9]{1,9}$ ]] || refuse "MAX_REQUEUES='$MAX_REQUEUES': give a whole number"
@@ -53,7 +54,6 @@ prepare() {
     *" ArrayTaskId="*) job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID ;; # the bare number may mean all tasks
     *) unset "${!SLURM_ARRAY_@}" && job=$SLURM_JOB_ID ;;
   esac
-  export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1} # since Slurm 22.05 srun does not inherit it
   export PYTHONUNBUFFERED=1 PYTHONFAULTHANDLER=1 OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
   srun_flags=() container=()
   set +u # modules and conda read variables that may be unset
@@ -130,6 +130,31 @@ listen() {
   trap 'asked=TERM' TERM
 }
 
+# gpus_per_node: print the number of GPUs on each node of the job
+#
+# People ask for them by --gres=gpu:8 or gpu:h100:8, --gpus-per-node, --gpus or --gpus-per-task, and the record of the
+# job (`scontrol show job`) has what they asked for. It comes first where it tells the number: in a job that is
+# --exclusive SLURM_GPUS_ON_NODE is all GPUs of the node.
+gpus_per_node() {
+  local fields request requests asked='' total
+  fields=$(grep -oE ' Tres(Per[A-Z][a-z]+)=[^ ]*gpu[^ ]*' <<<"$record")
+  IFS=, read -ra requests <<<"$(sed -n 's/^ TresPerNode=//p' <<<"$fields" | tail -n 1)"
+  for request in ${requests[@]+"${requests[@]}"}; do
+    [[ $request =~ ^(gres[:/])?gpu([:/=].*)?$ ]] || continue
+    request=${request##*[:=]}
+    [[ $request =~ ^[0-9]+$ ]] || request=1 # --gres=gpu
+    [ "${asked:-$request}" = "$request" ] ||
+      refuse "the job asks for $asked and for $request GPUs of each node: give sbatch --gres=gpu:N, which replaces the script's own, or --gres=none before --gpus-per-node, --gpus or --gpus-per-task"
+    asked=$request
+  done
+  [ -z "$fields" ] || asked=${asked:-${SLURM_GPUS_ON_NODE:-}}
+  [ "${asked:-0}" -gt 0 ] || refuse "the job has no GPUs: ask for them by sbatch --gres=gpu:N, or by --gres=none --gpus-per-node=N"
+  total=$(sed -n 's/^ TresPerJob=.*gpu[^ ,]*[:=]\([0-9]*\)$/\1/p' <<<"$fields")
+  [ -z "$total" ] || [ "$total" = "$((asked * ${#hosts[@]}))" ] ||
+    refuse "Slurm gives unlike numbers of the $total GPUs to the ${#hosts[@]} nodes, $asked to $(hostname): ask by sbatch --gres=gpu:N in place of --gpus"
+  echo "$asked"
+}
+
 # begin RUN_DIR: take the run for this job, and set hosts, gpus, address and port
 begin() {
   run_dir=$1
@@ -140,10 +165,7 @@ begin() {
     finish 1
   fi
   mapfile -t hosts < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
-  # SLURM_GPUS_ON_NODE would be all GPUs of the node in a job that is --exclusive. "h100:8" also means 8.
-  gpus=${SLURM_GPUS_PER_NODE:-}
-  gpus=${gpus##*:}
-  [[ $gpus =~ ^[0-9]+$ ]] || refuse "SLURM_GPUS_PER_NODE='${SLURM_GPUS_PER_NODE:-}': ask for GPUs by sbatch --gpus-per-node N"
+  gpus=$(gpus_per_node) || exit
   # All ranks meet at the first host, on the network whose interface the site names, and at a port that nobody can tell
   # beforehand. The port lies below the kernel's own range, which begins at 32768; one that is in use is passed over.
   local interface=${GLOO_SOCKET_IFNAME:-}
@@ -162,10 +184,13 @@ tasks() {
   local per_node=$1 srun_pid
   shift
   log "${#hosts[@]} x $gpus processes on ${hosts[*]}; rendezvous at $address:$port; $run_dir is at step ${before#* }"
+  # srun inherits neither the cores (since Slurm 22.05) nor, from a job with --gpus-per-task, all GPUs of a node.
+  export SRUN_CPUS_PER_TASK=$((${SLURM_CPUS_PER_TASK:-1} * ${SLURM_NTASKS_PER_NODE:-1} / per_node))
+  [ "$SRUN_CPUS_PER_TASK" -gt 0 ] || refuse "$gpus processes on each node, and fewer cores: give sbatch --cpus-per-task"
   # Every node checks by itself whether it sees the folders.
   # shellcheck disable=SC2016  # the inner shell expands the variables
-  srun --nodes="${#hosts[@]}" --ntasks="$((per_node * ${#hosts[@]}))" --ntasks-per-node="$per_node" --export=ALL \
-    --kill-on-bad-exit=1 --label ${srun_flags[@]+"${srun_flags[@]}"} \
+  srun --nodes="${#hosts[@]}" --ntasks="$((per_node * ${#hosts[@]}))" --ntasks-per-node="$per_node" --gres="gpu:$gpus" \
+    --export=ALL --kill-on-bad-exit=1 --label ${srun_flags[@]+"${srun_flags[@]}"} \
     bash -c 'for folder in "$1" "$0"; do
       cd "$folder" 2>/dev/null && [ -r train/main.py ] && continue
       echo "slurm: $folder/train/main.py is not there on $(hostname): submit from a folder that all nodes share" >&2

@@ -7,7 +7,7 @@
 # 7.6e19 FLOPs: 6.7 hours on 8 H100 at 40 % of their peak. slurm/gpt2_small.sh explains the flags.
 #SBATCH --job-name=gpt2-medium
 #SBATCH --nodes=1 --ntasks-per-node=1
-#SBATCH --gpus-per-node=8 --cpus-per-task=32
+#SBATCH --gres=gpu:8 --cpus-per-task=32
 #SBATCH --time=24:00:00 --signal=B:USR1@300
 #SBATCH --requeue --open-mode=append --output=%x-%j.log
 

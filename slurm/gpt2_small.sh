@@ -9,7 +9,7 @@
 # a crash (docs/cluster.md).
 #SBATCH --job-name=gpt2-small
 #SBATCH --nodes=1 --ntasks-per-node=1
-#SBATCH --gpus-per-node=8 --cpus-per-task=32
+#SBATCH --gres=gpu:8 --cpus-per-task=32
 #SBATCH --time=12:00:00 --signal=B:USR1@300
 #SBATCH --requeue --open-mode=append --output=%x-%j.log
 

@@ -8,7 +8,7 @@
 # gradients and optimizer take 25 GB of each GPU. slurm/gpt2_small.sh explains the flags.
 #SBATCH --job-name=gpt2-xl
 #SBATCH --nodes=4 --ntasks-per-node=1
-#SBATCH --gpus-per-node=8 --cpus-per-task=32
+#SBATCH --gres=gpu:8 --cpus-per-task=32
 #SBATCH --time=24:00:00 --signal=B:USR1@300
 #SBATCH --requeue --open-mode=append --output=%x-%j.log
 

@@ -9,7 +9,7 @@
 #SBATCH --job-name=sweep
 #SBATCH --array=0
 #SBATCH --nodes=1 --ntasks-per-node=1
-#SBATCH --gpus-per-node=8 --cpus-per-task=32
+#SBATCH --gres=gpu:8 --cpus-per-task=32
 #SBATCH --time=12:00:00 --signal=B:USR1@300
 #SBATCH --requeue --open-mode=append --output=%x-%A_%a.log
 

@@ -27,6 +27,7 @@ parent_watch.remember()
 
 import torch
 
+from common.compile_cache import take_compile_cache
 from common.errors import one_line_errors, reading_from
 from data_prep.manifest import FILE_NAME, Manifest, read_manifest
 from data_prep.tokenizer import load_tokenizer
@@ -69,7 +70,10 @@ def main(args: Sequence[str] | None = None) -> None:
             return
         startup = Startup(STARTED)
         startup.done("imports")
-        with open_process_group(config.parallel.init_timeout_seconds, config.directory) as group:
+        limits = config.parallel
+        with open_process_group(
+            limits.init_timeout_seconds, config.directory, longest_seconds=limits.timeout_seconds
+        ) as group:
             startup.done("process group")
             if config.preflight:
                 preflight(group, config.directory, functools.partial(print, flush=True))
@@ -107,6 +111,8 @@ def run(config: Config, group: ProcessGroup, startup: Startup | None = None) -> 
     config, batch_plan = resolve_with_data(config, manifest, group.world)
     parallel_plan = agree_on_parallel_plan(config, group)
     check_device(config, group.device)
+    if config.train.compile:
+        group.on_all(take_compile_cache)
     group.on_all(lambda: set_numerics(config.train, group.device))
     with (
         StopRequests(

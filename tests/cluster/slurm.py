@@ -139,7 +139,7 @@ class Cluster:
 
     def train(self, log: Path, flags: Sequence[str], *sbatch_flags: str, env: dict[str, str] | None = None) -> Job:
         """Submit gpt2_small.sh, with one process on each of two nodes unless `sbatch_flags` say otherwise."""
-        shape = ("--nodes=2", "--gpus-per-node=1", "--cpus-per-task=2")
+        shape = ("--nodes=2", "--gres=gpu:1", "--cpus-per-task=2")
         return self.sbatch(log, *shape, *sbatch_flags, "slurm/gpt2_small.sh", *flags, env=env)
 
     def processes_with(self, variable: str) -> list[int]:

@@ -114,7 +114,7 @@ def test_a_job_submitted_out_of_another_takes_nothing_from_it(
 ) -> None:
     """The outer job is a restarted task of an array, has another shape, and has a torchrun's environment."""
     run_dir = tmp_path / "run"
-    inner = ["sbatch", "--parsable", f"--output={tmp_path / 'log'}", "--nodes=2", "--gpus-per-node=1"]
+    inner = ["sbatch", "--parsable", f"--output={tmp_path / 'log'}", "--nodes=2", "--gres=gpu:1"]
     inner += ["--cpus-per-task=2", "slurm/gpt2_small.sh", *flags(tiny_data, run_dir, "--train.steps", "20")]
     command = f"""
         export RANK=5 WORLD_SIZE=64 LOCAL_RANK=5 MASTER_ADDR=gone MASTER_PORT=1 TORCHELASTIC_RUN_ID=other

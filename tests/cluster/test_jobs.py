@@ -128,7 +128,7 @@ def test_a_crash_after_a_checkpoint_comes_back_and_one_before_the_next_ends_the_
 def test_two_jobs_train_at_once_on_one_node(
     cluster: Cluster, tiny_data: Path, tmp_path: Path, plain: dict[int, Path]
 ) -> None:
-    shape = ("--nodes=1", f"--nodelist={cluster.nodes[0]}", "--gpus-per-node=2", "--cpus-per-task=4")
+    shape = ("--nodes=1", f"--nodelist={cluster.nodes[0]}", "--gres=gpu:2", "--cpus-per-task=4")
     runs = [tmp_path / name for name in ("one", "other")]
     jobs = [
         cluster.train(run_dir.with_suffix(".log"), flags(tiny_data, run_dir, "--train.steps", "20"), *shape)

@@ -19,7 +19,7 @@ def trained(run_dir: Path) -> bool:
 def test_any_name_goes_through_sbatch_and_every_script(cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:
     """The run directory is named from the folder of the submission, and begins like a flag."""
     run_dir = cluster.checkout / "runs" / ODD
-    one = ("--nodes=1", "--gpus-per-node=1", "--cpus-per-task=1")
+    one = ("--nodes=1", "--gres=gpu:1", "--cpus-per-task=1")
     arguments = flags(tiny_data, run_dir, *SHORT, "--sample.prompts", "two\nlines", ODD)
     job = cluster.train(tmp_path / "log", arguments, *one)
     words = ["gpt2-small", "--grid", "seed=7", "--", *arguments]

@@ -36,7 +36,7 @@ def test_sbatch_takes_every_script_as_it_is(cluster: Cluster, name: str) -> None
     ("flag", "line"),
     [
         ("--partition=gone", "invalid partition specified: gone"),
-        ("--gpus-per-node=9", "Requested node configuration is not available"),
+        ("--gres=gpu:9", "Requested node configuration is not available"),
     ],
 )
 def test_slurm_refuses_jobs_that_it_cannot_run(cluster: Cluster, flag: str, line: str) -> None:

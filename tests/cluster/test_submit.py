@@ -101,7 +101,7 @@ def test_an_array_of_four_with_a_point_that_fails(cluster: Cluster, tiny_data: P
 @pytest.mark.slow
 def test_a_sweep_by_sbatch_trains_each_run_in_a_task(cluster: Cluster, tiny_data: Path, tmp_path: Path) -> None:
     base = tmp_path / "sweep"
-    shape = ("--array=0-1%1", "--nodes=1", "--gpus-per-node=2", "--cpus-per-task=2")
+    shape = ("--array=0-1%1", "--nodes=1", "--gres=gpu:2", "--cpus-per-task=2")
     words = ["gpt2-small", "--grid", "seed=5,6", "--", *flags(tiny_data, base, "--train.steps", "10")]
     first = cluster.sbatch(tmp_path / "log_%a", *shape, "slurm/sweep.sh", *words)
     first.wait_for(lambda: cluster.run("squeue", "-h", "-r", "-j", str(first.id)).stdout == "", "the array's end")

@@ -5,6 +5,8 @@ import re
 import subprocess
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.names import ODD
 from tests.helpers.runs import ROOT
 from train.command_line import parse
@@ -69,3 +71,42 @@ def test_prepare_asks_the_controller_again_and_drops_an_outer_jobs_variables(tmp
           echo "$job $SLURM_RESTART_COUNT ${{SLURM_ARRAY_TASK_ID:-none}} ${{SLURM_NTASKS:-none}} ${{RANK:-none}}" """
         done = bash("-c", script)
         assert done.stdout == f"{job} 2 {task} none none\n", done.stderr
+
+
+TWICE = "slurm: the job asks for 8 and for 4 GPUs of each node: give sbatch --gres=gpu:N, which replaces"
+UNLIKE = "slurm: Slurm gives unlike numbers of the 8 GPUs to the 2 nodes, 7 to "
+NONE = "slurm: the job has no GPUs: ask for them by sbatch --gres=gpu:N, or by --gres=none --gpus-per-node=N"
+
+
+@pytest.mark.parametrize(
+    ("fields", "on_node", "expected"),
+    [
+        ("TresPerNode=gres:gpu:8", "8", "8"),  # as Slurm 22.05 writes it
+        ("TresPerNode=gres/gpu:h100:8", "8", "8"),  # as newer ones do
+        ("TresPerNode=gpu:8", "8", "8"),
+        ("TresPerNode=gres:gpu", "1", "1"),
+        ("TresPerNode=gres:nic:2,gres:gpu:4", "8", "4"),  # an --exclusive job
+        ("TresPerNode=gres:gpu:8,gres:gpu:8", "8", "8"),
+        ("TresPerNode=gres:gpu:8,gres:gpu:4", "4", TWICE),
+        ("TresPerJob=gres:gpu:16", "8", "8"),
+        ("TresPerJob=gres/gpu:h100:16", "8", "8"),
+        ("TresPerJob=gres:gpu:8", "7", UNLIKE),
+        ("TresPerTask=gres:gpu:1", "4", "4"),
+        ("TresPerTask=cpu=4,gres/gpu=1", "4", "4"),
+        ("TresPerNode=gres:nic:2", "8", NONE),
+        ("TresPerNode=gres:gpu:0", "8", NONE),
+        ("Comment=x", "8", NONE),  # the 8 are of the job from which this one was submitted
+        ("TresPerTask=gres:gpu:1", "", NONE),
+    ],
+)
+def test_gpus_are_counted_however_a_site_asks_for_them(fields: str, on_node: str, expected: str) -> None:
+    record = f"JobId=12 JobName=x Restarts=0 TRES=cpu=8,node=2,gres/gpu=3 Power= {fields} "
+    script = (
+        '. slurm/body.sh; record=$1 SLURM_GPUS_ON_NODE=$2 hosts=(n1 n2); gpus=$(gpus_per_node) || exit; echo "$gpus"'
+    )
+    done = bash("-c", script, "-", record, on_node)
+    if expected.isdigit():
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"{expected}\n", "")
+    else:
+        assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+        assert done.stderr.startswith(expected)

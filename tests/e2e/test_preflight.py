@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,15 +11,16 @@ import pytest
 
 from common.errors import InputError
 from tests.helpers.groups import run_on_ranks
-from tests.helpers.runs import called, rows, status, tiny_flags
+from tests.helpers.runs import ROOT, called, rows, status, tiny_flags
 from train import main, preflight
-from train.preflight import Rank, spans, unfit_because
+from train.preflight import Rank, spans, table_of_hosts, unfit_because, warnings_about
 from train.processes.group import ProcessGroup
 from train.run.lock import RunLock
 
 GIB = 2**30
 RUN = Path("runs/x")
-GPU = Rank("n1", "NVIDIA H100", 0, "570.124.06", "12.8", "2.13.0+cu128", "3.11.7", 78 * GIB)
+VERSIONS = ("570.124.06", "12.8", "2.27.5", "2.13.0+cu128", "3.11.7")  # driver, CUDA, NCCL, torch, Python
+GPU = Rank("n1", "NVIDIA H100", 0, *VERSIONS, 78 * GIB, 500 * GIB, 1_048_576, None)
 
 
 def gpus(num_hosts: int, each: int = 2) -> list[Rank]:
@@ -43,17 +46,29 @@ def with_rank(ranks: list[Rank], number: int, **changes: object) -> list[Rank]:
         (with_rank(cpus(3), 2, free_bytes=GIB), None),
         (
             with_rank(gpus(2), 2, torch="2.12.0+cu128"),
-            "torch 2.13.0+cu128 with CUDA 12.8 on ranks 0-1, 3, torch 2.12.0+cu128 with CUDA 12.8 on rank 2: "
-            "start all ranks from one environment",
+            "torch 2.13.0+cu128 with CUDA 12.8 and NCCL 2.27.5 on ranks 0-1, 3, torch 2.12.0+cu128 with CUDA 12.8 and "
+            "NCCL 2.27.5 on rank 2: start all ranks from one environment",
         ),
         (
             with_rank(gpus(1), 1, cuda="12.6"),
-            "torch 2.13.0+cu128 with CUDA 12.8 on rank 0, torch 2.13.0+cu128 with CUDA 12.6 on rank 1: "
-            "start all ranks from one environment",
+            "torch 2.13.0+cu128 with CUDA 12.8 and NCCL 2.27.5 on rank 0, torch 2.13.0+cu128 with CUDA 12.6 and NCCL "
+            "2.27.5 on rank 1: start all ranks from one environment",
+        ),
+        (
+            with_rank(gpus(1), 1, nccl="2.26.2"),
+            "torch 2.13.0+cu128 with CUDA 12.8 and NCCL 2.27.5 on rank 0, torch 2.13.0+cu128 with CUDA 12.8 and NCCL "
+            "2.26.2 on rank 1: start all ranks from one environment",
+        ),
+        (with_rank(cpus(64), 63, open_files=128), None),
+        (with_rank(cpus(65), 64, open_files=None), None),
+        (
+            with_rank(with_rank(cpus(65), 64, open_files=128), 0, open_files=64),
+            "a process on n1, n65 may have 64 open files, and one of 65 needs about 129: raise the hard limit there "
+            "(ulimit -Hn; LimitNOFILE of slurmd or of the container)",
         ),
         (
             with_rank(gpus(2), 3, device="NVIDIA A100"),
-            "NVIDIA H100 on ranks 0-2, NVIDIA A100 on rank 3: ask for one kind of GPU (--gpus-per-node TYPE:N)",
+            "NVIDIA H100 on ranks 0-2, NVIDIA A100 on rank 3: ask for one kind of GPU (--gres=gpu:TYPE:N)",
         ),
         (
             with_rank(gpus(2), 3, free_bytes=38 * GIB),
@@ -74,6 +89,40 @@ def with_rank(ranks: list[Rank], number: int, **changes: object) -> list[Rank]:
 )
 def test_each_fault_has_its_ranks_and_remedy(ranks: list[Rank], expected: str | None) -> None:
     assert unfit_because(ranks, RUN) == ([] if expected is None else [expected])
+
+
+SHM = "64 MiB are free in /dev/shm of n2, through which NCCL may connect GPUs: remove files there, or give a container"
+MEMLOCK = "a process on n1, n2 may lock 64 KiB of memory, and NCCL over InfiniBand needs more: ulimit -l unlimited"
+
+
+@pytest.mark.parametrize(
+    ("ranks", "expected"),
+    [
+        (gpus(2), None),
+        (with_rank(gpus(2), 3, shm_bytes=64 * 2**20), SHM),
+        (with_rank(gpus(2, 1), 1, shm_bytes=64 * 2**20), None),
+        ([replace(rank, shm_bytes=0) for rank in cpus(2)], None),
+        ([replace(rank, locked_bytes=65536) for rank in gpus(2)], MEMLOCK),
+        ([replace(rank, locked_bytes=65536) for rank in gpus(1)], None),
+        ([replace(rank, locked_bytes=65536) for rank in cpus(2)], None),
+        (
+            with_rank(gpus(2), 3, knows_itself=False),
+            "n2 cannot resolve its own name, for which torchrun waits 5 minutes",
+        ),
+    ],
+)
+def test_what_may_make_nccl_fail_is_a_warning(ranks: list[Rank], expected: str | None) -> None:
+    warnings = warnings_about(ranks)
+    assert len(warnings) == (expected is not None)
+    assert expected is None or warnings[0].startswith(expected)
+
+
+def test_the_table_has_a_row_for_each_host_and_the_least_of_its_ranks() -> None:
+    ranks = with_rank(gpus(2), 3, free_bytes=77 * GIB, shm_bytes=3 * GIB, open_files=None)
+    titles, first, second = table_of_hosts(ranks)
+    assert first.split() == ["n1", "0-1", "NVIDIA", "H100", *VERSIONS, "1048576", "500.0", "78.0"]
+    assert second.split() == ["n2", "2-3", "NVIDIA", "H100", *VERSIONS, "1048576", "/", "any", "3.0", "77.0"]
+    assert titles.index("files") == first.index("1048576") and len(titles) < 130
 
 
 def test_consecutive_ranks_are_written_as_spans() -> None:
@@ -142,6 +191,17 @@ def test_the_command_alone_checks_one_process(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("host") and done.stdout.endswith("preflight: fit to train\n")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hard_limit_of_open_files_that_is_too_low_is_unfit(tmp_path: Path) -> None:
+    """One process needs 65; it has fewer open itself, and cannot raise a hard limit."""
+    command = [sys.executable, "train/preflight.py", "--run-dir", str(tmp_path / "run")]
+    limited = ["sh", "-c", 'ulimit -n 60 && exec "$@"', "-", *command]
+    done = subprocess.run(limited, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout.splitlines()[1].split()[-3] == "60"
+    line = f"train: preflight: unfit: a process on {socket.gethostname()} may have 60 open files, and one of 1 needs "
+    assert done.stderr.startswith(line) and done.stderr.count("\n") == 1
 
 
 def test_with_the_flag_a_run_starts_only_if_fit(tiny_data: Path, tmp_path: Path) -> None:

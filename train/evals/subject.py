@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from common.compile_cache import take_compile_cache
 from common.errors import InputError
 from common.reading import Form, misfit
 from model.checkpoint import TrainedModel, load_checkpoint, load_model, read_state
@@ -91,6 +92,8 @@ def load_subject(
 
     Raise InputError if anything is unusable. Needs no collectives.
     """
+    if compiled:
+        take_compile_cache()
     settings = settings_of(Path(name)) if is_checkpoint else Settings()
     dtype = dtype or settings.dtype
     set_numerics(TrainConfig(dtype=dtype, deterministic=settings.deterministic), device)

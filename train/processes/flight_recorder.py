@@ -7,6 +7,7 @@ its groups; torch 2.13.)
 """
 
 import json
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -17,15 +18,18 @@ NUM_ENTRIES = "2000"  # torch's own default in versions that switch the recorder
 NCCL_PREFIX = "nccl_trace_rank_"
 
 
-def turn_on(run_dir: Path) -> None:
+def turn_on(run_dir: Path, longest_seconds: float) -> None:
     """Record the collectives of all process groups made after this call; settings in the environment win.
 
     NCCL also dumps into `run_dir` when a collective times out. That is the back-up for a watchdog that could not act.
+    So is NCCL's own heartbeat monitor, which ends a process whose NCCL thread hangs in the driver: after 480 s by
+    default, before our watchdog names the culprit. It waits `longest_seconds`, since nothing changes that later on.
     """
     settings = {  # torch's current name of each variable, then its older one
         ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE"): NUM_ENTRIES,
         ("TORCH_FR_DUMP_TEMP_FILE", "TORCH_NCCL_DEBUG_INFO_TEMP_FILE"): str(run_dir.absolute() / NCCL_PREFIX),
         ("TORCH_NCCL_DUMP_ON_TIMEOUT",): "1",
+        ("TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC",): str(math.ceil(longest_seconds)),
     }
     for names, value in settings.items():
         if not any(name in os.environ for name in names):

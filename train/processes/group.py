@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from common.errors import InputError, print_error
-from train.processes import flight_recorder, parent_watch
+from train.processes import devices, flight_recorder, parent_watch
 from train.processes.ranks import LOOPBACK, RankInfo, take_rank
 
 # Collectives time out so much later than the watchdog (train/guards/watchdog.py) acts, since it names the culprit.
@@ -157,46 +157,41 @@ def group_timeout(seconds: float) -> datetime.timedelta:
     return datetime.timedelta(seconds=seconds + LATER_SECONDS)
 
 
-def open_process_group(timeout_seconds: float, run_dir: Path, *, program: str = "train") -> ProcessGroup:
+def open_process_group(
+    timeout_seconds: float, run_dir: Path, *, longest_seconds: float = 0.0, program: str = "train"
+) -> ProcessGroup:
     """Return the group of this process (train/processes/ranks.py): CUDA and NCCL if there are GPUs, else CPU and gloo.
 
-    Collectives may last `timeout_seconds` until `set_timeout` changes that. The flight recorder writes its files of one
-    that lasted longer to `run_dir`. Raise InputError if this process has no GPU on a host with GPUs.
+    Collectives may last `timeout_seconds` until `set_timeout` changes that, to at most `longest_seconds` if that is
+    more. The flight recorder writes its files of one that lasted longer to `run_dir`. Raise InputError if a process has
+    no GPU of its own.
 
     gloo listens at the interface that GLOO_SOCKET_IFNAME names. Without it, gloo asks for the address of the host's own
     name, which may have none; ranks that share one host need no interface but the loopback.
     """
     refuse_broken_restarts()
     rank_info = take_rank()
-    rank, world, local_rank = rank_info.rank, rank_info.world, rank_info.local_rank
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        if local_rank >= torch.cuda.device_count():
-            fault = f"process {local_rank} of this host has no GPU: there are {torch.cuda.device_count()}"
-            if local_rank == torch.cuda.device_count():  # rank 0 has a GPU and cannot print this
-                advice = f"torchrun --nproc_per_node={local_rank} or srun --ntasks-per-node={local_rank}"
-                print(f"{program}: {fault}; use {advice}, and --gpus-per-node", file=sys.stderr, flush=True)
-            raise InputError(fault)
-        device = torch.device("cuda", local_rank)
-        torch.cuda.set_device(device)
-    hosts = None
-    if world > 1:
-        allow_open_files(world)
-        flight_recorder.turn_on(run_dir)
-        if rank_info.host == LOOPBACK:
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        timeout = group_timeout(timeout_seconds)
-        with parent_watch.exit_with_launcher():
-            dist.init_process_group(
-                backend_of(device),
-                timeout=timeout,
-                store=open_store(rank_info, timeout),
-                rank=rank,
-                world_size=world,
-                device_id=device if device.type == "cuda" else None,
-            )
-            if backend_of(device) != "gloo":
-                hosts = dist.new_group(backend="gloo", timeout=timeout)
+    rank, world = rank_info.rank, rank_info.world
+    if world == 1:
+        return ProcessGroup(rank, world, devices.take_device(rank_info, None), program)
+    allow_open_files(world)
+    longest = group_timeout(max(timeout_seconds, longest_seconds))
+    flight_recorder.turn_on(run_dir, longest.total_seconds())
+    if rank_info.host == LOOPBACK:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    timeout = group_timeout(timeout_seconds)
+    with parent_watch.exit_with_launcher():
+        store = open_store(rank_info, timeout)
+        device = devices.take_device(rank_info, store)
+        dist.init_process_group(
+            backend_of(device),
+            timeout=timeout,
+            store=store,
+            rank=rank,
+            world_size=world,
+            device_id=device if device.type == "cuda" else None,
+        )
+        hosts = dist.new_group(backend="gloo", timeout=timeout) if backend_of(device) != "gloo" else None
     return ProcessGroup(rank, world, device, program, hosts)
 
 

@@ -29,7 +29,7 @@ def test_headers_ask_for_what_the_body_needs() -> None:
         assert "--open-mode=append" in words and not {"--account", "--partition"} & names, path
         for preset in re.findall(r"^train (\S+)", text, re.MULTILINE):
             assert preset in PRESETS
-            assert {"--signal=B:USR1@300", "--ntasks-per-node=1", "--gpus-per-node=8"} <= set(words)
+            assert {"--signal=B:USR1@300", "--ntasks-per-node=1", "--gres=gpu:8"} <= set(words)
             assert f"--job-name={preset}" in words
 
 
@@ -39,7 +39,8 @@ def test_command_lines_that_are_shown_have_flags_that_exist() -> None:
         before, script, arguments = re.fullmatch(r"sbatch (.*?)slurm/(\w+)\.sh(.*)", line).groups()  # type: ignore[union-attr]
         assert ROOT / "slurm" / f"{script}.sh" in JOBS
         assert {flag.split("=")[0] for flag in shlex.split(before) if flag.startswith("--")} <= {
-            *("--account", "--partition", "--nodes", "--gpus-per-node", "--cpus-per-task", "--array"),
+            *("--account", "--partition", "--nodes", "--cpus-per-task", "--array"),
+            *("--gres", "--gpus", "--gpus-per-node", "--gpus-per-task", "--ntasks-per-node"),
         }, line
         if script == "sweep":
             words, flags = split_at_dashes(shlex.split(arguments))

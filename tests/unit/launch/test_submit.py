@@ -15,11 +15,11 @@ import tyro
 
 from common.errors import InputError
 from launch import runs, submit
-from launch.grid import expand_grid, split_at_dashes
+from launch.grid import Point, expand_grid, split_at_dashes
 from launch.local import split_gpus
-from launch.options import SubmitOptions, parse_minutes
+from launch.options import Options, SubmitOptions, parse_minutes
 from launch.runs import find_runs, inspect_runs
-from launch.slurm_jobs import parse_sbatch_flags, refusal_message
+from launch.slurm_jobs import parse_sbatch_flags, refusal_message, slurm_executor
 from tests.helpers.names import ODD_FOR_SUBMIT
 from tests.helpers.runs import ROOT, called, tiny_flags
 from train.command_line import parse
@@ -106,6 +106,26 @@ def test_sbatch_flags_that_submit_sets_itself_are_refused() -> None:
     for flag, own in refused.items():
         with pytest.raises(InputError, match=f"--sbatch {flag}: use {own}"):
             parse_sbatch_flags((flag,))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        ((), ["--gres=gpu:8"]),
+        (("qos=high",), ["--gres=gpu:8"]),
+        (("gres=gpu:h100:8",), ["--gres=gpu:h100:8"]),
+        (("gpus-per-node=h100:8",), ["--gpus-per-node=h100:8"]),
+        (("--gpus=16",), ["--gpus=16"]),
+        (("gpus_per_task=1",), ["--gpus-per-task=1"]),
+    ],
+)
+def test_gpus_are_asked_for_by_gres_or_as_the_site_wants(
+    tmp_path: Path, words: tuple[str, ...], expected: list[str]
+) -> None:
+    executor = slurm_executor(Options(sbatch=words), tmp_path, tmp_path / "code", [Point((), tmp_path)])
+    script = executor._make_submission_file_text("", "")
+    asked = [line.removeprefix("#SBATCH ") for line in script.splitlines() if "--g" in line]
+    assert asked == expected
 
 
 def test_runs_that_train_at_the_same_time_share_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,17 +15,19 @@ NAMES = (
     "TORCH_FR_DUMP_TEMP_FILE",
     "TORCH_NCCL_DEBUG_INFO_TEMP_FILE",
     "TORCH_NCCL_DUMP_ON_TIMEOUT",
+    "TORCH_NCCL_HEARTBEAT_TIMEOUT_SEC",
 )
+SET = {NAMES[0]: "2000", NAMES[2]: "/runs/a/nccl_trace_rank_", NAMES[4]: "1", NAMES[5]: "1861"}
 
 
 def test_the_recorder_is_on_and_settings_in_the_environment_win(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in (None, *NAMES):
         environ = {} if name is None else {name: "7"}
         monkeypatch.setattr(flight_recorder, "os", SimpleNamespace(environ=environ))
-        flight_recorder.turn_on(Path("/runs/a"))
-        assert len(environ) == 3 and (name is None or environ[name] == "7")
+        flight_recorder.turn_on(Path("/runs/a"), 1860.5)
+        assert len(environ) == 4 and (name is None or environ[name] == "7")
         if name is None:
-            assert environ == dict(zip(NAMES[::2], ("2000", "/runs/a/nccl_trace_rank_", "1"), strict=True))
+            assert environ == SET
 
 
 def test_the_records_of_nccl_and_gloo_are_counted_and_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
