@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
@@ -134,18 +133,16 @@ def saved_tensor(content: bytes) -> Tensor:
         return torch.frombuffer(numbers, dtype=dtype).as_strided(shape, stride, offset)
 
 
-def read_tensors(checkpoint: Path, into: dict[str, Tensor], *, alone: bool = False) -> None:
-    """Fill the tensors of `into`, plain or sharded, from a checkpoint of any layout.
+def read_tensors(checkpoint: Path, into: dict[str, Tensor], metadata: Metadata | None = None) -> None:
+    """Fill the tensors of `into`, plain or this process's shards, from a checkpoint of any layout.
 
-    This is a collective operation if there is a process group. With `alone` this process reads by itself, into plain
-    tensors.
+    This is never a collective operation. `metadata` is what `read_description` has returned, if it was called already.
     """
-    is_collective = not alone and dist.is_initialized()
-    metadata = _agreed_description(checkpoint, is_collective=is_collective)
+    metadata = metadata or read_description(checkpoint)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         try:
-            dcp.load(dict(into), storage_reader=SafeReader(checkpoint, metadata), no_dist=not is_collective)
+            dcp.load(dict(into), storage_reader=SafeReader(checkpoint, metadata), no_dist=True)
         except (CheckpointException, RuntimeError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
@@ -155,34 +152,9 @@ def read_tensors(checkpoint: Path, into: dict[str, Tensor], *, alone: bool = Fal
             raise InputError(f"{checkpoint}: its tensors do not fit this model: {last_line_of(error)}") from error
 
 
-def _agreed_description(checkpoint: Path, *, is_collective: bool) -> Metadata:
-    """Return `read_description`; raise the same InputError on every rank if it fails on one.
-
-    DCP itself would print a traceback, and try files that no checkpoint of ours has.
-    """
-    metadata, fault = Metadata({}), None
-    try:
-        metadata = read_description(checkpoint)
-    except InputError as error:
-        fault = str(error)
-    faults: list[str | None] = [fault]
-    if is_collective:
-        faults = [None] * dist.get_world_size()
-        dist.all_gather_object(faults, fault)
-    first = next((each for each in faults if each is not None), None)
-    if first is not None:
-        raise InputError(first)
-    return metadata
-
-
 def last_line_of(error: BaseException) -> str:
     """Return the last line of an error's message, which says what happened, or the error's type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
-
-
-def data_files_of(checkpoint: Path) -> set[str]:
-    """Return the names of the files that hold a checkpoint's tensors, according to its metadata."""
-    return {place.relative_path for place in read_description(checkpoint).storage_data.values()}
 
 
 def require_data_files(checkpoint: Path) -> None:

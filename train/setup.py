@@ -53,7 +53,11 @@ def set_up(
 ) -> Run:
     """Return a run with new weights from the seed, or as its newest sound checkpoint left it. Collective."""
     tokenizer = group.on_all(lambda: open_tokenizer(config.data.dir, manifest))
-    loss_model = apply.build_loss_model(config, parallel_plan, group)
+    loaded, faults = resume.find_start(
+        directory.path, save_every=config.save.every, give_up=directory.give_up_progress, group=group
+    )
+    is_new = loaded is None and config.from_checkpoint is None
+    loss_model = apply.build_loss_model(config, parallel_plan, group, draws_weights=is_new)
     optimizer = build_optimizer(loss_model.model, config.optim)
     if config.train.micro_batch == "auto":
         config, batch_plan, measured = settle_micro_batch(
@@ -65,9 +69,6 @@ def set_up(
     module = apply.wrap(loss_model, parallel_plan)
     loss_scale = LossScale(group.device) if config.train.dtype == "fp16" else None
 
-    loaded, faults = resume.find_start(
-        directory.path, save_every=config.save.every, give_up=directory.give_up_progress, group=group
-    )
     progress, saved_wandb_id, origin, seals = Progress(), None, None, None
     if loaded is not None:
         saved = resume.load(loaded, model=loss_model.model, optimizer=optimizer, loss_scale=loss_scale, group=group)
