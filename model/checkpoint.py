@@ -32,7 +32,7 @@ from common.reading import NATURAL, Form, child, is_there, misfit, open_regular,
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from model.base import HEAD, LanguageModel
 from model.config import ModelConfig, with_current_names
-from model.dcp_reader import read_tensors, require_data_files, sizes_of
+from model.dcp_reader import Metadata, read_description, read_tensors, require_data_files, tensors_in
 from model.hf.folder import is_hugging_face, open_folder
 from model.ladder import make_model
 
@@ -78,7 +78,7 @@ def fault_of(checkpoint: Path) -> str | None:
     """Return what is wrong with a checkpoint's files, in one line; None if it is sound. Never blocks or raises."""
     try:
         require_hashes(checkpoint, files_of(checkpoint))
-        require_form(checkpoint)
+        read_form(checkpoint)
     except InputError as error:
         return " ".join(str(error).split("\n"))
     return None
@@ -109,10 +109,14 @@ def require_hashes(checkpoint: Path, files: Mapping[str, str]) -> None:
                 raise InputError(f"{checkpoint}: {_shown(name)} is damaged (its sha256 is not the one in {SUMS_FILE})")
 
 
-def require_form(checkpoint: Path) -> None:
-    """Raise InputError unless state.json and .metadata have the form of a checkpoint's and name only what is there."""
-    read_state(checkpoint)
-    require_data_files(checkpoint)
+def read_form(checkpoint: Path) -> tuple[dict[str, Any], Metadata]:
+    """Return the content of state.json and .metadata.
+
+    Raise InputError unless both have the form of a checkpoint's and .metadata names only what is there.
+    """
+    state, metadata = read_state(checkpoint), read_description(checkpoint)
+    require_data_files(checkpoint, metadata)
+    return state, metadata
 
 
 def _read_sums(checkpoint: Path) -> dict[str, str]:
@@ -273,10 +277,10 @@ def load_checkpoint(
     checkpoint: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> TrainedModel:
     """Return the model of a sound checkpoint (see `find_checkpoint`)."""
-    config = model_config(read_state(checkpoint), checkpoint)
-    _refuse_other_shapes(config, checkpoint)
+    config, metadata = model_config(read_state(checkpoint), checkpoint), read_description(checkpoint)
+    _refuse_other_shapes(config, metadata, checkpoint)
     model = make_model(config, compute_dtype=dtype)
-    read_tensors(checkpoint, model_tensors(model))
+    read_tensors(checkpoint, model_tensors(model), metadata)
     tokenizer = load_tokenizer(checkpoint.resolve().parents[1])
     if tokenizer.vocab_size != model.config.vocab_size:
         raise InputError(
@@ -286,12 +290,12 @@ def load_checkpoint(
     return TrainedModel(model.to(device).eval(), tokenizer, step_of(checkpoint), checkpoint)
 
 
-def _refuse_other_shapes(config: ModelConfig, checkpoint: Path) -> None:
+def _refuse_other_shapes(config: ModelConfig, metadata: Metadata, checkpoint: Path) -> None:
     """Raise InputError if the checkpoint's tensors are not this model's. Memory is allocated for the model only then.
 
     The files bear out the sizes in .metadata, but nothing bears out those in state.json.
     """
-    saved = sizes_of(checkpoint)
+    saved = {name: tensor.size for name, tensor in tensors_in(metadata).items()}
     fault = f"{checkpoint}: its tensors do not fit this model"
     if config.num_layers > len(saved):  # before that many layers are made
         raise InputError(f"{fault}: there are {len(saved)} for {config.num_layers} layers")

@@ -9,6 +9,7 @@ file's length bears out.
 """
 
 import io
+import itertools
 import math
 import struct
 import warnings
@@ -22,7 +23,7 @@ from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from common.errors import InputError, reading_from
@@ -59,23 +60,29 @@ class SafeReader(dcp.FileSystemReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> "Future[None]":
         """Copy the planned parts into the planner's tensors, file by file and in the order of the files."""
         items = [(self.storage_data[item.storage_index], item) for item in plan.items]
+        items.sort(key=lambda pair: (pair[0].relative_path, pair[0].offset))
         folder = Path(self.path)
-        for place, item in sorted(items, key=lambda pair: (pair[0].relative_path, pair[0].offset)):
-            path = child(folder, place.relative_path)
-            with open_regular(path, inside=folder) as file, reading_from(path):
-                file.seek(place.offset)
-                content = file.read(place.length)
-            try:
-                part = saved_tensor(content)
-                require((part.shape, part.dtype) == self._parts[item.storage_index], "it is not as .metadata says")
-            except ValueError as error:
-                raise InputError(f"{path}: refused: {item.storage_index.fqn}: {error}") from error
-            target = planner.resolve_tensor(item).detach()
-            target.copy_(narrow_tensor_by_index(part, item.storage_offsets, item.lengths))
-            planner.commit_tensor(item, target)
+        for name, places in itertools.groupby(items, key=lambda pair: pair[0].relative_path):
+            path = child(folder, name)
+            with open_regular(path, inside=folder) as file:
+                for place, item in places:
+                    with reading_from(path):
+                        file.seek(place.offset)
+                        content = file.read(place.length)
+                    self._copy(content, item, planner, path)
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+    def _copy(self, content: bytes, item: ReadItem, planner: LoadPlanner, path: Path) -> None:
+        try:
+            part = saved_tensor(content)
+            require((part.shape, part.dtype) == self._parts[item.storage_index], "it is not as .metadata says")
+        except ValueError as error:
+            raise InputError(f"{path}: refused: {item.storage_index.fqn}: {error}") from error
+        target = planner.resolve_tensor(item).detach()
+        target.copy_(narrow_tensor_by_index(part, item.storage_offsets, item.lengths))
+        planner.commit_tensor(item, target)
 
 
 def read_description(checkpoint: Path) -> Metadata:
@@ -157,10 +164,10 @@ def last_line_of(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
-def require_data_files(checkpoint: Path) -> None:
+def require_data_files(checkpoint: Path, metadata: Metadata) -> None:
     """Raise InputError unless every file that the metadata names is there, with all the bytes that it should hold."""
     ends: dict[str, int] = {}
-    for place in read_description(checkpoint).storage_data.values():
+    for place in metadata.storage_data.values():
         ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
     for name, end in sorted(ends.items()):
         path = child(checkpoint, name)
@@ -170,11 +177,6 @@ def require_data_files(checkpoint: Path) -> None:
             num_bytes = path.stat().st_size
         if num_bytes < end:
             raise InputError(f"{path}: {num_bytes} bytes, but {METADATA_FILE} names {end}")
-
-
-def sizes_of(checkpoint: Path) -> dict[str, torch.Size]:
-    """Return the shape of each tensor of a checkpoint by name, according to its metadata."""
-    return {name: tensor.size for name, tensor in tensors_in(read_description(checkpoint)).items()}
 
 
 def tensors_in(metadata: Metadata) -> dict[str, TensorStorageMetadata]:

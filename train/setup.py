@@ -53,10 +53,10 @@ def set_up(
 ) -> Run:
     """Return a run with new weights from the seed, or as its newest sound checkpoint left it. Collective."""
     tokenizer = group.on_all(lambda: open_tokenizer(config.data.dir, manifest))
-    loaded, faults = resume.find_start(
+    checkpoint, faults = resume.find_start(
         directory.path, save_every=config.save.every, give_up=directory.give_up_progress, group=group
     )
-    is_new = loaded is None and config.from_checkpoint is None
+    is_new = checkpoint is None and config.from_checkpoint is None
     loss_model = apply.build_loss_model(config, parallel_plan, group, draws_weights=is_new)
     optimizer = build_optimizer(loss_model.model, config.optim)
     if config.train.micro_batch == "auto":
@@ -70,12 +70,13 @@ def set_up(
     loss_scale = LossScale(group.device) if config.train.dtype == "fp16" else None
 
     progress, saved_wandb_id, origin, seals = Progress(), None, None, None
-    if loaded is not None:
-        saved = resume.load(loaded, model=loss_model.model, optimizer=optimizer, loss_scale=loss_scale, group=group)
+    if checkpoint is not None:
+        saved = resume.load(checkpoint, model=loss_model.model, optimizer=optimizer, loss_scale=loss_scale, group=group)
         progress, saved_wandb_id, seals = Progress(**saved["progress"]), saved["wandb_id"], saved.get("rows")
     elif config.from_checkpoint is not None:
         origin = resume.load_weights(config.from_checkpoint, loss_model.model, tokenizer, group)
 
+    loaded = None if checkpoint is None else checkpoint.path
     logger = RunLogger(
         directory.path,
         step=progress.step if loaded else None,

@@ -31,13 +31,13 @@ def train_both_ways(group: ProcessGroup, sync: Config, asynchronous: Config) -> 
     run(sync, group)
     reached, seal = {}, checkpoints.seal
 
-    def seal_slowly(temporary: Path, parts: list[Any], state: dict[str, Any]) -> None:
+    def seal_slowly(temporary: Path, parts: list[Any], state: dict[str, Any], **more: Any) -> None:
         step = state["progress"]["step"]
         end = time.monotonic() + 20
         while (now := curve(asynchronous.directory)[-1][0]) < min(step + 2, STEPS) and time.monotonic() < end:
             time.sleep(0.02)
         reached[step] = now
-        seal(temporary, parts, state)
+        seal(temporary, parts, state, **more)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoints, "seal", seal_slowly)
@@ -103,10 +103,10 @@ def stop_while_saving(group: ProcessGroup, config: Config) -> None:
     seal, wanted = checkpoints.seal, StopRequests.wanted
     is_sealing: list[bool] = []
 
-    def seal_slowly(*args: Any) -> None:
+    def seal_slowly(*args: Any, **more: Any) -> None:
         is_sealing.append(True)
         time.sleep(0.2)
-        seal(*args)
+        seal(*args, **more)
 
     def wanted_while_sealing(self: StopRequests) -> bool:
         self.reason = self.reason or ("test" if is_sealing else None)

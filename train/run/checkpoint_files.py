@@ -89,10 +89,11 @@ def write_part(folder: Path, tensors: dict[str, Tensor], rank: int) -> Part:
     return Part(plan, places, writer.files.sums)
 
 
-def seal(folder: Path, parts: list[Part], state: dict[str, Any]) -> None:
+def seal(folder: Path, parts: list[Part], state: dict[str, Any], *, is_first: bool) -> None:
     """Add .metadata, state.json and the hashes of all files.
 
-    Raise InputError if a file of another rank is not visible here, or if .metadata could not be read again.
+    Raise InputError if a file of another rank is not visible here, or if .metadata could not be loaded. The latter is
+    tried with the first checkpoint alone, since the others' differ in nothing else than places.
     """
     sums = {name: sha256 for part in parts for name, sha256 in part.sums.items()}
     end = time.monotonic() + run_dirs.SECONDS_TO_SEE
@@ -107,7 +108,8 @@ def seal(folder: Path, parts: list[Part], state: dict[str, Any]) -> None:
     writer = HashingWriter(folder)
     _, metadata = dcp.DefaultSavePlanner().create_global_plan([part.plan for part in parts])
     writer.finish(metadata, [part.places for part in parts])
-    read_description(folder)
+    if is_first:
+        read_description(folder)
     sums |= writer.files.sums
     sums[STATE_FILE] = write_json_atomically(folder / STATE_FILE, state)
     write_atomically(folder / SUMS_FILE, "".join(f"{sha256}  {name}\n" for name, sha256 in sorted(sums.items())))

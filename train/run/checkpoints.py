@@ -100,6 +100,7 @@ class CheckpointWriter:
         self._group = group
         self._pending: PendingCheckpoint | None = None
         self._undeletable: set[Path] = set()
+        self._has_saved = False
         self._last_try = time.monotonic()
         self._is_retrying = False  # the last save failed
         # Each thread has its own current CUDA device, and DCP copies from the current one.
@@ -198,7 +199,7 @@ class CheckpointWriter:
         error = save.sealed.exception()
         self._raise_together(save, [] if error is None else [last_line_of(error)], error)
         self._group.on_main(lambda: _rename(save.temporary, save.final))
-        self.saved_step = save.step
+        self.saved_step, self._has_saved = save.step, True
         self._is_retrying = False
         if self._group.is_main:
             protected = {save.final} | ({self._loaded} if self._loaded else set())
@@ -213,7 +214,8 @@ class CheckpointWriter:
         self._raise_together(save, [part if isinstance(part, str) else None for part in parts], error)
         sealed = Future[None]()
         if self._group.is_main:
-            sealed = self._thread.submit(seal, save.temporary, parts, save.state)
+            is_first = not self._has_saved
+            sealed = self._thread.submit(seal, save.temporary, parts, save.state, is_first=is_first)
         else:
             sealed.set_result(None)
         self._pending = replace(save, sealed=sealed)

@@ -3,7 +3,7 @@
 import base64
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +23,14 @@ from model.checkpoint import (
     list_checkpoints,
     model_config,
     model_tensors,
-    read_state,
+    read_form,
     read_tensors,
-    require_form,
     require_hashes,
     run_and_step,
     step_of,
 )
 from model.config import ModelConfig
-from model.dcp_reader import Metadata, read_description
+from model.dcp_reader import Metadata
 from model.hf.folder import Folder, is_hugging_face, open_folder
 from train.config import Config
 from train.parallel.apply import put
@@ -46,9 +45,18 @@ from train.run.shares import divide, hand_out, share_of
 FREE_SETTINGS = ("attention", "zero_init_projections", "eot_id")
 
 
+@dataclass(frozen=True)
+class SoundCheckpoint:
+    """A checkpoint whose files are sound, with the content of its state.json and .metadata."""
+
+    path: Path
+    state: dict[str, Any]
+    metadata: Metadata
+
+
 def find_start(
     run_dir: Path, *, save_every: int, give_up: Callable[[], list[str]], group: ProcessGroup
-) -> tuple[Path | None, list[str]]:
+) -> tuple[SoundCheckpoint | None, list[str]]:
     """Return the checkpoint to continue from, or None, and a line for each damaged one passed over. Collective.
 
     A job that Slurm restarts begins again by itself if its only checkpoint is the first that it could have: nobody may
@@ -62,10 +70,10 @@ def find_start(
 
     checkpoints, faults = group.on_main(candidates), list[str]()
     for checkpoint in reversed(checkpoints):
-        fault = shared_fault_of(checkpoint, group)
-        if fault is None:
-            return checkpoint, faults
-        faults.append(fault)
+        opened = open_together(checkpoint, group)
+        if isinstance(opened, SoundCheckpoint):
+            return opened, faults
+        faults.append(opened)
 
     def begin_again() -> list[str]:
         if is_automatic_restart() and len(checkpoints) == 1 and step_of(checkpoints[0]) <= save_every:
@@ -78,8 +86,8 @@ def find_start(
     return None, faults + (group.on_main(begin_again) if faults else [])
 
 
-def shared_fault_of(checkpoint: Path, group: ProcessGroup) -> str | None:
-    """Return `fault_of` a checkpoint, whose files the ranks hash together, each some of them. Collective.
+def open_together(checkpoint: Path, group: ProcessGroup) -> SoundCheckpoint | str:
+    """Return a sound checkpoint or what is wrong with it. The ranks hash its files, each some of them. Collective.
 
     Rank 0 alone decides what is damaged. Raise InputError if another rank finds fault with what rank 0 reads well: a
     host that cannot read must not make the run go back to an earlier checkpoint.
@@ -87,17 +95,17 @@ def shared_fault_of(checkpoint: Path, group: ProcessGroup) -> str | None:
     try:
         files = sorted(group.on_main(lambda: files_of(checkpoint)).items())
         group.on_all(lambda: require_hashes(checkpoint, dict(files[group.rank :: group.world])))
-        group.on_main(lambda: require_form(checkpoint))
+        state, metadata = group.on_main(lambda: read_form(checkpoint))
     except InputError as error:
         fault = group.on_main(lambda: fault_of(checkpoint))
         if fault is None:
             raise InputError(f"{error}; rank 0 reads it well: mend the storage of that rank's host") from error
         return fault
-    return None
+    return SoundCheckpoint(checkpoint, state, metadata)
 
 
 def load(
-    checkpoint: Path,
+    checkpoint: SoundCheckpoint,
     *,
     model: LanguageModel,
     optimizer: torch.optim.Optimizer,
@@ -105,20 +113,19 @@ def load(
     group: ProcessGroup,
 ) -> dict[str, Any]:
     """Load a checkpoint into the live tensors and random generators; return its state.json. Collective."""
-    state, metadata = group.on_main(lambda: (read_state(checkpoint), read_description(checkpoint)))
-    _read_together(checkpoint, metadata, checkpoint_tensors(model, optimizer, loss_scale), model, group)
-    _restore_random_state(state["random"], group.device)
-    return state
+    _read_together(checkpoint, checkpoint_tensors(model, optimizer, loss_scale), model, group)
+    _restore_random_state(checkpoint.state["random"], group.device)
+    return checkpoint.state
 
 
 def _read_together(
-    checkpoint: Path, metadata: Metadata, tensors: dict[str, Tensor], model: LanguageModel, group: ProcessGroup
+    checkpoint: SoundCheckpoint, tensors: dict[str, Tensor], model: LanguageModel, group: ProcessGroup
 ) -> None:
     """Fill `tensors`, and with them the whole model: each rank reads its share and hands it out. Collective."""
     assert all(f"model.{name}" in tensors for name, _ in model.named_parameters())
     division = divide(tensors, group)
     own = share_of(tensors, division, group.rank)
-    group.on_all(lambda: read_tensors(checkpoint, own, metadata))
+    group.on_all(lambda: read_tensors(checkpoint.path, own, checkpoint.metadata))
     hand_out(tensors, division, group)
 
 
@@ -159,18 +166,16 @@ def load_weights(name: str, model: LanguageModel, tokenizer: Tokenizer, group: P
     """
     if group.on_main(lambda: is_hugging_face(Path(name))):
         return _load_folder(Path(name), model, tokenizer, group)
-    checkpoint = group.on_main(lambda: find_place(name))
-    fault = shared_fault_of(checkpoint, group)
-    if fault is not None:
-        raise InputError(fault)
-
-    def metadata_if_it_fits() -> Metadata:
-        theirs = model_config(read_state(checkpoint), checkpoint)
-        _refuse_misfit(name, theirs, load_tokenizer(checkpoint.resolve().parents[1]), model.config, tokenizer)
-        return read_description(checkpoint)
-
-    _read_together(checkpoint, group.on_main(metadata_if_it_fits), model_tensors(model), model, group)
-    return str(checkpoint)
+    path = group.on_main(lambda: find_place(name))
+    checkpoint = open_together(path, group)
+    if isinstance(checkpoint, str):
+        raise InputError(checkpoint)
+    theirs = model_config(checkpoint.state, path)
+    group.on_main(
+        lambda: _refuse_misfit(name, theirs, load_tokenizer(path.resolve().parents[1]), model.config, tokenizer)
+    )
+    _read_together(checkpoint, model_tensors(model), model, group)
+    return str(path)
 
 
 def _load_folder(path: Path, model: LanguageModel, tokenizer: Tokenizer, group: ProcessGroup) -> str:
