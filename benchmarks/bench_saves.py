@@ -67,7 +67,8 @@ def steps_beside_a_save(run: Run, step: Callable[[], None]) -> int:
     for count in range(1, MAX_STEPS + 1):
         step()
         if schedule.is_written:
-            schedule.finish(run.state.progress)
+            schedule.advance(run.state.progress)
+        if not schedule.writer.is_under_way:
             return count
     raise InputError(f"the save took more than {MAX_STEPS} steps; choose larger --sequences")
 

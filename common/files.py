@@ -22,12 +22,12 @@ def fsync_directory(directory: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, content: str) -> None:
-    """Replace `path` by `content` in UTF-8, like `write_blocks_atomically`.
+def write_atomically(path: Path, content: str) -> str:
+    """Replace `path` by `content` in UTF-8, like `write_blocks_atomically`; return its hex sha256.
 
     The bytes of a path that is not UTF-8, which Python holds as surrogates, are written as escapes.
     """
-    write_blocks_atomically(path, [content.encode("utf-8", "backslashreplace")])
+    return write_blocks_atomically(path, [content.encode("utf-8", "backslashreplace")])
 
 
 def write_blocks_atomically(path: Path, blocks: Iterable[bytes | memoryview]) -> str:
@@ -55,9 +55,9 @@ def write_blocks_atomically(path: Path, blocks: Iterable[bytes | memoryview]) ->
     return digest.hexdigest()
 
 
-def write_json_atomically(path: Path, value: Any) -> None:
-    """Write `value` as indented JSON, like `write_atomically`."""
-    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=True) + "\n")
+def write_json_atomically(path: Path, value: Any) -> str:
+    """Write `value` as indented JSON, like `write_atomically`; return the file's hex sha256."""
+    return write_atomically(path, json.dumps(value, indent=2, ensure_ascii=True) + "\n")
 
 
 def keep_aside(path: Path) -> Path:

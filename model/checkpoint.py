@@ -32,7 +32,7 @@ from common.reading import NATURAL, Form, child, is_there, misfit, open_regular,
 from data_prep.tokenizer import Tokenizer, load_tokenizer
 from model.base import HEAD, LanguageModel
 from model.config import ModelConfig, with_current_names
-from model.dcp_reader import read_tensors, require_data_files, sizes_of
+from model.dcp_reader import Metadata, read_description, read_tensors, require_data_files, tensors_in
 from model.hf.folder import is_hugging_face, open_folder
 from model.ladder import make_model
 
@@ -77,14 +77,18 @@ def _named_checkpoints(run_dir: Path) -> list[tuple[Path, bool]]:
 def fault_of(checkpoint: Path) -> str | None:
     """Return what is wrong with a checkpoint's files, in one line; None if it is sound. Never blocks or raises."""
     try:
-        _require_sound(checkpoint)
+        require_hashes(checkpoint, files_of(checkpoint))
+        read_form(checkpoint)
     except InputError as error:
         return " ".join(str(error).split("\n"))
     return None
 
 
-def _require_sound(checkpoint: Path) -> None:
-    """Raise InputError unless the files are plain files and those of SHA256SUMS, and their form is a checkpoint's."""
+def files_of(checkpoint: Path) -> dict[str, str]:
+    """Return the sha256 by name that each file should have. Raise InputError unless these are the files that lie there.
+
+    No file but SHA256SUMS is opened.
+    """
     with reading_from(checkpoint):
         real, folder = os.path.realpath(checkpoint), os.path.realpath(checkpoint.parent)
         if os.path.commonpath([real, folder]) != folder:
@@ -94,12 +98,25 @@ def _require_sound(checkpoint: Path) -> None:
     if STATE_FILE not in sums or present != sums.keys():
         mismatches = ", ".join(map(_shown, sorted(present ^ sums.keys()))) or STATE_FILE
         raise InputError(f"{checkpoint}: its files are not those of {SUMS_FILE}: {mismatches}")
-    for name, sha256 in sums.items():
+    return sums
+
+
+def require_hashes(checkpoint: Path, files: Mapping[str, str]) -> None:
+    """Raise InputError unless these files of a checkpoint are plain files of these sha256."""
+    for name, sha256 in files.items():
         with open_regular(child(checkpoint, name), inside=checkpoint) as file, reading_from(checkpoint):
             if hashlib.file_digest(file, "sha256").hexdigest() != sha256:
                 raise InputError(f"{checkpoint}: {_shown(name)} is damaged (its sha256 is not the one in {SUMS_FILE})")
-    read_state(checkpoint)
-    require_data_files(checkpoint)
+
+
+def read_form(checkpoint: Path) -> tuple[dict[str, Any], Metadata]:
+    """Return the content of state.json and .metadata.
+
+    Raise InputError unless both have the form of a checkpoint's and .metadata names only what is there.
+    """
+    state, metadata = read_state(checkpoint), read_description(checkpoint)
+    require_data_files(checkpoint, metadata)
+    return state, metadata
 
 
 def _read_sums(checkpoint: Path) -> dict[str, str]:
@@ -199,12 +216,8 @@ def run_and_step(name: str) -> tuple[str, int | None]:
     return (run, int(step)) if at and re.fullmatch(r"[0-9]{1,18}", step) else (name, None)
 
 
-def find_checkpoint(name: str | Path) -> Path:
-    """Return RUN's newest sound checkpoint, that of RUN@STEP, or the checkpoint at a path.
-
-    Print a warning for each damaged one that is passed over, as training does; under torchrun only rank 0 prints.
-    Raise InputError if there is none or it is damaged.
-    """
+def find_place(name: str | Path) -> Path:
+    """Return the folder of RUN, of RUN@STEP's checkpoint, or at a path. Raise InputError if there is none."""
     path = Path(name)
     with reading_from(path):
         run, step = (str(name), None) if path.exists() else run_and_step(str(name))
@@ -215,6 +228,16 @@ def find_checkpoint(name: str | Path) -> Path:
                 raise InputError(f"{run}: no checkpoint of step {step}; there are {steps or 'none'}")
         if not path.is_dir():
             raise InputError(f"{path}: no such run directory or checkpoint")
+    return path
+
+
+def find_checkpoint(name: str | Path) -> Path:
+    """Return RUN's newest sound checkpoint, that of RUN@STEP, or the checkpoint at a path.
+
+    Print a warning for each damaged one that is passed over, as training does; under torchrun only rank 0 prints.
+    Raise InputError if there is none or it is damaged.
+    """
+    path = find_place(name)
     if STEP_NAME.fullmatch(path.name):
         fault = fault_of(path)
         newest, faults = (path, []) if fault is None else (None, [fault])
@@ -253,11 +276,11 @@ def load_model(
 def load_checkpoint(
     checkpoint: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> TrainedModel:
-    """Return the model of a sound checkpoint (see `find_checkpoint`). This is never a collective operation."""
-    config = model_config(read_state(checkpoint), checkpoint)
-    _refuse_other_shapes(config, checkpoint)
+    """Return the model of a sound checkpoint (see `find_checkpoint`)."""
+    config, metadata = model_config(read_state(checkpoint), checkpoint), read_description(checkpoint)
+    _refuse_other_shapes(config, metadata, checkpoint)
     model = make_model(config, compute_dtype=dtype)
-    read_tensors(checkpoint, model_tensors(model), alone=True)
+    read_tensors(checkpoint, model_tensors(model), metadata)
     tokenizer = load_tokenizer(checkpoint.resolve().parents[1])
     if tokenizer.vocab_size != model.config.vocab_size:
         raise InputError(
@@ -267,12 +290,12 @@ def load_checkpoint(
     return TrainedModel(model.to(device).eval(), tokenizer, step_of(checkpoint), checkpoint)
 
 
-def _refuse_other_shapes(config: ModelConfig, checkpoint: Path) -> None:
+def _refuse_other_shapes(config: ModelConfig, metadata: Metadata, checkpoint: Path) -> None:
     """Raise InputError if the checkpoint's tensors are not this model's. Memory is allocated for the model only then.
 
     The files bear out the sizes in .metadata, but nothing bears out those in state.json.
     """
-    saved = sizes_of(checkpoint)
+    saved = {name: tensor.size for name, tensor in tensors_in(metadata).items()}
     fault = f"{checkpoint}: its tensors do not fit this model"
     if config.num_layers > len(saved):  # before that many layers are made
         raise InputError(f"{fault}: there are {len(saved)} for {config.num_layers} layers")

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.metadata import (
 METADATA = "torch.distributed.checkpoint.metadata."
 STORAGE_INFO = "torch.distributed.checkpoint.filesystem._StorageInfo"
 PROTOCOLS = (2, 3, 4, 5)
-MOST_BYTES = 2**26  # a GPT-2 XL on 64 ranks has 2**24
+MOST_BYTES = 2**27  # a GPT-2 XL on 64 ranks has 1.5e7, on 512 ranks 1.1e8
 MOST_DIMENSIONS = 8
 LONGEST_NUMBER = 10  # bytes; of the old format's magic number
 DICT, PERSISTENT = "collections.OrderedDict", "a persistent id"

@@ -9,6 +9,7 @@ file's length bears out.
 """
 
 import io
+import itertools
 import math
 import struct
 import warnings
@@ -17,13 +18,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed._shard._utils import narrow_tensor_by_index
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner, ReadItem
 from torch.futures import Future
 
 from common.errors import InputError, reading_from
@@ -60,23 +60,29 @@ class SafeReader(dcp.FileSystemReader):
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> "Future[None]":
         """Copy the planned parts into the planner's tensors, file by file and in the order of the files."""
         items = [(self.storage_data[item.storage_index], item) for item in plan.items]
+        items.sort(key=lambda pair: (pair[0].relative_path, pair[0].offset))
         folder = Path(self.path)
-        for place, item in sorted(items, key=lambda pair: (pair[0].relative_path, pair[0].offset)):
-            path = child(folder, place.relative_path)
-            with open_regular(path, inside=folder) as file, reading_from(path):
-                file.seek(place.offset)
-                content = file.read(place.length)
-            try:
-                part = saved_tensor(content)
-                require((part.shape, part.dtype) == self._parts[item.storage_index], "it is not as .metadata says")
-            except ValueError as error:
-                raise InputError(f"{path}: refused: {item.storage_index.fqn}: {error}") from error
-            target = planner.resolve_tensor(item).detach()
-            target.copy_(narrow_tensor_by_index(part, item.storage_offsets, item.lengths))
-            planner.commit_tensor(item, target)
+        for name, places in itertools.groupby(items, key=lambda pair: pair[0].relative_path):
+            path = child(folder, name)
+            with open_regular(path, inside=folder) as file:
+                for place, item in places:
+                    with reading_from(path):
+                        file.seek(place.offset)
+                        content = file.read(place.length)
+                    self._copy(content, item, planner, path)
         done: Future[None] = Future()
         done.set_result(None)
         return done
+
+    def _copy(self, content: bytes, item: ReadItem, planner: LoadPlanner, path: Path) -> None:
+        try:
+            part = saved_tensor(content)
+            require((part.shape, part.dtype) == self._parts[item.storage_index], "it is not as .metadata says")
+        except ValueError as error:
+            raise InputError(f"{path}: refused: {item.storage_index.fqn}: {error}") from error
+        target = planner.resolve_tensor(item).detach()
+        target.copy_(narrow_tensor_by_index(part, item.storage_offsets, item.lengths))
+        planner.commit_tensor(item, target)
 
 
 def read_description(checkpoint: Path) -> Metadata:
@@ -134,18 +140,16 @@ def saved_tensor(content: bytes) -> Tensor:
         return torch.frombuffer(numbers, dtype=dtype).as_strided(shape, stride, offset)
 
 
-def read_tensors(checkpoint: Path, into: dict[str, Tensor], *, alone: bool = False) -> None:
-    """Fill the tensors of `into`, plain or sharded, from a checkpoint of any layout.
+def read_tensors(checkpoint: Path, into: dict[str, Tensor], metadata: Metadata | None = None) -> None:
+    """Fill the tensors of `into`, plain or this process's shards, from a checkpoint of any layout.
 
-    This is a collective operation if there is a process group. With `alone` this process reads by itself, into plain
-    tensors.
+    This is never a collective operation. `metadata` is what `read_description` has returned, if it was called already.
     """
-    is_collective = not alone and dist.is_initialized()
-    metadata = _agreed_description(checkpoint, is_collective=is_collective)
+    metadata = metadata or read_description(checkpoint)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
         try:
-            dcp.load(dict(into), storage_reader=SafeReader(checkpoint, metadata), no_dist=not is_collective)
+            dcp.load(dict(into), storage_reader=SafeReader(checkpoint, metadata), no_dist=True)
         except (CheckpointException, RuntimeError, ValueError) as error:
             if isinstance(error, InputError):
                 raise
@@ -155,40 +159,15 @@ def read_tensors(checkpoint: Path, into: dict[str, Tensor], *, alone: bool = Fal
             raise InputError(f"{checkpoint}: its tensors do not fit this model: {last_line_of(error)}") from error
 
 
-def _agreed_description(checkpoint: Path, *, is_collective: bool) -> Metadata:
-    """Return `read_description`; raise the same InputError on every rank if it fails on one.
-
-    DCP itself would print a traceback, and try files that no checkpoint of ours has.
-    """
-    metadata, fault = Metadata({}), None
-    try:
-        metadata = read_description(checkpoint)
-    except InputError as error:
-        fault = str(error)
-    faults: list[str | None] = [fault]
-    if is_collective:
-        faults = [None] * dist.get_world_size()
-        dist.all_gather_object(faults, fault)
-    first = next((each for each in faults if each is not None), None)
-    if first is not None:
-        raise InputError(first)
-    return metadata
-
-
 def last_line_of(error: BaseException) -> str:
     """Return the last line of an error's message, which says what happened, or the error's type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[-1]
 
 
-def data_files_of(checkpoint: Path) -> set[str]:
-    """Return the names of the files that hold a checkpoint's tensors, according to its metadata."""
-    return {place.relative_path for place in read_description(checkpoint).storage_data.values()}
-
-
-def require_data_files(checkpoint: Path) -> None:
+def require_data_files(checkpoint: Path, metadata: Metadata) -> None:
     """Raise InputError unless every file that the metadata names is there, with all the bytes that it should hold."""
     ends: dict[str, int] = {}
-    for place in read_description(checkpoint).storage_data.values():
+    for place in metadata.storage_data.values():
         ends[place.relative_path] = max(ends.get(place.relative_path, 0), place.offset + place.length)
     for name, end in sorted(ends.items()):
         path = child(checkpoint, name)
@@ -198,11 +177,6 @@ def require_data_files(checkpoint: Path) -> None:
             num_bytes = path.stat().st_size
         if num_bytes < end:
             raise InputError(f"{path}: {num_bytes} bytes, but {METADATA_FILE} names {end}")
-
-
-def sizes_of(checkpoint: Path) -> dict[str, torch.Size]:
-    """Return the shape of each tensor of a checkpoint by name, according to its metadata."""
-    return {name: tensor.size for name, tensor in tensors_in(read_description(checkpoint)).items()}
 
 
 def tensors_in(metadata: Metadata) -> dict[str, TensorStorageMetadata]:

@@ -73,7 +73,7 @@ def train(run: Run) -> tuple[str, str | None]:
             if step % config.track.every == 0:
                 collect_garbage(1)  # activation checkpointing in eager mode leaves cycles behind
             if checkpoints.is_written:
-                checkpoints.finish(state.progress)
+                checkpoints.advance(state.progress)
             if is_boundary:
                 meters.pause()
                 run.must_stop |= evaluate(run)

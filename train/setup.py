@@ -55,8 +55,12 @@ def set_up(
 ) -> Run:
     """Return a run with new weights from the seed, or as its newest sound checkpoint left it. Collective."""
     tokenizer = group.on_all(lambda: open_tokenizer(config.data.dir, manifest))
+    checkpoint, faults = resume.find_start(
+        directory.path, save_every=config.save.every, give_up=directory.give_up_progress, group=group
+    )
     config, measured, attention_remark = settle_attention_backend(config, batch_plan, directory.measured, group)
-    loss_model = apply.build_loss_model(config, parallel_plan, group)
+    is_new = checkpoint is None and config.from_checkpoint is None
+    loss_model = apply.build_loss_model(config, parallel_plan, group, draws_weights=is_new)
     optimizer = build_optimizer(loss_model.model, config.optim)
     if config.train.micro_batch == "auto":
         config, batch_plan, settled = settle_micro_batch(
@@ -72,16 +76,14 @@ def set_up(
         module = GraphedPasses(loss_model, (batch_plan.micro_batch, config.train.seq_len), group.device)
     loss_scale = LossScale(group.device) if config.train.dtype == "fp16" else None
 
-    loaded, faults = resume.find_start(
-        directory.path, save_every=config.save.every, give_up=directory.give_up_progress, group=group
-    )
     progress, saved_wandb_id, origin, seals = Progress(), None, None, None
-    if loaded is not None:
-        saved = resume.load(loaded, model=loss_model.model, optimizer=optimizer, loss_scale=loss_scale, group=group)
+    if checkpoint is not None:
+        saved = resume.load(checkpoint, model=loss_model.model, optimizer=optimizer, loss_scale=loss_scale, group=group)
         progress, saved_wandb_id, seals = Progress(**saved["progress"]), saved["wandb_id"], saved.get("rows")
     elif config.from_checkpoint is not None:
         origin = resume.load_weights(config.from_checkpoint, loss_model.model, tokenizer, group)
 
+    loaded = None if checkpoint is None else checkpoint.path
     logger = RunLogger(
         directory.path,
         step=progress.step if loaded else None,

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint import FileSystemWriter
 
 from common.errors import InputError
 from model.checkpoint import fault_of, list_checkpoints, step_of
@@ -28,18 +29,18 @@ STEPS = 30
 def train_both_ways(group: ProcessGroup, sync: Config, asynchronous: Config) -> dict[int, int]:
     """Train with synchronous, then with slow asynchronous saves; return the step reached during each of the latter."""
     run(sync, group)
-    reached, seal = {}, checkpoints._seal
+    reached, seal = {}, checkpoints.seal
 
-    def seal_slowly(temporary: Path, state: dict[str, Any]) -> None:
+    def seal_slowly(temporary: Path, parts: list[Any], state: dict[str, Any], **more: Any) -> None:
         step = state["progress"]["step"]
         end = time.monotonic() + 20
         while (now := curve(asynchronous.directory)[-1][0]) < min(step + 2, STEPS) and time.monotonic() < end:
             time.sleep(0.02)
         reached[step] = now
-        seal(temporary, state)
+        seal(temporary, parts, state, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "_seal", seal_slowly)
+        patch.setattr(checkpoints, "seal", seal_slowly)
         run(asynchronous, group)
     return reached
 
@@ -64,7 +65,7 @@ def test_training_goes_on_and_the_checkpoint_is_of_the_step_at_which_it_began(
 
 def fail_to_save_on_one_rank(group: ProcessGroup, config: Config, fault: Exception) -> str:
     """Train with a second save that fails on the last rank; return the error that this rank raises."""
-    write_data, calls = checkpoints.dcp.FileSystemWriter.write_data, iter(range(100))
+    write_data, calls = FileSystemWriter.write_data, iter(range(100))
 
     def failing(self: Any, *args: Any) -> Any:
         if next(calls) == 1 and group.rank == group.world - 1:
@@ -72,7 +73,7 @@ def fail_to_save_on_one_rank(group: ProcessGroup, config: Config, fault: Excepti
         return write_data(self, *args)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints.dcp.FileSystemWriter, "write_data", failing)
+        patch.setattr(FileSystemWriter, "write_data", failing)
         try:
             run(config, group)
         except InputError as error:
@@ -99,20 +100,20 @@ def test_a_save_that_fails_on_one_rank_ends_all_and_leaves_no_checkpoint(
 
 def stop_while_saving(group: ProcessGroup, config: Config) -> None:
     """Train; rank 0 is asked to stop while the checkpoint of step 50 is being written."""
-    seal, wanted = checkpoints._seal, StopRequests.wanted
+    seal, wanted = checkpoints.seal, StopRequests.wanted
     is_sealing: list[bool] = []
 
-    def seal_slowly(*args: Any) -> None:
+    def seal_slowly(*args: Any, **more: Any) -> None:
         is_sealing.append(True)
         time.sleep(0.2)
-        seal(*args)
+        seal(*args, **more)
 
     def wanted_while_sealing(self: StopRequests) -> bool:
         self.reason = self.reason or ("test" if is_sealing else None)
         return wanted(self)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoints, "_seal", seal_slowly)
+        patch.setattr(checkpoints, "seal", seal_slowly)
         patch.setattr(StopRequests, "wanted", wanted_while_sealing)
         run(config, group)
 
@@ -148,18 +149,19 @@ def test_a_run_that_fails_releases_its_directory_only_after_its_thread_is_done(
     tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise the next start of the run would meet another writer."""
-    seal, was_locked = checkpoints._seal, []
+    write_part, was_locked = checkpoints.write_part, []
 
     def fail(this: loop.Run) -> None:
         if this.state.progress.step == 7:
             raise RuntimeError("out of luck")
 
-    def seal_slowly(*args: Any) -> None:
+    def write_slowly(*args: Any) -> Any:
         time.sleep(0.3)
-        seal(*args)
+        part = write_part(*args)
         was_locked.append((tmp_path / "run" / "lock.json").exists())
+        return part
 
-    monkeypatch.setattr(checkpoints, "_seal", seal_slowly)
+    monkeypatch.setattr(checkpoints, "write_part", write_slowly)
     config = with_save(tiny_config(tiny_data, tmp_path / "run", steps=10), every=5, mode="async")
     with pytest.raises(RuntimeError, match="out of luck"), before_each_step(fail):
         run(config, ProcessGroup(0, 1, torch.device("cpu")))

@@ -35,7 +35,7 @@ from train.main import run
 from train.parallel.apply import local
 from train.processes.group import ProcessGroup
 from train.run.checkpoints import Progress, checkpoint_tensors
-from train.run.resume import load
+from train.run.resume import SoundCheckpoint, load, open_together
 
 pytestmark = pytest.mark.timeout(600)  # one group of processes runs all its cases before the first test
 STEPS = 50
@@ -143,7 +143,8 @@ def continue_all(group: ProcessGroup, data: Path, trained: Path) -> Continued:
         config = configured(layout, data, trained / f"{layout}_continued")
         with leaving_no_group(group), opened_run(config, group) as (run, _):
             for source in [source for source, target in PAIRS if target == layout]:
-                checkpoint = checkpoint_of(trained, source)
+                checkpoint = open_together(checkpoint_of(trained, source), group)
+                assert isinstance(checkpoint, SoundCheckpoint)
                 state = load(checkpoint, model=run.state.model, optimizer=run.state.optimizer, group=group)
                 tensors = checkpoint_tensors(run.state.model, run.state.optimizer)
                 assert_parts_of(torch.load(trained / f"{source}.pt", mmap=True), tensors)

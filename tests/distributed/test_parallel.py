@@ -32,7 +32,8 @@ from train.parallel.apply import local
 from train.parallel.plan import ParallelPlan, choose_parallel_plan, local_world_of
 from train.presets import PRESETS
 from train.processes.group import ProcessGroup
-from train.run.checkpoints import checkpoint_tensors, share_of
+from train.run.checkpoints import checkpoint_tensors
+from train.run.shares import divide, share_of
 
 pytestmark = pytest.mark.timeout(600)  # one group of processes runs all its cases before the first test
 XL = replace(PRESETS["gpt2-xl"], model=NAMED_SHAPES["gpt2-xl"])  # 25 GB of weights, gradients and moments
@@ -188,7 +189,8 @@ def save_both_ways(group: ProcessGroup, data: Path, folder: Path) -> int:
         run(replace(config, parallel=HSDP), group)
     config = replace(tiny_config(data, folder / "shares"), parallel=HSDP)
     with opened_run(with_vocabulary(config, 33), group) as (opened, _):
-        share = share_of(checkpoint_tensors(opened.state.model, opened.state.optimizer), group)
+        tensors = checkpoint_tensors(opened.state.model, opened.state.optimizer)
+        share = share_of(tensors, divide(tensors, group), group.rank)
         return sum(local(tensor).numel() for tensor in share.values())
 
 

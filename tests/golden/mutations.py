@@ -170,8 +170,8 @@ MUTATIONS = [
     Mutation(
         "the optimizer's state is not restored",
         "train/run/resume.py",
-        "read_tensors(checkpoint, checkpoint_tensors(model, optimizer, loss_scale))",
-        "read_tensors(checkpoint, model_tensors(model))",
+        "checkpoint_tensors(model, optimizer, loss_scale), model, group)",
+        "model_tensors(model), model, group)",
         "tests/distributed/test_exact.py",
     ),
     Mutation(

@@ -92,7 +92,7 @@ def wrap_engine() -> None:
     from train import loop, main
     from train.evals import validation
     from train.processes import stop_requests
-    from train.run import checkpoints, directory, resume
+    from train.run import checkpoint_files, checkpoints, directory, resume
 
     visit_before(main, "open_process_group", "process group")
     visit_before(directory, "provenance", "claim")  # the lock is held, status.json still the last attempt's
@@ -104,7 +104,7 @@ def wrap_engine() -> None:
     visit_before(validation.ValidationSet, "batch", "validation")
     visit_before(checkpoints.CheckpointWriter, "_write", "save")
     visit_after(dcp.FileSystemWriter, "write_data", "writing")  # this rank's tensors are there, .metadata is not
-    visit_after(checkpoints, "write_atomically", "commit")  # all is written, the rename comes next
+    visit_after(checkpoint_files, "write_atomically", "commit")  # all is written, the rename comes next
     visit_before(checkpoints, "fsync_directory", "committed")  # renamed
     visit_before(checkpoints.CheckpointWriter, "_purge", "purge")
     wrap(checkpoints.shutil, "rmtree", before=visit_deletion)

@@ -22,8 +22,12 @@ from train.parallel.precision import compute_dtype
 from train.processes.group import ProcessGroup
 
 
-def build_loss_model(config: Config, parallel_plan: ParallelPlan, group: ProcessGroup) -> LossModel:
+def build_loss_model(
+    config: Config, parallel_plan: ParallelPlan, group: ProcessGroup, *, draws_weights: bool = True
+) -> LossModel:
     """Return the model with its loss and initial weights, ready for this process. Parameter names stay as they are.
+
+    Without `draws_weights` every parameter holds whatever its memory held, so the caller must fill them all.
 
     1. Build on the meta device, so that no rank ever holds more than its part and one whole parameter.
     2. Apply FP8, and activation checkpointing block by block. The compiler must see it to plan what is recomputed.
@@ -57,7 +61,8 @@ def build_loss_model(config: Config, parallel_plan: ParallelPlan, group: Process
         group.set_timeout(config.parallel.init_timeout_seconds)  # for the groups that sharding made, too
     loss_model.to_empty(device=group.device)
     model.tie_weights()
-    init_weights(model, config.seed, put=put)
+    if draws_weights:
+        init_weights(model, config.seed, put=put)
     holders = [p for _, p in model.named_parameters(remove_duplicate=False) if p is model.lm_head.weight]
     assert (len(holders) == 2) == model.is_tied
     return loss_model

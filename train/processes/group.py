@@ -79,6 +79,11 @@ class ProcessGroup:
             dist.all_reduce(tensor)
         return tensor
 
+    def broadcast_(self, tensor: Tensor, rank: int, among: dist.ProcessGroup | None = None) -> None:
+        """Overwrite a tensor on this process's device with the one that `rank` has, on all ranks or `among` these."""
+        if self.world > 1:
+            dist.broadcast(tensor, src=rank, group=among)
+
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set on any rank. The host waits until every rank has called this."""
         if self.world == 1:
@@ -99,6 +104,14 @@ class ProcessGroup:
         values = [None] * self.world
         dist.all_gather_object(values, value, group=self.hosts)
         return values
+
+    def gather_on_main(self, value: Any) -> list[Any]:
+        """Return every rank's picklable value in rank order on rank 0, and an empty list on the others."""
+        if self.world == 1:
+            return [value]
+        values = [None] * self.world if self.is_main else None
+        dist.gather_object(value, values, dst=0)
+        return values or []
 
     def on_all(self, function: Callable[[], Result]) -> Result:
         """Run `function` on every rank; if any raises InputError or OSError, all raise InputError with its text.

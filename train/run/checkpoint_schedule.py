@@ -24,7 +24,7 @@ class CheckpointSchedule:
     """Saves every --save.every steps, after --save.every-seconds, after a failed save, and at the end.
 
     The loop sets two flags, alike on every rank. `is_requested`: a save is wanted now. `is_written`: every rank has
-    written its part of the pending checkpoint. What fails, on whichever rank, fails on all of them.
+    ended its work on the pending checkpoint. What fails, on whichever rank, fails on all of them.
     """
 
     def __init__(
@@ -68,12 +68,19 @@ class CheckpointSchedule:
         if not self.writer.is_async:
             self.finish(progress)
 
+    def advance(self, progress: Progress) -> None:
+        """Go on with the pending checkpoint, if any, as far as that needs no waiting. Collective."""
+        self._go_on(progress, self.writer.advance)
+
     def finish(self, progress: Progress) -> None:
         """Wait for the pending checkpoint, if any, and give it its final name. Collective."""
+        self._go_on(progress, self.writer.finish)
+
+    def _go_on(self, progress: Progress, act: Callable[[], int | None]) -> None:
         self._heartbeat(f"finishing a save before step {progress.step + 1}")
         self.is_written = False
         try:
-            self._finish()
+            self._note(act())
         except InputError as error:
             self._note_failure(error)
 
@@ -105,15 +112,15 @@ class CheckpointSchedule:
 
     def _save_now(self, progress: Progress) -> None:
         self._begin(progress)
-        self._finish()
+        self._note(self.writer.finish())
 
     def _begin(self, progress: Progress) -> None:
         self._heartbeat(f"saving after step {progress.step}")
         self._logger.make_durable()
         self.writer.begin(replace(progress, seconds=self._meters.seconds))
 
-    def _finish(self) -> None:
-        step = self.writer.finish()
+    def _note(self, step: int | None) -> None:
+        """Report a checkpoint that has its final name now; None: there is none."""
         if step is not None:
             self._num_failures = 0
             self._report(step, None)

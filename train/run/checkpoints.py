@@ -1,8 +1,9 @@
 """Writes checkpoints. model/checkpoint.py describes their format; train/run/resume.py loads them.
 
-A thread of each rank stages, writes and seals (hashes and fsyncs) the checkpoint under a temporary name. The threads
-communicate over a gloo group of their own. When every rank's part is written, rank 0 gives the checkpoint its final
-name, at a step boundary that all ranks agree on. So a kill at any moment leaves the checkpoint before it intact.
+A thread of each rank stages and writes its part (hashed and fsynced) under a temporary name. When every rank's part is
+written, rank 0 hears of all parts, and its thread seals the whole. When that is done, rank 0 gives the checkpoint its
+final name. Both happen at step boundaries that all ranks agree on, and no thread communicates. So a kill at any moment
+leaves the checkpoint before it intact.
 """
 
 import base64
@@ -10,37 +11,26 @@ import functools
 import shutil
 import sys
 import time
-import warnings
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.tensor import DTensor
 
 from common.errors import InputError, writing_to
-from common.files import fsync_directory, move_aside, sha256_of_file, write_atomically, write_json_atomically
+from common.files import fsync_directory, move_aside
 from common.reading import is_there
 from model.base import LanguageModel
-from model.checkpoint import (
-    CHECKPOINTS,
-    STATE_FILE,
-    SUMS_FILE,
-    list_checkpoints,
-    model_tensors,
-    step_of,
-)
-from model.dcp_reader import data_files_of, last_line_of
+from model.checkpoint import CHECKPOINTS, list_checkpoints, model_tensors, step_of
+from model.dcp_reader import last_line_of
 from train.config import SaveConfig
 from train.parallel.apply import local
 from train.parallel.precision import LossScale
 from train.processes.group import ProcessGroup
-from train.run import directory as run_dirs
+from train.run.checkpoint_files import Part, seal, write_part
+from train.run.shares import divide, share_of
 
 SPARE_BYTES = 16 * 2**20  # for state.json, .metadata and the file system's own needs
 
@@ -67,7 +57,9 @@ class PendingCheckpoint:
     temporary: Path
     final: Path
     staged: torch.cuda.Event | None  # recorded when the tensors are copied out of the GPU; None: nothing to copy
-    written: Future[None]  # this rank's part: done, or the error that writing it met
+    state: dict[str, Any]  # for state.json
+    written: Future[Part]  # this rank's part, or the error that writing it met
+    sealed: Future[None] | None = None  # after `seal`: on rank 0 done, or the error that sealing met; else done
 
 
 class CheckpointWriter:
@@ -75,11 +67,12 @@ class CheckpointWriter:
 
     Each rank writes a share of the tensors that several ranks hold alike. Synchronous saves write the tensors in place,
     so nothing may change them until `finish` returns. Asynchronous saves copy them first: on a CPU in `begin`; on a GPU
-    during the next step's forward and backward passes, so call `wait_until_staged` before that step's update.
+    during the next step's forward and backward passes, so call `wait_until_staged` before that step's update. They go
+    on by `advance`, whenever `has_written` is true on every rank.
 
     `attempt` makes temporary names unique to this start. `state` is what state.json holds beside progress and random
     state. `loaded` is the checkpoint that this run continued from; it is never deleted. As a context, the writer waits
-    for its thread at the end, except after an error in a world of several: the thread may wait for ranks that are gone.
+    for its thread at the end.
     """
 
     def __init__(
@@ -107,16 +100,16 @@ class CheckpointWriter:
         self._group = group
         self._pending: PendingCheckpoint | None = None
         self._undeletable: set[Path] = set()
+        self._has_saved = False
         self._last_try = time.monotonic()
         self._is_retrying = False  # the last save failed
         # Each thread has its own current CUDA device, and DCP copies from the current one.
         on_gpu = functools.partial(torch.cuda.set_device, group.device) if is_cuda else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saves", initializer=on_gpu)
         self._purging: Future[None] | None = None
-        self._save_group = dist.new_group(backend="gloo") if group.world > 1 else None
+        self._division: dict[str, list[int]] = {}  # which ranks write each tensor; the same at every save
         self._copies: dict[str, Tensor] = {}
         self._stream = torch.cuda.Stream(group.device) if is_cuda and self.is_async else None
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
 
     def begin(self, progress: Progress) -> None:
         """Start writing step_N. Collective; all earlier work on the device must be done.
@@ -131,11 +124,12 @@ class CheckpointWriter:
         tensors = checkpoint_tensors(*self._parts)
         self._group.on_main(lambda: self._make_room(folder, temporary, tensors))
         content = self._state | {"progress": asdict(progress), "random": _random_state(self._group.device)}
-        own, staged = share_of(tensors, self._group), None
+        self._division = self._division or divide(tensors, self._group)
+        own, staged = share_of(tensors, self._division, self._group.rank), None
         if self.is_async:
             own, staged = self._copy(own)
-        written = self._thread.submit(self._write, own, staged, temporary, content)
-        self._pending = PendingCheckpoint(progress.step, temporary, final, staged, written)
+        written = self._thread.submit(self._write, own, staged, temporary)
+        self._pending = PendingCheckpoint(progress.step, temporary, final, staged, content, written)
 
     def _copy(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
         """Copy tensors to host memory, allocated once; return the copies and the event of their end (None: copied)."""
@@ -160,8 +154,8 @@ class CheckpointWriter:
         return self._pending is not None
 
     def has_written(self) -> bool:
-        """Return whether a save is pending and this rank's part of it has ended, successfully or not."""
-        return self._pending is not None and self._pending.written.done()
+        """Return whether a save is pending and this rank's work on it has ended, successfully or not."""
+        return self._pending is not None and (self._pending.sealed or self._pending.written).done()
 
     def is_overdue(self) -> bool:
         """Return whether --save.every-seconds have passed since the last save began. False on ranks other than 0.
@@ -179,44 +173,76 @@ class CheckpointWriter:
         self._last_try = time.monotonic()
         self._is_retrying = True
 
+    def advance(self) -> int | None:
+        """Go on with the pending save as far as that needs no waiting. Collective.
+
+        Return its step if it has its final name now, else None. Raise InputError as `finish` does.
+        """
+        if self._pending is None:
+            return None
+        if self._pending.sealed is None:
+            self._seal(self._pending)
+            return None
+        return self.finish() if self._group.on_main(self.has_written) else None
+
     def finish(self) -> int | None:
         """Wait for the pending save, give it its final name and delete old checkpoints. Collective.
 
         Return its step, or None if none is pending. If any rank's part failed, remove the save and raise InputError.
         """
+        if self._pending is not None and self._pending.sealed is None:
+            self._seal(self._pending)
         if self._pending is None:
             return None
         save, self._pending = self._pending, None
-        error = save.written.exception()  # Whatever it is, all ranks raise it together.
-        errors: dict[str, int] = {}  # each distinct error, with the first rank that had it
-        for faults in self._group.gather({} if error is None else self._faults_of(error)):
-            for rank, text in faults.items():
-                errors.setdefault(text, rank)
-        if errors:
-            self._group.on_main(lambda: shutil.rmtree(save.temporary, ignore_errors=True))
-            reasons = "; ".join(f"rank {rank}: {text}" for text, rank in errors.items())
-            raise InputError(
-                f"{save.final}: not saved; {reasons}; fix that, then give the same command again"
-            ) from error
+        assert save.sealed is not None
+        error = save.sealed.exception()
+        self._raise_together(save, [] if error is None else [last_line_of(error)], error)
         self._group.on_main(lambda: _rename(save.temporary, save.final))
-        self.saved_step = save.step
+        self.saved_step, self._has_saved = save.step, True
         self._is_retrying = False
         if self._group.is_main:
             protected = {save.final} | ({self._loaded} if self._loaded else set())
             self._purging = self._thread.submit(self._purge, protected)
         return save.step
 
-    def _faults_of(self, error: BaseException) -> dict[int, str]:
-        """Return an error of this rank's thread by rank: DCP raises the errors of all ranks on each."""
-        if isinstance(error, CheckpointException):
-            return {rank: last_line_of(own) for rank, (own, _) in error.failures.items()}
-        return {self._group.rank: last_line_of(error)}
+    def _seal(self, save: PendingCheckpoint) -> None:
+        """Wait until every rank's part is written, and let rank 0's thread seal the whole. Collective."""
+        error = save.written.exception()
+        parts = self._group.gather_on_main(save.written.result() if error is None else last_line_of(error))
+        self._pending = None
+        self._raise_together(save, [part if isinstance(part, str) else None for part in parts], error)
+        sealed = Future[None]()
+        if self._group.is_main:
+            is_first = not self._has_saved
+            sealed = self._thread.submit(seal, save.temporary, parts, save.state, is_first=is_first)
+        else:
+            sealed.set_result(None)
+        self._pending = replace(save, sealed=sealed)
+
+    def _raise_together(self, save: PendingCheckpoint, faults: list[str | None], error: BaseException | None) -> None:
+        """Remove the save and raise InputError on every rank if rank 0 has faults, by rank. Collective.
+
+        `error` is this rank's own: whatever it is, all ranks raise it together.
+        """
+
+        def reasons() -> str:
+            ranks: dict[str, int] = {}  # of each distinct fault, the first rank that had it
+            for rank, fault in enumerate(faults):
+                if fault is not None:
+                    ranks.setdefault(fault, rank)
+            if ranks:
+                shutil.rmtree(save.temporary, ignore_errors=True)
+            return "; ".join(f"rank {rank}: {fault}" for fault, rank in ranks.items())
+
+        if text := self._group.on_main(reasons):
+            raise InputError(f"{save.final}: not saved; {text}; fix that, then give the same command again") from error
 
     def __enter__(self) -> "CheckpointWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self._thread.shutdown(wait=kind is None or self._group.world == 1)
+    def __exit__(self, *_: object) -> None:
+        self._thread.shutdown()
 
     def _make_room(self, folder: Path, temporary: Path, tensors: dict[str, Tensor]) -> None:
         """Make the temporary folder. Raise InputError if the whole checkpoint does not fit on the disk."""
@@ -236,16 +262,11 @@ class CheckpointWriter:
         with writing_to(folder):
             temporary.mkdir()
 
-    def _write(
-        self, own: dict[str, Tensor], staged: torch.cuda.Event | None, temporary: Path, state: dict[str, Any]
-    ) -> None:
-        """Write this rank's part, in the thread; rank 0 ends last, since it seals the whole."""
+    def _write(self, own: dict[str, Tensor], staged: torch.cuda.Event | None, temporary: Path) -> Part:
+        """Write this rank's part, in the thread."""
         if staged is not None:
             staged.synchronize()
-        writer = dcp.FileSystemWriter(temporary)
-        dcp.save(own, storage_writer=writer, process_group=self._save_group, no_dist=self._save_group is None)
-        if self._group.is_main:
-            _seal(temporary, state)
+        return write_part(temporary, own, self._group.rank)
 
     def _purge(self, protected: set[Path]) -> None:
         """Delete old checkpoints, in the thread; warn once of each that cannot be deleted."""
@@ -273,47 +294,6 @@ def checkpoint_tensors(
         for key, value in optimizer.state[parameter].items():
             tensors[f"optimizer.{name}.{key}"] = value
     return tensors if loss_scale is None else tensors | loss_scale.tensors()
-
-
-def share_of(tensors: dict[str, Tensor], group: ProcessGroup) -> dict[str, Tensor]:
-    """Return the tensors that this rank writes: the largest are assigned first, to the ranks with the least so far.
-
-    One rank writes a tensor that all hold alike. The ranks of one replica write a sharded tensor, each its own shard.
-    DCP would divide as evenly by itself, but only after each rank had copied everything into host memory.
-    """
-    loads = [0.0] * group.world
-    own = {}
-    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].nbytes, item[0])):
-        writers = min(holders_of(tensor, group), key=lambda ranks: sum(loads[rank] for rank in ranks))
-        for rank in writers:
-            loads[rank] += tensor.nbytes / len(writers)
-        if group.rank in writers:
-            own[name] = tensor
-    return own
-
-
-def holders_of(tensor: Tensor, group: ProcessGroup) -> list[list[int]]:
-    """Return every set of ranks that together hold a whole copy of the tensor."""
-    if not isinstance(tensor, DTensor):
-        return [[rank] for rank in range(group.world)]
-    shards = tensor.device_mesh.size(-1)  # A replica is spread over the mesh's last dimension.
-    return tensor.device_mesh.mesh.reshape(-1, shards).tolist()
-
-
-def _seal(temporary: Path, state: dict[str, Any]) -> None:
-    """Add state.json and the hashes of all files. Raise InputError if a file of another rank is not visible here."""
-    end = time.monotonic() + run_dirs.SECONDS_TO_SEE
-    while missing := data_files_of(temporary) - {path.name for path in temporary.iterdir()}:
-        if time.monotonic() < end:
-            time.sleep(0.1)
-            continue
-        raise InputError(
-            f"{', '.join(sorted(missing))} of other ranks cannot be seen from rank 0: "
-            "--run-dir must lie on storage that all hosts share"
-        )
-    write_json_atomically(temporary / STATE_FILE, state)
-    sums = "".join(f"{sha256_of_file(path)}  {path.name}\n" for path in sorted(temporary.iterdir()))
-    write_atomically(temporary / SUMS_FILE, sums)
 
 
 def _rename(temporary: Path, final: Path) -> None:

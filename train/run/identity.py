@@ -92,13 +92,18 @@ def refuse_another_run(run_dir: Path, recorded: RecordedRun, config: Config, fin
 def refuse_disagreement(config: Config, fingerprint: str, group: ProcessGroup) -> None:
     """Raise InputError on all ranks if settings, data or torch differ between ranks. Collective."""
     settings = flat(config.to_json()) | {"data fingerprint": fingerprint, "torch version": torch.__version__}
-    first, *others = group.gather(settings)
-    for rank, other in enumerate(others, start=1):
+    first = group.on_main(lambda: settings)
+
+    def refuse() -> None:
         differences = [
-            f"{name} {other.get(name)} (rank 0: {value})" for name, value in first.items() if other.get(name) != value
+            f"{name} {settings.get(name)} (rank 0: {value})"
+            for name, value in first.items()
+            if settings.get(name) != value
         ]
         if differences:
-            raise InputError(f"rank {rank} was started differently: {'; '.join(differences)}")
+            raise InputError(f"was started differently: {'; '.join(differences)}")
+
+    group.on_all(refuse)
 
 
 def flat(values: dict[str, Any], prefix: str = "--") -> dict[str, Any]:

@@ -3,11 +3,12 @@
 import base64
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from common.errors import InputError
 from data_prep.tokenizer import Tokenizer, gives_same_ids, load_tokenizer
@@ -15,18 +16,22 @@ from model.base import LanguageModel
 from model.checkpoint import (
     CHECKPOINTS,
     STEP_NAME,
+    fault_of,
+    files_of,
     find_checkpoint,
+    find_place,
     list_checkpoints,
     model_config,
     model_tensors,
-    newest_sound,
-    read_state,
+    read_form,
     read_tensors,
+    require_hashes,
     run_and_step,
     step_of,
 )
 from model.config import ModelConfig
-from model.hf.folder import is_hugging_face, open_folder
+from model.dcp_reader import Metadata
+from model.hf.folder import Folder, is_hugging_face, open_folder
 from train.config import Config
 from train.parallel.apply import put
 from train.parallel.precision import LossScale
@@ -34,40 +39,73 @@ from train.processes.group import ProcessGroup
 from train.processes.ranks import is_automatic_restart
 from train.run.checkpoints import checkpoint_tensors
 from train.run.identity import recorded_run
+from train.run.shares import divide, hand_out, share_of
 
 # Settings that may differ from those with which the weights were trained.
 FREE_SETTINGS = ("attention", "zero_init_projections", "eot_id")
 
 
+@dataclass(frozen=True)
+class SoundCheckpoint:
+    """A checkpoint whose files are sound, with the content of its state.json and .metadata."""
+
+    path: Path
+    state: dict[str, Any]
+    metadata: Metadata
+
+
 def find_start(
     run_dir: Path, *, save_every: int, give_up: Callable[[], list[str]], group: ProcessGroup
-) -> tuple[Path | None, list[str]]:
+) -> tuple[SoundCheckpoint | None, list[str]]:
     """Return the checkpoint to continue from, or None, and a line for each damaged one passed over. Collective.
 
     A job that Slurm restarts begins again by itself if its only checkpoint is the first that it could have: nobody may
     be there to decide, and little is lost. `give_up` then sets aside what there is, and returns a line for each.
     """
 
-    def find() -> tuple[Path | None, list[str]]:
+    def candidates() -> list[Path]:
         for leftover in (run_dir / CHECKPOINTS).glob(".step_*"):  # left by saves and deletions that a kill interrupted
             shutil.rmtree(leftover, ignore_errors=True)
-        checkpoint, faults = newest_sound(run_dir)
-        if checkpoint is None and faults:
-            checkpoints = list_checkpoints(run_dir)
-            if is_automatic_restart() and len(checkpoints) == 1 and step_of(checkpoints[0]) <= save_every:
-                return None, faults + give_up()
-            newest = step_of(checkpoints[-1])
-            raise InputError(
-                f"{run_dir}: has no sound checkpoint ({'; '.join(faults)}); mend that, or give --no-resume too, which "
-                f"keeps them aside and trains its {newest} steps again"
-            )
-        return checkpoint, faults
+        return list_checkpoints(run_dir)
 
-    return group.on_main(find)
+    checkpoints, faults = group.on_main(candidates), list[str]()
+    for checkpoint in reversed(checkpoints):
+        opened = open_together(checkpoint, group)
+        if isinstance(opened, SoundCheckpoint):
+            return opened, faults
+        faults.append(opened)
+
+    def begin_again() -> list[str]:
+        if is_automatic_restart() and len(checkpoints) == 1 and step_of(checkpoints[0]) <= save_every:
+            return give_up()
+        raise InputError(
+            f"{run_dir}: has no sound checkpoint ({'; '.join(faults)}); mend that, or give --no-resume too, which "
+            f"keeps them aside and trains its {step_of(checkpoints[-1])} steps again"
+        )
+
+    return None, faults + (group.on_main(begin_again) if faults else [])
+
+
+def open_together(checkpoint: Path, group: ProcessGroup) -> SoundCheckpoint | str:
+    """Return a sound checkpoint or what is wrong with it. The ranks hash its files, each some of them. Collective.
+
+    Rank 0 alone decides what is damaged. Raise InputError if another rank finds fault with what rank 0 reads well: a
+    host that cannot read must not make the run go back to an earlier checkpoint.
+    """
+    try:
+        files = sorted(group.on_main(lambda: files_of(checkpoint)).items())
+        group.on_all(lambda: require_hashes(checkpoint, dict(files[group.rank :: group.world])))
+        state, metadata = group.on_main(lambda: read_form(checkpoint))
+    except InputError as error:
+        fault = group.on_main(lambda: fault_of(checkpoint))
+        if fault is None:
+            raise InputError(f"{error}; rank 0 reads it well: mend the storage of that rank's host") from error
+        return fault
+    return SoundCheckpoint(checkpoint, state, metadata)
 
 
 def load(
-    checkpoint: Path,
+    checkpoint: SoundCheckpoint,
     *,
     model: LanguageModel,
     optimizer: torch.optim.Optimizer,
@@ -75,10 +113,20 @@ def load(
     group: ProcessGroup,
 ) -> dict[str, Any]:
     """Load a checkpoint into the live tensors and random generators; return its state.json. Collective."""
-    state = group.on_all(lambda: read_state(checkpoint))
-    read_tensors(checkpoint, checkpoint_tensors(model, optimizer, loss_scale))
-    _restore_random_state(state["random"], group.device)
-    return state
+    _read_together(checkpoint, checkpoint_tensors(model, optimizer, loss_scale), model, group)
+    _restore_random_state(checkpoint.state["random"], group.device)
+    return checkpoint.state
+
+
+def _read_together(
+    checkpoint: SoundCheckpoint, tensors: dict[str, Tensor], model: LanguageModel, group: ProcessGroup
+) -> None:
+    """Fill `tensors`, and with them the whole model: each rank reads its share and hands it out. Collective."""
+    assert all(f"model.{name}" in tensors for name, _ in model.named_parameters())
+    division = divide(tensors, group)
+    own = share_of(tensors, division, group.rank)
+    group.on_all(lambda: read_tensors(checkpoint.path, own, checkpoint.metadata))
+    hand_out(tensors, division, group)
 
 
 def settle_origin(config: Config) -> Config:
@@ -111,31 +159,53 @@ def recorded_origin(run_dir: Path, named: Path) -> str | None:
 
 
 def load_weights(name: str, model: LanguageModel, tokenizer: Tokenizer, group: ProcessGroup) -> str:
-    """Load RUN's newest sound checkpoint, RUN@STEP or a Hugging Face folder into the model. Collective.
+    """Load RUN@STEP or a Hugging Face folder, as `settle_origin` names them, into the model. Collective.
 
     Return which weights these were. Raise InputError, naming the differences, if the shape or the tokenizer differs:
     another tokenizer's ids mean other text.
     """
     if group.on_main(lambda: is_hugging_face(Path(name))):
-        return group.on_all(lambda: _load_folder(Path(name), model, tokenizer))
+        return _load_folder(Path(name), model, tokenizer, group)
+    path = group.on_main(lambda: find_place(name))
+    checkpoint = open_together(path, group)
+    if isinstance(checkpoint, str):
+        raise InputError(checkpoint)
+    theirs = model_config(checkpoint.state, path)
+    group.on_main(
+        lambda: _refuse_misfit(name, theirs, load_tokenizer(path.resolve().parents[1]), model.config, tokenizer)
+    )
+    _read_together(checkpoint, model_tensors(model), model, group)
+    return str(path)
 
-    def find() -> Path:
-        checkpoint = find_checkpoint(name)
-        theirs = model_config(read_state(checkpoint), checkpoint)
-        _refuse_misfit(name, theirs, load_tokenizer(checkpoint.resolve().parents[1]), model.config, tokenizer)
-        return checkpoint
 
-    checkpoint = group.on_main(find)
-    read_tensors(checkpoint, model_tensors(model))
-    return str(checkpoint)
+def _load_folder(path: Path, model: LanguageModel, tokenizer: Tokenizer, group: ProcessGroup) -> str:
+    """Load a Hugging Face folder: rank 0 reads it, and every rank keeps its own shards. Collective."""
+    folders: list[Folder] = []  # on rank 0 alone
+
+    def check() -> str:
+        folder = open_folder(path)
+        description = _refuse_misfit_of_folder(folder, model.config, tokenizer)
+        for name, _ in model.named_parameters():
+            folder.parameter(name, model.config)  # before any is sent: one may have numbers that are not finite
+        folders.append(folder)
+        return description
+
+    description = group.on_main(check)
+    for name, parameter in model.named_parameters():
+        value = torch.empty(parameter.shape, device=group.device)
+        for folder in folders:
+            value.copy_(folder.parameter(name, model.config))
+        group.broadcast_(value, 0)
+        put(parameter, value)
+    return description
 
 
-def _load_folder(path: Path, model: LanguageModel, tokenizer: Tokenizer) -> str:
-    """Load a Hugging Face folder: every rank reads it and keeps its own shards.
+def _refuse_misfit_of_folder(folder: Folder, ours: ModelConfig, tokenizer: Tokenizer) -> str:
+    """Return which weights these are. Raise InputError if the folder's model or tokenizer does not fit this run's.
 
     A model with a shorter context takes the folder's first positions, which leaves its outputs unchanged.
     """
-    folder, ours = open_folder(path), model.config
+    path = folder.path
     if ours.context_len > folder.config.context_len:
         raise InputError(
             f"--from-checkpoint {path}: has positions for {folder.config.context_len} tokens; "
@@ -145,8 +215,6 @@ def _load_folder(path: Path, model: LanguageModel, tokenizer: Tokenizer) -> str:
     if theirs.resolved_mlp_width == ours.resolved_mlp_width:  # None and a number can mean the same width.
         theirs = replace(theirs, mlp_width=ours.mlp_width)
     _refuse_misfit(str(path), theirs, folder.tokenizer, ours, tokenizer)
-    for name, parameter in model.named_parameters():
-        put(parameter, folder.parameter(name, ours))
     cut = folder.config.context_len - ours.context_len
     return f"{path}, without the last {cut} of its {folder.config.context_len} positions" if cut else str(path)
 
