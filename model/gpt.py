@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from model.base import EMBEDDING, HEAD, INIT_STD, LanguageModel, init_weights
 from model.config import ModelConfig
+from model.linear import linear
 
 NORM_EPS = 1e-5
 ROPE_BASE = 10_000.0  # Su et al. 2021, section 3.2.2
@@ -33,7 +34,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return linear(x, self.weight.to(x.dtype), bias)
 
 
 class LayerNorm(nn.LayerNorm):

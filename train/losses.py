@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from model.base import LanguageModel, softcapped
 from model.config import ModelConfig
+from model.linear import linear
 from train.parallel import fp8
 from train.parallel.fp8 import Scaled
 
@@ -53,10 +54,10 @@ def plain_loss(
     vocab_size: int,
     cap: float | None = None,
     *,
-    linear: Callable[[Tensor, Tensor], Tensor] = F.linear,
+    product: Callable[[Tensor, Tensor], Tensor] = linear,
 ) -> Tensor:
     """Return fp32 [2]: (sum of the token losses) x scale, and the sum itself without a gradient."""
-    logits_NV = softcapped(linear(x_ND, weight_VD.to(x_ND.dtype))[:, :vocab_size].float(), cap)
+    logits_NV = softcapped(product(x_ND, weight_VD.to(x_ND.dtype))[:, :vocab_size].float(), cap)
     loss = F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORED, reduction="sum")
     return torch.stack([loss * scale, loss.detach()])
 
@@ -70,7 +71,7 @@ def chunk_loss(
     for ignored targets and in padding columns; and d tanh(y) / dy = 1 - tanh(y)^2.
     """
     if head.rows is None:
-        logits_nV = F.linear(x_nD, head.weight_VD)
+        logits_nV = linear(x_nD, head.weight_VD)
     else:
         logits_nV = fp8.product(fp8.scaled(x_nD), head.rows, x_nD.dtype, is_forward=True)
     logits_nV = softcapped(logits_nV.float(), cap)
@@ -166,7 +167,7 @@ class LossModel(nn.Module):
         super().__init__()
         self.model = model
         self._chunk_tokens = chunk_tokens
-        self._plain: Callable[..., Tensor] = partial(plain_loss, linear=fp8.linear) if is_fp8 else plain_loss
+        self._plain: Callable[..., Tensor] = partial(plain_loss, product=fp8.linear) if is_fp8 else plain_loss
         self._head: Callable[..., Head] = partial(make_head, is_fp8=is_fp8)
         self._chunk: ChunkFunction = chunk_loss
         self._tokens: Callable[..., Tensor] = token_losses

@@ -35,6 +35,8 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from model.linear import LIBRARY, product
+
 aten: Any = torch.ops.aten
 ROWS = ("blocks' products", "head", "attention", "elementwise", "loss", "rest", "optimizer")
 FORMULAS = {  # for what torch's registry of FLOPs lacks; on a CPU fused attention is an operation of its own
@@ -42,7 +44,12 @@ FORMULAS = {  # for what torch's registry of FLOPs lacks; on a CPU fused attenti
     aten._scaled_dot_product_flash_attention_for_cpu: aten._scaled_dot_product_flash_attention,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: aten._scaled_dot_product_flash_attention_backward,
 }
-PRODUCTS = {aten.mm, aten.addmm, aten.addmm_}  # everything else with FLOPs is attention, fused or written out
+PRODUCTS = {
+    aten.mm,
+    aten.addmm,
+    aten.addmm_,
+    product.overloadpacket,
+}  # everything else with FLOPs is attention, fused or written out
 UNREAD = {aten.copy_, aten.fill_, aten.zero_}  # they overwrite their first operand
 FREE = {aten._unsafe_view, aten.empty, aten.empty_like, aten.empty_strided, aten.new_empty, aten.new_empty_strided}
 
@@ -114,7 +121,7 @@ def tensor_bytes(tensor: Tensor) -> int:
 
 def operation_bytes(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any], result: Any) -> int:
     """Return the bytes that one operation reads and writes; 0 for a view."""
-    if op.namespace != "aten" or op.is_view or op.overloadpacket in FREE:
+    if op.namespace not in ("aten", LIBRARY.ns) or op.is_view or op.overloadpacket in FREE:
         return 0
     given = [*zip(op._schema.arguments, args, strict=False)]
     given += [(argument, kwargs[argument.name]) for argument in op._schema.arguments if argument.name in kwargs]
