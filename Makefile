@@ -34,7 +34,7 @@ FLOOR := .venv-floor/bin
 ON_FLOOR := tests/unit/train tests/unit/model $(addprefix tests/distributed/test_,$(addsuffix .py,async_checkpoints \
     checkpoints communication exact from_checkpoint hf_sharded memory_limits nonfinite parallel precision))
 test-floor: .venv-floor/.done
-	PYTHONDONTWRITEBYTECODE= $(FLOOR)/python $(RUN_TESTS) -m "not long and not slow" $(ON_FLOOR)
+	PYTHONDONTWRITEBYTECODE= $(FLOOR)/python $(RUN_TESTS) -n 2 -m "not long and not slow" $(ON_FLOOR)
 
 # A Slurm of several nodes on this machine, as root, from Debian's packages: where that cannot be, it says why and skips.
 test-cluster: .venv/.dev
