@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-long test-cluster test-slow golden mutations lint bench bench-gpu gpu-check
+.PHONY: quickstart test test-long test-all test-floor test-cluster test-slow golden mutations lint bench bench-gpu gpu-check
 
 # The text inside CPython -> shards -> a GPT trained in two processes -> its loss curve and a sample.
 # On the CPU also where there is a GPU: two processes want two, and the numbers are then the same everywhere.
@@ -15,14 +15,26 @@ quickstart: .venv/.base
 
 # Interpreters are started by the hundred: our modules are compiled once, whatever the environment says. Four workers:
 # what waits for processes would leave one of two cores idle.
-PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+RUN_TESTS := -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python $(RUN_TESTS)
 
 test: .venv/.dev
 	$(PYTEST) -m "not long and not slow and not cluster and not gpu"
 
-# What is exhaustive: more kills, more faults in a row, every pair of layouts. With `make test` all that CI checks.
+# What is exhaustive: more kills, more faults in a row, every pair of layouts.
 test-long: .venv/.dev
 	$(PYTEST) -m "long and not slow and not cluster and not gpu"
+
+# Both at once, as CI runs them: the longest test of the second then runs beside the many of the first.
+test-all: .venv/.dev
+	$(PYTEST) -m "not slow and not cluster and not gpu"
+
+# The oldest versions that pyproject.toml allows: what trains, saves and resumes on this torch too.
+FLOOR := .venv-floor/bin
+ON_FLOOR := tests/unit/train tests/unit/model $(addprefix tests/distributed/test_,$(addsuffix .py,async_checkpoints \
+    checkpoints communication exact from_checkpoint hf_sharded memory_limits nonfinite parallel precision))
+test-floor: .venv-floor/.done
+	PYTHONDONTWRITEBYTECODE= $(FLOOR)/python $(RUN_TESTS) -n 2 -m "not long and not slow" $(ON_FLOOR)
 
 # A Slurm of several nodes on this machine, as root, from Debian's packages: where that cannot be, it says why and skips.
 test-cluster: .venv/.dev
@@ -81,4 +93,12 @@ gpu-check:
 
 .venv/.dev: .venv/.base
 	$(BIN)/python -m pip install --quiet --editable '.[bpe,cluster,data,dev,eval,fast,hf,plots]' --constraint constraints.txt
+	touch $@
+
+# Of each name the first line counts, and the first are the floors. A torch this old comes with CUDA's libraries: 2 GB.
+.venv-floor/.done: pyproject.toml constraints.txt
+	test -x $(FLOOR)/python || $(PYTHON) -m venv .venv-floor
+	sed -n 's/^    "\(.*\)>=\(.*\)",$$/\1==\2/p' pyproject.toml | awk -F== '!seen[$$1]++' - constraints.txt >.venv-floor/versions.txt
+	$(FLOOR)/python -m pip install --quiet --no-compile --editable '.[hf,plots]' hypothesis pytest pytest-timeout pytest-xdist \
+	    --constraint .venv-floor/versions.txt
 	touch $@

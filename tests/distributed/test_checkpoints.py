@@ -375,7 +375,7 @@ def test_too_little_room_is_reported_before_anything_is_written(
     usage = shutil.disk_usage(run_dir)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_000_000))
     with pytest.raises(InputError, match=r"0.00 GB free, but a checkpoint needs 0.02 GB"):
-        run(tiny_config(tiny_data, run_dir, steps=30), ALONE)
+        run(with_save(tiny_config(tiny_data, run_dir, steps=30), retry_seconds=0.1), ALONE)
     assert [path.name for path in list_checkpoints(run_dir)] == ["step_00000010", "step_00000020"]
 
 

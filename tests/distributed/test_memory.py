@@ -130,7 +130,7 @@ def allocated_peak(group: ProcessGroup, config: Config, accumulation: int) -> in
         lasting += [apply.local(value) for state in optimizer.state.values() for value in state.values()]
         lasting += [p.grad for p in parameters if p.grad is not None]
         now = peak = sum(tensor.nbytes for tensor in lasting)
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiled:
             step()
     events = [event for event in profiled.profiler.kineto_results.events() if event.name() == "[memory]"]
     for event in sorted(events, key=lambda event: event.start_ns()):

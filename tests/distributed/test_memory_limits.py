@@ -44,6 +44,7 @@ def plan_of(config: Config) -> ParallelPlan:
 
 def limit_memory(num_bytes: int) -> None:
     """Allow this process `num_bytes` beside what it has, and make glibc return freed memory at once."""
+    torch.ones((), requires_grad=True).backward()  # starts autograd's threads, whose stacks of 8 MB would count
     for parameter in (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD):
         ctypes.CDLL(None).mallopt(parameter, 2**16)
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
