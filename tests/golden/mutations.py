@@ -156,8 +156,8 @@ MUTATIONS = [
     Mutation(
         "a checkpoint gets its name though a rank failed",
         "train/run/checkpoints.py",
-        "        if errors:\n",
-        "        if False:\n",
+        "        if text := self._group.on_main(reasons):\n",
+        "        if (text := self._group.on_main(reasons)) and False:\n",
         "tests/distributed/test_checkpoints.py tests/distributed/test_disk.py",
     ),
     Mutation(
