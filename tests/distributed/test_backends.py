@@ -60,7 +60,7 @@ def as_on_gpus(rank: int, world: int, port: int, data: Path, folder: Path) -> No
     become_rank(rank, world, port)
     dist.Backend.register_backend(OWN_NAME, own_backend, devices=["cpu"])
     groups.backend_of = lambda device: OWN_NAME
-    for name in ("all_gather_object", "broadcast_object_list"):
+    for name in ("all_gather_object", "gather_object", "broadcast_object_list", "scatter_object_list"):
         setattr(dist, name, refusing_the_default_group(getattr(dist, name)))
     with open_process_group(60, folder) as group:
         assert dist.get_backend(group.hosts) == "gloo" and dist.get_backend() == OWN_NAME

@@ -6,8 +6,6 @@ import time
 from collections.abc import Callable, Collection
 from pathlib import Path
 
-import torch
-
 from common.errors import InputError, warn
 from data_prep.manifest import Manifest
 from data_prep.pipeline.workers import Progress
@@ -65,7 +63,7 @@ def check_data(
         unfinished = 1.0
         while unfinished:
             numbers = [not check.wait(POLL_SECONDS), stop_requests.wanted(), check.done_bytes]
-            unfinished, stops, done_bytes = group.sum_(torch.tensor(numbers, dtype=torch.float64)).tolist()
+            unfinished, stops, done_bytes = group.sum_numbers(numbers)
             if stops:
                 return next(reason for reason in group.gather(stop_requests.reason) if reason)
             if done_bytes > before:

@@ -7,7 +7,7 @@ import resource
 import socket
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -84,18 +84,20 @@ class ProcessGroup:
         if self.world > 1:
             dist.broadcast(tensor, src=rank, group=among)
 
+    def sum_numbers(self, numbers: Sequence[float]) -> list[float]:
+        """Return the sum of each number over all ranks. The host waits until every rank has called this."""
+        totals = torch.tensor(numbers, dtype=torch.float64)
+        if self.world > 1:
+            dist.all_reduce(totals, group=self.hosts)
+        return totals.tolist()
+
     def any(self, flag: bool) -> bool:
         """Return whether the flag is set on any rank. The host waits until every rank has called this."""
-        if self.world == 1:
-            return flag
-        total = torch.full((1,), float(flag))
-        dist.all_reduce(total, group=self.hosts)
-        return bool(total.item())
+        return self.sum_numbers([flag])[0] > 0
 
     def barrier(self) -> None:
         """Make the host wait until every rank has called this."""
-        if self.world > 1:
-            dist.all_reduce(torch.zeros(1), group=self.hosts)
+        self.sum_numbers([0])
 
     def gather(self, value: Any) -> list[Any]:
         """Return every rank's picklable value in rank order, on every rank."""
@@ -110,7 +112,7 @@ class ProcessGroup:
         if self.world == 1:
             return [value]
         values = [None] * self.world if self.is_main else None
-        dist.gather_object(value, values, dst=0)
+        dist.gather_object(value, values, dst=0, group=self.hosts)
         return values or []
 
     def on_all(self, function: Callable[[], Result]) -> Result:
