@@ -4,6 +4,7 @@ python benchmarks/gpu_parts.py attention           # one part, on one GPU
 python benchmarks/gpu_parts.py attention --tiny    # the same code at tiny sizes on a CPU
 """
 
+import argparse
 import dataclasses
 import itertools
 import json
@@ -358,12 +359,15 @@ PARTS: dict[str, Callable[[Setting], Iterator[Row]]] = {
 
 
 def main(args: list[str] | None = None) -> None:
-    name, *flags = sys.argv[1:] if args is None else args
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=PARTS, help="what to measure")
+    parser.add_argument("--tiny", action="store_true", help="tiny sizes on a CPU")
+    options = parser.parse_args(args)
     with (
         tempfile.TemporaryDirectory() as folder,
         open_process_group(TIMEOUT_SECONDS, Path(folder)) as group,
     ):
-        for row in PARTS[name](Setting(Path(folder), group, is_tiny="--tiny" in flags)):
+        for row in PARTS[options.part](Setting(Path(folder), group, is_tiny=options.tiny)):
             print(json.dumps(row), flush=True)
 
 

@@ -109,6 +109,15 @@ def parse_json(content: bytes | str) -> Any:
         raise ValueError("nested too deeply") from error
 
 
+def is_text(value: str) -> bool:
+    """Return whether UTF-8 can write the text: JSON's escapes may also give half of a character."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def misfit(value: Any, form: Form, name: str = "it") -> str | None:
     """Return how a JSON value differs from its form, or None if it fits. Keys that the form does not name are free."""
     if isinstance(form, Mapping):
@@ -130,6 +139,8 @@ def misfit(value: Any, form: Form, name: str = "it") -> str | None:
         fits = isinstance(value, int) and value in form
     elif isinstance(form, frozenset):
         fits = isinstance(value, str) and value in form
+    elif form is str:
+        fits = isinstance(value, str) and is_text(value)
     else:
         fits = isinstance(value, (int, float) if form is float else form)
     return None if fits else f"{name} is {str(value)[:40]!r}"

@@ -33,6 +33,7 @@ from train.parallel.graphs import GraphedPasses
 from train.parallel.plan import ParallelPlan
 from train.parallel.precision import LossScale
 from train.processes.group import ProcessGroup
+from train.processes.host_memory import keep_freed_memory
 from train.processes.stop_requests import StopRequests
 from train.run import resume
 from train.run.checkpoint_schedule import CheckpointSchedule
@@ -54,6 +55,8 @@ def set_up(
     startup: Startup,
 ) -> Run:
     """Return a run with new weights from the seed, or as its newest sound checkpoint left it. Collective."""
+    if group.device.type == "cpu":
+        keep_freed_memory()
     tokenizer = group.on_all(lambda: open_tokenizer(config.data.dir, manifest))
     checkpoint, faults = resume.find_start(
         directory.path, save_every=config.save.every, give_up=directory.give_up_progress, group=group

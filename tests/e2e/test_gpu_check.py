@@ -41,7 +41,8 @@ def test_every_part_runs_at_tiny_sizes_without_tyro(tmp_path: Path) -> None:
     assert [row["loss"] for row in rows["loss"]] == ["plain", "chunks of 16", "chunks of 32"]
     assert len(rows["memory"]) == 3 and all(row["predicted, GB"] > 0 for row in rows["memory"])
     kinds = {row["kernels"] for row in rows["trace"]}
-    assert {"all", "attention", "matrix products", "norms", "optimizer", "loss", "aten::addmm"} <= kinds
+    assert {"all", "attention", "matrix products", "norms", "optimizer", "loss"} <= kinds
+    assert any("::" in kind for kind in kinds)
     assert rows["saves"][0]["value"] > 0 and rows["saves"][1]["median"] > 0
     page = (tmp_path / "out" / "gpu-check.md").read_text(encoding="utf-8")
     assert all(f"## {part.question}" in page for part in gpu_check.parts()) and "waiting" not in page
