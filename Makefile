@@ -31,8 +31,8 @@ test-all: .venv/.dev
 
 # The oldest versions that pyproject.toml allows: what trains, saves and resumes on this torch too.
 FLOOR := .venv-floor/bin
-ON_FLOOR := tests/unit/train tests/unit/model $(addprefix tests/distributed/test_,$(addsuffix .py,async_checkpoints \
-    checkpoints communication exact from_checkpoint hf_sharded memory_limits nonfinite parallel precision))
+ON_FLOOR := tests/unit/train tests/unit/model \
+    $(addprefix tests/distributed/test_,$(addsuffix .py,async_checkpoints checkpoints exact precision))
 test-floor: .venv-floor/.done
 	PYTHONDONTWRITEBYTECODE= $(FLOOR)/python $(RUN_TESTS) -n 2 -m "not long and not slow" $(ON_FLOOR)
 
