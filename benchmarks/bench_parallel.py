@@ -62,11 +62,9 @@ class Options:
 
 
 def ways_of(options: Options, folder: Path) -> dict[str, Config]:
-    """Return the configurations to time, by name. Raise InputError if the preset has no fixed micro-batch."""
+    """Return the configurations to time, by name."""
     config = configured(folder, preset=options.preset, sequences=options.sequences, vocab_size=options.vocab_size)
     micro_batch = options.micro_batch or config.train.micro_batch
-    if micro_batch == "auto":
-        raise InputError(f"--preset {options.preset} fills the GPU, but two models must fit here; give --micro-batch")
     train = dataclasses.replace(config.train, micro_batch=micro_batch, loss=options.loss)
     plans = dict[str, ParallelConfig]()
     for mode in options.parallel:

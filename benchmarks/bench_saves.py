@@ -111,6 +111,7 @@ def seconds_to_stop(options: Options, config: Config, folder: Path, where: str) 
     train = config.train
     command = [sys.executable, "train/main.py", options.preset, "--data.dir", str(config.data.dir)]
     command += ["--run-dir", str(run_dir), "--train.batch-tokens", str(train.batch_tokens)]
+    command += ["--train.micro-batch", str(train.micro_batch)]
     command += ["--train.dtype", train.dtype, "--train.compile" if train.compile else "--train.no-compile"]
     command += ["--validate.every", "3", "--validate.tokens", str(30 * train.batch_tokens), "--sample.every", "None"]
     command += ["--track.every", "1", "--track.wandb", "disabled", "--train.steps", "1000000"]

@@ -33,6 +33,7 @@ from common.errors import InputError, one_line_errors
 from common.files import write_atomically, write_json_atomically
 
 ROOT = Path(__file__).resolve().parents[1]
+ROW = "row: "  # how a part's line with a row begins
 LAST_SECONDS = 5.0  # of the whole, in which no part begins
 
 
@@ -107,9 +108,9 @@ def run_part(part: Part, command: list[str], env: dict[str, str], limit: float, 
 
 
 def row_of(line: str) -> dict[str, Any] | None:
-    """Return the row on a line: an object of JSON, or pytest's report of one test; None for any other line."""
-    if line.startswith("{"):
-        row: dict[str, Any] = json.loads(line)
+    """Return the row on a line of a part, or in pytest's report of one test; None for any other line."""
+    if line.startswith(ROW):
+        row: dict[str, Any] = json.loads(line.removeprefix(ROW))
         return row
     outcome = re.match(r"tests/gpu/(\S+::.+?) (PASSED|FAILED|SKIPPED|ERROR|XFAIL)(?: \((.*)\))?", line)
     if outcome is None:
@@ -122,7 +123,8 @@ def command_of(part: Part, *, is_tiny: bool) -> list[str]:
         return [sys.executable, "benchmarks/gpu_parts.py", part.name, *(["--tiny"] if is_tiny else [])]
     # The machine may have other versions of the tools: their warnings are no errors here.
     options = ["-o", "addopts=", "-W", "default", "-p", "no:cacheprovider", "-v", "--tb=short"]
-    return [sys.executable, "-m", "pytest", "tests/gpu", "-m", "gpu", *options]
+    files = [f"tests/gpu/test_{name}.py" for name in ("runs", "parts", "kernels")]  # in the order of their worth
+    return [sys.executable, "-m", "pytest", *files, "-m", "gpu", *options]
 
 
 def environment(*, is_tiny: bool, site: Path | None) -> dict[str, str]:

@@ -30,13 +30,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import bench_saves
+from benchmarks.gpu_check import ROW
 from benchmarks.plain_gpt import usual_step
 from benchmarks.steps import compare, configured, opened_run
 from common.errors import InputError
 from model.config import ModelConfig
 from model.cost import model_cost
 from model.costs.gpu_peaks import BANDWIDTHS, peak_flops
-from model.costs.roofline import Rates, rows_of
 from train import losses
 from train.config import Config, SaveConfig
 from train.data import plan_batches
@@ -44,7 +44,6 @@ from train.losses import LossModel
 from train.parallel.apply import build_loss_model
 from train.parallel.plan import choose_parallel_plan
 from train.processes.group import ProcessGroup, open_process_group
-from train.roofline import traced_step
 from train.run.card import step_memory
 
 Row = dict[str, Any]
@@ -321,6 +320,10 @@ def kind_of(kernel: str) -> str:
 
 def roofline(setting: Setting) -> Iterator[Row]:
     """What each kind of kernel in the traced step takes at the card's peaks (train/roofline.py); tiny: an H100's."""
+    # Both load Inductor, which must find a process with its device.
+    from model.costs.roofline import Rates, rows_of
+    from train.roofline import traced_step
+
     card = "NVIDIA H100 80GB HBM3" if setting.is_tiny else torch.cuda.get_device_name()
     peak, (bandwidth, _) = peak_flops(card, "bf16"), BANDWIDTHS.get(card, (None, ""))
     if peak is None or bandwidth is None:
@@ -368,7 +371,7 @@ def main(args: list[str] | None = None) -> None:
         open_process_group(TIMEOUT_SECONDS, Path(folder)) as group,
     ):
         for row in PARTS[options.part](Setting(Path(folder), group, is_tiny=options.tiny)):
-            print(json.dumps(row), flush=True)
+            print(ROW + json.dumps(row), flush=True)
 
 
 if __name__ == "__main__":

@@ -39,10 +39,14 @@ from train.setup import set_up
 from train.state import Run
 
 Step = Callable[[], None]
+MICRO_BATCH = 16
 
 
 def configured(folder: Path, *, preset: str, sequences: int, vocab_size: int) -> Config:
-    """Return the preset on generated text, with `sequences` in a step. Raise InputError for bad flags."""
+    """Return the preset on generated text, with `sequences` in a step. Raise InputError for bad flags.
+
+    In place of a micro-batch of auto, which would leave no memory for the loop beside ours, it has MICRO_BATCH.
+    """
     if vocab_size < 256:
         raise InputError(f"--vocab-size {vocab_size} must be at least 256: the text is read as bytes")
     if preset not in PRESETS:
@@ -55,7 +59,12 @@ def configured(folder: Path, *, preset: str, sequences: int, vocab_size: int) ->
         config,
         run_dir=folder / "run",
         data=DataConfig(folder / "data"),
-        train=dataclasses.replace(config.train, batch_tokens=sequences * config.train.seq_len, steps=10**6),
+        train=dataclasses.replace(
+            config.train,
+            batch_tokens=sequences * config.train.seq_len,
+            micro_batch=MICRO_BATCH if config.train.micro_batch == "auto" else config.train.micro_batch,
+            steps=10**6,
+        ),
         sample=SampleConfig(every=None),
         track=TrackConfig(wandb="disabled"),
     )

@@ -20,15 +20,8 @@ def linear(x: Tensor, weight_MK: Tensor, bias_M: Tensor | None = None) -> Tensor
     is_fp32_on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
     if not (is_fp32_on_cpu and HAS_ONEDNN) or x.numel() < FEWEST_ROWS * x.shape[-1]:
         return F.linear(x, weight_MK, bias_M)
-    y_NM = multiplied(x.flatten(0, -2), weight_MK, bias_M)
+    y_NM: Tensor = OneDNNProduct.apply(x.flatten(0, -2), weight_MK, bias_M)
     return y_NM.view(*x.shape[:-1], -1)
-
-
-@torch.compiler.allow_in_graph
-def multiplied(x_NK: Tensor, weight_MK: Tensor, bias_M: Tensor | None) -> Tensor:
-    """Return x_NK times the transposed weight, plus the bias, with gradients."""
-    y_NM: Tensor = OneDNNProduct.apply(x_NK, weight_MK, bias_M)
-    return y_NM
 
 
 class OneDNNProduct(torch.autograd.Function):

@@ -65,7 +65,7 @@ def run_code(code: str, tmp_path: Path, limit: float) -> tuple[Part, list[Part]]
 def test_a_part_that_hangs_is_cut_off_with_its_children_and_leaves_its_rows(tmp_path: Path) -> None:
     """The child holds the pipe open: it must go too, or the script would wait for it."""
     code = (
-        "import subprocess, time\nprint('{\"row\": 1}')\nprint('a line of the log')\n"
+        "import subprocess, time\nprint('row: {\"row\": 1}')\nprint('{no row}')\nprint('a line of the log')\n"
         "subprocess.Popen(['sleep', '60'])\ntime.sleep(60)"
     )
     began = time.monotonic()
@@ -78,7 +78,7 @@ def test_a_part_that_hangs_is_cut_off_with_its_children_and_leaves_its_rows(tmp_
 
 
 def test_a_part_that_fails_says_why(tmp_path: Path) -> None:
-    part, _ = run_code("print('{\"row\": 1}')\nraise ValueError('no such kernel')", tmp_path, limit=60)
+    part, _ = run_code("print('row: {\"row\": 1}')\nraise ValueError('no such kernel')", tmp_path, limit=60)
     assert (part.state, part.rows) == ("failed", [{"row": 1}])
     assert part.reason == "exit status 1: ValueError: no such kernel"
 

@@ -54,10 +54,14 @@ def settle_attention_backend(
     record: dict[str, Any] = {}
     if backend == "auto":
         recorded = group.on_main(lambda: kept_backend(kept, trial.conditions))
-        if recorded is None:
+        if recorded is None or None in group.gather(trial.milliseconds(recorded)):  # such as a package that is gone
             milliseconds = fastest_first(group.gather({name: trial.milliseconds(name) for name in BACKENDS}))
             if not milliseconds:  # none of them has a kernel for these shapes: torch's own choice then
-                return config, {}, "attention: no library has a kernel for these shapes, so torch computes all scores"
+                return (
+                    config,
+                    {},
+                    "attention: no library has a kernel for these shapes, so torch holds all scores in memory",
+                )
             recorded = next(iter(milliseconds))
             times = ", ".join(f"{name} {milliseconds[name]:.2f} ms" for name in milliseconds)
             remark = f"attention by {recorded}: {times} for one layer, forward and backward"
@@ -152,7 +156,7 @@ class Trial:
                 raise InputError(
                     f"--train.attention-backend {backend} cannot compute this run's attention "
                     f"({', '.join(f'{name} {value}' for name, value in self.conditions.items())}): "
-                    f"{reason}; take auto"
+                    f"{reason}; use --train.attention-backend auto"
                 ) from error
         if backend == "fa3":
             attention.activate_flash_attention_impl("FA3")

@@ -1,4 +1,4 @@
-"""--train.cuda-graphs: a micro-batch's whole pass as one CUDA graph, which a small model's launches would outlast.
+"""--train.cuda-graphs: a micro-batch's whole pass as one CUDA graph, for small models.
 
 A GPT of 4 layers x 128 launches some hundred kernels in each pass, and the GPU is done with each before the host has
 sent the next one. A graph is sent at once. torch's own way, torch.compile(mode="reduce-overhead"), records each block

@@ -120,7 +120,7 @@ def cores_near(domain: int, bus: int, device: int, sysfs: Path = SYSFS) -> set[i
     try:
         node = int((sysfs / f"bus/pci/devices/{domain:04x}:{bus:02x}:{device:02x}.0/numa_node").read_text("ascii"))
         cores = (sysfs / f"devices/system/node/node{node}/cpulist").read_text("ascii")  # there is no node -1
-    except FileNotFoundError:
+    except (OSError, ValueError):
         return set()
     spans = re.findall(r"(\d+)(?:-(\d+))?", cores)
     return {core for first, last in spans for core in range(int(first), int(last or first) + 1)}

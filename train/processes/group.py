@@ -24,6 +24,7 @@ from train.processes.ranks import LOOPBACK, RankInfo, take_rank
 # Collectives time out so much later than the watchdog (train/guards/watchdog.py) acts, since it names the culprit.
 LATER_SECONDS = 60.0
 OTHER_FILES = 256  # open files of a rank beside its connections, generously: libraries, shards, compilation
+LAZY_CONNECTIONS = "lazy connections"  # in the store: some rank may not have as many open files as there are ranks
 WAITING_CONNECTIONS = 4096  # as torch's own store has it: all ranks connect at once
 STATUS_OF_ONE_LINE = {InputError: 2, KeyboardInterrupt: 130}  # as in common/errors.py
 
@@ -189,7 +190,7 @@ def open_process_group(
     rank, world = rank_info.rank, rank_info.world
     if world == 1:
         return ProcessGroup(rank, world, devices.take_device(rank_info, None), program)
-    allow_open_files(world)
+    needs_lazy_connections = allow_open_files(world)
     longest = group_timeout(max(timeout_seconds, longest_seconds))
     flight_recorder.turn_on(run_dir, longest.total_seconds())
     if rank_info.host == LOOPBACK:
@@ -197,7 +198,11 @@ def open_process_group(
     timeout = group_timeout(timeout_seconds)
     with parent_watch.exit_with_launcher():
         store = open_store(rank_info, timeout)
-        device = devices.take_device(rank_info, store)
+        if needs_lazy_connections:
+            store.set(LAZY_CONNECTIONS, "")
+        device = devices.take_device(rank_info, store)  # returns when every rank has come
+        if store.check([LAZY_CONNECTIONS]):
+            os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
         dist.init_process_group(
             backend_of(device),
             timeout=timeout,
@@ -210,17 +215,16 @@ def open_process_group(
     return ProcessGroup(rank, world, device, program, hosts)
 
 
-def allow_open_files(world: int) -> None:
+def allow_open_files(world: int) -> bool:
     """Raise this process's limit of open files as far as it may: gloo keeps a connection to every other rank.
 
-    The usual limit of 1,024 is for programs that use select(2). Where a connection to every rank is too much even so,
-    let gloo connect to a rank when it first needs to. That is not the rule, since a rank that is gone is then noticed
+    The usual limit of 1,024 is for programs that use select(2). Return whether a connection to every rank is too much
+    even so. Then all ranks connect when they first need to. That is not the rule, since a rank that is gone is noticed
     only by those connected to it. Otherwise gloo would say nothing but "Connection closed by peer".
     """
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
-    if most != resource.RLIM_INFINITY and world + OTHER_FILES > most:
-        os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
+    return most != resource.RLIM_INFINITY and world + OTHER_FILES > most
 
 
 def open_store(rank_info: RankInfo, timeout: datetime.timedelta) -> dist.Store:

@@ -46,16 +46,19 @@ class RunDirectory:
         self._ended = False
         self._lock = RunLock(self.path)
         self._claimed = self._lock.text  # after entry: the text of rank 0's lock, on every rank
+        self._is_claimed = False
         self.measured: dict[str, Any] = {}  # on rank 0 only, like provenance and remarks
         self.provenance: dict[str, Any] = {}
         self.remarks: list[str] = []  # what was mended at the start, for the log
 
     def __enter__(self) -> "RunDirectory":
-        self._claimed, self.attempt, self._step = self._group.on_main(self._claim)
         try:
+            self._claimed, self.attempt, self._step = self._group.on_main(self._claim)
+            self._is_claimed = True
             self._group.on_all(self._check_shared)
-        except InputError as error:
-            self.__exit__(InputError, error, None)
+        except BaseException as error:  # another rank may have been lost while this one claimed
+            if self._is_claimed:
+                self.__exit__(type(error), error, None)
             raise
         return self
 
@@ -128,6 +131,7 @@ class RunDirectory:
                 tokenizer.save(self.path)
             self._write_status("running", None)
             undo.pop_all()
+        self._is_claimed = True
         return self._lock.text, self.attempt, self._step
 
     def _read_status(self) -> None:

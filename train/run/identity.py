@@ -58,7 +58,7 @@ def recorded_run(run_dir: Path) -> tuple[RecordedRun | None, list[str]]:
             return begun, [f"{path}: {fault.removeprefix(f'{path}: ')}; written again from {checkpoint.name}"]
         if differing(recorded.config, begun.config) or recorded.data != begun.data:
             return begun, [f"{path}: differs from what {checkpoint.name} was trained with; written again from there"]
-        return RecordedRun(begun.config, begun.data, begun.measured or recorded.measured), []
+        return RecordedRun(begun.config, begun.data, recorded.measured), []  # of what did not fit, it is forgotten
     if recorded is None and checkpoints:
         raise InputError(
             f"{path}: {fault.removeprefix(f'{path}: ')}; and no checkpoint in {run_dir} tells what run this is: put "

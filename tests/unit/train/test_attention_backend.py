@@ -74,7 +74,7 @@ def test_what_a_cpu_has_not_is_refused_in_one_line(
     assert text.startswith(
         f"--train.attention-backend {backend} cannot compute this run's attention (device cpu, torch "
     )
-    assert reason in text and text.endswith("; take auto") and "\n" not in text
+    assert reason in text and text.endswith("; use --train.attention-backend auto") and "\n" not in text
     assert _cur_sdpa_kernel_backends(with_priority=True) == torchs_own_choice
 
 

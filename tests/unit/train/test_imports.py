@@ -20,6 +20,23 @@ import benchmarks.bench_saves, train.presets
 """
 
 
+EARLY = """
+import os, sys
+import model.generate, train.main, train.preflight, train.validate
+print([name for name in ("torch._dynamo", "torch._inductor.config") if name in sys.modules])
+print("TORCHINDUCTOR_CACHE_DIR" in os.environ)
+"""
+
+
+def test_no_command_loads_the_compiler_before_its_process_has_a_device_and_a_cache() -> None:
+    """Dynamo and Inductor take the number of workers and the folder of the cache when they are loaded."""
+    env = {name: value for name, value in os.environ.items() if name != "TORCHINDUCTOR_CACHE_DIR"}
+    done = subprocess.run(
+        [sys.executable, "-c", EARLY], cwd=ROOT, env=env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.stdout == "[]\nFalse\n", done.stderr
+
+
 def test_a_run_without_a_command_line_needs_neither_tyro_nor_wandb(tiny_data: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", RUN, str(tiny_data), str(tmp_path / "run")]
     done = subprocess.run(
