@@ -15,7 +15,7 @@ quickstart: .venv/.base
 
 # Interpreters are started by the hundred: our modules are compiled once, whatever the environment says. Four workers:
 # what waits for processes would leave one of two cores idle.
-RUN_TESTS := -m pytest -n 4 --dist loadfile --no-loadscope-reorder
+RUN_TESTS := -m pytest -n 4 --dist loadfile --no-loadscope-reorder --durations=15 --durations-min=10
 PYTEST := PYTHONDONTWRITEBYTECODE= $(BIN)/python $(RUN_TESTS)
 
 test: .venv/.dev

@@ -44,13 +44,15 @@ prepare() {
   clear_leftovers
   # scontrol tells the restart count and the array. Slurm sets their variables only in restarted jobs and in arrays, so
   # the variables may be another job's.
-  until record=$(scontrol show job --oneliner "$SLURM_JOB_ID" 2>/dev/null | grep "^JobId=$SLURM_JOB_ID "); do
+  # A job's arguments may hold line ends, so its record may be several lines; of an array all records are shown.
+  until record=$(scontrol show job --oneliner "$SLURM_JOB_ID" 2>/dev/null |
+    awk -v own="JobId=$SLURM_JOB_ID " '/^JobId=/ { is_own = index($0, own) == 1 } is_own') && [ -n "$record" ]; do
     [ "$((tries += 1))" -le 24 ] || refuse "scontrol on $(hostname) has not known job $SLURM_JOB_ID for two minutes"
     sleep 5 # the controller may be restarting
   done
-  SLURM_RESTART_COUNT=$(sed -n "s/.* Restarts=\([0-9]*\) .*/\1/p" <<<"$record")
+  SLURM_RESTART_COUNT=$(sed -n "1s/.* Restarts=\([0-9]*\) .*/\1/p" <<<"$record")
   export SLURM_RESTART_COUNT=${SLURM_RESTART_COUNT:-0}
-  case $record in
+  case ${record%%$'\n'*} in
     *" ArrayTaskId="*) job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID ;; # the bare number may mean all tasks
     *) unset "${!SLURM_ARRAY_@}" && job=$SLURM_JOB_ID ;;
   esac
@@ -137,7 +139,7 @@ listen() {
 # --exclusive SLURM_GPUS_ON_NODE is all GPUs of the node.
 gpus_per_node() {
   local fields request requests asked='' total
-  fields=$(grep -oE ' Tres(Per[A-Z][a-z]+)=[^ ]*gpu[^ ]*' <<<"$record")
+  fields=$(grep -aoE ' Tres(Per[A-Z][a-z]+)=[^ ]*gpu[^ ]*' <<<"$record")
   IFS=, read -ra requests <<<"$(sed -n 's/^ TresPerNode=//p' <<<"$fields" | tail -n 1)"
   for request in ${requests[@]+"${requests[@]}"}; do
     [[ $request =~ ^(gres[:/])?gpu([:/=].*)?$ ]] || continue

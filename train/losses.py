@@ -82,8 +82,7 @@ def chunk_loss(
     log_sum_n = logits_nV.logsumexp(dim=1)
     losses_n = torch.where(is_scored_n, log_sum_n - logits_nV.gather(1, target_n1)[:, 0], 0.0)
     gradient_nV = (logits_nV - log_sum_n[:, None]).exp()
-    columns_V = torch.arange(logits_nV.shape[1], device=logits_nV.device)
-    gradient_nV.add_(columns_V == target_n1, alpha=-1)  # compared, since the compiler fuses no scatter with the rest
+    gradient_nV = gradient_nV.scatter_add(1, target_n1, torch.full_like(log_sum_n, -1.0)[:, None])
     gradient_nV = gradient_nV * (scale * is_scored_n)[:, None]
     if slope_nV is not None:
         gradient_nV = gradient_nV * slope_nV

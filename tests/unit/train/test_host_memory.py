@@ -7,8 +7,6 @@ import torch
 
 from train.processes.host_memory import keep_freed_memory
 
-PAGES = 8_000_000 // resource.getpagesize()  # of one tensor
-
 
 def page_faults() -> int:
     """Return the page faults of making and freeing a tensor of 8 MB ten times."""
@@ -29,5 +27,4 @@ def count_faults() -> tuple[int, int]:
 def test_freed_memory_is_used_again_without_page_faults() -> None:
     with multiprocessing.get_context("spawn").Pool(1) as pool:  # the setting stays with its process
         given_back, kept = pool.apply(count_faults)
-    assert given_back > 5 * PAGES
-    assert kept < PAGES / 10
+    assert kept < 100 and given_back > 10 * kept + 1000
