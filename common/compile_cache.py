@@ -26,8 +26,8 @@ def take_compile_cache(environ: MutableMapping[str, str] = os.environ) -> None:
     folder = Path(tempfile.gettempdir()) / f"gpt-ladder-compiled-{os.getuid()}"
     with writing_to(folder):
         folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o022:
+        status = folder.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or stat.S_IMODE(status.st_mode) & 0o022:
         raise InputError(
             f"{folder}: another user can write it or has made it, and torch runs the code in it; set {VARIABLE} to a "
             "folder of yours"

@@ -114,8 +114,8 @@ def describe(device: torch.device) -> Rank:
 
 
 def free_disk_bytes(folder: Path) -> int:
-    found = os.statvfs(folder)
-    return found.f_bavail * found.f_frsize
+    system = os.statvfs(folder)
+    return system.f_bavail * system.f_frsize
 
 
 def limit(kind: int, *, is_hard: bool = False) -> int | None:

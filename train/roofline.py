@@ -180,8 +180,8 @@ def table(at_peaks: dict[str, Row], attained: dict[str, Row]) -> list[str]:
 def main(args: Sequence[str] | None = None) -> None:
     """Print the roofline of the model of the command line."""
     with one_line_errors("roofline"):
-        given = sys.argv[1:] if args is None else args
-        print(report(parse_as(Options, given, program="train/roofline.py", text=__doc__)))
+        arguments = sys.argv[1:] if args is None else args
+        print(report(parse_as(Options, arguments, program="train/roofline.py", text=__doc__)))
 
 
 if __name__ == "__main__":

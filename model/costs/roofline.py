@@ -67,7 +67,7 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Rates:
-    """What a card does in a second: FLOPs of products and of attention, and bytes of memory read or written."""
+    """Hold what a card does in a second: FLOPs of products and of attention, and bytes of memory read or written."""
 
     products: float
     attention: float
@@ -123,10 +123,10 @@ def operation_bytes(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any],
     """Return the bytes that one operation reads and writes; 0 for a view."""
     if op.namespace not in ("aten", LIBRARY.ns) or op.is_view or op.overloadpacket in FREE:
         return 0
-    given = [*zip(op._schema.arguments, args, strict=False)]
-    given += [(argument, kwargs[argument.name]) for argument in op._schema.arguments if argument.name in kwargs]
+    operands = [*zip(op._schema.arguments, args, strict=False)]
+    operands += [(argument, kwargs[argument.name]) for argument in op._schema.arguments if argument.name in kwargs]
     reads, writes = dict[int, int](), dict[int, int]()
-    for index, (argument, value) in enumerate(given):
+    for index, (argument, value) in enumerate(operands):
         tensors = {id(leaf): tensor_bytes(leaf) for leaf in tree_leaves(value) if isinstance(leaf, Tensor)}
         if argument.alias_info is not None and argument.alias_info.is_write:
             writes |= tensors
@@ -145,8 +145,8 @@ def operation_flops(op: OpOverload, args: Sequence[Any], kwargs: dict[str, Any],
         return 0, 0
     operands = [value for value in args if isinstance(value, Tensor)]
     flops: int = flop_registry[packet](*operands, out_val=result)
-    given = {argument.name: value for argument, value in zip(op._schema.arguments, args, strict=False)} | kwargs
-    return flops, flops // 2 if given.get("is_causal") else flops
+    named = {argument.name: value for argument, value in zip(op._schema.arguments, args, strict=False)} | kwargs
+    return flops, flops // 2 if named.get("is_causal") else flops
 
 
 def called(kernel: ir.ExternKernel) -> Kernel:

@@ -27,7 +27,7 @@ from train.run import directory as run_dirs
 
 @dataclass(frozen=True)
 class Part:
-    """What rank 0 must know of a rank's part: its tensors, their places in its files, and the sha256 of these files.
+    """Tell rank 0 of a rank's part: its tensors, their places in its files, and the sha256 of these files.
 
     It grows with the number of tensors, not with their sizes.
     """
