@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,8 +15,9 @@ from train.config import parse_duration
 from train.config_checks import faults_of
 from train.main import run
 from train.metrics.logger import RunLogger
-from train.processes.group import ProcessGroup
+from train.processes.group import ProcessGroup, Result
 from train.processes.stop_requests import StopRequests
+from train.run.directory import RunDirectory
 from train.run.identity import differing
 from train.run.lock import RunLock
 
@@ -137,3 +139,29 @@ def test_differences_are_named_as_flags() -> None:
     assert differing({"optim": {"lr_peak": 0.1}}, newer) == []
     newer["optim"]["beta1"] = 0.8
     assert differing({"optim": {"lr_peak": 0.1}}, newer) == ["--optim.beta1 0.8 (was 0.9)"]
+
+
+class LosingARank(ProcessGroup):
+    """A group in which the others are gone when rank 0 tells them what it has done."""
+
+    def on_main(self, function: Callable[[], Result]) -> Result:
+        function()
+        raise RuntimeError("Connection closed by peer")
+
+
+def test_a_rank_lost_while_rank_0_claims_the_directory_leaves_no_lock(tiny_data: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_data, tmp_path / "run")
+    group = LosingARank(0, 2, torch.device("cpu"))
+    with pytest.raises(RuntimeError, match="closed by peer"), RunDirectory(config, "fingerprint", group):
+        pass
+    assert not (config.directory / "lock.json").exists()
+    assert status(config.directory)["reason"] == "RuntimeError: Connection closed by peer"
+
+
+def test_a_refused_claim_touches_nothing_of_the_run_that_holds_the_directory(tiny_data: Path, tmp_path: Path) -> None:
+    config = tiny_config(tiny_data, tmp_path / "run")
+    with RunDirectory(config, "fingerprint", ALONE):
+        before = {path.name: path.read_bytes() for path in config.directory.iterdir() if path.is_file()}
+        with pytest.raises(InputError, match="another process"), RunDirectory(config, "fingerprint", ALONE):
+            pass
+        assert {path.name: path.read_bytes() for path in config.directory.iterdir() if path.is_file()} == before
