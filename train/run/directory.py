@@ -117,10 +117,11 @@ class RunDirectory:
             self._lock.acquire()
         with contextlib.ExitStack() as undo:
             undo.callback(self._lock.release)
+            status = find_status(self.path)  # a link to the file is read, before it is moved aside
             with writing_to(self.path):
                 self.remarks = self._lock.remarks + clear_the_way(self.path)
             self.remarks += self.check_start(was_locked=was_locked)
-            self._read_status()
+            self._continue_from(status)
             if self._begins_again:
                 self.remarks += self.give_up_progress()
             tokenizer = load_tokenizer(self._config.data.dir)
@@ -134,9 +135,8 @@ class RunDirectory:
         self._is_claimed = True
         return self._lock.text, self.attempt, self._step
 
-    def _read_status(self) -> None:
-        """Take attempt and step from status.json; a damaged one is written again."""
-        status = find_status(self.path)
+    def _continue_from(self, status: dict[str, Any] | None) -> None:
+        """Take attempt and step from what status.json said; a damaged one is written again."""
         if status is not None and status["attempt"] == UNKNOWN_ATTEMPT:
             self.remarks.append(f"{status['reason']}; written again")
             status["attempt"] = 0

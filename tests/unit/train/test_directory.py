@@ -165,3 +165,16 @@ def test_a_refused_claim_touches_nothing_of_the_run_that_holds_the_directory(tin
         with pytest.raises(InputError, match="another process"), RunDirectory(config, "fingerprint", ALONE):
             pass
         assert {path.name: path.read_bytes() for path in config.directory.iterdir() if path.is_file()} == before
+
+
+def test_a_status_that_a_link_leads_to_still_counts_the_attempts(tiny_data: Path, tmp_path: Path) -> None:
+    """The link is moved aside like anything else in the way, but only once it is read."""
+    config = tiny_config(tiny_data, tmp_path / "run", steps=5)
+    for _ in range(2):
+        run(config, ALONE)
+    path = config.directory / "status.json"
+    path.rename(tmp_path / "elsewhere.json")
+    path.symlink_to(tmp_path / "elsewhere.json")
+    run(config, ALONE)
+    assert status(config.directory) == {"state": "done", "step": 5, "reason": None, "attempt": 3}
+    assert (config.directory / "status.json.aside_1").is_symlink() and not path.is_symlink()
