@@ -30,11 +30,21 @@ Rotation = tuple[Tensor, Tensor]  # cosines and sines, fp32 [T, K], or [B, 1, T,
 
 
 class Linear(nn.Linear):
-    """nn.Linear that uses its fp32 master weights in the dtype of its input."""
+    """nn.Linear that uses its fp32 master weights in the dtype of its input. `init_weights` gives their values."""
+
+    def reset_parameters(self) -> None:
+        """Draw nothing: on the meta device that would load the compiler, which takes a second."""
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return linear(x, self.weight.to(x.dtype), bias)
+
+
+class Embedding(nn.Embedding):
+    """nn.Embedding, to which `init_weights` gives its values."""
+
+    def reset_parameters(self) -> None:
+        """Draw nothing, as in Linear."""
 
 
 class LayerNorm(nn.LayerNorm):
@@ -257,9 +267,9 @@ class GPT(LanguageModel):
 
     def __init__(self, config: ModelConfig, *, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__(config, compute_dtype=compute_dtype)
-        parts: dict[str, nn.Module] = {"wte": nn.Embedding(config.padded_vocab_size, config.width)}
+        parts: dict[str, nn.Module] = {"wte": Embedding(config.padded_vocab_size, config.width)}
         if config.position_embedding == "learned":
-            parts["wpe"] = nn.Embedding(config.context_len, config.width)
+            parts["wpe"] = Embedding(config.context_len, config.width)
         parts["h"] = nn.ModuleList(Block(config, is_first=index == 0) for index in range(config.num_layers))
         parts["ln_f"] = make_norm(config) if config.has_last_norm else nn.Identity()
         self.transformer = nn.ModuleDict(parts)
@@ -324,6 +334,11 @@ class GPT(LanguageModel):
             rows = config.vocab_size if name in (EMBEDDING, HEAD) else shape[0]
             value[:rows].normal_(0.0, std, generator=generator)
         return value
+
+
+def num_matrices(name: str) -> int:
+    """Return how many matrices lie above each other in the weight `name` of a block: c_attn has three."""
+    return 3 if name.endswith("c_attn.weight") else 1
 
 
 def build_model(

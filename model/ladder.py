@@ -37,7 +37,7 @@ from data_prep.manifest import open_split
 from data_prep.tokenizer import CharTokenizer, load_tokenizer
 from model.base import INIT_STD, LanguageModel
 from model.config import ModelConfig
-from model.gpt import GPT, LayerNorm, Linear
+from model.gpt import GPT, Embedding, LayerNorm, Linear
 
 
 def make_model(config: ModelConfig, *, compute_dtype: torch.dtype = torch.float32) -> LanguageModel:
@@ -92,8 +92,8 @@ class OneHead(CourseModel):
 
     def __init__(self, config: ModelConfig, *, compute_dtype: torch.dtype = torch.float32) -> None:
         super().__init__(config, compute_dtype=compute_dtype)
-        self.token_embedding = nn.Embedding(config.vocab_size, config.width)
-        self.position_embedding = nn.Embedding(config.context_len, config.width)
+        self.token_embedding = Embedding(config.vocab_size, config.width)
+        self.position_embedding = Embedding(config.context_len, config.width)
         self.heads = self.make_heads()
         self.lm_head = Linear(config.width, config.vocab_size, bias=False)
 

@@ -78,10 +78,17 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    name: Literal["adamw"] = "adamw"
-    """Optimizer."""
+    name: Literal["adamw", "muon"] = "adamw"
+    """adamw: Loshchilov & Hutter 2019. muon: Muon for the matrices of the blocks (Jordan et al. 2024), AdamW for the
+    rest. A usual --optim.lr-peak is 0.02 for muon's matrices; AdamW's rates below are smaller or larger."""
     lr_peak: float = 6e-4
-    """Learning rate after warm-up."""
+    """Learning rate after warm-up. The rates below follow the same schedule."""
+    embedding_lr: float | None = None
+    """Learning rate of the embeddings after warm-up, and of a tied head; None: --optim.lr-peak."""
+    head_lr: float | None = None
+    """Learning rate of an untied head after warm-up; None: --optim.lr-peak."""
+    vector_lr: float | None = None
+    """Learning rate of norms, biases and single numbers after warm-up; None: --optim.lr-peak."""
     lr_final: float = 0.0
     """Learning rate at the end of the schedules cosine and wsd."""
     schedule: Literal["cosine", "wsd", "constant"] = "cosine"
@@ -96,8 +103,13 @@ class OptimConfig:
     """Decay of the second moment."""
     epsilon: float = 1e-8
     """Added to the square root of the second moment."""
+    momentum: float = 0.95
+    """muon: decay of the momentum, which is Nesterov's."""
+    momentum_warmup_steps: int = 0
+    """muon: steps in which the momentum rises from 0.85."""
     weight_decay: float = 0.1
-    """Decoupled weight decay of matrices and embeddings; biases and norms have none."""
+    """Decoupled weight decay. adamw: of matrices and embeddings; biases and norms have none. muon: of the matrices of
+    the blocks alone."""
     clip_norm: float | None = 1.0
     """Largest global gradient norm; None: no clipping."""
 

@@ -61,6 +61,7 @@ def faults_of(config: Config) -> list[str]:
     at_least_zero = {
         "--optim.lr-final": optim.lr_final,
         "--optim.warmup-steps": optim.warmup_steps,
+        "--optim.momentum-warmup-steps": optim.momentum_warmup_steps,
         "--optim.weight-decay": optim.weight_decay,
     }
     if (seed := seed_fault(config.seed)) is not None:
@@ -68,6 +69,9 @@ def faults_of(config: Config) -> list[str]:
     faults += [f"{flag} {value} must not be negative" for flag, value in at_least_zero.items() if value < 0]
     more_than_zero = {
         "--optim.lr-peak": optim.lr_peak,
+        "--optim.embedding-lr": optim.embedding_lr,
+        "--optim.head-lr": optim.head_lr,
+        "--optim.vector-lr": optim.vector_lr,
         "--optim.epsilon": optim.epsilon,
         "--optim.clip-norm": optim.clip_norm,
         "--train.diverged-above": train.diverged_above,
@@ -87,9 +91,20 @@ def faults_of(config: Config) -> list[str]:
         for flag, value in (at_least_zero | more_than_zero).items()
         if isinstance(value, float) and not math.isfinite(value)
     ]
-    for flag, value in {"--optim.beta1": optim.beta1, "--optim.beta2": optim.beta2}.items():
+    decays = {"--optim.beta1": optim.beta1, "--optim.beta2": optim.beta2, "--optim.momentum": optim.momentum}
+    for flag, value in decays.items():
         if not 0 <= value < 1:
             faults.append(f"{flag} {value} must lie in [0, 1)")
+    if optim.name == "muon" and config.model.kind != "gpt":
+        faults.append(
+            f"--optim.name muon is for the matrices of blocks, which --model.kind {config.model.kind} does not have; "
+            "use --optim.name adamw"
+        )
+    if optim.head_lr is not None and config.model.tie:
+        faults.append(
+            f"--optim.head-lr {optim.head_lr}: with --model.tie the head is the embedding, whose rate is "
+            "--optim.embedding-lr; give that, or --model.no-tie"
+        )
     if not 0 < optim.warmdown_fraction <= 1:
         faults.append(f"--optim.warmdown-fraction {optim.warmdown_fraction} must lie in (0, 1]")
     if config.trace is not None:
@@ -205,6 +220,9 @@ def settings_without_effect(config: Config, device_type: str, world: int, mode: 
             f"--optim.warmdown-fraction {config.optim.warmdown_fraction} has no effect with "
             f"--optim.schedule {config.optim.schedule}"
         )
+    momentum = config.optim.momentum, config.optim.momentum_warmup_steps
+    if config.optim.name != "muon" and momentum != (OptimConfig.momentum, OptimConfig.momentum_warmup_steps):
+        warnings.append("--optim.momentum and --optim.momentum-warmup-steps have no effect without --optim.name muon")
     if config.optim.warmup_steps >= config.train.steps:
         warnings.append(
             f"--optim.warmup-steps {config.optim.warmup_steps} is not shorter than the run of "

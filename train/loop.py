@@ -132,7 +132,7 @@ def take_step(run: Run) -> StepResult:
     is_finite, is_bad = state.guard.judge(loss, norm, loss_scale)
     lr = optim.learning_rate(state.progress.step, config.optim, config.train.steps)
     writer.wait_until_staged()
-    optim.update(state.optimizer, lr, norm, is_finite, config.optim.clip_norm, scale)
+    optim.update(state.optimizer, state.progress.step, lr, norm, is_finite, scale)
     apply.zero_gradients(state.module)
     used_scale = torch.ones_like(loss) if scale is None else scale.clone()
     if loss_scale is not None:

@@ -104,7 +104,7 @@ def traced_step(
         loss_model = LossModel(model, chunk_tokens=chunk_tokens, compiled=True)
         compile_parts(model)
         model.transformer["ln_f"].register_forward_hook(enter_the_loss)  # the last module before the head
-        optimizer = build_optimizer(loss_model, OptimConfig())
+        optimizer = build_optimizer(loss_model.model, OptimConfig())
         parameters = list(loss_model.parameters())
         tokens_BT = torch.empty(batch, seq_len, dtype=torch.int64)
         with trace.recording():
@@ -114,7 +114,7 @@ def traced_step(
             for parameter, gradient in zip(parameters, gradients, strict=True):
                 parameter.grad = gradient
             norm = sum_of_squares(parameters).sqrt().float()
-            update(optimizer, 1.0, norm, norm.isfinite(), clip_norm=1.0)
+            update(optimizer, 0, 1.0, norm, norm.isfinite())
     return trace.kernels
 
 

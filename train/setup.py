@@ -64,7 +64,7 @@ def set_up(
     config, measured, attention_remark = settle_attention_backend(config, batch_plan, directory.measured, group)
     is_new = checkpoint is None and config.from_checkpoint is None
     loss_model = apply.build_loss_model(config, parallel_plan, group, draws_weights=is_new)
-    optimizer = build_optimizer(loss_model.model, config.optim)
+    optimizer = build_optimizer(loss_model.model, config.optim, parallel_plan, group)
     if config.train.micro_batch == "auto":
         config, batch_plan, settled = settle_micro_batch(
             config, batch_plan, directory.measured, loss_model=loss_model, parallel_plan=parallel_plan, group=group

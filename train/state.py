@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor, nn
 
 from model.base import LanguageModel
@@ -17,6 +16,7 @@ from train.losses import LossModel
 from train.metrics.logger import RunLogger
 from train.metrics.meters import Meters, Startup
 from train.metrics.profiler import Trace
+from train.optim import Optimizer
 from train.parallel.plan import ParallelPlan
 from train.parallel.precision import LossScale
 from train.processes.group import ProcessGroup
@@ -38,7 +38,7 @@ class TrainState:
     model: LanguageModel
     loss_model: LossModel
     module: nn.Module
-    optimizer: torch.optim.AdamW
+    optimizer: Optimizer
     token_weight: Tensor
     loss_scale: LossScale | None
     guard: NonFiniteGuard

@@ -21,6 +21,7 @@ from tests.helpers.runs import tiny_config
 from tests.unit.model.test_switches import MODERN
 from train.config import Config, ParallelConfig, ValidateConfig, resolve, with_vocabulary
 from train.loop import Run, evaluate, read_result, take_step
+from train.muon import update_dtype
 from train.parallel.communication import Collectives, Communication, step_communication
 from train.parallel.plan import ParallelPlan
 from train.parallel.precision import compute_dtype
@@ -33,6 +34,7 @@ SWITCHED = ModelConfig(num_layers=3, num_heads=1, width=30, **MODERN)
 ALL_GATHER = torch.ops.c10d._allgather_base_
 REDUCE_SCATTER = torch.ops.c10d._reduce_scatter_base_
 ALL_REDUCE = torch.ops.c10d.allreduce_
+ALL_TO_ALL = torch.ops.c10d.alltoall_base_
 
 
 @dataclass(frozen=True)
@@ -45,11 +47,13 @@ class Case:
     model: ModelConfig = ODD
     checkpointing: bool = False
     reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    optimizer: Literal["adamw", "muon"] = "adamw"
 
     def __str__(self) -> str:
         words = [self.mode, str(self.micro_batches), self.dtype, f"{self.model.width}wide"]
         if self.mode in ("fsdp", "hsdp"):
             words += [self.reduce_gradients, "reshard" if self.reshard else "keep"]
+        words += ["muon"] * (self.optimizer == "muon")
         words += ["checkpointing"] * self.checkpointing + ["reduced in bf16"] * (self.reduce_dtype == "bf16")
         return "-".join(words)
 
@@ -72,7 +76,8 @@ class Case:
             reduce_dtype=self.reduce_dtype,
         )
         validate = ValidateConfig(every=1, tokens=5 * world * micro_batch * 32 // 2)
-        return resolve(replace(config, model=self.model, parallel=parallel, validate=validate))
+        optim = replace(config.optim, name=self.optimizer)
+        return resolve(replace(config, model=self.model, optim=optim, parallel=parallel, validate=validate))
 
 
 HSDP = [
@@ -88,6 +93,9 @@ ON_512 = [
     Case("fsdp", 3),
     Case("fsdp", 1, dtype="bf16", reduce_dtype="bf16"),
     Case("fsdp", 3, reduce_gradients="micro_batch", reduce_dtype="bf16"),
+    Case("fsdp", 1, optimizer="muon"),
+    Case("hsdp", 1, optimizer="muon"),
+    Case("hsdp", 3, optimizer="muon", model=SWITCHED, dtype="bf16"),
 ]
 ON_GLOO = {
     2: [
@@ -96,10 +104,12 @@ ON_GLOO = {
         Case("ddp", 3, reduce_dtype="bf16"),
         Case("fsdp", 1, dtype="bf16", reduce_dtype="bf16"),
         Case("ddp", 3, model=SWITCHED),
+        Case("ddp", 1, optimizer="muon", model=SWITCHED),
+        Case("fsdp", 3, optimizer="muon"),
         Case("fsdp", 3, reshard=False, model=SWITCHED, checkpointing=True),
         Case("fsdp", 3, reduce_gradients="micro_batch", dtype="bf16", model=SWITCHED),
     ],
-    4: [HSDP[2]],
+    4: [HSDP[2], Case("hsdp", 3, optimizer="muon")],
 }
 
 
@@ -114,7 +124,7 @@ class Tape(CommDebugMode):
     def __enter__(self) -> "Tape":
         tracker = self.advanced_module_tracker
         tracker.module_parents_dict[tracker.name] = set()
-        self.num_bytes = dict.fromkeys((ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE), 0)
+        self.num_bytes = dict.fromkeys((ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE, ALL_TO_ALL), 0)
         TorchDispatchMode.__enter__(self)
         return self
 
@@ -125,6 +135,8 @@ class Tape(CommDebugMode):
         packet = getattr(func, "overloadpacket", None)
         if packet == ALL_REDUCE:
             self.num_bytes[packet] += sum(tensor.nbytes for tensor in args[0])
+        elif packet == ALL_TO_ALL:
+            self.num_bytes[packet] += args[1].nbytes  # what is sent
         elif packet in self.num_bytes:  # (output, input): a gathering's output is whole, a scattering's input
             self.num_bytes[packet] += max(args[0].nbytes, args[1].nbytes)
         if func.namespace == "aten" and DTensor not in types:  # the base class would keep a long list of these
@@ -158,7 +170,11 @@ class Counted:
         micro_batches = 3 // int(self.config.train.micro_batch)
         dtype = compute_dtype(self.config.train)
         return step_communication(
-            self.config.model, self.parallel_plan, micro_batches=micro_batches, compute_dtype=dtype
+            self.config.model,
+            self.parallel_plan,
+            micro_batches=micro_batches,
+            compute_dtype=dtype,
+            update_dtype=update_dtype("cpu") if self.config.optim.name == "muon" else None,
         )
 
 
@@ -253,5 +269,5 @@ def test_one_process_communicates_nothing(tiny_data: Path, tmp_path: Path, mode:
     case = Case(mode, 3)
     (counted,) = run_on_ranks(1, count, case.config(tiny_data, tmp_path / "run", 1, 1))
     check(counted, case, 1)
-    assert counted.step == Communication(*[Collectives(0, 0)] * 3)
+    assert counted.step == Communication(*[Collectives(0, 0)] * 4)
     assert counted.validation == {}

@@ -134,7 +134,7 @@ def allocated_peak(group: ProcessGroup, config: Config, accumulation: int) -> in
             apply.set_gradient_sync(module, parallel_plan, index == accumulation - 1)
             module(tokens_BT, tokens_BT, scale)[0].backward()
         norm = optim.sum_of_squares(parameters).sqrt().float()
-        optim.update(optimizer, 1e-4, norm, torch.ones((), dtype=torch.bool), 1.0)
+        optim.update(optimizer, 0, 1e-4, norm, torch.ones((), dtype=torch.bool))
         apply.zero_gradients(module)
 
     with without_onednn():

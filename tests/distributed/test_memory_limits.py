@@ -98,7 +98,7 @@ def step(group: ProcessGroup, config: Config, num_bytes: int) -> tuple[str, floa
     scaled, before = loss_model(tokens_BT, targets_BT, torch.full((), 1 / SEQ_LEN))
     scaled.backward()
     norm = group.sum_(optim.sum_of_squares(loss_model.model.parameters())).sqrt().float()
-    optim.update(optimizer, 1e-3, norm, torch.ones((), dtype=torch.bool), 1.0)
+    optim.update(optimizer, 0, 1e-3, norm, torch.ones((), dtype=torch.bool))
     apply.zero_gradients(loss_model)
     after = loss_model.token_losses(tokens_BT, targets_BT).sum()
     return refusal, before.item() / SEQ_LEN, after.item() / SEQ_LEN

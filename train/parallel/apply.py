@@ -1,6 +1,7 @@
 """Everything that is applied to the plain model before it trains, in one ordered function."""
 
 import types
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -122,6 +123,8 @@ def shard(loss_model: LossModel, parallel_plan: ParallelPlan, group: ProcessGrou
         mp_policy=MixedPrecisionPolicy(reduce_dtype=parallel_plan.reduce_dtype, cast_forward_inputs=False),
         reshard_after_forward=False,
     )
+    # The first block's values, for --model.value-residual, are a view; no operation writes to them.
+    warnings.filterwarnings("ignore", message=".* returned a view tensor")
     for method in ("token_losses", "logits_at"):  # they gather as `forward` does
         register_fsdp_forward_method(loss_model, method)
 

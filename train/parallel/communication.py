@@ -5,14 +5,18 @@ The run card prints these counts before step 0. Tests hold them against the coll
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from model.base import LanguageModel
 from model.config import ModelConfig
 from model.ladder import make_model
+from train.muon import make_owners
+from train.optim import kind_of
 from train.parallel.plan import ParallelPlan
+from train.parallel.state_slices import Grid
 
 FP32_BYTES = 4
 STEP_RESULT_BYTES = 5 * 8  # fp64: loss, squared norm, stops, checkpoints wanted, checkpoints written (train/loop.py)
@@ -24,12 +28,15 @@ FIRST_BUCKET_BYTES, BUCKET_BYTES = 2**20, 25 * 2**20  # DistributedDataParallel'
 class Collectives:
     """The number of collectives of one kind, and the bytes of the tensors that they handle.
 
-    The tensors are counted whole: as gathered, as they are before they are scattered, as reduced. The bytes include
-    the padding of uneven shards.
+    The tensors are counted whole: as gathered, as they are before they are scattered, as reduced, as sent in an
+    all-to-all. The bytes include the padding of uneven shards.
     """
 
     count: int
     num_bytes: int
+
+    def __add__(self, other: "Collectives") -> "Collectives":
+        return Collectives(self.count + other.count, self.num_bytes + other.num_bytes)
 
 
 @dataclass(frozen=True)
@@ -39,10 +46,16 @@ class Communication:
     all_gathers: Collectives
     reduce_scatters: Collectives
     all_reduces: Collectives
+    all_to_alls: Collectives = Collectives(0, 0)
 
 
 def step_communication(
-    config: ModelConfig, parallel_plan: ParallelPlan, *, micro_batches: int, compute_dtype: torch.dtype
+    config: ModelConfig,
+    parallel_plan: ParallelPlan,
+    *,
+    micro_batches: int,
+    compute_dtype: torch.dtype,
+    update_dtype: torch.dtype | None = None,
 ) -> Communication:
     """Return the collectives of a step of `micro_batches`, without those of validation, sampling and checkpoints.
 
@@ -75,6 +88,8 @@ def step_communication(
     it holds 1 MiB (the first) or 25 MiB. The gradients of a compiled block may become ready in another order, which can
     shift the end of a bucket.
 
+    With Muon, which computes in `update_dtype` (None: AdamW alone), `muon_communication` is added.
+
     In a ring each rank sends (S - 1) / S of the bytes that are gathered or scattered, and 2 (R - 1) / R of the bytes
     that are all-reduced over R ranks (Patarasuk & Yuan 2009).
     """
@@ -104,21 +119,56 @@ def step_communication(
         num_bytes = reduced_bytes * total // shards
     if shards * replicas > 1:
         count, num_bytes = count + 1, num_bytes + STEP_RESULT_BYTES
-    return Communication(all_gathers, reduce_scatters, Collectives(count, num_bytes))
+    step = Communication(all_gathers, reduce_scatters, Collectives(count, num_bytes))
+    if update_dtype is None or shards * replicas == 1:
+        return step
+    more_gathers, all_to_alls = muon_communication(model, Grid(replicas, shards), update_dtype)
+    return replace(step, all_gathers=all_gathers + more_gathers, all_to_alls=all_to_alls)
+
+
+def muon_communication(model: LanguageModel, grid: Grid, update_dtype: torch.dtype) -> tuple[Collectives, Collectives]:
+    """Return the all-gathers and all-to-alls of Muon's update, as rank 0 sees them.
+
+    In each round of the matrices' exchange, an all-to-all brings the ranks' slices to the owners, another brings the
+    owners' results to the shards of a replica (if S > 1), and an all-gather to the other replicas (if R > 1). With
+    several replicas, one more all-gather hands round the slices of the parameters that AdamW updates, in fp32.
+    """
+    weights, others = dict[str, Tensor](), list[Tensor]()
+    for name, parameter in model.named_parameters():
+        if kind_of(name, parameter, model) == "matrix":
+            weights[name] = parameter
+        else:
+            others.append(parameter)
+    owners = make_owners(weights, grid)
+    gathered = sent = 0
+    for number, owned in enumerate(owners.rounds):
+        sent += sum(owners.slice_numel(index, 0) for indices in owned for index in indices)
+        if grid.shards > 1:
+            sent += sum(owners.shapes[index][0] * owners.shapes[index][1] for index in owned[0])
+        if grid.replicas > 1:
+            gathered += grid.replicas * owners.gathered_numel(number, 0)
+    num_rounds = len(owners.rounds)
+    all_to_alls = Collectives(num_rounds * (1 + (grid.shards > 1)), update_dtype.itemsize * sent)
+    if grid.replicas == 1:
+        return Collectives(0, 0), all_to_alls
+    shared = sum(len(grid.slice_rows(len(p), 0)) * (p.numel() // len(p)) for p in others)
+    num_bytes = update_dtype.itemsize * gathered + FP32_BYTES * grid.replicas * shared
+    return Collectives(num_rounds + 1, num_bytes), all_to_alls
 
 
 def seconds_between_hosts(communication: Communication, parallel_plan: ParallelPlan) -> float:
     """Return the least time in which a rank sends to other hosts what it sends in a step, by rings; 0 on one host.
 
-    HSDP gathers and scatters within its groups, which are taken to be of one host each.
+    HSDP gathers and scatters within its groups, which are taken to be of one host each; what Muon gathers over them is
+    left out. All-to-alls are taken to go to other hosts whole.
     """
     if parallel_plan.hosts == 1:
         return 0.0
     shards, replicas = parallel_plan.shards, parallel_plan.replicas
-    sent = 2 * (replicas - 1) / replicas * communication.all_reduces.num_bytes
-    if replicas == 1:
+    sent = communication.all_to_alls.num_bytes + 2 * (replicas - 1) / replicas * communication.all_reduces.num_bytes
+    if parallel_plan.mode != "hsdp":
         whole = communication.all_gathers.num_bytes + communication.reduce_scatters.num_bytes
-        sent = (shards - 1) / shards * whole
+        sent += (1 - 1 / (shards * replicas)) * whole
     return sent / LINK_BYTES_PER_SECOND
 
 

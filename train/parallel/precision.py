@@ -33,7 +33,8 @@ def set_numerics(config: TrainConfig, device: torch.device) -> None:
         torch.backends.cudnn.allow_tf32 = config.dtype == "tf32"
         if config.deterministic:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS, "Results reproducibility"
-    torch.use_deterministic_algorithms(config.deterministic)
+    if torch.are_deterministic_algorithms_enabled() != config.deterministic:  # asked first: setting loads the compiler
+        torch.use_deterministic_algorithms(config.deterministic)
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # nothing here reads memory it did not write
 
 

@@ -8,9 +8,10 @@ from data_prep.manifest import Manifest
 from model.config import ModelConfig, flag_of
 from model.cost import model_cost
 from model.costs.memory import Memory, StepShape, memory
-from train.config import Config
+from train.config import Config, OptimConfig
 from train.data import BatchPlan
 from train.metrics.meters import peak_of
+from train.muon import update_dtype
 from train.parallel.communication import LINK_BYTES_PER_SECOND, seconds_between_hosts, step_communication
 from train.parallel.plan import ParallelPlan
 from train.parallel.precision import compute_dtype
@@ -55,8 +56,8 @@ def run_card(
         "step": f"{train.batch_tokens:,} tokens = {world} processes x {sequences} sequences x {train.seq_len}",
         "length": f"{train.steps:,} steps = {total_tokens:,} tokens; {total_flops:.3g} FLOPs "
         f"({total_flops / 1e14 / 3600:,.1f} hours per sustained 100 TFLOP/s)",
-        "optimizer": f"{optim.name}, {optim.schedule} {optim.lr_peak:g} after {optim.warmup_steps} steps, "
-        f"clip {optim.clip_norm}",
+        "optimizer": f"{optim.name}, {optim.schedule} {optim.lr_peak:g}{_other_rates(optim)} after "
+        f"{optim.warmup_steps} steps, clip {optim.clip_norm}",
         "device": f"{world} x {device}, {', '.join(name for name, is_on in options.items() if is_on)}; "
         f"checkpoint {cost.checkpoint_bytes / 1e9:.2f} GB",
         "parallel": _parallel_line(parallel_plan, plan),
@@ -65,7 +66,7 @@ def run_card(
         peak = peak_of(config, device)
         own_flops = cost.flops_per_token * train.batch_tokens / world
         compute_seconds = None if peak is None else own_flops / (USUAL_MFU * peak)
-        lines["network"] = _network_line(config, plan, parallel_plan, compute_seconds)
+        lines["network"] = _network_line(config, plan, parallel_plan, compute_seconds, on_cpu=device == CPU)
     if model.kind == "gpt":
         lines["memory"] = _memory_line(config, plan, parallel_plan, on_cpu=device == CPU)
     return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
@@ -77,6 +78,12 @@ def _shape(model: ModelConfig) -> str:
     layers = f"{model.num_layers} layers x " if model.kind == "gpt" else ""
     heads = f" x {model.num_heads} heads" if model.kind != "head" else ""
     return f"{layers}{model.width} wide{heads}, context {model.context_len}"
+
+
+def _other_rates(optim: OptimConfig) -> str:
+    rates = {"embeddings": optim.embedding_lr, "head": optim.head_lr, "vectors": optim.vector_lr}
+    parts = ", ".join(f"{name} {rate:g}" for name, rate in rates.items() if rate is not None)
+    return f" ({parts})" if parts else ""
 
 
 def _data_line(config: Config, manifest: Manifest | None, total_tokens: int) -> str:
@@ -105,14 +112,21 @@ def _parallel_line(parallel_plan: ParallelPlan, plan: BatchPlan) -> str:
     return f"{shards}; {gradients}weights gathered {gathered}"
 
 
-def _network_line(config: Config, plan: BatchPlan, parallel_plan: ParallelPlan, compute_seconds: float | None) -> str:
+def _network_line(
+    config: Config, plan: BatchPlan, parallel_plan: ParallelPlan, compute_seconds: float | None, *, on_cpu: bool
+) -> str:
     communication = step_communication(
-        config.model, parallel_plan, micro_batches=plan.accumulation, compute_dtype=compute_dtype(config.train)
+        config.model,
+        parallel_plan,
+        micro_batches=plan.accumulation,
+        compute_dtype=compute_dtype(config.train),
+        update_dtype=update_dtype("cpu" if on_cpu else "cuda") if config.optim.name == "muon" else None,
     )
     kinds = {
         "all-gathers": communication.all_gathers,
         "reduce-scatters": communication.reduce_scatters,
         "all-reduces": communication.all_reduces,
+        "all-to-alls": communication.all_to_alls,
     }
     parts = [f"{kind.count} {name} of {kind.num_bytes / 1e9:.3g} GB" for name, kind in kinds.items() if kind.count]
     line = f"each rank, each step: {', '.join(parts)}"

@@ -26,6 +26,7 @@ from model.base import LanguageModel
 from model.checkpoint import CHECKPOINTS, list_checkpoints, model_tensors, step_of
 from model.dcp_reader import last_line_of
 from train.config import SaveConfig
+from train.optim import Optimizer
 from train.parallel.apply import local
 from train.parallel.precision import LossScale
 from train.processes.group import ProcessGroup
@@ -81,7 +82,7 @@ class CheckpointWriter:
         *,
         attempt: int,
         model: LanguageModel,
-        optimizer: torch.optim.Optimizer,
+        optimizer: Optimizer,
         loss_scale: LossScale | None = None,
         config: SaveConfig,
         state: dict[str, Any],
@@ -286,7 +287,7 @@ class CheckpointWriter:
 
 
 def checkpoint_tensors(
-    model: LanguageModel, optimizer: torch.optim.Optimizer, loss_scale: LossScale | None = None
+    model: LanguageModel, optimizer: Optimizer, loss_scale: LossScale | None = None
 ) -> dict[str, Tensor]:
     """Return the live tensors of a checkpoint by name: model.NAME, optimizer.NAME.KEY, loss_scale.NAME."""
     tensors = model_tensors(model)

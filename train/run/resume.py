@@ -33,6 +33,7 @@ from model.config import ModelConfig
 from model.dcp_reader import Metadata
 from model.hf.folder import Folder, is_hugging_face, open_folder
 from train.config import Config
+from train.optim import Optimizer
 from train.parallel.apply import put
 from train.parallel.precision import LossScale
 from train.processes.group import ProcessGroup
@@ -108,7 +109,7 @@ def load(
     checkpoint: SoundCheckpoint,
     *,
     model: LanguageModel,
-    optimizer: torch.optim.Optimizer,
+    optimizer: Optimizer,
     loss_scale: LossScale | None = None,
     group: ProcessGroup,
 ) -> dict[str, Any]:

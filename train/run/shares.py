@@ -33,8 +33,13 @@ def holders_of(tensor: Tensor, group: ProcessGroup) -> list[Ranks]:
     """Return every set of ranks that together hold a whole copy of the tensor."""
     if not isinstance(tensor, DTensor):
         return [[rank] for rank in range(group.world)]
-    shards = tensor.device_mesh.size(-1)  # A replica is spread over the mesh's last dimension.
-    return tensor.device_mesh.mesh.reshape(-1, shards).tolist()
+    ranks = tensor.device_mesh.mesh
+    return ranks.tolist() if is_replicated(tensor) else [ranks.flatten().tolist()]
+
+
+def is_replicated(tensor: Tensor) -> bool:
+    """Return whether a tensor is spread over the rows of a table of ranks, each row holding it all."""
+    return isinstance(tensor, DTensor) and tensor.placements[0].is_replicate()
 
 
 def share_of(values: dict[str, Value], division: dict[str, Ranks], rank: int) -> dict[str, Value]:
@@ -51,6 +56,6 @@ def hand_out(tensors: dict[str, Tensor], division: dict[str, Ranks], group: Proc
         tensor = tensors[name]
         if not isinstance(tensor, DTensor):
             group.broadcast_(tensor, readers[0])
-        elif tensor.device_mesh.ndim == 2 and local(tensor).numel():
+        elif is_replicated(tensor) and local(tensor).numel():
             shard = tensor.device_mesh.get_local_rank(1)
             group.broadcast_(local(tensor), readers[shard], among=tensor.device_mesh.get_group(0))

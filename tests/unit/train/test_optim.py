@@ -77,7 +77,7 @@ def test_update_equals_torchs_clipping_and_adamw(scale: float) -> None:
 
     norm = norm_of(ours)
     optimizer = build_optimizer(ours, CONFIG)
-    update(optimizer, 1e-2, norm, torch.isfinite(norm), CONFIG.clip_norm)
+    update(optimizer, 0, 1e-2, norm, torch.isfinite(norm))
     for (name, mine), reference_parameter in zip(ours.named_parameters(), reference_model.parameters(), strict=True):
         torch.testing.assert_close(mine, reference_parameter, rtol=0, atol=2e-7, msg=name)
 
@@ -89,7 +89,7 @@ def test_a_step_that_is_not_finite_changes_nothing(bad: float) -> None:
     gradients(model)[3].view(-1)[0] = bad
     before = [parameter.detach().clone() for parameter in model.parameters()]
     norm = norm_of(model)
-    update(optimizer, 1e-2, norm, torch.isfinite(norm), CONFIG.clip_norm)
+    update(optimizer, 0, 1e-2, norm, torch.isfinite(norm))
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), before, strict=True))
     for state in optimizer.state.values():
         assert not state["step"].item() and not state["exp_avg"].any() and not state["exp_avg_sq"].any()
@@ -98,13 +98,17 @@ def test_a_step_that_is_not_finite_changes_nothing(bad: float) -> None:
 @pytest.mark.parametrize("switches", [{}, MODERN], ids=["GPT-2", "modern"])
 def test_matrices_decay_and_norms_biases_and_scalars_do_not(switches: dict[str, Any]) -> None:
     model = build_model(dataclasses.replace(TINY, num_layers=2, **switches), seed=1)
-    decayed, others = build_optimizer(model, CONFIG).param_groups
-    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    groups = {group.kind: group for group in build_optimizer(model, CONFIG).groups}
+    assert {kind: group.weight_decay for kind, group in groups.items()} == (
+        {"matrix": 0.1, "embedding": 0.1, "vector": 0.0} | ({} if model.is_tied else {"head": 0.1})
+    )
     names = {parameter: name for name, parameter in model.named_parameters()}
-    kinds = {re.sub(r".*\.(?=\w+\.\w+$)|\.weight$", "", names[p]).split(".")[-1] for p in others["params"]}
+    others = groups.pop("vector").parameters
+    kinds = {re.sub(r".*\.(?=\w+\.\w+$)|\.weight$", "", names[p]).split(".")[-1] for p in others}
     expected = (
         {"ln_1", "ln_2", "ln_f", "q_norm", "k_norm", "value_mix"} if switches else {"ln_1", "ln_2", "ln_f", "bias"}
     )
     assert kinds == expected
-    assert len(others["params"]) + len(decayed["params"]) == len(names)
-    assert all(parameter.dim() == 2 for parameter in decayed["params"])
+    decayed = [parameter for group in groups.values() for parameter in group.parameters]
+    assert len(others) + len(decayed) == len(names)
+    assert all(parameter.dim() == 2 for parameter in decayed)

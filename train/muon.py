@@ -1,0 +1,152 @@
+"""Muon (Jordan et al. 2024): momentum, of which each matrix is replaced by an orthogonal matrix near to it.
+
+With the singular value decomposition U S V^T of a matrix, that is U V^T: all directions are learnt at one rate. It is
+found by products of matrices alone. train/parallel/state_slices.py spreads matrices over processes.
+"""
+
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from model.gpt import num_matrices
+from model.linear import linear
+from train.parallel.apply import local
+from train.parallel.state_slices import Grid, MatrixOwners, StateSlices
+
+Polynomial = tuple[float, float, float]  # (a, b, c): a x + b x^3 + c x^5, applied to every singular value x
+
+# Jordan et al. 2024. From 0.001 on, singular values end between 0.47 and 1.21, from 0.01 on between 0.68 and 1.14.
+NEWTON_SCHULZ: Sequence[Polynomial] = ((3.4445, -4.7750, 2.0315),) * 5
+FIRST_MOMENTUM = 0.85  # where --optim.momentum-warmup-steps begin (Jordan et al. 2024, modded-nanogpt)
+LEAST_NORM = 1e-7  # so that 0 stays 0: behind projections that begin at 0, other matrices have no gradient at first
+
+
+Key = TypeVar("Key")
+
+
+def orthogonalised(
+    matrices: Mapping[Key, Tensor], polynomials: Sequence[Polynomial] = NEWTON_SCHULZ
+) -> dict[Key, Tensor]:
+    """Return for each matrix U S V^T nearly U V^T, in the matrix's dtype.
+
+    On a GPU neighbours of one shape are one batch. On a CPU that would save no time, and alone a matrix has the same
+    bits whichever others its owner has.
+    """
+    results: dict[Key, Tensor] = {}
+    for _, alike in groupby(matrices.items(), key=lambda item: item[1].shape if item[1].is_cuda else item[0]):
+        indices, batch = zip(*alike, strict=True)
+        x_BNM = torch.stack(batch)
+        is_tall = x_BNM.shape[1] > x_BNM.shape[2]
+        x_BNM = x_BNM.mT if is_tall else x_BNM
+        norm_B11 = torch.linalg.vector_norm(x_BNM, dim=(1, 2), keepdim=True, dtype=torch.float32)
+        x_BNM = (x_BNM / norm_B11.clamp(min=LEAST_NORM)).to(x_BNM.dtype)
+        for polynomial in polynomials:
+            x_BNM = _applied_in_batches(x_BNM, polynomial) if x_BNM.is_cuda else _applied(x_BNM[0], polynomial)[None]
+        results |= dict(zip(indices, x_BNM.mT if is_tall else x_BNM, strict=True))
+    return results
+
+
+def _applied_in_batches(x_BNM: Tensor, polynomial: Polynomial) -> Tensor:
+    """Return a X + (b X X^T + c (X X^T)^2) X."""
+    a, b, c = polynomial
+    gram_BNN = x_BNM @ x_BNM.mT
+    gram_BNN = torch.baddbmm(gram_BNN, gram_BNN, gram_BNN, beta=b, alpha=c)
+    return torch.baddbmm(x_BNM, gram_BNN, x_BNM, beta=a)
+
+
+def _applied(x_NM: Tensor, polynomial: Polynomial) -> Tensor:
+    """Return the same of one matrix, by the faster products that a CPU has for linear layers."""
+    a, b, c = polynomial
+    gram_NN = linear(x_NM, x_NM)
+    gram_NN = linear(gram_NN, gram_NN).mul_(c).add_(gram_NN, alpha=b)  # gram_NN is its own transpose
+    return linear(gram_NN, x_NM.T).add_(x_NM, alpha=a)
+
+
+def cost(shape: Sequence[int]) -> float:
+    """Return the multiplications and additions of `orthogonalised` for a matrix."""
+    short, long = sorted(shape)
+    return len(NEWTON_SCHULZ) * (4 * short**2 * long + 2 * short**3)
+
+
+def rate_scale(shape: Sequence[int]) -> float:
+    """Return the factor of a matrix's learning rate: outputs then change alike for all shapes (Jordan et al. 2024)."""
+    rows, columns = shape
+    return max(1.0, rows / columns) ** 0.5
+
+
+def make_owners(weights: Mapping[str, Tensor], grid: Grid) -> MatrixOwners:
+    """Return which rank owns each weight, given by its name. What its matrices cost decides."""
+    shapes = [(len(weight), weight.shape[1]) for weight in weights.values()]
+    parts = map(num_matrices, weights)
+    costs = [n * cost((rows // n, columns)) for n, (rows, columns) in zip(parts, shapes, strict=True)]
+    return MatrixOwners(shapes, costs, grid)
+
+
+def update_dtype(device_type: str) -> torch.dtype:
+    """Return the dtype in which matrices are sent and orthogonalised. Five steps in bf16 lose nothing that matters."""
+    return torch.bfloat16 if device_type == "cuda" else torch.float32
+
+
+class MatrixUpdates:
+    """Muon's update of a model's weights that are matrices, which with their momentum may be spread over ranks."""
+
+    def __init__(self, weights: dict[str, nn.Parameter], slices: StateSlices | None) -> None:
+        self._weights = list(weights.values())
+        self._parts = list(map(num_matrices, weights))
+        self._shapes = [(len(w) // parts, w.shape[1]) for w, parts in zip(self._weights, self._parts, strict=True)]
+        self._slices = slices
+        self._owners = None if slices is None else make_owners(weights, slices.grid)
+
+    def make(
+        self,
+        gradients: Sequence[Tensor],
+        momenta: Sequence[Tensor],
+        momentum: float,
+        rate: float,
+        weight_decay: float,
+        divisor: Tensor | None,
+        is_finite: Tensor,
+    ) -> None:
+        """Update this rank's momenta in place, and its shards of the weights. Collective if there are slices.
+
+        `gradients` are `divisor` times too large. Where `is_finite` is False, nothing changes: the momentum takes the
+        gradient's place, and the rate is 0.
+        """
+        slices = _directions(gradients, momenta, momentum, divisor, is_finite)
+        if self._owners is None or self._slices is None:
+            updates = list(self._orthogonalised(dict(enumerate(slices))).values())
+        else:
+            updates = self._owners.run(slices, self._orthogonalised, self._slices)
+        shards = [local(weight.detach()) for weight in self._weights]
+        torch._foreach_mul_(shards, torch.where(is_finite, 1 - rate * weight_decay, 1.0))
+        for shard, update, shape in zip(shards, updates, self._shapes, strict=True):
+            scaled_rate = torch.where(is_finite, rate * rate_scale(shape), 0.0)
+            shard.addcmul_(update.to(shard.dtype), scaled_rate, value=-1)
+
+    def _orthogonalised(self, weights: dict[int, Tensor]) -> dict[int, Tensor]:
+        """Return the orthogonalised weights, by parameter: queries, keys and values each by itself."""
+        matrices = {
+            (index, part): matrix
+            for index, weight in weights.items()
+            for part, matrix in enumerate(weight.view(self._parts[index], *self._shapes[index]))
+        }
+        results = orthogonalised(matrices)
+        return {index: torch.cat([results[index, part] for part in range(self._parts[index])]) for index in weights}
+
+
+def _directions(
+    gradients: Sequence[Tensor],
+    momenta: Sequence[Tensor],
+    momentum: float,
+    divisor: Tensor | None,
+    is_finite: Tensor,
+) -> list[Tensor]:
+    """Update the momenta in place and return Nesterov's step from each, in the dtype of `orthogonalised`."""
+    true_gradients = gradients if divisor is None else torch._foreach_div(list(gradients), divisor)
+    usable = [torch.where(is_finite, g, m) for g, m in zip(true_gradients, momenta, strict=True)]
+    torch._foreach_lerp_(list(momenta), usable, 1 - momentum)
+    dtype = update_dtype(momenta[0].device.type)
+    return [direction.to(dtype) for direction in torch._foreach_lerp(usable, list(momenta), momentum)]
