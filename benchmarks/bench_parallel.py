@@ -49,6 +49,8 @@ class Options:
     """Sequences in one forward pass of one process; None: the preset's micro-batch."""
     vocab_size: int = 256
     """Size of the model's vocabulary. The text is read as bytes, whatever the size."""
+    optim: Literal["adamw", "muon"] = "adamw"
+    """Optimizer of both; muon is torch.optim.Muon in the bare loop."""
     loss: Literal["plain", "chunked"] = "plain"
     """Cross-entropy of our step; that of the bare loop is always plain."""
     parallel: tuple[Literal["ddp", "fsdp"], ...] = ("ddp", "fsdp")
@@ -63,7 +65,9 @@ class Options:
 
 def ways_of(options: Options, folder: Path) -> dict[str, Config]:
     """Return the configurations to time, by name."""
-    config = configured(folder, preset=options.preset, sequences=options.sequences, vocab_size=options.vocab_size)
+    config = configured(
+        folder, preset=options.preset, sequences=options.sequences, vocab_size=options.vocab_size, optim=options.optim
+    )
     micro_batch = options.micro_batch or config.train.micro_batch
     train = dataclasses.replace(config.train, micro_batch=micro_batch, loss=options.loss)
     plans = dict[str, ParallelConfig]()

@@ -1,6 +1,7 @@
 """Time our training step against a bare loop of the same model, in one process.
 
     python benchmarks/bench_step.py                                        # a minute and a half on 2 CPU cores
+    python benchmarks/bench_step.py --optim muon
     python benchmarks/bench_step.py --preset gpt2-small --sequences 64 --vocab-size 50257      # on a GPU
 
 Both run in turn, in blocks of steps after a warm-up. The bare loop runs twice in each round; its ratio to itself
@@ -37,6 +38,8 @@ class Options:
     """Sequences per step. A micro-batch is at most the preset's."""
     vocab_size: int = 256
     """Size of the model's vocabulary. The text is read as bytes, whatever the size."""
+    optim: Literal["adamw", "muon"] = "adamw"
+    """Optimizer of both; muon is torch.optim.Muon in the bare loop."""
     loss: Literal["plain", "chunked"] = "plain"
     """Cross-entropy of our step; that of the bare loop is always plain."""
     rounds: int = 12
@@ -64,7 +67,11 @@ def main(args: list[str] | None = None) -> None:
             if group.world > 1:
                 raise InputError(f"{group.world} processes given, one needed; use benchmarks/bench_parallel.py")
             config = configured(
-                Path(folder), preset=options.preset, sequences=options.sequences, vocab_size=options.vocab_size
+                Path(folder),
+                preset=options.preset,
+                sequences=options.sequences,
+                vocab_size=options.vocab_size,
+                optim=options.optim,
             )
             config = dataclasses.replace(config, train=dataclasses.replace(config.train, loss=options.loss))
             print(json.dumps(measure(options, config, group)))

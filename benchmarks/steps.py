@@ -8,7 +8,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +21,7 @@ from data_prep.manifest import read_manifest
 from data_prep.textfiles import Options as TextOptions
 from data_prep.textfiles import prepare
 from model.gpt import GPT, build_model
-from train.config import Config, DataConfig, SampleConfig, TrackConfig, resolve, with_vocabulary
+from train.config import Config, DataConfig, OptimConfig, SampleConfig, TrackConfig, resolve, with_vocabulary
 from train.data import plan_batches
 from train.guards.watchdog import Watchdog
 from train.loop import accumulate_gradients, read_result, take_step
@@ -42,7 +42,12 @@ Step = Callable[[], None]
 MICRO_BATCH = 16
 
 
-def configured(folder: Path, *, preset: str, sequences: int, vocab_size: int) -> Config:
+MUON = OptimConfig(name="muon", lr_peak=0.02, embedding_lr=1e-3, vector_lr=1e-3)
+
+
+def configured(
+    folder: Path, *, preset: str, sequences: int, vocab_size: int, optim: Literal["adamw", "muon"] = "adamw"
+) -> Config:
     """Return the preset on generated text, with `sequences` in a step. Raise InputError for bad flags.
 
     In place of a micro-batch of auto, which would leave no memory for the loop beside ours, it has MICRO_BATCH.
@@ -65,6 +70,7 @@ def configured(folder: Path, *, preset: str, sequences: int, vocab_size: int) ->
             micro_batch=MICRO_BATCH if config.train.micro_batch == "auto" else config.train.micro_batch,
             steps=10**6,
         ),
+        optim=MUON if optim == "muon" else config.optim,
         sample=SampleConfig(every=None),
         track=TrackConfig(wandb="disabled"),
     )
@@ -126,7 +132,7 @@ def our_step(run: Run, collect: Callable[[int], int]) -> Step:
 
 
 def bare_step(config: Config, parallel_plan: ParallelPlan, group: ProcessGroup) -> Step:
-    """Return a step of a bare loop on fixed tokens: forward, backward, clip, AdamW.
+    """Return a step of a bare loop on fixed tokens: forward, backward, clip, update.
 
     It follows `parallel_plan` in as few lines as torch needs, and communicates what our step does.
     """
@@ -137,7 +143,7 @@ def bare_step(config: Config, parallel_plan: ParallelPlan, group: ProcessGroup) 
             part.forward = torch.compile(part.forward)
         score = torch.compile(score)
     model = bare_spread(plain, parallel_plan)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    optimizers = bare_optimizers(model, plain, config.optim)
     plan = plan_batches(config, group.world)
     shape = (plan.accumulation, plan.micro_batch, config.train.seq_len + 1)
     tokens = torch.randint(config.model.vocab_size, shape, device=group.device)
@@ -151,11 +157,22 @@ def bare_step(config: Config, parallel_plan: ParallelPlan, group: ProcessGroup) 
                 model.set_requires_gradient_sync(is_last)
         return score(model(rows[:, :-1]), rows[:, 1:], config.model.vocab_size)
 
-    return plain_step(tokens, forward, model, optimizer)
+    return plain_step(tokens, forward, model, *optimizers)
+
+
+def bare_optimizers(model: nn.Module, plain: GPT, config: OptimConfig) -> list[torch.optim.Optimizer]:
+    """Return fused AdamW; with Muon, torch's for the matrices of the blocks and AdamW for the rest."""
+    rest, optimizers = list(model.parameters()), list[torch.optim.Optimizer]()
+    if config.name == "muon":
+        matrices = [parameter for parameter in plain.blocks.parameters() if parameter.dim() == 2]
+        optimizers = [torch.optim.Muon(matrices, lr=config.lr_peak, weight_decay=config.weight_decay)]
+        own = set(matrices)
+        rest = [parameter for parameter in rest if parameter not in own]
+    return [*optimizers, torch.optim.AdamW(rest, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)]
 
 
 def plain_step(
-    tokens: Tensor, forward: Callable[[Tensor, bool], Tensor], model: nn.Module, optimizer: torch.optim.Optimizer
+    tokens: Tensor, forward: Callable[[Tensor, bool], Tensor], model: nn.Module, *optimizers: torch.optim.Optimizer
 ) -> Step:
     """Return a step over the micro-batches `tokens`: gradients of the mean loss, clipped, and an update.
 
@@ -167,8 +184,9 @@ def plain_step(
             loss = forward(rows, index == len(tokens) - 1)
             (loss / len(tokens)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        for optimizer in optimizers:
+            optimizer.step()
+        model.zero_grad(set_to_none=True)
 
     return step
 

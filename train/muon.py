@@ -5,7 +5,6 @@ found by products of matrices alone. train/parallel/state_slices.py spreads matr
 """
 
 from collections.abc import Mapping, Sequence
-from itertools import groupby
 from typing import TypeVar
 
 import torch
@@ -32,21 +31,31 @@ def orthogonalised(
 ) -> dict[Key, Tensor]:
     """Return for each matrix U S V^T nearly U V^T, in the matrix's dtype.
 
-    On a GPU neighbours of one shape are one batch. On a CPU that would save no time, and alone a matrix has the same
-    bits whichever others its owner has.
+    On a GPU all matrices of one shape, or of its transpose, are one batch. On a CPU that would save no time, and alone
+    a matrix has the same bits whichever others its owner has.
     """
     results: dict[Key, Tensor] = {}
-    for _, alike in groupby(matrices.items(), key=lambda item: item[1].shape if item[1].is_cuda else item[0]):
-        indices, batch = zip(*alike, strict=True)
-        x_BNM = torch.stack(batch)
-        is_tall = x_BNM.shape[1] > x_BNM.shape[2]
-        x_BNM = x_BNM.mT if is_tall else x_BNM
+    for keys in _batches(matrices):
+        x_BNM = torch.stack([matrices[key].T if _is_tall(matrices[key]) else matrices[key] for key in keys])
         norm_B11 = torch.linalg.vector_norm(x_BNM, dim=(1, 2), keepdim=True, dtype=torch.float32)
         x_BNM = (x_BNM / norm_B11.clamp(min=LEAST_NORM)).to(x_BNM.dtype)
         for polynomial in polynomials:
             x_BNM = _applied_in_batches(x_BNM, polynomial) if x_BNM.is_cuda else _applied(x_BNM[0], polynomial)[None]
-        results |= dict(zip(indices, x_BNM.mT if is_tall else x_BNM, strict=True))
+        for key, x_NM in zip(keys, x_BNM, strict=True):
+            results[key] = x_NM.T if _is_tall(matrices[key]) else x_NM
     return results
+
+
+def _batches(matrices: Mapping[Key, Tensor]) -> list[list[Key]]:
+    """Return the keys of matrices that are computed together."""
+    batches: dict[object, list[Key]] = {}
+    for key, matrix in matrices.items():
+        batches.setdefault(tuple(sorted(matrix.shape)) if matrix.is_cuda else key, []).append(key)
+    return list(batches.values())
+
+
+def _is_tall(matrix: Tensor) -> bool:
+    return matrix.shape[0] > matrix.shape[1]
 
 
 def _applied_in_batches(x_BNM: Tensor, polynomial: Polynomial) -> Tensor:
@@ -112,10 +121,11 @@ class MatrixUpdates:
     ) -> None:
         """Update this rank's momenta in place, and its shards of the weights. Collective if there are slices.
 
-        `gradients` are `divisor` times too large. Where `is_finite` is False, nothing changes: the momentum takes the
-        gradient's place, and the rate is 0.
+        `gradients` are `divisor` times too large, and are overwritten. Where `is_finite` is False, nothing else
+        changes: the momentum takes the gradient's place, and the rate is 0.
         """
-        slices = _directions(gradients, momenta, momentum, divisor, is_finite)
+        _turn_into_directions(gradients, momenta, momentum, divisor, is_finite)
+        slices = [gradient.to(update_dtype(gradient.device.type)) for gradient in gradients]
         if self._owners is None or self._slices is None:
             updates = list(self._orthogonalised(dict(enumerate(slices))).values())
         else:
@@ -134,19 +144,25 @@ class MatrixUpdates:
             for part, matrix in enumerate(weight.view(self._parts[index], *self._shapes[index]))
         }
         results = orthogonalised(matrices)
-        return {index: torch.cat([results[index, part] for part in range(self._parts[index])]) for index in weights}
+        whole = {}
+        for index in weights:
+            parts = [results.pop((index, part)) for part in range(self._parts[index])]
+            whole[index] = torch.cat(parts) if len(parts) > 1 else parts[0]
+        return whole
 
 
-def _directions(
+def _turn_into_directions(
     gradients: Sequence[Tensor],
     momenta: Sequence[Tensor],
     momentum: float,
     divisor: Tensor | None,
     is_finite: Tensor,
-) -> list[Tensor]:
-    """Update the momenta in place and return Nesterov's step from each, in the dtype of `orthogonalised`."""
-    true_gradients = gradients if divisor is None else torch._foreach_div(list(gradients), divisor)
-    usable = [torch.where(is_finite, g, m) for g, m in zip(true_gradients, momenta, strict=True)]
-    torch._foreach_lerp_(list(momenta), usable, 1 - momentum)
-    dtype = update_dtype(momenta[0].device.type)
-    return [direction.to(dtype) for direction in torch._foreach_lerp(usable, list(momenta), momentum)]
+) -> None:
+    """Update the momenta in place, and put Nesterov's step from each into its gradient's place."""
+    gradients, momenta = list(gradients), list(momenta)
+    if divisor is not None:
+        torch._foreach_div_(gradients, divisor)
+    for gradient, buffer in zip(gradients, momenta, strict=True):
+        torch.where(is_finite, gradient, buffer, out=gradient)
+    torch._foreach_lerp_(momenta, gradients, 1 - momentum)
+    torch._foreach_lerp_(gradients, momenta, momentum)

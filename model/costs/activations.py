@@ -20,6 +20,7 @@ class StepShape:
     `mode`, `shards`, `reshard_after_forward` and `whole_gradients` are those of train/parallel/plan.py. `chunk_tokens`
     is that of train/losses.py, None for the plain loss. `compute_bytes` is the size of an element of the activations,
     `reduce_bytes` that of a gradient as it is sent.
+    `is_muon`: Muon updates the matrices, and the optimizer's state is spread over all `replicas` of the shards.
     `on_cpu`: FSDP2 communicates by gloo, which copies what it gathers and reduces, and the gradients' norm is taken of
     an fp64 copy of each gradient.
     """
@@ -35,6 +36,8 @@ class StepShape:
     reshard_after_forward: bool = True
     whole_gradients: bool = True
     reduce_bytes: int = FP32_BYTES
+    is_muon: bool = False
+    replicas: int = 1
     on_cpu: bool = False
 
     @property

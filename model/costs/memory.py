@@ -1,10 +1,10 @@
 """Count the memory of a rank at the peak of a training step, phase by phase and buffer by buffer.
 
-Counted: weights, gradients, AdamW's moments; what autograd keeps in eager mode; what FSDP2 gathers, reduces and has in
-flight; the tensors of the head and its loss. Not counted: what the allocator rounds up or cannot reuse, the libraries'
-own memory (CUDA's context, buffers of NCCL and cuBLAS, oneDNN's scratch), batches of tokens, a checkpoint that is being
-staged. A compiled model needs no more than an eager one and mostly less: it recomputes cheap values and keeps no copies
-of logits. Validation and sampling need less than a step.
+Counted: weights, gradients, the optimizer's state; what autograd keeps in eager mode; what FSDP2 gathers, reduces and
+has in flight; the tensors of the head and its loss. Not counted: what the allocator rounds up or cannot reuse, the
+libraries' own memory (CUDA's context, buffers of NCCL and cuBLAS, oneDNN's scratch), batches of tokens, a checkpoint
+that is being staged. A compiled model needs no more than an eager one and mostly less: it recomputes cheap values and
+keeps no copies of logits. Validation and sampling need less than a step.
 
 Letters are those of model/gpt.py; N = B x T is the number of tokens of a micro-batch.
 """
@@ -23,6 +23,7 @@ from model.costs.activations import (
     norm_shapes,
     root_shapes,
 )
+from model.costs.optimizer import count_muon_update, count_optimizer
 
 FP64_BYTES = 8
 
@@ -69,6 +70,7 @@ def memory(config: ModelConfig, shape: StepShape) -> Memory:
         **{f"the backward pass of block {i}'s attention": _attention_backward(config, shape, i) for i in blocks},
         "the end of the backward pass": _embedding_backward(config, shape, is_last=True),
         "the update": _update(config, shape),
+        "Muon's update": _muon_update(config, shape) if shape.is_muon else {},
     }
     if shape.is_sharded:
         phases["the last gathering in the forward pass"] = _forward_gathering(config, shape)
@@ -117,11 +119,11 @@ def _gradients(config: ModelConfig, shape: StepShape, done: int, *, is_root_done
 def _kept_state(
     config: ModelConfig, shape: StepShape, *, done: int = 0, is_root_done: bool = False, kept: int = 0
 ) -> Bytes:
-    """Return weights, AdamW's moments, gradients of `done` blocks, and what autograd keeps of the first `kept`."""
+    """Return weights, optimizer state, gradients of `done` blocks, and what autograd keeps of the first `kept`."""
     N, D = shape.num_tokens, config.width
     elements = count_shard(root_shapes(config), shape.shards)
     elements += config.num_layers * count_shard(block_shapes(config), shape.shards)
-    components = {"weights": FP32_BYTES * elements, "optimizer": 2 * FP32_BYTES * elements}
+    components = {"weights": FP32_BYTES * elements, "optimizer": count_optimizer(config, shape)}
     components |= _gradients(config, shape, done, is_root_done=is_root_done)
     if shape.activation_checkpointing:
         # The first block's values are a view of its queries, keys and values, which are therefore kept whole.
@@ -381,3 +383,8 @@ def _update(config: ModelConfig, shape: StepShape) -> Bytes:
     norm = FP64_BYTES * largest if shape.on_cpu else 0
     state = _kept_state(config, shape, done=config.num_layers, is_root_done=True)
     return state | {"norm": norm}
+
+
+def _muon_update(config: ModelConfig, shape: StepShape) -> Bytes:
+    state = _kept_state(config, shape, done=config.num_layers, is_root_done=True)
+    return state | {"matrices": count_muon_update(config, shape)}

@@ -27,7 +27,7 @@ from model.gpt import build_model
 from tests.helpers.groups import run_on_ranks
 from tests.unit.model.test_switches import MODERN, ONE_BY_ONE, named
 from train import optim
-from train.config import Config, ParallelConfig, TrainConfig, resolve
+from train.config import Config, OptimConfig, ParallelConfig, TrainConfig, resolve
 from train.data import plan_batches
 from train.parallel import apply
 from train.parallel.plan import choose_parallel_plan
@@ -57,12 +57,14 @@ def configured(
         {name: value for name, value in options.items() if name in names[section]}
         for section in (ModelConfig, ParallelConfig)
     )
+    optimizer = OptimConfig(name=options.pop("optimizer", "adamw"))
     train: dict[str, Any] = {"dtype": "fp32", "compile": False, "micro_batch": sequences}
     train |= {name: value for name, value in options.items() if name not in model | parallel}
     config = Config(
         model=ModelConfig(num_layers=num_layers, num_heads=2, width=width, vocab_size=vocab_size, **model),
         train=TrainConfig(seq_len=seq_len, batch_tokens=sequences * accumulation * seq_len, **train),
         parallel=ParallelConfig(**parallel),
+        optim=optimizer,
     )
     return resolve(config)
 
@@ -125,7 +127,7 @@ def allocated_peak(group: ProcessGroup, config: Config, accumulation: int) -> in
     parallel_plan = choose_parallel_plan(config, world=group.world, local_world=group.world, memory_bytes=10**12)
     loss_model = apply.build_loss_model(config, parallel_plan, group)
     parameters = list(loss_model.model.parameters())
-    optimizer = optim.build_optimizer(loss_model.model, config.optim)
+    optimizer = optim.build_optimizer(loss_model.model, config.optim, parallel_plan, group)
     module, scale = apply.wrap(loss_model, parallel_plan), torch.ones(())
     tokens_BT = torch.zeros(plan_batches(config, 1).micro_batch, config.train.seq_len, dtype=torch.int64)
 
@@ -213,6 +215,14 @@ def test_the_peak_with_switches(options: dict[str, Any], accumulation: int) -> N
     check_peak_of_one_process(options, accumulation, tolerance=0.05)
 
 
+MUON = {"optimizer": "muon"}
+
+
+@pytest.mark.parametrize("options", [WIDE | MUON, DEEP | MUON, WIDE | MODERN | MUON, WIDE | BF16 | MUON], ids=named)
+def test_the_peak_with_muon(options: dict[str, Any]) -> None:
+    check_peak_of_one_process(options, 1, tolerance=0.05)
+
+
 SPREAD: list[tuple[dict[str, Any], int]] = [
     (WIDE | {"mode": "ddp"}, 2),
     (WIDE | {"mode": "fsdp"}, 1),
@@ -252,6 +262,15 @@ def test_the_peak_of_two_processes(spread: list[tuple[dict[str, Any], int]]) -> 
             )
         for peak in peaks:
             assert 0.98 * counted <= peak <= 1.02 * counted + late, (options, accumulation, counted, peaks)
+
+
+def test_the_peak_of_two_processes_with_muon() -> None:
+    """gloo's thread keeps copies of several messages at once, longer or shorter."""
+    spread: list[tuple[dict[str, Any], int]] = [(WIDE | MUON | {"mode": mode}, 1) for mode in ("ddp", "fsdp")]
+    measured = run_on_ranks(2, allocated_peaks, spread)
+    for (options, accumulation), *peaks in zip(spread, *measured, strict=True):
+        counted = counted_peak(configured(**options), 2, accumulation)
+        assert all(0.98 * counted <= peak <= 1.15 * counted for peak in peaks), (options, counted, peaks)
 
 
 def held_by_a_rank(group: ProcessGroup, config: Config) -> int:

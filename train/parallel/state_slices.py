@@ -6,6 +6,7 @@ stage 1). A checkpoint sees these slices as one tensor, whatever the layout.
 """
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -117,7 +118,7 @@ class MatrixOwners:
         self.grid = grid
         owned = assign(costs, grid.world)
         for indices in owned:
-            indices.sort(key=lambda index: (shapes[index], index))  # alike ones together: they are computed as one
+            indices.sort(key=lambda index: sorted(shapes[index]))  # alike ones in one round: they are one batch
         num_rounds = min(ROUNDS, max(map(len, owned)))
         self.rounds = [[_chunk(indices, num_rounds, number) for indices in owned] for number in range(num_rounds)]
 
@@ -149,12 +150,18 @@ class MatrixOwners:
 
         `compute` maps whole matrices, by their index, to results of the same shapes and dtype.
         """
-        arriving = [self._send_slices(number, slices, layout) for number in range(len(self.rounds))]
+        dtype, device = slices[0].dtype, slices[0].device
+        arriving = deque(self._send_slices(number, slices, layout) for number in range(len(self.rounds)))
         returning = []
-        for number, (work, received) in enumerate(arriving):
+        for number in range(len(self.rounds)):
+            work, received = arriving.popleft()
             work.wait()
-            results = compute(self._assemble(number, received, layout.rank))
-            returning.append(self._send_results(number, results, received, layout))
+            wholes = self._assemble(number, received, layout.rank)
+            del work, received
+            results = compute(wholes)
+            del wholes
+            returning.append(self._send_results(number, results, torch.empty(0, dtype=dtype, device=device), layout))
+            del results
         shards: dict[int, Tensor] = {}
         for number, (returned_work, gathered) in enumerate(returning):
             if returned_work is not None:
@@ -184,13 +191,13 @@ class MatrixOwners:
         }
 
     def _send_results(
-        self, number: int, results: dict[int, Tensor], like: Tensor, layout: StateSlices
+        self, number: int, results: dict[int, Tensor], nothing: Tensor, layout: StateSlices
     ) -> tuple[dist.Work | None, Tensor]:
         """Send results to the ranks that hold their shards: first within the owner's replica, then to the others."""
         grid, owned, shards = self.grid, self.rounds[number], range(self.grid.shards)
         own = owned[layout.rank]
         pieces = [results[index][slice_of(grid.shard_rows(len(results[index]), s))] for s in shards for index in own]
-        sent = torch.cat([like.new_empty(0), *(piece.reshape(-1) for piece in pieces)])
+        sent = torch.cat([nothing, *(piece.reshape(-1) for piece in pieces)])  # a rank may own none
         work: dist.Work | None = None
         if grid.shards > 1:
             first = layout.replica * grid.shards

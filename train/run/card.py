@@ -176,6 +176,8 @@ def step_memory(config: Config, plan: BatchPlan, parallel_plan: ParallelPlan, *,
         reshard_after_forward=parallel_plan.reshard_after_forward,
         whole_gradients=parallel_plan.whole_gradients,
         reduce_bytes=parallel_plan.reduce_dtype.itemsize,
+        is_muon=config.optim.name == "muon",
+        replicas=parallel_plan.replicas,
         on_cpu=on_cpu,
     )
     return memory(config.model, shape)
