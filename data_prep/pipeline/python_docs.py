@@ -29,11 +29,12 @@ def docstrings() -> str:
     texts: list[str] = []
     for path in sorted(root.rglob("*.py")):
         if LEFT_OUT.isdisjoint(path.relative_to(root).parts):
-            texts.extend(_docstrings_of(path))
+            texts.extend(docstrings_of(path))
     return "\n\n".join(texts) + "\n"
 
 
-def _docstrings_of(path: Path) -> Iterator[str]:
+def docstrings_of(path: Path) -> Iterator[str]:
+    """Yield the docstrings of a Python file in ASCII, in the order of their definitions."""
     try:
         tree = ast.parse(path.read_bytes())
     except SyntaxError:  # a few templates in the standard library are not Python
