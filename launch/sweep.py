@@ -7,6 +7,7 @@
     python launch/sweep.py batch --run-dir runs/batch         # the same tokens in small and large batches
     python launch/sweep.py ablate --run-dir runs/ablate       # one part left out or exchanged at a time
     python launch/sweep.py budget --minutes 1                 # the best of nine entries that have the same time
+    python launch/sweep.py recipe --run-dir runs/recipe       # the ladder from AdamW to Muon, both ends tuned
     python launch/sweep.py lr --cluster slurm --gpus-per-node 8 --account A --preset gpt2-small --train.steps 2000
 
 Without a GPU each run is a process of one core, --max-parallel of them at a time, and takes about a minute on 2 MB of
@@ -37,6 +38,7 @@ from common.tables import new_figure, put_into
 from data_prep.manifest import read_manifest
 from launch.grid import Point
 from launch.options import Options
+from launch.recipe import RUNGS, Recipe
 from launch.runs import inspect_runs
 from launch.submit import train_points
 from launch.sweeps import (
@@ -56,6 +58,7 @@ from launch.sweeps import (
     sweep_table,
 )
 from train.command_line import parse
+from train.config import Config
 from train.curves import read_rows
 from train.presets import PRESETS
 
@@ -70,6 +73,8 @@ class SweepOptions:
     """Preset that all runs start from; None: stories-cpu, for ladder shakespeare-char-cpu, for epochs phase1."""
     minutes: float | None = None
     """Minutes of training that each entry of budget has; for budget only."""
+    seeds: int = 3
+    """Seeds of each rung of recipe; for recipe only."""
     into: Path | None = None
     """Markdown file whose table of this sweep is replaced."""
     how: Annotated[Options, tyro.conf.arg(name="")] = field(
@@ -81,8 +86,9 @@ def main(args: Sequence[str] | None = None) -> None:
     words = list(sys.argv[1:] if args is None else args)
     with one_line_errors("sweep"):
         name = words.pop(0) if words and not words[0].startswith("-") else ""
-        if name not in ("descent", *SWEEPS) and "--help" not in words:
-            raise InputError(f"which sweep? {', '.join(('descent', *SWEEPS))}; given: {name or 'none'}")
+        names = ("descent", *SWEEPS, "recipe")
+        if name not in names and "--help" not in words:
+            raise InputError(f"which sweep? {', '.join(names)}; given: {name or 'none'}")
         options, flags = tyro.cli(
             SweepOptions, prog="launch/sweep.py", description=__doc__, args=words, return_unknown_args=True
         )
@@ -104,13 +110,18 @@ def run_sweep(name: str, options: SweepOptions, flags: Sequence[str]) -> None:
         raise InputError(f"--preset {preset}: there are {', '.join(PRESETS)}")
     if (name == "budget") != (options.minutes is not None):
         raise InputError("--minutes M is for budget, and budget needs it: the time of training that each entry has")
+    if name != "recipe" and options.seeds != SweepOptions.seeds:
+        raise InputError("--seeds is for recipe only")
     if options.minutes is not None and not 0 < options.minutes < math.inf:
         raise InputError(f"--minutes {options.minutes:g} must be a finite number above 0")
     base = (options.run_dir or Path("runs") / f"sweep-{name}").absolute()
     require_place(base, "--run-dir")
     config = parse([preset, *flags], PRESETS)
+    if name == "recipe":
+        run_recipe(config, (preset, *flags), base, options)
+        return
     world = options.how.nodes * options.how.gpus_per_node
-    refuse_flags_of(build_sweep(name, config, world=world), name, flags)
+    refuse_flags_of(build_sweep(name, config, world=world).entries, name, flags)
     new_figure()  # a missing matplotlib is refused now instead of after all runs
     if options.into is not None:
         put_into(options.into, f"sweep {name}", None)
@@ -142,6 +153,43 @@ def run_sweep(name: str, options: SweepOptions, flags: Sequence[str]) -> None:
         raise InputError(f"not finished: {', '.join(unfinished)}; the same command goes on with them")
     if options.into is not None:
         put_into(options.into, f"sweep {name}", text)
+
+
+def run_recipe(config: Config, words: Sequence[str], base: Path, options: SweepOptions) -> None:
+    """Train the stages of the ladder (launch/recipe.py), then write and print its table."""
+    preset, *flags = words
+    if options.seeds < 1:
+        raise InputError(f"--seeds {options.seeds} must be at least 1")
+    if options.into is not None:
+        put_into(options.into, "sweep recipe", None)
+    manifest = read_manifest(config.data.dir)
+    half = config.validate.tokens
+    if half is None or 2 * half > manifest.splits["val"].tokens - 1:
+        raise InputError(
+            f"--validate.tokens {half}: settings are chosen on so many and reported on as many again, and the split "
+            f"has {manifest.splits['val'].tokens:,}; give at most half of that"
+        )
+    limit = ("--train.diverged-above", f"{math.log(manifest.vocab_size) + 1:.2f}")
+    common = (preset, *limit, "--track.group", base.name, *flags)
+
+    def train(entries: Sequence[Entry]) -> list[Result]:
+        points = make_points(entries, common, base)
+        diverged = {each.run.run_dir for each in read_results(entries, points) if each.outcome == DIVERGED}
+        train_points(points, base, options.how, excluded=diverged)
+        return read_results(entries, points)
+
+    recipe = Recipe(config, num_seeds=options.seeds, train=train)
+    grid = [recipe.entry(trial) for trial in recipe.grid(rung=len(RUNGS) - 1, tokens=recipe.tokens)]
+    refuse_flags_of(grid, "recipe", flags)
+    if options.how.dry_run:
+        train(grid)
+        return
+    text = recipe.table()
+    with writing_to(base):
+        write_atomically(base / "sweep.md", text)
+    print(text)
+    if options.into is not None:
+        put_into(options.into, "sweep recipe", text)
 
 
 def make_points(entries: Sequence[Entry], common: Sequence[str], base: Path) -> list[Point]:

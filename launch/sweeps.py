@@ -26,6 +26,7 @@ CPU_BATCH_SEQUENCES = (1, 4, 16, 64)
 STARTING_FLAGS = {
     "batch": ("--optim.lr-peak", "--train.steps", "--train.batch-tokens", "--train.micro-batch"),
     "budget": ("--optim.lr-peak", "--train.batch-tokens", "--train.micro-batch", "--model.num-layers"),
+    "recipe": ("--train.steps", "--train.batch-tokens", "--seed"),
 }
 # The model of the published ablations; then each part that they take out, with the published change of perplexity.
 MODERN = ("--model.norm", "rmsnorm", "--model.position-embedding", "rope", "--model.mlp", "swiglu", "--model.no-bias")
@@ -163,9 +164,9 @@ def length_flags(steps: int) -> tuple[str, ...]:
     return tuple(str(word) for pair in flags.items() for word in pair)
 
 
-def refuse_flags_of(sweep: Sweep, name: str, flags: Sequence[str]) -> None:
+def refuse_flags_of(entries: Sequence[Entry], name: str, flags: Sequence[str]) -> None:
     """Raise InputError for a flag that the sweep sets for each run, unless its runs start from that flag's value."""
-    set_by_sweep = {flag for entry in sweep.entries for flag in entry.flags if flag.startswith("--")}
+    set_by_sweep = {flag for entry in entries for flag in entry.flags if flag.startswith("--")}
     set_by_sweep -= set(STARTING_FLAGS.get(name, ()))
     set_by_sweep |= {flag for flag in length_flags(1) if flag.startswith("--")} if name == "budget" else set()
     conflicts = set_by_sweep & {flag.partition("=")[0].replace("_", "-") for flag in flags if flag.startswith("--")}

@@ -6,7 +6,6 @@ import re
 import shlex
 import statistics
 import sys
-from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -14,12 +13,10 @@ import tyro
 
 from common.tables import put_into
 from data_prep.manifest import read_manifest
-from launch import submit, sweep, sweeps
-from launch.grid import Point
-from launch.options import Options
+from launch import sweep, sweeps
 from launch.sweeps import CPU_PRESET, DEFAULT_PRESETS, RUNGS, SWEEPS, build_sweep, descend, descent_table
 from tests.helpers.runs import ROOT, called, rows, tiny_flags
-from train import main as trainer
+from tests.unit.launch.conftest import Interrupt
 from train.command_line import parse
 from train.presets import PRESETS
 
@@ -74,11 +71,14 @@ def test_command_lines_that_are_shown_parse() -> None:
     for line in COMMANDS:
         name, *words = shlex.split(line)[2:]
         options, flags = tyro.cli(sweep.SweepOptions, args=words, return_unknown_args=True)
-        if name != "descent":
+        if name == "recipe":
+            assert parse([CPU_PRESET, *flags], PRESETS).validate.tokens is not None
+        elif name != "descent":
             config = parse([options.preset or DEFAULT_PRESETS.get(name, CPU_PRESET), *flags], PRESETS)
             assert build_sweep(name, config).entries
         assert (options.minutes is not None) == (name == "budget")
-        page = "docs/ladder.md" if name in DEFAULT_PRESETS else "docs/experiments.md"
+        page = {"ladder": "docs/ladder.md", "epochs": "docs/ladder.md"}.get(name, "docs/experiments.md")
+        page = "docs/recipe.md" if name == "recipe" else page
         assert options.into in (None, Path(page))
 
 
@@ -107,8 +107,8 @@ def test_every_table_of_the_pages_was_made() -> None:
 
 def test_wrong_input_is_one_line(tmp_path: Path) -> None:
     for words, line in (
-        ([], "which sweep? descent, lr, batch, ablate, budget, ladder, epochs; given: none"),
-        (["lrs"], "which sweep? descent, lr, batch, ablate, budget, ladder, epochs; given: lrs"),
+        ([], "which sweep? descent, lr, batch, ablate, budget, ladder, epochs, recipe; given: none"),
+        (["lrs"], "which sweep? descent, lr, batch, ablate, budget, ladder, epochs, recipe; given: lrs"),
         (["lr", "--minutes", "1"], "--minutes M is for budget, and budget needs it"),
         (["budget"], "--minutes M is for budget, and budget needs it"),
         (["budget", "--minutes", "-1"], "--minutes -1 must be a finite number above 0"),
@@ -141,30 +141,6 @@ def test_a_missing_matplotlib_is_refused_before_anything_is_trained(
     done = called(sweep.main, "lr", *tiny(tiny_data, tmp_path / "sweep"))
     assert (done.returncode, done.stderr) == (2, "sweep: the picture needs matplotlib: pip install -e '.[plots]'\n")
     assert not (tmp_path / "sweep").exists()
-
-
-@pytest.fixture
-def interrupt_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int | None], list[str]]:
-    """Train in this process, with one Ctrl-C after a number of runs; the function returns the names of the runs."""
-
-    def set_up(num_runs: int | None) -> list[str]:
-        trained: list[str] = []
-
-        def train_here(options: Options, base: Path, code: Path, points: Sequence[Point]) -> None:
-            for point in points:
-                if len(trained) == num_runs:
-                    trained.append("interrupt")
-                    raise KeyboardInterrupt
-                trained.append(point.run_dir.name)
-                assert called(trainer.main, *point.args).returncode in (0, 2)
-
-        monkeypatch.setattr(submit, "train_here", train_here)
-        return trained
-
-    return set_up
-
-
-Interrupt = Callable[[int | None], list[str]]
 
 
 def test_a_sweep_trains_what_is_not_done_and_shows_all_runs(
