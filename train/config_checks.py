@@ -100,7 +100,7 @@ def faults_of(config: Config) -> list[str]:
             f"--optim.name muon is for the matrices of blocks, which --model.kind {config.model.kind} does not have; "
             "use --optim.name adamw"
         )
-    if optim.head_lr is not None and config.model.tie:
+    if optim.head_lr is not None and config.model.tie and config.model.kind == "gpt":
         faults.append(
             f"--optim.head-lr {optim.head_lr}: with --model.tie the head is the embedding, whose rate is "
             "--optim.embedding-lr; give that, or --model.no-tie"

@@ -18,12 +18,7 @@ import torch.multiprocessing as mp
 
 from train.processes.group import ProcessGroup
 
-PRELOADED = [
-    "train.main",
-    "torch._dynamo",
-    "pytest",
-    "tests.helpers.runs",
-]  # the second is imported when an optimizer is built
+PRELOADED = ["train.main", "torch._dynamo", "pytest", "tests.helpers.runs"]  # FSDP2 loads the second
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000  # linux/sched.h
 
 

@@ -115,6 +115,7 @@ def test_dry_run_warns_of_epochs_and_a_mode_that_does_not_fit_is_refused(tmp_pat
         ("--validate.hellaswag-items 5", "have no effect without --validate.hellaswag"),
         ("--validate.hellaswag x --validate.hellaswag-every None", "no effect with --validate.hellaswag-every None"),
         ("--optim.warmdown-fraction 0.5", "has no effect with --optim.schedule cosine"),
+        ("--optim.momentum 0.9", "--optim.momentum and --optim.momentum-warmup-steps have no effect without"),
         ("--optim.schedule constant --optim.lr-final 1e-5 --optim.warmup-steps 0", "--optim.lr-final"),
         ("--train.dtype tf32", "--train.dtype tf32 has no effect on a CPU"),
         ("--train.loss-chunk-tokens 99", "--train.loss-chunk-tokens 99 has no effect with --train.loss plain"),
@@ -125,6 +126,22 @@ def test_dry_run_warns_of_epochs_and_a_mode_that_does_not_fit_is_refused(tmp_pat
 def test_every_setting_without_effect_is_named(flags: str, message: str) -> None:
     (line,) = settings_without_effect(parsed(*flags.split()), "cpu", 2, "ddp")
     assert message in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--optim.name muon --model.kind heads", "--model.kind heads does not have; use --optim.name adamw"),
+        ("--optim.head-lr 1e-3", "--optim.head-lr 0.001: with --model.tie the head is the embedding"),
+        ("--optim.embedding-lr 0", "--optim.embedding-lr 0.0 must be more than 0"),
+        ("--optim.vector-lr inf", "--optim.vector-lr inf must be a finite number"),
+        ("--optim.momentum 1", "--optim.momentum 1.0 must lie in [0, 1)"),
+        ("--optim.momentum-warmup-steps -1", "--optim.momentum-warmup-steps -1 must not be negative"),
+    ],
+)
+def test_what_muon_cannot_be_is_refused(flags: str, message: str) -> None:
+    assert message in refusal(*flags.split())
+    assert parsed("--optim.name", "muon", "--model.no-tie", "--optim.head-lr", "1e-3").optim.head_lr == 1e-3
 
 
 def test_switches_are_flags() -> None:

@@ -16,6 +16,7 @@ from tests.helpers.runs import tiny_config
 from train.main import run
 from train.processes.group import ProcessGroup
 run(tiny_config(Path(sys.argv[1]), Path(sys.argv[2]), steps=2), ProcessGroup(0, 1, torch.device("cpu")))
+assert "torch._dynamo" not in sys.modules, "an eager run loads no compiler, which takes a second"
 import benchmarks.bench_saves, train.presets
 """
 
@@ -37,7 +38,9 @@ def test_no_command_loads_the_compiler_before_its_process_has_a_device_and_a_cac
     assert done.stdout == "[]\nFalse\n", done.stderr
 
 
-def test_a_run_without_a_command_line_needs_neither_tyro_nor_wandb(tiny_data: Path, tmp_path: Path) -> None:
+def test_a_run_without_a_command_line_needs_neither_tyro_nor_wandb_nor_the_compiler(
+    tiny_data: Path, tmp_path: Path
+) -> None:
     command = [sys.executable, "-c", RUN, str(tiny_data), str(tmp_path / "run")]
     done = subprocess.run(
         command, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
