@@ -36,7 +36,7 @@ SCHEDULES = {  # part of the steps that is warm-up, and flags
     "warm-down": (0.05, ("--optim.schedule", "wsd", "--optim.warmdown-fraction", "0.5")),
 }
 # Muon's other rates as parts of its own, chosen on the grid's text at 20 % of the tokens.
-OTHER_RATES = {"--optim.embedding-lr": 1.0, "--optim.head-lr": 0.25, "--optim.vector-lr": 0.25}
+OTHER_RATES = {"--optim.embedding-lr": 5.0, "--optim.head-lr": 0.25, "--optim.vector-lr": 0.5}
 ABSENT = "-"
 
 

@@ -100,8 +100,8 @@ MUTATIONS = [
     Mutation(
         "biases and norms decay",
         "train/optim.py",
-        'if p.dim() < 2], "weight_decay": 0.0}',
-        'if p.dim() < 2], "weight_decay": config.weight_decay}',
+        '(kind != "vector" and config.name == "adamw")',
+        'config.name == "adamw"',
         "tests/unit/train/test_optim.py",
     ),
     Mutation(
@@ -114,8 +114,8 @@ MUTATIONS = [
     Mutation(
         "small gradients are blown up to the clipping norm",
         "train/optim.py",
-        "excess = (norm / clip_norm).clamp(min=1.0)",
-        "excess = norm / clip_norm",
+        "excess = (norm / config.clip_norm).clamp(min=1.0)",
+        "excess = norm / config.clip_norm",
         "tests/unit/train/test_optim.py tests/golden",
     ),
     Mutation(
@@ -128,9 +128,51 @@ MUTATIONS = [
     Mutation(
         "a step that is not finite is made",
         "train/optim.py",
-        "optimizer.found_inf = (~is_finite).float()",
-        "optimizer.found_inf = torch.zeros_like(norm)",
+        "found_inf=(~is_finite).float()",
+        "found_inf=torch.zeros_like(is_finite, dtype=torch.float32)",
         "tests/unit/train/test_optim.py tests/distributed/test_nonfinite.py",
+    ),
+    Mutation(
+        "Muon steps along its momentum, not beyond it",
+        "train/muon.py",
+        "    torch._foreach_lerp_(gradients, momenta, momentum)\n",
+        "    torch._foreach_copy_(gradients, momenta)\n",
+        "tests/unit/train/test_muon.py",
+    ),
+    Mutation(
+        "Muon takes tall matrices for wide ones",
+        "train/muon.py",
+        "return max(1.0, rows / columns) ** 0.5",
+        "return max(1.0, columns / rows) ** 0.5",
+        "tests/unit/train/test_muon.py",
+    ),
+    Mutation(
+        "Muon takes queries, keys and values for one matrix",
+        "model/gpt.py",
+        'return 3 if name.endswith("c_attn.weight") else 1',
+        "return 1",
+        "tests/unit/train/test_muon.py",
+    ),
+    Mutation(
+        "Muon makes a step that is not finite",
+        "train/muon.py",
+        "        torch.where(is_finite, gradient, buffer, out=gradient)\n",
+        "        pass\n",
+        "tests/unit/train/test_muon.py",
+    ),
+    Mutation(
+        "slices of Muon's weights come back in another order",
+        "train/parallel/state_slices.py",
+        "for shard in range(grid.shards) for replica in range(grid.replicas)]",
+        "for replica in range(grid.replicas) for shard in range(grid.shards)]",
+        "tests/distributed/test_muon.py -k hsdp4",
+    ),
+    Mutation(
+        "AdamW's slices are not handed round",
+        "train/optim.py",
+        "    if optimizer.slices is not None:\n        optimizer.slices.share(",
+        "    if False and optimizer.slices is not None:\n        optimizer.slices.share(",
+        "tests/distributed/test_muon.py -k ddp",
     ),
     Mutation(
         "the oldest checkpoint is resumed",
