@@ -7,11 +7,13 @@ import math
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from model.config import ModelConfig
 from model.gpt import GPT, build_model
+from train import muon
 from train.config import OptimConfig
-from train.muon import NEWTON_SCHULZ, cost, orthogonalised
+from train.muon import NEWTON_SCHULZ, _applied, _applied_in_batches, cost, orthogonalised
 from train.optim import build_optimizer, kind_of, learning_rate, momentum_at, sum_of_squares, update
 from train.parallel.state_slices import Grid, MatrixOwners, assign
 
@@ -71,7 +73,7 @@ def test_three_updates_equal_torchs_muon_and_adamw(monkeypatch: pytest.MonkeyPat
             matrices[name] = [chunk.clone().requires_grad_() for chunk in chunks]
         else:
             (embeddings if kind == "embedding" else vectors).append(parameter)
-    muon = torch.optim.Muon(
+    matrix_optimizer = torch.optim.Muon(
         [part for whole in matrices.values() for part in whole], lr=0.02, momentum=0.95, weight_decay=0.1
     )
     groups = [{"params": embeddings, "lr": 3e-3}, {"params": vectors, "lr": 1e-3}]
@@ -87,7 +89,7 @@ def test_three_updates_equal_torchs_muon_and_adamw(monkeypatch: pytest.MonkeyPat
             assert gradient is not None
             for part, part_gradient in zip(whole, gradient.chunk(len(whole)), strict=True):
                 part.grad = part_gradient
-        muon.step()
+        matrix_optimizer.step()
         adamw.step()
         norm = sum_of_squares(ours.parameters()).sqrt().float()
         update(optimizer, step, 0.02, norm, torch.isfinite(norm))
@@ -181,3 +183,36 @@ def test_owners_are_balanced_and_rounds_hold_every_matrix() -> None:
 def test_the_polynomials_are_jordans() -> None:
     assert len(NEWTON_SCHULZ) == 5
     assert sum(NEWTON_SCHULZ[0]) == pytest.approx(0.701)
+
+
+def test_batches_of_a_gpu_are_computed_like_single_matrices() -> None:
+    matrix = random_matrix(8, 24) / 20
+    for polynomial in NEWTON_SCHULZ[:2]:
+        expected = _applied(matrix, polynomial)
+        torch.testing.assert_close(_applied_in_batches(torch.stack([matrix, matrix]), polynomial)[1], expected)
+        matrix = expected
+
+
+def test_an_update_on_a_gpu_is_in_bf16_and_waits_for_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fake CUDA tensors have shapes, dtypes and devices, and raise where the host would read a number.
+
+    AdamW's kernel is not in a build of torch for CPUs.
+    """
+    seen: list[tuple[torch.dtype, str]] = []
+    sound = _applied_in_batches
+
+    def applied_in_batches(x_BNM: Tensor, polynomial: muon.Polynomial) -> Tensor:
+        seen.append((x_BNM.dtype, x_BNM.device.type))
+        return sound(x_BNM, polynomial)
+
+    monkeypatch.setattr(muon, "_applied_in_batches", applied_in_batches)
+    with FakeTensorMode(), torch.device("cuda"):
+        model = GPT(TINY)
+        optimizer = build_optimizer(model, CONFIG)
+        (group,) = [group for group in optimizer.groups if group.kind == "matrix"]
+        momenta = [optimizer.state[parameter]["momentum"] for parameter in group.parameters]
+        gradients = [torch.empty_like(momentum) for momentum in momenta]
+        assert optimizer.matrix_updates is not None
+        optimizer.matrix_updates.make(gradients, momenta, 0.95, 0.02, 0.1, torch.ones(()), torch.ones(()).isfinite())
+    assert seen == [(torch.bfloat16, "cuda")] * 2 * 5, "two batches: 16 x 16, and 16 x 64 with its transpose"
+    assert {tensor.dtype for tensor in [*momenta, *group.parameters]} == {torch.float32}
