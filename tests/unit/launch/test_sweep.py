@@ -23,7 +23,7 @@ from train.presets import PRESETS
 PRESET = "shakespeare-char-cpu"
 COMMANDS = [
     line.strip().split("#")[0]
-    for name in ("README.md", "docs/experiments.md", "docs/ladder.md", "launch/sweep.py")
+    for name in ("README.md", "docs/experiments.md", "docs/ladder.md", "docs/recipe.md", "launch/sweep.py")
     for line in (ROOT / name).read_text(encoding="utf-8").splitlines()
     if "python launch/sweep.py" in line
 ]
