@@ -157,6 +157,7 @@ class Tape(CommDebugMode):
 class Counted:
     """What one rank communicated in a step, in the validation after it and in the next step."""
 
+    rank: int
     config: Config
     parallel_plan: ParallelPlan
     rounds: int
@@ -175,6 +176,7 @@ class Counted:
             micro_batches=micro_batches,
             compute_dtype=dtype,
             update_dtype=update_dtype("cpu") if self.config.optim.name == "muon" else None,
+            rank=self.rank,
         )
 
 
@@ -191,7 +193,7 @@ def count(group: ProcessGroup, config: Config) -> Counted:
             evaluate(run)
         next_step = count_step(run)
     rounds = -(-num_batches // group.world)
-    return Counted(config, run.processes.parallel_plan, rounds, step, validation.counts(), next_step)
+    return Counted(group.rank, config, run.processes.parallel_plan, rounds, step, validation.counts(), next_step)
 
 
 def count_step(run: Run) -> Communication:

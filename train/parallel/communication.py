@@ -56,6 +56,7 @@ def step_communication(
     micro_batches: int,
     compute_dtype: torch.dtype,
     update_dtype: torch.dtype | None = None,
+    rank: int = 0,
 ) -> Communication:
     """Return the collectives of a step of `micro_batches`, without those of validation, sampling and checkpoints.
 
@@ -88,7 +89,7 @@ def step_communication(
     it holds 1 MiB (the first) or 25 MiB. The gradients of a compiled block may become ready in another order, which can
     shift the end of a bucket.
 
-    With Muon, which computes in `update_dtype` (None: AdamW alone), `muon_communication` is added.
+    With Muon, which computes in `update_dtype` (None: AdamW alone), `muon_communication` of `rank` is added.
 
     In a ring each rank sends (S - 1) / S of the bytes that are gathered or scattered, and 2 (R - 1) / R of the bytes
     that are all-reduced over R ranks (Patarasuk & Yuan 2009).
@@ -122,12 +123,14 @@ def step_communication(
     step = Communication(all_gathers, reduce_scatters, Collectives(count, num_bytes))
     if update_dtype is None or shards * replicas == 1:
         return step
-    more_gathers, all_to_alls = muon_communication(model, Grid(replicas, shards), update_dtype)
+    more_gathers, all_to_alls = muon_communication(model, Grid(replicas, shards), update_dtype, rank)
     return replace(step, all_gathers=all_gathers + more_gathers, all_to_alls=all_to_alls)
 
 
-def muon_communication(model: LanguageModel, grid: Grid, update_dtype: torch.dtype) -> tuple[Collectives, Collectives]:
-    """Return the all-gathers and all-to-alls of Muon's update, as rank 0 sees them.
+def muon_communication(
+    model: LanguageModel, grid: Grid, update_dtype: torch.dtype, rank: int
+) -> tuple[Collectives, Collectives]:
+    """Return the all-gathers and all-to-alls of Muon's update. Their bytes differ between ranks where rows do.
 
     In each round of the matrices' exchange, an all-to-all brings the ranks' slices to the owners, another brings the
     owners' results to the shards of a replica (if S > 1), and an all-gather to the other replicas (if R > 1). With
@@ -139,19 +142,19 @@ def muon_communication(model: LanguageModel, grid: Grid, update_dtype: torch.dty
             weights[name] = parameter
         else:
             others.append(parameter)
-    owners = make_owners(weights, grid)
+    owners, shard = make_owners(weights, grid), rank % grid.shards
     gathered = sent = 0
     for number, owned in enumerate(owners.rounds):
-        sent += sum(owners.slice_numel(index, 0) for indices in owned for index in indices)
+        sent += sum(owners.slice_numel(index, rank) for indices in owned for index in indices)
         if grid.shards > 1:
-            sent += sum(owners.shapes[index][0] * owners.shapes[index][1] for index in owned[0])
+            sent += sum(owners.shapes[index][0] * owners.shapes[index][1] for index in owned[rank])
         if grid.replicas > 1:
-            gathered += grid.replicas * owners.gathered_numel(number, 0)
+            gathered += grid.replicas * owners.gathered_numel(number, shard)
     num_rounds = len(owners.rounds)
     all_to_alls = Collectives(num_rounds * (1 + (grid.shards > 1)), update_dtype.itemsize * sent)
     if grid.replicas == 1:
         return Collectives(0, 0), all_to_alls
-    shared = sum(len(grid.slice_rows(len(p), 0)) * (p.numel() // len(p)) for p in others)
+    shared = sum(math.ceil(len(grid.shard_rows(len(p), shard)) / grid.replicas) * (p.numel() // len(p)) for p in others)
     num_bytes = update_dtype.itemsize * gathered + FP32_BYTES * grid.replicas * shared
     return Collectives(num_rounds + 1, num_bytes), all_to_alls
 
