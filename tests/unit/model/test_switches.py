@@ -83,9 +83,9 @@ def switched(**switches: Any) -> ModelConfig:
     return dataclasses.replace(TINY, **switches)
 
 
-def moved(config: ModelConfig, seed: int = 1) -> GPT:
+def moved(config: ModelConfig, seed: int = 1, compute_dtype: torch.dtype = torch.float32) -> GPT:
     """Return a model whose parameters are all away from their initial 0, 1 and 0.5."""
-    model = build_model(config, seed=seed)
+    model = build_model(config, seed=seed, compute_dtype=compute_dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
