@@ -214,6 +214,8 @@ SWITCHED: list[dict[str, Any]] = [
     LONG | RECIPE | BF16,
     DEEP | RECIPE | {"activation_checkpointing": True, "value_embeddings": 3},
     LONG | RECIPE | {"loss": "chunked"},
+    # The peak is in the middle, where the most gradients of skipped outputs wait.
+    DEEP | {"skips": True, "sequences": 12, "num_layers": 16, "activation_checkpointing": True},
 ]
 
 
