@@ -2,20 +2,54 @@
 
 import hashlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from model.config import ModelConfig
+from model.config import ModelConfig, Softcap
 
 INIT_STD = 0.02  # Radford et al. 2018, section 4.1
 # Parameters with a row for each id. Tied, they are one parameter, which is saved once, under the first name.
 EMBEDDING, HEAD = "transformer.wte.weight", "lm_head.weight"
 
 
-def softcapped(logits: Tensor, cap: float | None) -> Tensor:
-    """Return cap x tanh(logits / cap) in the dtype of the logits, which should be fp32; the logits if cap is None."""
-    return logits if cap is None else cap * torch.tanh(logits / cap)
+def softcapped(logits: Tensor, softcap: Softcap | None) -> Tensor:
+    """Return the bounded logits in their own dtype, which should be fp32; the logits if `softcap` is None."""
+    if softcap is None:
+        return logits
+    if softcap.form == "rsqrt":
+        capped: Tensor = RsqrtSoftcap.apply(logits, softcap.cap)
+        return capped
+    return softcap.cap * torch.tanh(logits / softcap.cap)
+
+
+def softcap_slope(capped: Tensor, softcap: Softcap) -> Tensor:
+    """Return the derivative of `softcapped` where it returned `capped`.
+
+    For y = c tanh(x / c) it is 1 - (y / c)^2, and (x^2 / c^2 + 1)^(-3/2) = (1 - (y / c)^2)^(3/2) for the other form.
+    """
+    slope = 1 - (capped / softcap.cap).square()
+    if softcap.form == "rsqrt":
+        slope.clamp_(min=0)  # rounding takes y beyond c where logits are 4,000 times the cap
+        slope *= slope.sqrt()
+    return slope
+
+
+class RsqrtSoftcap(torch.autograd.Function):
+    """x / sqrt(x^2 / cap^2 + 1), of which the result is kept. torch's own derivatives would keep two other tensors."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cap: float) -> Tensor:
+        y = x * (x.square() / cap**2 + 1).rsqrt()
+        ctx.save_for_backward(y)
+        ctx.cap = cap
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (y,) = ctx.saved_tensors
+        return gradients[0] * softcap_slope(y, Softcap(ctx.cap, "rsqrt")), None
 
 
 class LanguageModel(nn.Module):
@@ -51,8 +85,8 @@ class LanguageModel(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """Apply the head and --model.logit-softcap: hidden states [..., D] -> logits [..., V]."""
         logits = self.lm_head(x)
-        cap = self.config.logit_softcap
-        return logits if cap is None else softcapped(logits.float(), cap).to(logits.dtype)
+        softcap = self.config.softcap
+        return logits if softcap is None else softcapped(logits.float(), softcap).to(logits.dtype)
 
     def check_length(self, tokens_BT: Tensor) -> int:
         """Return T. Raise ValueError if the model has fewer positions."""

@@ -3,14 +3,22 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from common.flags import HIDDEN
 
 Kind = Literal["bigram", "head", "heads", "block", "gpt"]
+SoftcapForm = Literal["tanh", "rsqrt"]
 MLP_TOLERANCE = 0.02  # relative difference allowed between SwiGLU's parameters and those of two 4 x width matrices
 # Fields that say how large a model is, not which architecture it has.
 SIZES = ("num_layers", "num_heads", "width", "vocab_multiple", "vocab_size", "context_len", "eot_id")
+
+
+class Softcap(NamedTuple):
+    """A bound on the logits: --model.logit-softcap and --model.softcap-form."""
+
+    cap: float
+    form: SoftcapForm = "tanh"
 
 
 @dataclass(frozen=True)
@@ -51,10 +59,30 @@ class ModelConfig:
     """Apply RMSNorm to each head's queries and keys before rope; the heads share the gains (Dehghani et al. 2023,
     "ViT-22B", with LayerNorm; Qwen3 has RMSNorm)."""
     logit_softcap: float | None = None
-    """Bound the logits: cap x tanh(logits / cap) (Gemma Team 2024, section 2, with a cap of 30). None: no bound."""
+    """Bound the logits by this cap (Gemma Team 2024, section 2, with a cap of 30). None: no bound."""
+    softcap_form: SoftcapForm = "tanh"
+    """The function that bounds the logits. tanh: cap x tanh(logits / cap). rsqrt: cap x logits / sqrt(logits^2 +
+    cap^2), which costs a GPU less and nears the cap more slowly (Jordan et al. 2024, modded-nanogpt)."""
     zero_init_projections: bool = False
     """Start the last matrix of attention and of the MLP at 0, so that each block starts as the identity (Zhang, Dauphin
     & Ma 2019, section 3)."""
+    zero_init_head: bool = False
+    """Start an own head (--model.no-tie) at 0, so that all tokens are equally likely at first (Yang et al. 2022,
+    appendix D.2)."""
+    embedding_norm: bool = False
+    """Apply the norm of --model.norm to the embedding too, before the first block (Le Scao et al. 2022, "BLOOM",
+    section 3.2)."""
+    embedding_shortcut: bool = False
+    """Add the embedding to the input of every block: x + a x_0. Each block learns one a, which starts at 0 (Jordan et
+    al. 2024, modded-nanogpt)."""
+    value_embeddings: int = 0
+    """Number of further tables with a row for each token, at most one for two blocks. Blocks i and L - 1 - i of L add
+    the token's row of table i, times b, to their values. Each of them learns one b, which starts at 0.5 (Jordan et al.
+    2024, modded-nanogpt)."""
+    skips: bool = False
+    """Add the outputs of the first half of the blocks to the inputs of the second half: block i of L gets the output
+    of block L - 1 - i, times c. Each block of the second half learns one c, which starts at 1 (Jordan et al. 2024,
+    modded-nanogpt)."""
     value_residual: bool = False
     """Mix the values of every later block with the first block's: a v_1 + (1 - a) v. Each block learns one a, which
     starts at 0.5 (Zhou et al. 2024, arXiv 2410.17897, "ResFormer")."""
@@ -93,6 +121,20 @@ class ModelConfig:
         return self.norm != "none" and self.norm_place == "pre"
 
     @property
+    def softcap(self) -> Softcap | None:
+        return None if self.logit_softcap is None else Softcap(self.logit_softcap, self.softcap_form)
+
+    def value_table(self, index: int) -> int | None:
+        """Return which value embedding block `index` adds to its values, None for no one."""
+        table = min(index, self.num_layers - 1 - index)
+        return table if table < self.value_embeddings else None
+
+    def skip_source(self, index: int) -> int | None:
+        """Return the block whose output block `index` adds to its input, None for no one."""
+        source = self.num_layers - 1 - index
+        return source if self.skips and source < index else None
+
+    @property
     def padded_vocab_size(self) -> int:
         """Return the rows of the embedding. The padding rows are never trained, scored or sampled."""
         return -(-self.vocab_size // self.vocab_multiple) * self.vocab_multiple
@@ -122,6 +164,16 @@ class ModelConfig:
             )
         if self.norm == "none" and self.norm_place == "post":
             faults.append("--model.norm-place post says where norms stand, but --model.norm none has none; choose one")
+        if self.norm == "none" and self.embedding_norm:
+            faults.append("--model.embedding-norm applies the norm of --model.norm, which is none; choose one")
+        if self.zero_init_head and self.tie:
+            faults.append("--model.zero-init-head needs --model.no-tie: a tied head is the embedding")
+        most = -(-self.num_layers // 2)
+        if not 0 <= self.value_embeddings <= most:
+            faults.append(
+                f"--model.value-embeddings {self.value_embeddings} must be from 0 to {most}, half of "
+                f"--model.num-layers {self.num_layers} rounded up"
+            )
         switches = [name for name in self.switched() if name != "kind"]
         if self.kind != "gpt" and switches:
             faults.append(f"{', '.join(map(flag_of, switches))}: only for --model.kind gpt, not for {self.kind}")

@@ -63,14 +63,17 @@ def count_parameters(config: ModelConfig) -> dict[str, int]:
             "head": V * D,
         }
     inner = config.num_mlp_matrices - 1  # the MLP's matrices D x F; one more is F x D
-    num_norms = 0 if config.norm == "none" else 2 * L + config.has_last_norm
+    num_norms = 0 if config.norm == "none" else 2 * L + config.has_last_norm + config.embedding_norm
+    num_tables_read = sum(config.value_table(index) is not None for index in range(L))
     norm = 2 * D if config.norm == "layernorm" and config.bias else D
     return {
         "token embedding": V * D,
         "position embedding": config.context_len * D if config.position_embedding == "learned" else 0,
-        "attention": L * 4 * D * (D + config.bias) + (L - 1) * config.value_residual,
+        "value embeddings": config.value_embeddings * V * D,
+        "attention": L * 4 * D * (D + config.bias) + (L - 1) * config.value_residual + num_tables_read,
         "mlp": L * ((inner + 1) * D * F + config.bias * (inner * F + D)),
         "norms": num_norms * norm + L * 2 * config.head_size * config.qk_norm,
+        "shortcuts and skips": L * config.embedding_shortcut + L // 2 * config.skips,
         "head": 0 if config.tie else V * D,
     }
 
@@ -117,7 +120,7 @@ def model_cost(config: ModelConfig) -> Cost:
     """Return the totals of a model."""
     parameters = sum(count_parameters(config).values())
     num_padding_rows = config.padded_vocab_size - config.vocab_size if config.kind == "gpt" else 0
-    padding = num_padding_rows * config.width * (1 if config.tie else 2)
+    padding = num_padding_rows * config.width * ((1 if config.tie else 2) + config.value_embeddings)
     passes = (count_forward_flops, count_backward_flops)
     flops = sum(sum(count(config, batch=1, seq_len=config.context_len).values()) for count in passes)
     num_stored = parameters + padding

@@ -1,7 +1,8 @@
-"""GPT-2 (Radford et al. 2019) and every switch of model/config.py: the whole forward pass in one file.
+"""GPT-2 (Radford et al. 2019) and every switch of model/config.py: the whole forward pass.
 
 The model is plain single-device PyTorch. It knows nothing of processes, precision policies or training.
-Read it from its last class upward: GPT calls its blocks, a Block calls Attention and MLP.
+Read it from its last class upward: GPT calls its blocks, a Block calls Attention and MLP. Its layers are those of
+torch, with casts (model/layers.py).
 
 Tensors carry their shape in their name: B batch, T time, D model, H heads, K head size, F feed-forward, V padded
 vocabulary. State-dict names are Hugging Face's; every matrix has nn.Linear's orientation.
@@ -17,59 +18,14 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from model.base import EMBEDDING, HEAD, INIT_STD, LanguageModel, init_weights
 from model.config import ModelConfig
-from model.linear import linear
+from model.layers import NORM_EPS, Embedding, Linear, RMSNorm, learned_number, make_norm, plus_scaled
 
-NORM_EPS = 1e-5
 ROPE_BASE = 10_000.0  # Su et al. 2021, section 3.2.2
-VALUE_MIX = 0.5  # a block's own values and the first block's in equal parts
+# Initial values of a block's learned numbers: its own values and the first block's in equal parts; half a row of the
+# value embedding; nothing of the embedding; the whole output of an earlier block.
+INITIAL_NUMBERS = {"value_mix": 0.5, "table_scale": 0.5, "shortcut_scale": 0.0, "skip_scale": 1.0}
 
 Rotation = tuple[Tensor, Tensor]  # cosines and sines, fp32 [T, K], or [B, 1, T, K] where rows have other positions
-
-
-# --- Layers: fp32 weights that serve a residual stream of any dtype ---------------------------------------------------
-
-
-class Linear(nn.Linear):
-    """nn.Linear that uses its fp32 master weights in the dtype of its input. `init_weights` gives their values."""
-
-    def reset_parameters(self) -> None:
-        """Draw nothing: on the meta device that would load the compiler, which takes a second."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return linear(x, self.weight.to(x.dtype), bias)
-
-
-class Embedding(nn.Embedding):
-    """nn.Embedding, to which `init_weights` gives its values."""
-
-    def reset_parameters(self) -> None:
-        """Draw nothing, as in Linear."""
-
-
-class LayerNorm(nn.LayerNorm):
-    """nn.LayerNorm computed in fp32 whatever the dtype of the residual stream, as autocast would."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight.float()  # FSDP2 gathers the weights in the dtype of the stream
-        bias = None if self.bias is None else self.bias.float()
-        return F.layer_norm(x.float(), self.normalized_shape, weight, bias, self.eps).to(x.dtype)
-
-
-class RMSNorm(nn.RMSNorm):
-    """nn.RMSNorm computed in fp32 whatever the dtype of the residual stream."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
-
-
-def make_norm(config: ModelConfig) -> nn.Module:
-    """Return the norm that --model.norm names; the identity, which has no parameters, for none."""
-    if config.norm == "none":
-        return nn.Identity()
-    if config.norm == "rmsnorm":
-        return RMSNorm(config.width, eps=NORM_EPS)
-    return LayerNorm(config.width, eps=NORM_EPS, bias=config.bias)
 
 
 # --- Positions and masks ----------------------------------------------------------------------------------------------
@@ -143,6 +99,9 @@ class Shared(NamedTuple):
     rotation: Rotation | None = None
     mask: BlockMask | None = None
     first_values_BHTK: Tensor | None = None
+    table_rows_BTD: Tensor | None = None
+    embedding_BTD: Tensor | None = None
+    skipped_BTD: Tensor | None = None
     cache: BlockCache | None = None
     visible_B1TS: Tensor | None = None
 
@@ -150,7 +109,7 @@ class Shared(NamedTuple):
 class Attention(nn.Module):
     """Causal multi-head self-attention: x_BTD -> (y_BTD to add to the stream, the values if later blocks mix them)."""
 
-    def __init__(self, config: ModelConfig, *, is_first: bool) -> None:
+    def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         self.num_heads = config.num_heads
         self.kind = config.attention
@@ -158,14 +117,15 @@ class Attention(nn.Module):
         self.c_proj = Linear(config.width, config.width, bias=config.bias)
         self.q_norm = RMSNorm(config.head_size, eps=NORM_EPS) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_size, eps=NORM_EPS) if config.qk_norm else None
-        self.gives_values = config.value_residual and is_first
-        # One element rather than a scalar, which FSDP2 cannot shard.
-        self.value_mix = nn.Parameter(torch.empty(1)) if config.value_residual and not is_first else None
+        self.gives_values = config.value_residual and index == 0
+        self.value_mix = learned_number(config.value_residual and index > 0)
+        self.table_scale = learned_number(config.value_table(index) is not None)
 
     def queries_keys_values(self, x_BTD: Tensor, shared: Shared) -> tuple[Tensor, Tensor, Tensor]:
-        """Return queries, keys and values after QK-norm, rotation and value mixing, each [B, H, T, K]."""
+        """Return queries, keys and values after QK-norm, rotation and all additions, each [B, H, T, K]."""
         B, T, D = x_BTD.shape
         q_BTD, k_BTD, v_BTD = self.c_attn(x_BTD).split(D, dim=2)
+        v_BTD = plus_scaled(v_BTD, shared.table_rows_BTD, self.table_scale)
         q_BTHK, k_BTHK, v_BTHK = (y_BTD.view(B, T, self.num_heads, -1) for y_BTD in (q_BTD, k_BTD, v_BTD))
         if self.q_norm is not None and self.k_norm is not None:  # before the transpose, so that the result is dense
             q_BTHK, k_BTHK = self.q_norm(q_BTHK), self.k_norm(k_BTHK)
@@ -244,15 +204,19 @@ class Block(nn.Module):
     after each addition.
     """
 
-    def __init__(self, config: ModelConfig, *, is_first: bool) -> None:
+    def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         self.is_post_norm = config.norm_place == "post"
         self.ln_1 = make_norm(config)
-        self.attn = Attention(config, is_first=is_first)
+        self.attn = Attention(config, index)
         self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
+        self.shortcut_scale = learned_number(config.embedding_shortcut)
+        self.skip_scale = learned_number(config.skip_source(index) is not None)
 
     def forward(self, x_BTD: Tensor, shared: Shared) -> tuple[Tensor, Tensor | None]:
+        x_BTD = plus_scaled(x_BTD, shared.embedding_BTD, self.shortcut_scale)
+        x_BTD = plus_scaled(x_BTD, shared.skipped_BTD, self.skip_scale)
         if self.is_post_norm:
             y_BTD, values_BHTK = self.attn(x_BTD, shared)
             x_BTD = self.ln_1(x_BTD + y_BTD)
@@ -260,6 +224,11 @@ class Block(nn.Module):
         y_BTD, values_BHTK = self.attn(self.ln_1(x_BTD), shared)
         x_BTD = x_BTD + y_BTD
         return x_BTD + self.mlp(self.ln_2(x_BTD)), values_BHTK
+
+
+def another_view(x: Tensor) -> Tensor:
+    """Return x as another tensor object: a block that gets one object twice would be compiled by itself."""
+    return x.view_as(x)
 
 
 class GPT(LanguageModel):
@@ -270,7 +239,11 @@ class GPT(LanguageModel):
         parts: dict[str, nn.Module] = {"wte": Embedding(config.padded_vocab_size, config.width)}
         if config.position_embedding == "learned":
             parts["wpe"] = Embedding(config.context_len, config.width)
-        parts["h"] = nn.ModuleList(Block(config, is_first=index == 0) for index in range(config.num_layers))
+        parts["vte"] = nn.ModuleList(
+            Embedding(config.padded_vocab_size, config.width) for _ in range(config.value_embeddings)
+        )
+        parts["ln_e"] = make_norm(config) if config.embedding_norm else nn.Identity()
+        parts["h"] = nn.ModuleList(Block(config, index) for index in range(config.num_layers))
         parts["ln_f"] = make_norm(config) if config.has_last_norm else nn.Identity()
         self.transformer = nn.ModuleDict(parts)
         self.lm_head = Linear(config.width, config.padded_vocab_size, bias=False)
@@ -294,8 +267,9 @@ class GPT(LanguageModel):
 
     @property
     def compiled_parts(self) -> list[nn.Module]:
-        """Return the modules to compile: the blocks, alike but for the first, and the last norm."""
-        return [*self.blocks, *([self.transformer["ln_f"]] if self.config.has_last_norm else [])]
+        """Return the modules to compile: the blocks, and the norms before and after them."""
+        norms = [self.transformer["ln_e"]] if self.config.embedding_norm else []
+        return [*self.blocks, *norms, *([self.transformer["ln_f"]] if self.config.has_last_norm else [])]
 
     def hidden_states(self, tokens_BT: Tensor, past: Past | None = None) -> Tensor:
         """Return the normalised residual stream after the last block, x_BTD. `past`: the tokens before these."""
@@ -304,34 +278,45 @@ class GPT(LanguageModel):
         x_BTD = self.transformer["wte"](tokens_BT)
         if config.position_embedding == "learned":
             x_BTD = x_BTD + self.transformer["wpe"](positions)
-        x_BTD = x_BTD.to(self.compute_dtype)
+        x_BTD = self.transformer["ln_e"](x_BTD).to(self.compute_dtype)
+        tables_rows = [table(tokens_BT).to(self.compute_dtype) for table in self.transformer["vte"].children()]
         heads_positions = positions if past is None else positions[:, None]  # [T], or [B, 1, T]
         visible_B1TS = None if past is None else past.visible(tokens_BT)
         needs_mask = config.attention == "flex" and visible_B1TS is None
         shared = Shared(
             rotation=rope_rotation(heads_positions, config.head_size) if config.position_embedding == "rope" else None,
             mask=document_mask(tokens_BT, config.eot_id) if needs_mask else None,
+            embedding_BTD=another_view(x_BTD) if config.embedding_shortcut else None,
             visible_B1TS=visible_B1TS,
         )
+        skipped: dict[int, Tensor] = {}
         for index, block in enumerate(self.blocks):
-            if past is not None:
-                shared = shared._replace(cache=past.of_block(index))
+            table, source = config.value_table(index), config.skip_source(index)
+            shared = shared._replace(
+                table_rows_BTD=None if table is None else tables_rows[table],
+                skipped_BTD=None if source is None else skipped.pop(source),
+                cache=None if past is None else past.of_block(index),
+            )
             x_BTD, values_BHTK = block(x_BTD, shared)
             if values_BHTK is not None:
                 shared = shared._replace(first_values_BHTK=values_BHTK)
+            if config.skips and 2 * index + 1 < config.num_layers:
+                skipped[index] = another_view(x_BTD)
         return self.transformer["ln_f"](x_BTD)
 
     def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
         """Return GPT-2's initial value: normal(0, 0.02), residual projections / sqrt(2 L) (or 0), biases 0, norms 1."""
-        config, value = self.config, torch.zeros(shape)
-        if name.endswith("value_mix"):
-            value.fill_(VALUE_MIX)
-        elif (".ln_" in name or "_norm." in name) and name.endswith("weight"):
+        config, value, last = self.config, torch.zeros(shape), name.rpartition(".")[2]
+        is_projection = name.endswith("c_proj.weight")
+        is_zero = (config.zero_init_projections and is_projection) or (config.zero_init_head and name == HEAD)
+        if last in INITIAL_NUMBERS:
+            value.fill_(INITIAL_NUMBERS[last])
+        elif (".ln_" in name or "_norm." in name) and last == "weight":
             value.fill_(1.0)
-        elif not name.endswith("bias") and not (config.zero_init_projections and name.endswith("c_proj.weight")):
+        elif last != "bias" and not is_zero:
             # Radford et al. 2019, section 2.3
-            std = INIT_STD / math.sqrt(2 * config.num_layers) if name.endswith("c_proj.weight") else INIT_STD
-            rows = config.vocab_size if name in (EMBEDDING, HEAD) else shape[0]
+            std = INIT_STD / math.sqrt(2 * config.num_layers) if is_projection else INIT_STD
+            rows = config.vocab_size if name in (EMBEDDING, HEAD) or ".vte." in name else shape[0]
             value[:rows].normal_(0.0, std, generator=generator)
         return value
 

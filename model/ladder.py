@@ -37,7 +37,8 @@ from data_prep.manifest import open_split
 from data_prep.tokenizer import CharTokenizer, load_tokenizer
 from model.base import INIT_STD, LanguageModel
 from model.config import ModelConfig
-from model.gpt import GPT, Embedding, LayerNorm, Linear
+from model.gpt import GPT
+from model.layers import Embedding, LayerNorm, Linear
 
 
 def make_model(config: ModelConfig, *, compute_dtype: torch.dtype = torch.float32) -> LanguageModel:

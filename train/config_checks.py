@@ -162,6 +162,10 @@ def settings_without_effect(config: Config, device_type: str, world: int, mode: 
         )
     if model.value_residual and model.num_layers == 1:
         warnings.append("--model.value-residual has no effect with --model.num-layers 1: there are no later blocks")
+    if model.skips and model.num_layers == 1:
+        warnings.append("--model.skips has no effect with --model.num-layers 1: there are no later blocks")
+    if model.softcap_form != "tanh" and model.logit_softcap is None:
+        warnings.append(f"--model.softcap-form {model.softcap_form} has no effect without --model.logit-softcap")
     backend = config.train.attention_backend
     if backend != "auto" and (model.attention != "sdpa" or model.kind != "gpt"):
         which = f"--model.attention {model.attention}" if model.kind == "gpt" else f"--model.kind {model.kind}"

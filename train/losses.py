@@ -16,8 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.base import LanguageModel, softcapped
-from model.config import ModelConfig
+from model.base import LanguageModel, softcap_slope, softcapped
+from model.config import ModelConfig, Softcap
 from model.linear import linear
 from train.parallel import fp8
 from train.parallel.fp8 import Scaled
@@ -36,13 +36,12 @@ class Head(NamedTuple):
 ChunkFunction = Callable[..., tuple[Tensor, Tensor, Tensor]]
 
 
-def token_losses(logits_NV: Tensor, targets_N: Tensor, vocab_size: int, cap: float | None = None) -> Tensor:
+def token_losses(logits_NV: Tensor, targets_N: Tensor, vocab_size: int, softcap: Softcap | None = None) -> Tensor:
     """Return the loss of each token in nats, fp32 [N], 0 where the target is ignored.
 
-    Columns of `logits_NV` from `vocab_size` on are padding. The logits are not capped yet; `cap`:
-    --model.logit-softcap.
+    Columns of `logits_NV` from `vocab_size` on are padding. The logits are not capped yet.
     """
-    logits_NV = softcapped(logits_NV[:, :vocab_size].float(), cap)
+    logits_NV = softcapped(logits_NV[:, :vocab_size].float(), softcap)
     return F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORED, reduction="none")
 
 
@@ -52,30 +51,30 @@ def plain_loss(
     targets_N: Tensor,
     scale: Tensor,
     vocab_size: int,
-    cap: float | None = None,
+    softcap: Softcap | None = None,
     *,
     product: Callable[[Tensor, Tensor], Tensor] = linear,
 ) -> Tensor:
     """Return fp32 [2]: (sum of the token losses) x scale, and the sum itself without a gradient."""
-    logits_NV = softcapped(product(x_ND, weight_VD.to(x_ND.dtype))[:, :vocab_size].float(), cap)
+    logits_NV = softcapped(product(x_ND, weight_VD.to(x_ND.dtype))[:, :vocab_size].float(), softcap)
     loss = F.cross_entropy(logits_NV, targets_N, ignore_index=IGNORED, reduction="sum")
     return torch.stack([loss * scale, loss.detach()])
 
 
 def chunk_loss(
-    x_nD: Tensor, head: Head, targets_n: Tensor, scale: Tensor, vocab_size: int, cap: float | None = None
+    x_nD: Tensor, head: Head, targets_n: Tensor, scale: Tensor, vocab_size: int, softcap: Softcap | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return a chunk's sum of token losses, fp32, and the gradients of (sum x scale) by its logits and by x.
 
     The gradients are [n, V] and [n, D] in x's dtype. d loss / d logit = softmax - one-hot (Bridle 1990, equation 8), 0
-    for ignored targets and in padding columns; and d tanh(y) / dy = 1 - tanh(y)^2.
+    for ignored targets and in padding columns; a soft cap multiplies it by its slope.
     """
     if head.rows is None:
         logits_nV = linear(x_nD, head.weight_VD)
     else:
         logits_nV = fp8.product(fp8.scaled(x_nD), head.rows, x_nD.dtype, is_forward=True)
-    logits_nV = softcapped(logits_nV.float(), cap)
-    slope_nV = None if cap is None else 1 - (logits_nV / cap).square()
+    logits_nV = softcapped(logits_nV.float(), softcap)
+    slope_nV = None if softcap is None else softcap_slope(logits_nV, softcap)
     logits_nV[:, vocab_size:] = -torch.inf
     is_scored_n = targets_n != IGNORED
     target_n1 = targets_n.clamp(min=0)[:, None]
@@ -120,7 +119,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         targets_N: Tensor,
         scale: Tensor,
         vocab_size: int,
-        cap: float | None,
+        softcap: Softcap | None,
         chunk_tokens: int,
         prepare_head: Callable[[Tensor], Head],
         score_chunk: ChunkFunction,
@@ -132,7 +131,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(x_ND), chunk_tokens):
             chunk = slice(start, start + chunk_tokens)
             chunk_sum, gradient_nV, x_gradient[chunk] = score_chunk(
-                x_ND[chunk], head, targets_N[chunk], scale, vocab_size, cap
+                x_ND[chunk], head, targets_N[chunk], scale, vocab_size, softcap
             )
             loss += chunk_sum
             add_product(weight_gradient, gradient_nV, x_ND[chunk])
@@ -178,7 +177,7 @@ class LossModel(nn.Module):
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor, scale: Tensor) -> Tensor:
         x_ND, targets_N = self.model.hidden_states(inputs_BT).flatten(0, 1), targets_BT.flatten()
-        arguments = x_ND, self.model.lm_head.weight, targets_N, scale, self.config.vocab_size, self.config.logit_softcap
+        arguments = x_ND, self.model.lm_head.weight, targets_N, scale, self.config.vocab_size, self.config.softcap
         if self._chunk_tokens is None:
             return self._plain(*arguments)
         losses: Tensor = ChunkedCrossEntropy.apply(*arguments, self._chunk_tokens, self._head, self._chunk)
@@ -198,7 +197,7 @@ class LossModel(nn.Module):
         x_ND, targets_N = self.model.hidden_states(inputs_BT).flatten(0, 1), targets_BT.flatten()
         size = self._chunk_tokens or len(x_ND)
         losses = [
-            self._tokens(self.model.lm_head(x_nD), targets_n, self.config.vocab_size, self.config.logit_softcap)
+            self._tokens(self.model.lm_head(x_nD), targets_n, self.config.vocab_size, self.config.softcap)
             for x_nD, targets_n in zip(x_ND.split(size), targets_N.split(size), strict=True)
         ]
         return torch.cat(losses).view_as(targets_BT)

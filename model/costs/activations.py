@@ -77,20 +77,60 @@ def norm_shapes(config: ModelConfig) -> list[tuple[int, ...]]:
 
 
 def block_shapes(config: ModelConfig) -> list[tuple[int, ...]]:
-    """Return the shapes of one block's parameters. (The first block has no weight that mixes values.)"""
+    """Return the shapes of the parameters of a block that has all the learned numbers of any."""
     D, F, norm = config.width, config.resolved_mlp_width, norm_shapes(config)
     matrices = [(3 * D, D), (D, D), *[(F, D)] * (config.num_mlp_matrices - 1), (D, F)]
     biases = [(rows,) for rows, _ in matrices] if config.bias else []
-    heads = [(config.head_size,)] * (2 * config.qk_norm) + [(1,)] * config.value_residual
-    return [*norm, *matrices, *biases, *heads, *norm]
+    heads = [(config.head_size,)] * (2 * config.qk_norm)
+    return [*norm, *matrices, *biases, *heads, *norm, *[(1,)] * num_learned_numbers(config)]
+
+
+def num_learned_numbers(config: ModelConfig) -> int:
+    """Return the most learned numbers of a block. Some blocks have fewer."""
+    return config.value_residual + config.embedding_shortcut + config.skips + (config.value_embeddings > 0)
 
 
 def root_shapes(config: ModelConfig) -> list[tuple[int, ...]]:
-    """Return the shapes of the root's parameters: embedding, untied head, positions and last norm."""
-    D = config.width
-    shapes: list[tuple[int, ...]] = [(config.padded_vocab_size, D)] * (1 if config.tie else 2)
+    """Return the shapes of the root's parameters: embeddings, untied head, positions, first and last norm."""
+    D, num_tables = config.width, (1 if config.tie else 2) + config.value_embeddings
+    shapes: list[tuple[int, ...]] = [(config.padded_vocab_size, D)] * num_tables
     shapes += [(config.context_len, D)] * (config.position_embedding == "learned")
-    return shapes + (norm_shapes(config) if config.has_last_norm else [])
+    return shapes + norm_shapes(config) * (config.has_last_norm + config.embedding_norm)
+
+
+def count_between_blocks(config: ModelConfig, shape: StepShape, kept: int) -> int:
+    """Return the bytes that autograd keeps for what the first `kept` blocks read beside the stream, in eager mode.
+
+    These are the embedding, with what its norm keeps, the rows of value embeddings, and outputs of earlier blocks. With
+    activation checkpointing embedding and outputs are the inputs of blocks, which are kept anyway.
+    """
+    num_tensors = min(config.value_embeddings, kept)
+    if not shape.activation_checkpointing:
+        num_tensors += config.embedding_shortcut and kept > 0
+        num_tensors += sum(
+            config.skip_source(index) is not None and not keeps_its_input(config, shape, config.num_layers - index)
+            for index in range(kept)
+        )
+    norm = count_kept_by_norm(config, shape) if config.embedding_norm and kept else 0
+    return num_tensors * shape.num_tokens * config.width * shape.compute_bytes + norm
+
+
+def count_waiting_gradients(config: ModelConfig, shape: StepShape, index: int) -> int:
+    """Return the bytes of the gradients that later blocks gave to what they read beside the stream.
+
+    They wait in the backward pass of block `index`.
+    """
+    later = config.num_layers - 1 - index
+    num_tensors = config.embedding_shortcut * min(1, later) + min(config.value_embeddings, later)
+    num_tensors += config.skips * min(index, later)
+    return num_tensors * shape.num_tokens * config.width * shape.compute_bytes
+
+
+def keeps_its_input(config: ModelConfig, shape: StepShape, index: int) -> bool:
+    """Return whether autograd keeps the input of block `index` itself, rather than a sum or a copy in fp32."""
+    is_read_by_matrix = config.norm == "none" or config.norm_place == "post"
+    is_added_to = config.embedding_shortcut or config.skip_source(index) is not None
+    return (is_read_by_matrix or shape.compute_bytes == FP32_BYTES) and not is_added_to
 
 
 def count_kept_by_norm(config: ModelConfig, shape: StepShape) -> int:
@@ -105,19 +145,24 @@ def count_kept_by_norm(config: ModelConfig, shape: StepShape) -> int:
     return ((2 if shape.on_cpu else 1) * N * D + N) * FP32_BYTES if config.norm == "rmsnorm" else 0
 
 
-def count_block_activations(config: ModelConfig, shape: StepShape) -> Bytes:
-    """Return the bytes that autograd keeps of one block in eager mode, by component.
+def count_block_activations(config: ModelConfig, shape: StepShape, index: int) -> Bytes:
+    """Return the bytes that autograd keeps of block `index` in eager mode, by component.
 
-    Norms are computed in fp32 and keep their input in fp32, whatever the dtype of the other activations.
+    Norms are computed in fp32 and keep their input in fp32, whatever the dtype of the other activations. What the block
+    reads beside the stream is not counted here.
     """
     D, F, H, N, c = config.width, config.resolved_mlp_width, config.num_heads, shape.num_tokens, shape.compute_bytes
     is_naive, is_low = config.attention == "naive", c < FP32_BYTES
     has_new_queries = config.qk_norm or config.position_embedding == "rope"  # and keys, beside c_attn's output
+    reads_table, mixes = config.value_table(index) is not None, config.value_residual and index > 0
     # Batched products and flex attention copy their operands, which are strided views of c_attn's output. That output
-    # is then kept only if another operation needs it.
+    # is then kept only if another operation needs it. Values with a table's rows added are not in it.
     is_copied = is_naive or config.attention == "flex"
-    is_output_kept = not is_copied or config.qk_norm or config.value_residual
-    num_operands = 3 if is_copied else 2 * has_new_queries + config.value_residual
+    are_values_in_it = not reads_table and (config.value_residual or not is_copied)
+    are_queries_in_it = not (is_copied or has_new_queries) or (config.qk_norm and not is_low)
+    is_output_kept = are_values_in_it or are_queries_in_it
+    num_operands = 3 if is_copied else 2 * has_new_queries + (reads_table or mixes)
+    num_operands += reads_table and (mixes or (config.value_residual and is_copied))  # the values that are mixed
     queries_and_keys = 2 * N * D * FP32_BYTES
     return {
         "norms": 2 * count_kept_by_norm(config, shape),

@@ -18,8 +18,11 @@ from model.costs.activations import (
     Bytes,
     StepShape,
     block_shapes,
+    count_between_blocks,
     count_block_activations,
     count_kept_by_norm,
+    count_waiting_gradients,
+    keeps_its_input,
     norm_shapes,
     root_shapes,
 )
@@ -125,14 +128,15 @@ def _kept_state(
     elements += config.num_layers * count_shard(block_shapes(config), shape.shards)
     components = {"weights": FP32_BYTES * elements, "optimizer": count_optimizer(config, shape)}
     components |= _gradients(config, shape, done, is_root_done=is_root_done)
+    between = count_between_blocks(config, shape, kept)
     if shape.activation_checkpointing:
-        # The first block's values are a view of its queries, keys and values, which are therefore kept whole.
-        first_values = 3 * N * D if config.value_residual and kept else 0
-        return components | {"activations": (kept * N * D + first_values) * shape.compute_bytes}
-    return components | {
-        "activations": kept * sum(count_block_activations(config, shape).values()),
-        "low-precision weights": kept * _block_copies(config, shape),
-    }
+        # The first block's values are a view of its queries, keys and values, which are therefore kept whole. If a
+        # table's rows are added to them, they are a tensor of their own.
+        first_values = (1 if config.value_embeddings else 3) * N * D if config.value_residual and kept else 0
+        return components | {"activations": (kept * N * D + first_values) * shape.compute_bytes + between}
+    of_blocks = sum(sum(count_block_activations(config, shape, index).values()) for index in range(kept))
+    copies = kept * _block_copies(config, shape)
+    return components | {"activations": of_blocks + between, "low-precision weights": copies}
 
 
 def _block_copies(config: ModelConfig, shape: StepShape) -> int:
@@ -259,6 +263,7 @@ def _in_block(config: ModelConfig, shape: StepShape, index: int) -> Bytes:
         **_kept_state(config, shape, done=config.num_layers - 1 - index, kept=index + 1),
         **_gathered(config, shape, index + 1, in_use=1),
         "head's gradient": _head_gradient(config, shape),
+        "waiting gradients": count_waiting_gradients(config, shape, index),
         "in flight": previous + _prefetched_block(config, shape, index),
     }
 
@@ -271,11 +276,10 @@ def _block_backward(config: ModelConfig, shape: StepShape, index: int) -> Bytes:
     N, D, F, c = shape.num_tokens, config.width, config.resolved_mlp_width, shape.compute_bytes
     components = _in_block(config, shape, index)
     if shape.activation_checkpointing:
-        kept = sum(count_block_activations(config, shape).values())
+        kept = sum(count_block_activations(config, shape, index).values())
         components["recomputed block"] = kept + _block_copies(config, shape)
         # Where autograd keeps a block's input itself, recomputation keeps no second copy.
-        is_read_by_matrix = config.norm == "none" or config.norm_place == "post"
-        components["recomputed block"] -= (is_read_by_matrix or c == FP32_BYTES) * N * D * c
+        components["recomputed block"] -= keeps_its_input(config, shape, index) * N * D * c
     factors = {"swiglu": 2, "relu2": 3}.get(config.mlp, 0) * N * F * c
     return components | {"block's gradients": N * D * c + max(N * F * c + F * D * c, F * D * FP32_BYTES, factors)}
 
@@ -289,7 +293,7 @@ def _attention_backward(config: ModelConfig, shape: StepShape, index: int) -> By
         return {}
     N, D, c = shape.num_tokens, config.width, shape.compute_bytes
     components = _block_backward(config, shape, index)
-    block = count_block_activations(config, shape)
+    block = count_block_activations(config, shape, index)
     holder = "recomputed block" if shape.activation_checkpointing else "activations"
     components[holder] -= block["mlp, between its matrices"] + block["matrices' inputs"] // 2
     components["block's gradients"] = 2 * N * D * c + 2 * N * config.num_heads * shape.seq_len * FP32_BYTES
@@ -326,6 +330,7 @@ def _block_reduction(config: ModelConfig, shape: StepShape, index: int, *, is_se
         **_kept_state(config, shape, done=config.num_layers - 1 - index + is_sent, kept=index),
         **_gathered(config, shape, index),
         "head's gradient": _head_gradient(config, shape),
+        "waiting gradients": count_waiting_gradients(config, shape, index),
         "block's gradients": shape.num_tokens * config.width * c + is_copied * c * count_shard(shapes, 1),
         "in flight": reduction_bytes(shapes, shape) + _prefetched_block(config, shape, index),
         **(_reduction_results(shapes, shape) if is_sent else {}),
@@ -355,6 +360,7 @@ def _embedding_backward(config: ModelConfig, shape: StepShape, *, is_last: bool)
         **_gathered(config, shape, 0 if is_last else blocks),
         "embedding's gradients": (tables if config.tie else 1) * table + shape.num_tokens * config.width * FP32_BYTES,
         "head's gradient": 0 if config.tie else _head_gradient(config, shape),
+        "value embeddings' gradients": 0 if shape.adds_at_once else config.value_embeddings * table,
         "in flight": reduction_bytes(block_shapes(config), shape) if is_last else 0,
     }
     if is_last:

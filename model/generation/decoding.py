@@ -20,7 +20,8 @@ from model.base import LanguageModel
 from model.config import ModelConfig
 from model.generation.kv_cache import KVCache, Past
 from model.generation.sampling import Sampling, choices, draw
-from model.gpt import GPT, Linear
+from model.gpt import GPT
+from model.layers import Linear
 
 
 @dataclass

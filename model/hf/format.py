@@ -16,10 +16,10 @@ from torch import Tensor
 from common.errors import InputError
 from model.base import EMBEDDING, HEAD
 from model.config import GPT2, ModelConfig, flag_of
-from model.gpt import NORM_EPS
+from model.layers import NORM_EPS
 
-# GPT2Config expresses the first two as n_inner and tie_word_embeddings; the third only changes the initial weights.
-EXPRESSIBLE = ("mlp_width", "tie", "zero_init_projections")
+# GPT2Config expresses the first two as n_inner and tie_word_embeddings; the others only change the initial weights.
+EXPRESSIBLE = ("mlp_width", "tie", "zero_init_projections", "zero_init_head")
 CONV1D_SUFFIXES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 POSITIONS = "transformer.wpe.weight"
 

@@ -216,8 +216,10 @@ def patch_stream(model: GPT, clean_T: Tensor, corrupt_T: Tensor, answers: Sequen
     """Return the corrupt prompt's last logits of the answers, with each residual stream patched: [L + 1, T, answers].
 
     At [l, t] stream l of token t comes from the clean prompt: activation patching (Meng et al. 2022, "causal tracing";
-    Zhang & Nanda 2023). With --model.value-residual the first block also hands its values to the other blocks, beside
-    the stream; these values are the clean prompt's only at l = 0.
+    Zhang & Nanda 2023). Some switches let blocks read more than the stream, and what they read so is not patched. With
+    --model.value-residual these are the first block's values, with --model.skips outputs of earlier blocks, which are
+    the clean prompt's only at l = 0. With --model.embedding-shortcut and --model.value-embeddings these are the corrupt
+    prompt's own embedding and rows, also at l = 0.
     """
     is_patched_NTD = torch.eye(len(clean_T), dtype=torch.bool)[:, :, None]
     return _patched_logits(model, stream_readers(model), is_patched_NTD, clean_T, corrupt_T, answers)

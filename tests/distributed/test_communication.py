@@ -18,7 +18,7 @@ from data_prep.manifest import read_manifest
 from model.config import ModelConfig
 from tests.helpers.groups import run_on_ranks
 from tests.helpers.runs import tiny_config
-from tests.unit.model.test_switches import MODERN
+from tests.unit.model.test_switches import MODERN, RECIPE
 from train.config import Config, ParallelConfig, ValidateConfig, resolve, with_vocabulary
 from train.loop import Run, evaluate, read_result, take_step
 from train.muon import update_dtype
@@ -30,6 +30,7 @@ from train.processes.group import ProcessGroup
 ODD = ModelConfig(num_layers=3, num_heads=1, width=31)  # nearly no parameter's rows divide by 2, 4 or 8
 WIDE = ModelConfig(num_layers=3, num_heads=8, width=512)  # more gradients than two of DDP's buckets hold
 SWITCHED = ModelConfig(num_layers=3, num_heads=1, width=30, **MODERN)
+RECIPED = ModelConfig(num_layers=3, num_heads=1, width=34, **RECIPE)
 
 ALL_GATHER = torch.ops.c10d._allgather_base_
 REDUCE_SCATTER = torch.ops.c10d._reduce_scatter_base_
@@ -96,6 +97,7 @@ ON_512 = [
     Case("fsdp", 1, optimizer="muon"),
     Case("hsdp", 1, optimizer="muon"),
     Case("hsdp", 3, optimizer="muon", model=SWITCHED, dtype="bf16"),
+    Case("hsdp", 3, optimizer="muon", model=RECIPED, dtype="bf16"),
 ]
 ON_GLOO = {
     2: [
@@ -105,6 +107,7 @@ ON_GLOO = {
         Case("fsdp", 1, dtype="bf16", reduce_dtype="bf16"),
         Case("ddp", 3, model=SWITCHED),
         Case("ddp", 1, optimizer="muon", model=SWITCHED),
+        Case("ddp", 3, model=RECIPED),
         Case("fsdp", 3, optimizer="muon"),
         Case("fsdp", 3, reshard=False, model=SWITCHED, checkpointing=True),
         Case("fsdp", 3, reduce_gradients="micro_batch", dtype="bf16", model=SWITCHED),

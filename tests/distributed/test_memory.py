@@ -21,11 +21,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import linear
 from model.config import ModelConfig
-from model.costs.activations import StepShape, block_shapes, count_block_activations, count_kept_by_norm
+from model.costs.activations import (
+    StepShape,
+    block_shapes,
+    count_between_blocks,
+    count_block_activations,
+    count_kept_by_norm,
+)
 from model.costs.memory import memory, reduction_bytes
 from model.gpt import build_model
 from tests.helpers.groups import run_on_ranks
-from tests.unit.model.test_switches import MODERN, ONE_BY_ONE, named
+from tests.unit.model.test_switches import MODERN, ONE_BY_ONE, RECIPE, named
 from train import optim
 from train.config import Config, OptimConfig, ParallelConfig, TrainConfig, resolve
 from train.data import plan_batches
@@ -70,7 +76,9 @@ def configured(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("switches", [{}, *ONE_BY_ONE, {"attention": "naive"} | MODERN], ids=named)
+@pytest.mark.parametrize(
+    "switches", [{}, *ONE_BY_ONE, {"attention": "naive"} | MODERN, {"attention": "naive"} | RECIPE], ids=named
+)
 def test_what_autograd_keeps(switches: dict[str, Any], dtype: torch.dtype) -> None:
     B, T = 2, 8
     config = ModelConfig(num_layers=3, num_heads=2, width=32, vocab_size=100, context_len=16, **switches)
@@ -85,19 +93,18 @@ def test_what_autograd_keeps(switches: dict[str, Any], dtype: torch.dtype) -> No
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         features_BTD = model.hidden_states(torch.zeros(B, T, dtype=torch.int64))
     assert features_BTD.requires_grad
-    N, D, c, is_low = B * T, config.width, dtype.itemsize, dtype != torch.float32
+    N, c, is_low = B * T, dtype.itemsize, dtype != torch.float32
     shape = StepShape(micro_batch=B, seq_len=T, compute_bytes=c, on_cpu=True)
-    blocks = 3 * sum(count_block_activations(config, shape).values())
+    blocks = sum(sum(count_block_activations(config, shape, index).values()) for index in range(3))
+    blocks += count_between_blocks(config, shape, 3)
     last_norm = count_kept_by_norm(config, shape) if config.has_last_norm else 0
     ids = 8 * (N + T * (config.position_embedding == "learned"))
     matrices = 3 * sum(rows * columns[0] for rows, *columns in block_shapes(config) if columns)
-    copies = is_low * c * matrices
+    # A copy of each matrix and of each learned number.
+    copies = is_low * c * (matrices + sum(parameter.numel() == 1 for parameter in model.parameters()))
     rotation = 2 * 4 * T * config.head_size * (config.position_embedding == "rope")
     masks = 3 * T * T * (config.attention == "naive")
-    mixing = 0
-    if config.value_residual:  # a copy of each weight; the first block has none, nor mixed values
-        mixing = 2 * is_low * c - (N * D * c if config.attention != "naive" else 0)
-    expected = blocks + last_norm + ids + copies + rotation + masks + mixing
+    expected = blocks + last_norm + ids + copies + rotation + masks
     assert sum(size for address, size in kept.items() if address not in own) == expected
 
 
@@ -205,11 +212,18 @@ SWITCHED: list[dict[str, Any]] = [
     NAIVE,
     NAIVE | BF16,
     NAIVE | {"activation_checkpointing": True},
+    *(shape | RECIPE for shape in (WIDE, LONG)),
+    LONG | RECIPE | BF16,
+    DEEP | RECIPE | {"activation_checkpointing": True, "value_embeddings": 3},
+    LONG | RECIPE | {"loss": "chunked"},
+    # The peak is in the middle, where the most gradients of skipped outputs wait.
+    DEEP | {"skips": True, "sequences": 12, "num_layers": 16, "activation_checkpointing": True},
 ]
 
 
 @pytest.mark.parametrize(
-    ("options", "accumulation"), [*((options, 1) for options in SWITCHED), (SWITCHED[0], 2), (SWITCHED[5], 2)]
+    ("options", "accumulation"),
+    [*((options, 1) for options in SWITCHED), (SWITCHED[0], 2), (SWITCHED[5], 2), (LONG | RECIPE, 2)],
 )
 def test_the_peak_with_switches(options: dict[str, Any], accumulation: int) -> None:
     check_peak_of_one_process(options, accumulation, tolerance=0.05)
@@ -230,12 +244,14 @@ SPREAD: list[tuple[dict[str, Any], int]] = [
     (WIDE | {"mode": "fsdp", "reduce_gradients": "micro_batch"}, 3),
     (LONG | MODERN | {"mode": "ddp"}, 2),
     (WIDE | MODERN | {"mode": "fsdp"}, 1),
+    (WIDE | RECIPE | {"mode": "fsdp"}, 1),
 ]
 ALSO_SPREAD: list[tuple[dict[str, Any], int]] = [
     (WIDE | {"mode": "fsdp", "reduce_gradients": "step", "reshard_after_forward": False}, 2),
     (LONG | {"mode": "fsdp", "reduce_gradients": "micro_batch", "dtype": "bf16"}, 2),
     (DEEP | MODERN | {"mode": "fsdp", "reduce_gradients": "micro_batch"}, 2),
     (LONG | MODERN | {"mode": "fsdp", "dtype": "bf16", "activation_checkpointing": True}, 2),
+    (LONG | RECIPE | {"mode": "fsdp", "dtype": "bf16", "reduce_gradients": "step"}, 3),
 ]
 
 

@@ -5,11 +5,12 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from model.generation.decoding import CachedPasses, generate_rows, make_ready
 from model.gpt import GPT, build_model
 from tests.unit.model.test_decoding import GREEDY, PROMPTS, continued, likeliest, rows_of, small
-from tests.unit.model.test_switches import MODERN, in_own_documents, moved, some_tokens, switched
+from tests.unit.model.test_switches import MODERN, RECIPE, in_own_documents, moved, some_tokens, switched
 from train.losses import LossModel
 
 ANOTHER = {"norm": "rmsnorm", "norm_place": "post", "mlp": "relu2", "attention": "naive"}
@@ -17,7 +18,7 @@ ANOTHER = {"norm": "rmsnorm", "norm_place": "post", "mlp": "relu2", "attention":
 every_backend = pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 
 
-def compile_in_parts(model: GPT, backend: str = "inductor") -> GPT:
+def compile_in_parts(model: GPT, backend: Any = "inductor") -> GPT:
     torch.compiler.reset()
     for part in model.compiled_parts:
         part.forward = torch.compile(part.forward, dynamic=False, backend=backend)
@@ -33,14 +34,38 @@ def logits_and_gradient(model: GPT) -> tuple[Tensor, Tensor]:
 
 @every_backend
 @pytest.mark.parametrize(
-    ("switches", "dtype"), [(MODERN, torch.float32), (ANOTHER, torch.bfloat16)], ids=["modern", "another"]
+    ("switches", "dtype"),
+    [(MODERN, torch.float32), (RECIPE, torch.float32), (ANOTHER, torch.bfloat16)],
+    ids=["modern", "recipe", "another"],
 )
 def test_compiled_equals_eager(switches: dict[str, Any], dtype: torch.dtype, backend: str) -> None:
-    eager, compiled = (build_model(switched(**switches), seed=1, compute_dtype=dtype) for _ in range(2))
+    eager, compiled = (moved(switched(**switches), compute_dtype=dtype) for _ in range(2))
     tolerance = 1e-5 if dtype == torch.float32 else 0.02
     compile_in_parts(compiled, backend)
     for expected, value in zip(logits_and_gradient(eager), logits_and_gradient(compiled), strict=True):
         assert (expected - value).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize("has_gradients", [True, False])
+@pytest.mark.parametrize(
+    ("switches", "num_kinds"),
+    [
+        ({}, 1),
+        ({"embedding_shortcut": True}, 1),
+        ({"skips": True}, 2),
+        ({"value_embeddings": 2}, 2),
+        ({"value_embeddings": 3, "embedding_shortcut": True, "skips": True}, 2),
+        (RECIPE | {"value_embeddings": 2}, 5),
+    ],
+    ids=["gpt2", "shortcut", "skips", "value embeddings", "all alike", "recipe"],
+)
+def test_blocks_that_are_alike_share_a_graph(switches: dict[str, Any], num_kinds: int, has_gradients: bool) -> None:
+    """Also where a block gets its input once more, as the embedding or as the output of the block before."""
+    counter = CompileCounterWithBackend("eager")
+    model = compile_in_parts(build_model(switched(num_layers=6, **switches), seed=1), counter)
+    with torch.set_grad_enabled(has_gradients):
+        model.hidden_states(some_tokens())
+    assert counter.frame_count == num_kinds + 1  # and the norms
 
 
 @torch.no_grad()
@@ -55,10 +80,11 @@ def test_compiled_flex_attention_stays_within_documents() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("form", ["tanh", "rsqrt"])
 @pytest.mark.parametrize("chunk_tokens", [None, 1024])
-def test_a_compiled_loss_has_the_softcap(chunk_tokens: int | None) -> None:
+def test_a_compiled_loss_has_the_softcap(chunk_tokens: int | None, form: str) -> None:
     torch.compiler.reset()
-    model = moved(switched(logit_softcap=2.0))
+    model = moved(switched(logit_softcap=2.0, softcap_form=form))
     inputs_BT, targets_BT = some_tokens(), some_tokens().roll(1, dims=1)
     losses, gradients = [], []
     for compiled in (False, True):

@@ -66,6 +66,11 @@ RUNS: dict[str, tuple[int, str]] = {
     "soft cap, chunked": (1, "--model.logit-softcap 3 --train.loss chunked"),
     "zero-initialised projections": (1, "--model.zero-init-projections"),
     "value residual": (1, "--model.value-residual"),
+    "switches of recipes": (
+        1,
+        "--model.no-tie --model.zero-init-head --model.logit-softcap 3 --model.softcap-form rsqrt "
+        "--model.embedding-norm --model.embedding-shortcut --model.value-embeddings 1 --model.skips",
+    ),
     "naive attention": (1, "--model.attention naive"),
     "bigram": (1, "--model.kind bigram"),
     "head": (1, "--model.kind head"),

@@ -134,7 +134,7 @@ class LadderLM(TemplateLM):
         targets_N = targets_BT[is_scored_BT].to(self._device)
         logits_NV = model.lm_head(x_ND)
         vocab_size = model.config.vocab_size
-        losses_N = token_losses(logits_NV, targets_N, vocab_size, model.config.logit_softcap)
+        losses_N = token_losses(logits_NV, targets_N, vocab_size, model.config.softcap)
         is_likeliest_N = logits_NV[:, :vocab_size].argmax(dim=1) == targets_N
         lengths = [len(after) for _, after in pairs]
         parts = zip(losses_N.double().cpu().split(lengths), is_likeliest_N.cpu().split(lengths), strict=True)

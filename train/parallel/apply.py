@@ -32,10 +32,11 @@ def build_loss_model(
 
     1. Build on the meta device, so that no rank ever holds more than its part and one whole parameter.
     2. Apply FP8, and activation checkpointing block by block. The compiler must see it to plan what is recomputed.
-    3. Compile in place and block by block: one graph serves all blocks (two with a value residual). A block's forward
-       is compiled, not its call, so that FSDP2's hooks, which run around it, break no graph. Shapes are static:
-       training, validation and sampling use one shape, HellaSwag a few. Dynamo's own splitting at DDP's buckets is off:
-       blocks are small enough to overlap with communication, and every world size then compiles the same graph.
+    3. Compile in place and block by block: one graph serves all blocks that are alike. The switches that connect blocks
+       make up to five kinds. A block's forward is compiled, not its call, so that FSDP2's hooks, which run around it,
+       break no graph. Shapes are static: training, validation and sampling use one shape, HellaSwag a few. Dynamo's own
+       splitting at DDP's buckets is off: blocks are small enough to overlap with communication, and every world size
+       then compiles the same graph.
     4. Apply FSDP2, so that it gathers and frees a block with all that was done to it.
     5. Allocate memory and set initial values, each drawn whole and cut: the same numbers however the model is spread.
     6. Apply DDP, in `wrap`, so that it sees the final parameters. The optimizer is made after sharding, of shards.
@@ -73,10 +74,10 @@ def compile_parts(model: LanguageModel, mode: str = "default") -> None:
     """Compile the model's parts in place (step 3).
 
     torch keeps 8 graphs of a function and runs later ones uncompiled: too few for the shapes of training, validation
-    and HellaSwag together, of which a value residual needs each twice.
+    and HellaSwag together, of which each kind of block needs each.
     """
     torch._dynamo.config.optimize_ddp = False
-    torch._dynamo.config.recompile_limit = 32
+    torch._dynamo.config.recompile_limit = 96
     for part in model.compiled_parts:
         part.forward = torch.compile(part.forward, dynamic=False, mode=mode)
 

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from common.errors import InputError
 from model.base import LanguageModel
-from model.gpt import Block, Linear
+from model.gpt import Block
+from model.layers import Linear
 from train.config import TrainConfig
 
 E4M3 = torch.float8_e4m3fn

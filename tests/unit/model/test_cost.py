@@ -11,12 +11,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from model.config import NAMED_SHAPES, ModelConfig
 from model.cost import CARDS, count_forward_flops, count_parameters, largest_batch, main, model_cost, parse
-from model.costs.activations import StepShape, block_shapes, root_shapes
+from model.costs.activations import StepShape, block_shapes, num_learned_numbers, root_shapes
 from model.costs.gpu_peaks import PEAKS
 from model.costs.memory import count_activations, memory
 from model.gpt import GPT, build_model
 from tests.helpers.runs import called
-from tests.unit.model.test_switches import MODERN, ONE_BY_ONE, named
+from tests.unit.model.test_switches import MODERN, ONE_BY_ONE, RECIPE, named
 from train.config import OptimConfig
 from train.optim import build_optimizer
 from train.run.checkpoints import checkpoint_tensors
@@ -24,7 +24,8 @@ from train.run.checkpoints import checkpoint_tensors
 TINY = ModelConfig(num_layers=3, num_heads=2, width=32, vocab_size=100, context_len=16)
 ALL_SWITCHES = [{}, *ONE_BY_ONE, {"norm_place": "post", "bias": False, "qk_norm": True, "mlp": "swiglu", "tie": False}]
 COMPONENTS = {".wte.": "token embedding", ".wpe.": "position embedding", "_norm.": "norms", ".ln_": "norms"}
-COMPONENTS |= {".attn.": "attention", ".mlp.": "mlp", "lm_head": "head"}
+COMPONENTS |= {".attn.": "attention", ".mlp.": "mlp", "lm_head": "head", ".vte.": "value embeddings"}
+COMPONENTS |= {"_scale": "shortcuts and skips"}
 
 
 @pytest.mark.parametrize("switches", ALL_SWITCHES, ids=named)
@@ -50,13 +51,17 @@ def test_parameters_equal_the_models_by_component(switches: dict[str, Any]) -> N
     padding = (config.padded_vocab_size - config.vocab_size) * config.width
     counts["token embedding"] -= padding
     counts["head"] -= 0 if config.tie else padding
+    counts["value embeddings"] -= config.value_embeddings * padding
     assert count_parameters(config) == counts
     num_held = sum(parameter.numel() for parameter in model.parameters())
     cost = model_cost(config)
     assert cost.num_parameters + cost.num_padding_parameters == num_held
     shapes = root_shapes(config) + config.num_layers * block_shapes(config)
-    # The shapes are those of a later block, which has a mixing weight that the first block lacks.
-    assert sum(math.prod(shape) for shape in shapes) == num_held + config.value_residual
+    # The shapes are those of a block with every learned number, some of which other blocks lack.
+    num_numbers = sum(parameter.numel() == 1 for parameter in model.parameters())
+    lacking = config.num_layers * num_learned_numbers(config) - num_numbers
+    assert sum(math.prod(shape) for shape in shapes) == num_held + lacking
+    assert 0 <= lacking <= 4
 
 
 def test_the_parameters_of_gpt2s_sizes_are_the_published_ones() -> None:
@@ -64,7 +69,7 @@ def test_the_parameters_of_gpt2s_sizes_are_the_published_ones() -> None:
     assert {size: model_cost(NAMED_SHAPES[f"gpt2-{size}"]).num_parameters for size in published} == published
 
 
-@pytest.mark.parametrize("switches", [{}, MODERN], ids=["gpt2", "modern"])
+@pytest.mark.parametrize("switches", [{}, MODERN, RECIPE], ids=["gpt2", "modern", "recipe"])
 def test_bytes_equal_the_tensors(switches: dict[str, Any]) -> None:
     config = dataclasses.replace(TINY, **switches)
     model = build_model(config, seed=1)

@@ -13,7 +13,8 @@ from model.base import LanguageModel, init_weights
 from model.config import ModelConfig
 from model.generation.decoding import CachedPasses, Passes, Row, WholePasses, generate_rows, make_ready
 from model.generation.sampling import Sampling
-from model.gpt import GPT, Linear, build_model
+from model.gpt import GPT, build_model
+from model.layers import Linear
 from tests.unit.model.test_switches import MODERN, moved
 
 SMALL = ModelConfig(2, 2, 32, vocab_size=50, context_len=8)

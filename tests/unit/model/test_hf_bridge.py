@@ -230,7 +230,8 @@ def test_what_cannot_be_exported_or_imported_is_refused(
 
 def test_a_model_that_no_class_of_theirs_fits_is_refused_by_name(tmp_path: Path) -> None:
     switches: dict[str, Any] = {"position_embedding": "rope", "norm": "rmsnorm", "norm_place": "post", "mlp": "swiglu"}
-    switches |= {"bias": False, "qk_norm": True, "value_residual": True}
+    switches |= {"bias": False, "qk_norm": True, "embedding_norm": True, "embedding_shortcut": True}
+    switches |= {"value_embeddings": 1, "skips": True, "value_residual": True}
     flags = [f"--model.{name.replace('_', '-')} {value}" for name, value in switches.items()]
     with pytest.raises(InputError, match=f"no {', '.join(flags)};"):
         write_folder(untrained(dataclasses.replace(TINY, **switches), ByteTokenizer(), tmp_path), tmp_path / "out")

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.config import GPT2, ModelConfig
-from model.gpt import GPT, Block, Shared, build_model, make_norm, naive_attention
+from model.gpt import GPT, Block, Shared, build_model, naive_attention
+from model.layers import make_norm
 from train.losses import LossModel
 
 TINY = ModelConfig(num_layers=3, num_heads=2, width=32, vocab_size=100, context_len=16)
@@ -25,6 +26,23 @@ MODERN: dict[str, Any] = {
     "qk_norm": True,
     "logit_softcap": 5.0,
     "value_residual": True,
+}
+RECIPE: dict[str, Any] = {
+    "position_embedding": "rope",
+    "norm": "rmsnorm",
+    "mlp": "relu2",
+    "tie": False,
+    "bias": False,
+    "qk_norm": True,
+    "logit_softcap": 5.0,
+    "softcap_form": "rsqrt",
+    "zero_init_projections": True,
+    "zero_init_head": True,
+    "embedding_norm": True,
+    "embedding_shortcut": True,
+    "value_residual": True,
+    "value_embeddings": 1,
+    "skips": True,
 }
 ONE_BY_ONE: list[dict[str, Any]] = [
     {"position_embedding": "rope"},
@@ -44,9 +62,16 @@ ONE_BY_ONE: list[dict[str, Any]] = [
     {"logit_softcap": 2.0},
     {"zero_init_projections": True},
     {"value_residual": True},
+    {"logit_softcap": 2.0, "softcap_form": "rsqrt"},
+    {"tie": False, "zero_init_head": True},
+    {"embedding_norm": True},
+    {"embedding_shortcut": True},
+    {"value_embeddings": 2},
+    {"skips": True},
     {"attention": "naive"},
     {"vocab_multiple": 1},
     MODERN,
+    RECIPE,
 ]
 
 
@@ -58,9 +83,9 @@ def switched(**switches: Any) -> ModelConfig:
     return dataclasses.replace(TINY, **switches)
 
 
-def moved(config: ModelConfig, seed: int = 1) -> GPT:
+def moved(config: ModelConfig, seed: int = 1, compute_dtype: torch.dtype = torch.float32) -> GPT:
     """Return a model whose parameters are all away from their initial 0, 1 and 0.5."""
-    model = build_model(config, seed=seed)
+    model = build_model(config, seed=seed, compute_dtype=compute_dtype)
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -229,13 +254,14 @@ def test_the_value_residual_by_its_equation() -> None:
     torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("form", ["tanh", "rsqrt"])
 @pytest.mark.parametrize("chunk_tokens", [None, 1024])
-def test_the_softcap_by_its_equation_in_logits_loss_and_gradients(chunk_tokens: int | None) -> None:
-    model = moved(switched(logit_softcap=2.0))
+def test_the_softcap_by_its_equation_in_logits_loss_and_gradients(chunk_tokens: int | None, form: str) -> None:
+    model = moved(switched(logit_softcap=2.0, softcap_form=form))
     inputs_BT, targets_BT = some_tokens(), some_tokens().roll(1, dims=1)
     raw_BTV = F.linear(model.hidden_states(inputs_BT), model.lm_head.weight)
     assert raw_BTV.abs().max() > 2
-    capped_BTV = 2 * torch.tanh(raw_BTV / 2)
+    capped_BTV = 2 * torch.tanh(raw_BTV / 2) if form == "tanh" else 2 * raw_BTV / (raw_BTV**2 + 2**2).sqrt()
     torch.testing.assert_close(model(inputs_BT), capped_BTV)
     expected = F.cross_entropy(capped_BTV[..., :100].flatten(0, 1), targets_BT.flatten(), reduction="sum")
     loss_model = LossModel(model, chunk_tokens=chunk_tokens)
@@ -288,9 +314,9 @@ def test_a_switch_keeps_causality_learns_and_changes_no_other_initial_value(swit
     tokens_BT = some_tokens()
     changed_BT = tokens_BT.clone()
     changed_BT[0, 9] = (changed_BT[0, 9] + 1) % 100
-    logits_BTV, changed_BTV = model(tokens_BT), model(changed_BT)
-    torch.testing.assert_close(logits_BTV[:, :9], changed_BTV[:, :9], rtol=0, atol=1e-6)
-    assert not torch.equal(logits_BTV[0, 9:], changed_BTV[0, 9:])
+    x_BTD, changed_BTD = model.hidden_states(tokens_BT), model.hidden_states(changed_BT)  # a head may start at 0
+    torch.testing.assert_close(x_BTD[:, :9], changed_BTD[:, :9], rtol=0, atol=1e-6)
+    assert not torch.equal(x_BTD[0, 9:], changed_BTD[0, 9:])
     loss_model, optimizer = LossModel(model, chunk_tokens=None), torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
     for _ in range(20):
@@ -335,6 +361,10 @@ def test_impossible_shapes_are_refused() -> None:
         ({"logit_softcap": 0.0}, softcap.format(0.0)),
         ({"logit_softcap": math.inf}, softcap.format("inf")),
         ({"mlp_width": 0}, "--model.mlp-width 0 must be at least 1"),
+        ({"norm": "none", "embedding_norm": True}, "--model.embedding-norm applies the norm of --model.norm, which"),
+        ({"zero_init_head": True}, "--model.zero-init-head needs --model.no-tie"),
+        ({"value_embeddings": 3}, "--model.value-embeddings 3 must be from 0 to 2, half of --model.num-layers 3"),
+        ({"value_embeddings": -1}, "--model.value-embeddings -1 must be from 0 to 2, half of --model.num-layers 3"),
     ):
         (fault,) = switched(**switches).faults()
         assert fault.startswith(message)
