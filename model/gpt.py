@@ -17,6 +17,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from model.base import EMBEDDING, HEAD, INIT_STD, LanguageModel, init_weights
 from model.config import ModelConfig
+from model.dropout import dropped, place_keys
 from model.linear import linear
 
 NORM_EPS = 1e-5
@@ -145,6 +146,7 @@ class Shared(NamedTuple):
     first_values_BHTK: Tensor | None = None
     cache: BlockCache | None = None
     visible_B1TS: Tensor | None = None
+    dropout_keys_PB2: Tensor | None = None  # of the block's two places: after attention and after the MLP
 
 
 class Attention(nn.Module):
@@ -247,19 +249,21 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, *, is_first: bool) -> None:
         super().__init__()
         self.is_post_norm = config.norm_place == "post"
+        self.dropout = config.dropout
         self.ln_1 = make_norm(config)
         self.attn = Attention(config, is_first=is_first)
         self.ln_2 = make_norm(config)
         self.mlp = MLP(config)
 
     def forward(self, x_BTD: Tensor, shared: Shared) -> tuple[Tensor, Tensor | None]:
+        after_attention, after_mlp = (None, None) if shared.dropout_keys_PB2 is None else shared.dropout_keys_PB2
         if self.is_post_norm:
             y_BTD, values_BHTK = self.attn(x_BTD, shared)
-            x_BTD = self.ln_1(x_BTD + y_BTD)
-            return self.ln_2(x_BTD + self.mlp(x_BTD)), values_BHTK
+            x_BTD = self.ln_1(x_BTD + dropped(y_BTD, after_attention, self.dropout))
+            return self.ln_2(x_BTD + dropped(self.mlp(x_BTD), after_mlp, self.dropout)), values_BHTK
         y_BTD, values_BHTK = self.attn(self.ln_1(x_BTD), shared)
-        x_BTD = x_BTD + y_BTD
-        return x_BTD + self.mlp(self.ln_2(x_BTD)), values_BHTK
+        x_BTD = x_BTD + dropped(y_BTD, after_attention, self.dropout)
+        return x_BTD + dropped(self.mlp(self.ln_2(x_BTD)), after_mlp, self.dropout), values_BHTK
 
 
 class GPT(LanguageModel):
@@ -297,14 +301,23 @@ class GPT(LanguageModel):
         """Return the modules to compile: the blocks, alike but for the first, and the last norm."""
         return [*self.blocks, *([self.transformer["ln_f"]] if self.config.has_last_norm else [])]
 
-    def hidden_states(self, tokens_BT: Tensor, past: Past | None = None) -> Tensor:
-        """Return the normalised residual stream after the last block, x_BTD. `past`: the tokens before these."""
+    def training_states(self, tokens_BT: Tensor, seeds_B: Tensor | None) -> Tensor:
+        return self.hidden_states(tokens_BT, seeds_B=seeds_B)
+
+    def hidden_states(self, tokens_BT: Tensor, past: Past | None = None, *, seeds_B: Tensor | None = None) -> Tensor:
+        """Return the normalised residual stream after the last block, x_BTD. `past`: the tokens before these.
+
+        `seeds_B`, int64, draws each row's dropout, of which there is none without it.
+        """
         config, T = self.config, self.check_length(tokens_BT)
         positions = torch.arange(T, device=tokens_BT.device) if past is None else past.positions_BT
         x_BTD = self.transformer["wte"](tokens_BT)
         if config.position_embedding == "learned":
             x_BTD = x_BTD + self.transformer["wpe"](positions)
         x_BTD = x_BTD.to(self.compute_dtype)
+        keys_PB2 = None if seeds_B is None else place_keys(seeds_B, 1 + 2 * config.num_layers)
+        if keys_PB2 is not None:
+            x_BTD = dropped(x_BTD, keys_PB2[0], config.dropout)
         heads_positions = positions if past is None else positions[:, None]  # [T], or [B, 1, T]
         visible_B1TS = None if past is None else past.visible(tokens_BT)
         needs_mask = config.attention == "flex" and visible_B1TS is None
@@ -316,6 +329,8 @@ class GPT(LanguageModel):
         for index, block in enumerate(self.blocks):
             if past is not None:
                 shared = shared._replace(cache=past.of_block(index))
+            if keys_PB2 is not None:
+                shared = shared._replace(dropout_keys_PB2=keys_PB2[1 + 2 * index : 3 + 2 * index])
             x_BTD, values_BHTK = block(x_BTD, shared)
             if values_BHTK is not None:
                 shared = shared._replace(first_values_BHTK=values_BHTK)

@@ -9,6 +9,7 @@ from typing import Literal
 from model.config import ModelConfig
 
 FP32_BYTES = 4
+HASH_BYTES = 2 * 8  # of each element of a mask of dropout while it is computed: two int64 tensors
 
 Bytes = dict[str, int]  # component -> bytes
 
@@ -102,6 +103,11 @@ def count_kept_by_norm(config: ModelConfig, shape: StepShape) -> int:
     return ((2 if shape.on_cpu else 1) * N * D + N) * FP32_BYTES if config.norm == "rmsnorm" else 0
 
 
+def count_mask_bytes(config: ModelConfig, shape: StepShape, num_masks: int) -> int:
+    """Return the bytes of so many masks of dropout, a byte for each element."""
+    return num_masks * shape.num_tokens * config.width if config.dropout else 0
+
+
 def count_block_activations(config: ModelConfig, shape: StepShape) -> Bytes:
     """Return the bytes that autograd keeps of one block in eager mode, by component.
 
@@ -124,5 +130,6 @@ def count_block_activations(config: ModelConfig, shape: StepShape) -> Bytes:
         "attention's output": (2 if config.attention == "flex" else 1) * N * D * c,  # flex also keeps it in token order
         "attention's log-sums": 0 if is_naive else N * H * FP32_BYTES,
         "attention's weights": is_naive * N * H * shape.seq_len * (FP32_BYTES + is_low * c),
+        "dropout's masks": count_mask_bytes(config, shape, 2),
         "mlp, between its matrices": (4 if config.mlp == "swiglu" else 2) * N * F * c,
     }

@@ -15,11 +15,13 @@ from dataclasses import dataclass
 from model.config import ModelConfig
 from model.costs.activations import (
     FP32_BYTES,
+    HASH_BYTES,
     Bytes,
     StepShape,
     block_shapes,
     count_block_activations,
     count_kept_by_norm,
+    count_mask_bytes,
     norm_shapes,
     root_shapes,
 )
@@ -123,12 +125,13 @@ def _kept_state(
     elements += config.num_layers * count_shard(block_shapes(config), shape.shards)
     components = {"weights": FP32_BYTES * elements, "optimizer": 2 * FP32_BYTES * elements}
     components |= _gradients(config, shape, done, is_root_done=is_root_done)
+    embeddings_mask = count_mask_bytes(config, shape, int(kept > 0))
     if shape.activation_checkpointing:
         # The first block's values are a view of its queries, keys and values, which are therefore kept whole.
         first_values = 3 * N * D if config.value_residual and kept else 0
-        return components | {"activations": (kept * N * D + first_values) * shape.compute_bytes}
+        return components | {"activations": (kept * N * D + first_values) * shape.compute_bytes + embeddings_mask}
     return components | {
-        "activations": kept * sum(count_block_activations(config, shape).values()),
+        "activations": kept * sum(count_block_activations(config, shape).values()) + embeddings_mask,
         "low-precision weights": kept * _block_copies(config, shape),
     }
 
@@ -264,7 +267,8 @@ def _in_block(config: ModelConfig, shape: StepShape, index: int) -> Bytes:
 def _block_backward(config: ModelConfig, shape: StepShape, index: int) -> Bytes:
     """Return block `index` at the gradients of its MLP's last matrix, while all that the block kept exists.
 
-    Slightly later, SwiGLU's two factors or ReLU squared's base get their gradients; the larger of both is counted.
+    Slightly later, SwiGLU's two factors or ReLU squared's base get their gradients; the larger of both is counted. So
+    is what the block's last dropout holds in the forward pass, which activation checkpointing repeats right before.
     """
     N, D, F, c = shape.num_tokens, config.width, config.resolved_mlp_width, shape.compute_bytes
     components = _in_block(config, shape, index)
@@ -275,7 +279,10 @@ def _block_backward(config: ModelConfig, shape: StepShape, index: int) -> Bytes:
         is_read_by_matrix = config.norm == "none" or config.norm_place == "post"
         components["recomputed block"] -= (is_read_by_matrix or c == FP32_BYTES) * N * D * c
     factors = {"swiglu": 2, "relu2": 3}.get(config.mlp, 0) * N * F * c
-    return components | {"block's gradients": N * D * c + max(N * F * c + F * D * c, F * D * FP32_BYTES, factors)}
+    # Also there: the MLP's output, attention's output, and in low precision the stream, which nothing else counts.
+    hashes = N * D * (c + FP32_BYTES + HASH_BYTES) if config.dropout else 0
+    largest = max(N * F * c + F * D * c, F * D * FP32_BYTES, factors, hashes)
+    return components | {"block's gradients": N * D * c + largest}
 
 
 def _attention_backward(config: ModelConfig, shape: StepShape, index: int) -> Bytes:

@@ -46,6 +46,7 @@ ONE_BY_ONE: list[dict[str, Any]] = [
     {"value_residual": True},
     {"attention": "naive"},
     {"vocab_multiple": 1},
+    {"dropout": 0.1},
     MODERN,
 ]
 
@@ -293,8 +294,9 @@ def test_a_switch_keeps_causality_learns_and_changes_no_other_initial_value(swit
     assert not torch.equal(logits_BTV[0, 9:], changed_BTV[0, 9:])
     loss_model, optimizer = LossModel(model, chunk_tokens=None), torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
-    for _ in range(20):
-        loss = loss_model(tokens_BT[:, :-1], tokens_BT[:, 1:], torch.tensor(1 / 30))[0]
+    for step in range(20):
+        seeds_B = torch.tensor([2 * step, 2 * step + 1]) if config.dropout else None
+        loss = loss_model(tokens_BT[:, :-1], tokens_BT[:, 1:], torch.tensor(1 / 30), seeds_B)[0]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()

@@ -21,6 +21,7 @@ from model.costs.roofline import ROWS, Kernel, Rates, StepTrace, rows_of
 from model.gpt import build_model
 from tests.helpers.runs import called
 from tests.unit.model.test_switches import MODERN, named
+from train.data import zero_batch
 from train.losses import LossModel
 from train.roofline import main, traced_step
 
@@ -180,7 +181,7 @@ def test_the_optimizer_reads_and_writes_every_parameters_four_tensors(
     assert held * 9 < rows_of(gpt2_tiny[0], H100)["optimizer"].num_bytes < held * 9 + 10_000
 
 
-@pytest.mark.parametrize("switches", [{}, {"attention": "naive"}, MODERN], ids=named)
+@pytest.mark.parametrize("switches", [{}, {"attention": "naive"}, {"dropout": 0.1}, MODERN], ids=named)
 def test_flops_equal_the_cost_account_and_torchs_counter(switches: dict[str, Any]) -> None:
     """A fused attention's backward pass also computes the scores once more."""
     config = dataclasses.replace(TINY, **switches)
@@ -197,10 +198,10 @@ def test_flops_equal_the_cost_account_and_torchs_counter(switches: dict[str, Any
     work = sum(kernel.work for kernel in kernels)
     assert work == step if config.attention == "naive" else step + recomputed - attention // 2
 
-    tokens = torch.zeros(B, T, dtype=torch.int64)
+    inputs_BT, targets_BT, *seeds = zero_batch((B, T), has_dropout=config.dropout > 0)
     loss_model = LossModel(build_model(config, seed=1), chunk_tokens=None)  # torch does not count addmm_
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        loss_model(tokens, tokens, torch.ones(()))[0].backward()
+        loss_model(inputs_BT, targets_BT, torch.ones(()), *seeds)[0].backward()
     assert counter.get_total_flops() == step
 
 
