@@ -200,6 +200,16 @@ def test_a_recomputed_block_has_the_masks_of_its_forward_pass(is_compiled: bool)
     torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
 
 
+def test_on_another_device_nothing_of_it_is_on_the_cpu_and_nothing_waits() -> None:
+    """Meta tensors refuse operands of another device, and have no numbers that the host could wait for."""
+    with torch.device("meta"):
+        model = GPT(switched(dropout=P), compute_dtype=torch.bfloat16)
+        tokens_BT, seeds_B = torch.empty(2, 16, dtype=torch.int64), torch.empty(2, dtype=torch.int64)
+    x_BTD = model.training_states(tokens_BT, seeds_B)
+    x_BTD.sum().backward()
+    assert x_BTD.dtype == torch.bfloat16 and all(p.grad is not None for p in model.blocks.parameters())
+
+
 @pytest.mark.parametrize("dropout", [-0.1, 1.0, 1.5, math.nan, math.inf])
 def test_probabilities_outside_the_range_are_refused(dropout: float) -> None:
     assert switched(dropout=dropout).faults() == [f"--model.dropout {dropout} must lie in [0, 1)"]
