@@ -108,6 +108,12 @@ def count_mask_bytes(config: ModelConfig, shape: StepShape, num_masks: int) -> i
     return num_masks * shape.num_tokens * config.width if config.dropout else 0
 
 
+def count_bias_bytes(config: ModelConfig, shape: StepShape) -> int:
+    """Return the bytes of the window's mask, which all blocks share."""
+    has_bias = config.window is not None and config.attention == "sdpa"
+    return has_bias * shape.seq_len**2 * shape.compute_bytes
+
+
 def count_block_activations(config: ModelConfig, shape: StepShape) -> Bytes:
     """Return the bytes that autograd keeps of one block in eager mode, by component.
 

@@ -19,6 +19,7 @@ from model.costs.activations import (
     Bytes,
     StepShape,
     block_shapes,
+    count_bias_bytes,
     count_block_activations,
     count_kept_by_norm,
     count_mask_bytes,
@@ -125,13 +126,13 @@ def _kept_state(
     elements += config.num_layers * count_shard(block_shapes(config), shape.shards)
     components = {"weights": FP32_BYTES * elements, "optimizer": 2 * FP32_BYTES * elements}
     components |= _gradients(config, shape, done, is_root_done=is_root_done)
-    embeddings_mask = count_mask_bytes(config, shape, int(kept > 0))
+    once = count_mask_bytes(config, shape, 1) + count_bias_bytes(config, shape) if kept else 0
     if shape.activation_checkpointing:
         # The first block's values are a view of its queries, keys and values, which are therefore kept whole.
         first_values = 3 * N * D if config.value_residual and kept else 0
-        return components | {"activations": (kept * N * D + first_values) * shape.compute_bytes + embeddings_mask}
+        return components | {"activations": (kept * N * D + first_values) * shape.compute_bytes + once}
     return components | {
-        "activations": kept * sum(count_block_activations(config, shape).values()) + embeddings_mask,
+        "activations": kept * sum(count_block_activations(config, shape).values()) + once,
         "low-precision weights": kept * _block_copies(config, shape),
     }
 

@@ -1,4 +1,4 @@
-"""Dropout is the same run for any number of processes, micro-batches, restarts and layouts."""
+"""Dropout, in a model with a window, is the same run for any processes, micro-batches, restarts and layouts."""
 
 import math
 from dataclasses import replace
@@ -18,13 +18,13 @@ from train.processes.group import ProcessGroup
 
 DDP, FSDP, HSDP = Layout("ddp", 2), Layout("fsdp", 2), Layout("hsdp", 4, shard_size=2)
 LAYOUTS = (ONE, DDP, FSDP, HSDP)
-P = 0.2
+P, WINDOW = 0.2, 9
 SINGLE: dict[str, Any] = {"micro_batch": 1, "activation_checkpointing": True, "loss": "chunked"}
 
 
-def with_dropout(layout: Layout, data: Path, run_dir: Path, **train: Any) -> Config:
+def with_dropout(layout: Layout, data: Path, run_dir: Path, *, dropout: float = P, **train: Any) -> Config:
     config = configured(layout, data, run_dir, **train)
-    return replace(config, model=replace(config.model, dropout=P))
+    return replace(config, model=replace(config.model, dropout=dropout, window=WINDOW))
 
 
 def train_all(group: ProcessGroup, data: Path, folder: Path) -> None:
@@ -64,11 +64,12 @@ def test_every_layout_trains_and_resumes_the_same_run(trained: Path, layout: Lay
 
 def test_it_differs_from_the_run_without_it_and_is_another_run(trained: Path, tiny_data: Path, tmp_path: Path) -> None:
     """The first validation, of the same initial weights, has no dropout."""
-    plain = configured(ONE, tiny_data, tmp_path / "plain")
+    plain = with_dropout(ONE, tiny_data, tmp_path / "plain", dropout=0.0)
     run_here(ProcessGroup(0, 1, torch.device("cpu")), plain)
     first, *_ = zip(validations(tmp_path / "plain"), validations(trained / str(ONE)), strict=True)
     assert first[0] == first[1] and math.isfinite(first[0][1])
     assert curve(tmp_path / "plain")[0] != curve(trained / str(ONE))[0]
-    flags = tiny_flags(tiny_data, tmp_path / "plain")
-    done = called(train_main.main, *flags, "--train.steps", str(STEPS), "--model.dropout", str(P))
-    assert done.returncode == 2 and f"--model.dropout {P} (was 0.0)" in done.stderr
+    flags = [*tiny_flags(tiny_data, tmp_path / "plain"), "--train.steps", str(STEPS), "--model.dropout", str(P)]
+    done = called(train_main.main, *flags)
+    assert done.returncode == 2
+    assert f"--model.dropout {P} (was 0.0)" in done.stderr and f"--model.window None (was {WINDOW})" in done.stderr

@@ -24,6 +24,7 @@ from model.config import ModelConfig
 from model.costs.activations import (
     StepShape,
     block_shapes,
+    count_bias_bytes,
     count_block_activations,
     count_kept_by_norm,
     count_mask_bytes,
@@ -102,8 +103,8 @@ def test_what_autograd_keeps(switches: dict[str, Any], dtype: torch.dtype) -> No
     mixing = 0
     if config.value_residual:  # a copy of each weight; the first block has none, nor mixed values
         mixing = 2 * is_low * c - (N * D * c if config.attention != "naive" else 0)
-    embeddings_mask = count_mask_bytes(config, shape, 1)
-    expected = blocks + last_norm + ids + copies + rotation + masks + mixing + embeddings_mask
+    once = count_mask_bytes(config, shape, 1) + count_bias_bytes(config, shape)
+    expected = blocks + last_norm + ids + copies + rotation + masks + mixing + once
     assert sum(size for address, size in kept.items() if address not in own) == expected
 
 
@@ -209,6 +210,8 @@ SWITCHED: list[dict[str, Any]] = [
     LONG | {"tie": False},
     LONG | {"logit_softcap": 5.0},
     *(shape | {"dropout": 0.1, "vocab_size": 100} | more for shape in (LONG, DEEP) for more in ({}, BF16)),
+    *(shape | {"window": 16, "seq_len": 128} for shape in (LONG, DEEP)),
+    DEEP | {"window": 16, "seq_len": 128, "sequences": 1} | BF16,
     DEEP | {"dropout": 0.1, "activation_checkpointing": True},
     DEEP | {"dropout": 0.1, "activation_checkpointing": True} | BF16,
     *(DEEP | switches for switches in ONE_BY_ONE if switches not in (MODERN, {"tie": False})),

@@ -82,8 +82,9 @@ def test_flex_attention_does_not_train_on_a_cpu(tiny_data: Path, tmp_path: Path)
 def test_switches_without_effect_are_named(tiny_data: Path, tmp_path: Path) -> None:
     config = configured(tiny_data, tmp_path / "run", "none")
     assert not [line for line in settings_without_effect(config, "cpu", 1, "none") if "--model" in line]
-    one_block = replace(config, model=replace(config.model, num_layers=1, attention="flex"))
+    one_block = replace(config, model=replace(config.model, num_layers=1, attention="flex", window=32))
     assert [line for line in settings_without_effect(one_block, "cuda", 1, "none") if "--model" in line] == [
+        "--model.window 32 has no effect with --train.seq-len 32",
         "--model.value-residual has no effect with --model.num-layers 1: there are no later blocks",
         "--model.attention flex finds no documents: the data's tokenizer has no end-of-text token",
         "--model.attention flex with --train.no-compile holds all scores, as naive does",

@@ -33,7 +33,9 @@ def logits_and_gradient(model: GPT) -> tuple[Tensor, Tensor]:
 
 @every_backend
 @pytest.mark.parametrize(
-    ("switches", "dtype"), [(MODERN, torch.float32), (ANOTHER, torch.bfloat16)], ids=["modern", "another"]
+    ("switches", "dtype"),
+    [(MODERN, torch.float32), (ANOTHER, torch.bfloat16), ({"window": 5}, torch.float32)],
+    ids=["modern", "another", "window"],
 )
 def test_compiled_equals_eager(switches: dict[str, Any], dtype: torch.dtype, backend: str) -> None:
     eager, compiled = (build_model(switched(**switches), seed=1, compute_dtype=dtype) for _ in range(2))

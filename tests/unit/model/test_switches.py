@@ -47,6 +47,7 @@ ONE_BY_ONE: list[dict[str, Any]] = [
     {"attention": "naive"},
     {"vocab_multiple": 1},
     {"dropout": 0.1},
+    {"window": 5},
     MODERN,
 ]
 
@@ -273,6 +274,39 @@ def test_with_flex_a_token_sees_only_its_own_document() -> None:
     torch.testing.assert_close(unmarked(tokens_BT), plain(tokens_BT), rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("window", [1, 5, 16])
+def test_a_token_sees_its_window_and_no_more(window: int) -> None:
+    """In one block without positions, so that nothing else tells tokens apart; and alike in every attention."""
+    switches: dict[str, Any] = {"position_embedding": "none", "num_layers": 1}
+    models = {
+        kind: build_model(switched(**switches, attention=kind, window=window, eot_id=None), seed=1)
+        for kind in ("sdpa", "naive", "flex")
+    }
+    tokens_BT = some_tokens(1)
+    logits_BTV = models["sdpa"](tokens_BT)
+    for kind in ("naive", "flex"):
+        torch.testing.assert_close(models[kind](tokens_BT), logits_BTV, rtol=0, atol=1e-5)
+    for changed in range(16):
+        other_BT = tokens_BT.clone()
+        other_BT[0, changed] = (other_BT[0, changed] + 1) % 100
+        is_changed_T = (models["sdpa"](other_BT) - logits_BTV).abs().amax(dim=2)[0] > 1e-6
+        assert is_changed_T.nonzero().flatten().tolist() == list(range(changed, min(16, changed + window)))
+    if window == 16:
+        torch.testing.assert_close(build_model(switched(**switches), seed=1)(tokens_BT), logits_BTV, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_with_flex_a_window_ends_at_the_documents_begin() -> None:
+    switches: dict[str, Any] = {"position_embedding": "none", "num_layers": 1}
+    tokens_BT = torch.cat([some_tokens(1, 8), torch.tensor([[3]]), some_tokens(1, 7)], dim=1)
+    model = build_model(switched(**switches, attention="flex", eot_id=3, window=5), seed=1)
+    parts = [build_model(switched(**switches, window=5), seed=1)(part) for part in tokens_BT.split(8, dim=1)]
+    torch.testing.assert_close(model(tokens_BT), torch.cat(parts, dim=1), rtol=0, atol=1e-5)
+
+
 # --- Every switch -----------------------------------------------------------------------------------------------------
 
 
@@ -337,6 +371,8 @@ def test_impossible_shapes_are_refused() -> None:
         ({"logit_softcap": 0.0}, softcap.format(0.0)),
         ({"logit_softcap": math.inf}, softcap.format("inf")),
         ({"mlp_width": 0}, "--model.mlp-width 0 must be at least 1"),
+        ({"window": 0}, "--model.window 0 must lie between 1 and --train.seq-len 16"),
+        ({"window": 17}, "--model.window 17 must lie between 1 and --train.seq-len 16"),
     ):
         (fault,) = switched(**switches).faults()
         assert fault.startswith(message)

@@ -127,6 +127,15 @@ def test_every_setting_without_effect_is_named(flags: str, message: str) -> None
     assert message in line
 
 
+def test_a_window_and_dropout_out_of_range_are_refused() -> None:
+    text = refusal("shakespeare-char-cpu", "--model.window", "65", "--model.dropout", "1")
+    assert "--model.window 65 must lie between 1 and --train.seq-len 64" in text
+    assert "--model.dropout 1.0 must lie in [0, 1)" in text
+    config = parsed("shakespeare-char-cpu", "--train.seq-len", "2048", "--train.batch-tokens", "2048")
+    assert config.model.window is None and config.model.dropout == 0
+    assert parsed("shakespeare-char-cpu", "--model.window", "64").model.window == 64
+
+
 def test_switches_are_flags() -> None:
     config = parsed(
         *("--model.position-embedding", "rope", "--model.norm", "rmsnorm", "--model.mlp", "swiglu", "--model.no-tie"),
