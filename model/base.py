@@ -70,6 +70,10 @@ class LanguageModel(nn.Module):
         """Return the input of the head, x_BTD. Raise ValueError when T exceeds `config.context_len`."""
         raise NotImplementedError
 
+    def training_states(self, tokens_BT: Tensor, seeds_B: Tensor | None) -> Tensor:
+        """Return `hidden_states` as training needs them: with dropout by `seeds_B`, int64, where the model has it."""
+        return self.hidden_states(tokens_BT)
+
     def initial_value(self, name: str, shape: torch.Size, generator: torch.Generator) -> Tensor:
         """Return the whole initial value of the parameter `name`; padding rows of the vocabulary are 0."""
         raise NotImplementedError

@@ -86,9 +86,16 @@ class ModelConfig:
     value_residual: bool = False
     """Mix the values of every later block with the first block's: a v_1 + (1 - a) v. Each block learns one a, which
     starts at 0.5 (Zhou et al. 2024, arXiv 2410.17897, "ResFormer")."""
+    dropout: float = 0.0
+    """Set so large a part of the embeddings' sum, of attention's and of the MLP's outputs to 0 in training, and scale
+    the rest up (Srivastava et al. 2014). Attention's weights have no dropout. The masks depend on the seed and on a
+    sequence's place in the order of the data alone: not on processes, micro-batch or device."""
     attention: Literal["sdpa", "naive", "flex"] = "sdpa"
     """sdpa: torch's fused kernels. naive: written out, with all scores in memory. flex: torch's FlexAttention, where a
     token sees only its own document, from the last end-of-text token on; flex cannot train on a CPU."""
+    window: int | None = None
+    """Tokens that a token may look at: itself and those right before it; None: all before it. sdpa and naive still
+    compute all scores, and FlashAttention has no kernel for sdpa's mask; flex leaves out what no token sees."""
     vocab_multiple: int = 64
     """Round the embedding's rows up to a multiple of this number, since tensor cores are fast on such sizes: 50,257 ->
     50,304 (nanoGPT, build-nanogpt). 1: no rounding."""
@@ -180,6 +187,10 @@ class ModelConfig:
         cap = self.logit_softcap
         if cap is not None and not 0 < cap < math.inf:
             faults.append(f"--model.logit-softcap {cap} must be a finite number above 0, or None")
+        if self.window is not None and not 1 <= self.window <= self.context_len:
+            faults.append(f"--model.window {self.window} must lie between 1 and --train.seq-len {self.context_len}")
+        if not 0 <= self.dropout < 1:
+            faults.append(f"--model.dropout {self.dropout} must lie in [0, 1)")
         return faults
 
 

@@ -172,7 +172,7 @@ class ModelOnCard:
 
     def faults(self) -> list[str]:
         """Return every reason why nothing can be counted."""
-        faults = self.model.faults()
+        faults = replace(self.model, context_len=self.seq_len).faults()
         if self.model.kind != "gpt":
             faults.append(f"--model.kind {self.model.kind}: this command counts gpt only; use train/main.py --dry-run")
         faults += self.not_positive("vocab_size", "batch", "seq_len", "peak_tflops")

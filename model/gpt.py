@@ -18,6 +18,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from model.base import EMBEDDING, HEAD, INIT_STD, LanguageModel, init_weights
 from model.config import ModelConfig
+from model.dropout import dropped, place_keys
 from model.layers import NORM_EPS, Embedding, Linear, RMSNorm, learned_number, make_norm, plus_scaled
 
 ROPE_BASE = 10_000.0  # Su et al. 2021, section 3.2.2
@@ -51,19 +52,34 @@ def rotated(x_BHTK: Tensor, rotation: Rotation) -> Tensor:
     return (x_BHTK.float() * cos_TK + turned_BHTK * sin_TK).to(x_BHTK.dtype)
 
 
-def document_mask(tokens_BT: Tensor, eot_id: int | None) -> BlockMask:
-    """Return the mask of causal attention within documents, each of which begins with `eot_id`.
+def hidden_tokens(T: int, window: int | None, device: torch.device) -> Tensor:
+    """Return which tokens a token must not look at, bool [T, T]: later ones, and those outside its window."""
+    all_TT = torch.ones(T, T, dtype=torch.bool, device=device)
+    return all_TT.triu(1) if window is None else all_TT.triu(1) | all_TT.tril(-window)
+
+
+def attention_bias(T: int, window: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return what is added to the scores: 0, and -infinity for hidden tokens. All blocks keep the same [T, T]."""
+    zeros_TT = torch.zeros(T, T, dtype=dtype, device=device)
+    return zeros_TT.masked_fill_(hidden_tokens(T, window, device), -torch.inf)
+
+
+def document_mask(tokens_BT: Tensor, eot_id: int | None, window: int | None = None) -> BlockMask:
+    """Return the mask of causal attention within documents, each of which begins with `eot_id`, and in the window.
 
     With `eot_id` None there are no documents to tell apart. Finding the blocks of 128 x 128 scores that are needed
     takes B x T x T bytes for a moment.
     """
     B, T = tokens_BT.shape
+    span = T if window is None else window
     if eot_id is None:
-        return create_block_mask(lambda b, h, q, k: q >= k, None, None, T, T, device=tokens_BT.device)
+        return create_block_mask(
+            lambda b, h, q, k: (q >= k) & (q - k < span), None, None, T, T, device=tokens_BT.device
+        )
     document_BT = (tokens_BT == eot_id).cumsum(dim=1)
 
     def is_visible(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        return (q >= k) & (document_BT[b, q] == document_BT[b, k])
+        return (q >= k) & (q - k < span) & (document_BT[b, q] == document_BT[b, k])
 
     return create_block_mask(is_visible, B, None, T, T, device=tokens_BT.device)
 
@@ -98,12 +114,14 @@ class Shared(NamedTuple):
 
     rotation: Rotation | None = None
     mask: BlockMask | None = None
+    bias_TT: Tensor | None = None
     first_values_BHTK: Tensor | None = None
     table_rows_BTD: Tensor | None = None
     embedding_BTD: Tensor | None = None
     skipped_BTD: Tensor | None = None
     cache: BlockCache | None = None
     visible_B1TS: Tensor | None = None
+    dropout_keys_PB2: Tensor | None = None  # of the block's two places: after attention and after the MLP
 
 
 class Attention(nn.Module):
@@ -113,6 +131,7 @@ class Attention(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
         self.kind = config.attention
+        self.window = config.window
         self.c_attn = Linear(config.width, 3 * config.width, bias=config.bias)
         self.c_proj = Linear(config.width, config.width, bias=config.bias)
         self.q_norm = RMSNorm(config.head_size, eps=NORM_EPS) if config.qk_norm else None
@@ -143,22 +162,22 @@ class Attention(nn.Module):
         if cached_keys_values is not None and shared.visible_B1TS is not None:
             y_BHTK = F.scaled_dot_product_attention(q_BHTK, *cached_keys_values, attn_mask=shared.visible_B1TS)
         elif self.kind == "naive":
-            y_BHTK = naive_attention(q_BHTK, k_BHTK, v_BHTK)
+            y_BHTK = naive_attention(q_BHTK, k_BHTK, v_BHTK, window=self.window)
         elif self.kind == "flex":
             # Dense per head: compiled for a CPU, torch 2.13 gave wrong numbers for operands in another memory order.
             q_BHTK, k_BHTK, v_BHTK = (y_BHTK.contiguous() for y_BHTK in (q_BHTK, k_BHTK, v_BHTK))
             y_BHTK = flex_attention(q_BHTK, k_BHTK, v_BHTK, block_mask=shared.mask)
         else:
-            y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True)
+            bias_TT = shared.bias_TT
+            y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, bias_TT, is_causal=bias_TT is None)
         y_BTD = self.c_proj(y_BHTK.transpose(1, 2).reshape(x_BTD.shape))
         return y_BTD, (v_BHTK if self.gives_values else None)
 
 
-def naive_attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor) -> Tensor:
-    """Return attention by Vaswani et al. 2017, equation 1, with a causal mask and all scores in memory."""
-    T = q_BHTK.shape[2]
-    is_future_TT = torch.ones(T, T, dtype=torch.bool, device=q_BHTK.device).triu(1)
-    return attention_weights(q_BHTK, k_BHTK, is_future_TT).to(v_BHTK.dtype) @ v_BHTK
+def naive_attention(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, *, window: int | None = None) -> Tensor:
+    """Return attention by Vaswani et al. 2017, equation 1, causal and with all scores in memory."""
+    is_hidden_TT = hidden_tokens(q_BHTK.shape[2], window, q_BHTK.device)
+    return attention_weights(q_BHTK, k_BHTK, is_hidden_TT).to(v_BHTK.dtype) @ v_BHTK
 
 
 def attention_weights(q_BHTK: Tensor, k_BHTK: Tensor, is_hidden_TT: Tensor) -> Tensor:
@@ -207,6 +226,7 @@ class Block(nn.Module):
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         self.is_post_norm = config.norm_place == "post"
+        self.dropout = config.dropout
         self.ln_1 = make_norm(config)
         self.attn = Attention(config, index)
         self.ln_2 = make_norm(config)
@@ -217,13 +237,14 @@ class Block(nn.Module):
     def forward(self, x_BTD: Tensor, shared: Shared) -> tuple[Tensor, Tensor | None]:
         x_BTD = plus_scaled(x_BTD, shared.embedding_BTD, self.shortcut_scale)
         x_BTD = plus_scaled(x_BTD, shared.skipped_BTD, self.skip_scale)
+        after_attention, after_mlp = (None, None) if shared.dropout_keys_PB2 is None else shared.dropout_keys_PB2
         if self.is_post_norm:
             y_BTD, values_BHTK = self.attn(x_BTD, shared)
-            x_BTD = self.ln_1(x_BTD + y_BTD)
-            return self.ln_2(x_BTD + self.mlp(x_BTD)), values_BHTK
+            x_BTD = self.ln_1(x_BTD + dropped(y_BTD, after_attention, self.dropout))
+            return self.ln_2(x_BTD + dropped(self.mlp(x_BTD), after_mlp, self.dropout)), values_BHTK
         y_BTD, values_BHTK = self.attn(self.ln_1(x_BTD), shared)
-        x_BTD = x_BTD + y_BTD
-        return x_BTD + self.mlp(self.ln_2(x_BTD)), values_BHTK
+        x_BTD = x_BTD + dropped(y_BTD, after_attention, self.dropout)
+        return x_BTD + dropped(self.mlp(self.ln_2(x_BTD)), after_mlp, self.dropout), values_BHTK
 
 
 def another_view(x: Tensor) -> Tensor:
@@ -271,21 +292,34 @@ class GPT(LanguageModel):
         norms = [self.transformer["ln_e"]] if self.config.embedding_norm else []
         return [*self.blocks, *norms, *([self.transformer["ln_f"]] if self.config.has_last_norm else [])]
 
-    def hidden_states(self, tokens_BT: Tensor, past: Past | None = None) -> Tensor:
-        """Return the normalised residual stream after the last block, x_BTD. `past`: the tokens before these."""
+    def training_states(self, tokens_BT: Tensor, seeds_B: Tensor | None) -> Tensor:
+        return self.hidden_states(tokens_BT, seeds_B=seeds_B)
+
+    def hidden_states(self, tokens_BT: Tensor, past: Past | None = None, *, seeds_B: Tensor | None = None) -> Tensor:
+        """Return the normalised residual stream after the last block, x_BTD. `past`: the tokens before these.
+
+        `seeds_B`, int64, draws each row's dropout, of which there is none without it.
+        """
         config, T = self.config, self.check_length(tokens_BT)
         positions = torch.arange(T, device=tokens_BT.device) if past is None else past.positions_BT
         x_BTD = self.transformer["wte"](tokens_BT)
         if config.position_embedding == "learned":
             x_BTD = x_BTD + self.transformer["wpe"](positions)
         x_BTD = self.transformer["ln_e"](x_BTD).to(self.compute_dtype)
+        keys_PB2 = None if seeds_B is None else place_keys(seeds_B, 1 + 2 * config.num_layers)
+        if keys_PB2 is not None:
+            x_BTD = dropped(x_BTD, keys_PB2[0], config.dropout)
         tables_rows = [table(tokens_BT).to(self.compute_dtype) for table in self.transformer["vte"].children()]
         heads_positions = positions if past is None else positions[:, None]  # [T], or [B, 1, T]
         visible_B1TS = None if past is None else past.visible(tokens_BT)
         needs_mask = config.attention == "flex" and visible_B1TS is None
+        bias_TT = None
+        if config.window is not None and config.attention == "sdpa" and visible_B1TS is None:
+            bias_TT = attention_bias(T, config.window, x_BTD.dtype, x_BTD.device)
         shared = Shared(
             rotation=rope_rotation(heads_positions, config.head_size) if config.position_embedding == "rope" else None,
-            mask=document_mask(tokens_BT, config.eot_id) if needs_mask else None,
+            mask=document_mask(tokens_BT, config.eot_id, config.window) if needs_mask else None,
+            bias_TT=bias_TT,
             embedding_BTD=another_view(x_BTD) if config.embedding_shortcut else None,
             visible_B1TS=visible_B1TS,
         )
@@ -296,6 +330,7 @@ class GPT(LanguageModel):
                 table_rows_BTD=None if table is None else tables_rows[table],
                 skipped_BTD=None if source is None else skipped.pop(source),
                 cache=None if past is None else past.of_block(index),
+                dropout_keys_PB2=None if keys_PB2 is None else keys_PB2[1 + 2 * index : 3 + 2 * index],
             )
             x_BTD, values_BHTK = block(x_BTD, shared)
             if values_BHTK is not None:

@@ -1,5 +1,6 @@
 """Values that cannot be, for one error that lists them, and settings that do nothing in a run, for warnings."""
 
+import dataclasses
 import math
 
 from common.errors import InputError
@@ -42,7 +43,7 @@ def faults_of(config: Config) -> list[str]:
     faults = [
         f"{flag} {value} must be at least 1" for flag, value in at_least_one.items() if value is not None and value < 1
     ]
-    faults += config.model.faults() + faults_of_fp8(config)
+    faults += dataclasses.replace(config.model, context_len=train.seq_len).faults() + faults_of_fp8(config)
     try:
         require_printable("--run-dir", str(config.directory))
     except InputError as error:
@@ -160,6 +161,8 @@ def settings_without_effect(config: Config, device_type: str, world: int, mode: 
         warnings.append(
             f"--train.activation-checkpointing has no effect with --model.kind {model.kind}: it has no blocks"
         )
+    if model.window == config.train.seq_len:
+        warnings.append(f"--model.window {model.window} has no effect with --train.seq-len {config.train.seq_len}")
     if model.value_residual and model.num_layers == 1:
         warnings.append("--model.value-residual has no effect with --model.num-layers 1: there are no later blocks")
     if model.skips and model.num_layers == 1:

@@ -24,6 +24,7 @@ from data_prep.shards import TokenStream
 from train.config import Config, with_vocabulary
 
 Indices = npt.NDArray[np.uint64]
+Batch = tuple[Tensor, ...]  # inputs_BT and targets_BT; with dropout also a seed for each row, seeds_B; all int64
 NUM_ROUNDS = 6  # of the Feistel network; Luby & Rackoff 1988 need 4 for a strong pseudorandom permutation
 
 
@@ -132,14 +133,39 @@ def substitutes(skip_sequences: Collection[int], count: int) -> dict[int, int]:
     return next_kept
 
 
+def zero_batch(shape: tuple[int, int], *, has_dropout: bool, device: torch.device | str = "cpu") -> Batch:
+    """Return a micro-batch of zeros: sequences x tokens, and seeds if the model has dropout."""
+    zeros_BT = torch.zeros(shape, dtype=torch.int64, device=device)
+    return (zeros_BT, zeros_BT.clone(), *([zeros_BT[:, 0].clone()] if has_dropout else []))
+
+
+def dropout_seeds(seed: int, position: int, num_sequences: int) -> Tensor:
+    """Return a seed for the dropout of each sequence at positions [position, position + num_sequences), int64.
+
+    A position stands for one sequence in one epoch, so the next epoch has other masks, and no two sequences of a step
+    have the same.
+    """
+    positions = np.arange(position, position + num_sequences, dtype=np.uint64)
+    return torch.from_numpy(_mix(positions + _mix(np.array([seed], dtype=np.uint64))).view(np.int64))
+
+
 class TrainingSequences:
     """A split cut into sequences of seq_len + 1 tokens, served in the order of (seed, epoch).
 
     Each skipped sequence is replaced by the next one of the data; after the last comes the first.
     """
 
-    def __init__(self, stream: TokenStream, seq_len: int, seed: int, skip_sequences: Collection[int] = ()) -> None:
+    def __init__(
+        self,
+        stream: TokenStream,
+        seq_len: int,
+        seed: int,
+        skip_sequences: Collection[int] = (),
+        *,
+        has_dropout: bool = False,
+    ) -> None:
         self._stream = stream
+        self.has_dropout = has_dropout
         self.seq_len = seq_len
         self._seed = seed
         self.count = (len(stream) - 1) // seq_len
@@ -168,10 +194,16 @@ class TrainingSequences:
         rows_BT1 = torch.from_numpy(self._stream.read_rows([i * T for i in ids], T + 1).astype(np.int64))
         return rows_BT1[:, :-1].contiguous(), rows_BT1[:, 1:].contiguous()
 
-    def micro_batches(self, position: int, plan: BatchPlan, rank: int) -> list[tuple[Tensor, Tensor]]:
+    def micro_batches(self, position: int, plan: BatchPlan, rank: int) -> list[Batch]:
         """Return this rank's contiguous block of the step at `position`, micro-batches in order."""
-        ids = self.ids_at(position + rank * plan.sequences_per_rank, plan.sequences_per_rank)
-        return [self.read(ids[start : start + plan.micro_batch]) for start in range(0, len(ids), plan.micro_batch)]
+        first = position + rank * plan.sequences_per_rank
+        ids = self.ids_at(first, plan.sequences_per_rank)
+        batches: list[Batch] = []
+        for start in range(0, len(ids), plan.micro_batch):
+            batch = self.read(ids[start : start + plan.micro_batch])
+            seeds = [dropout_seeds(self._seed, first + start, plan.micro_batch)] if self.has_dropout else []
+            batches.append((*batch, *seeds))
+        return batches
 
 
 class Prefetcher:
@@ -190,7 +222,7 @@ class Prefetcher:
         # Pinned memory belongs to the current device, which each thread has to set.
         initializer = functools.partial(torch.cuda.set_device, device) if device.type == "cuda" else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch", initializer=initializer)
-        self._ahead: tuple[int, Future[list[tuple[Tensor, Tensor]]]] | None = None
+        self._ahead: tuple[int, Future[list[Batch]]] | None = None
         self._fault: InputError | None = None
 
     @property
@@ -204,7 +236,7 @@ class Prefetcher:
             raise self._fault
         return True
 
-    def take(self, position: int) -> list[tuple[Tensor, Tensor]]:
+    def take(self, position: int) -> list[Batch]:
         """Return this rank's micro-batches of the step at `position`, on its device or on their way to it."""
         if self._ahead is None or self._ahead[0] != position:
             self._ahead = position, self._thread.submit(self._read, position)
@@ -212,14 +244,11 @@ class Prefetcher:
             batches = self._ahead[1].result()
         except InputError as error:
             self._fault = error
-            zeros_BT = torch.zeros(self._plan.micro_batch, self._sequences.seq_len, dtype=torch.int64)
-            batches = [(zeros_BT, zeros_BT)] * self._plan.accumulation
+            shape = (self._plan.micro_batch, self._sequences.seq_len)
+            batches = [zero_batch(shape, has_dropout=self._sequences.has_dropout)] * self._plan.accumulation
         following = position + self._plan.sequences
         self._ahead = following, self._thread.submit(self._read, following)
-        return [
-            (inputs_BT.to(self._device, non_blocking=True), targets_BT.to(self._device, non_blocking=True))
-            for inputs_BT, targets_BT in batches
-        ]
+        return [tuple(tensor.to(self._device, non_blocking=True) for tensor in batch) for batch in batches]
 
     def sequence_ids(self, position: int) -> list[int]:
         """Return every rank's sequences of the step at `position`, in order."""
@@ -228,11 +257,9 @@ class Prefetcher:
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)
 
-    def _read(self, position: int) -> list[tuple[Tensor, Tensor]]:
+    def _read(self, position: int) -> list[Batch]:
         batches = self._sequences.micro_batches(position, self._plan, self._rank)
-        return [
-            (pinned(inputs_BT, self._device), pinned(targets_BT, self._device)) for inputs_BT, targets_BT in batches
-        ]
+        return [tuple(pinned(tensor, self._device) for tensor in batch) for batch in batches]
 
 
 def pinned(tensor: Tensor, device: torch.device) -> Tensor:

@@ -152,15 +152,15 @@ def take_step(run: Run) -> StepResult:
     return StepResult(state.progress, progress, lr, numbers, ready, meters.seconds, meters.data_wait_seconds)
 
 
-def accumulate_gradients(run: Run, batches: list[tuple[Tensor, Tensor]], weight: Tensor) -> Tensor:
+def accumulate_gradients(run: Run, batches: list[tuple[Tensor, ...]], weight: Tensor) -> Tensor:
     """Add up gradients of (token losses x `weight`) over micro-batches; return the sum of token losses, fp64."""
     state, processes = run.state, run.processes
     loss_sum = torch.zeros((), dtype=torch.float64, device=processes.group.device)
-    for index, (inputs_BT, targets_BT) in enumerate(batches):
+    for index, (inputs_BT, targets_BT, *seeds) in enumerate(batches):
         processes.watchdog.heartbeat()
         is_last = index == len(batches) - 1
         apply.set_gradient_sync(state.module, processes.parallel_plan, is_last)
-        scaled, unscaled = state.module(inputs_BT, targets_BT, weight)
+        scaled, unscaled = state.module(inputs_BT, targets_BT, weight, *seeds)
         if is_last:
             processes.stragglers.end_step()  # the backward pass waits for the other ranks
         scaled.backward()
@@ -228,10 +228,10 @@ def find_suspects(run: Run, progress: Progress) -> list[int]:
     """Return the sequences of the step at `progress` that are not finite by themselves. Collective."""
     state, group = run.state, run.processes.group
 
-    def is_finite(inputs_BT: Tensor, targets_BT: Tensor) -> bool:
+    def is_finite(*batch: Tensor) -> bool:
         run.processes.watchdog.heartbeat(f"step {progress.step + 1}, searching for what is not finite")
         apply.zero_gradients(state.module)
-        loss_sum = accumulate_gradients(run, [(inputs_BT, targets_BT)], state.token_weight)
+        loss_sum = accumulate_gradients(run, [batch], state.token_weight)
         return not group.any(not math.isfinite(loss_sum + optim.sum_of_squares(state.model.parameters())))
 
     own_ids = run.data.batches.sequence_ids(progress.position)[group.rank * run.data.batch_plan.sequences_per_rank :]

@@ -150,7 +150,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 class LossModel(nn.Module):
     """The model and its loss in one module: what trains, and what is wrapped for many processes.
 
-    inputs_BT, targets_BT, scale [] -> fp32 [2]: (sum of the token losses) x scale, to call backward on, and the sum.
+    inputs_BT, targets_BT, scale [] -> fp32 [2]: (sum of the token losses) x scale, to call backward on, and the sum. A
+    model with dropout also needs seeds_B.
     """
 
     def __init__(
@@ -175,8 +176,9 @@ class LossModel(nn.Module):
             self._plain, self._chunk, self._tokens = map(compiles, (self._plain, chunk_loss, token_losses))
             self._head = compiles(self._head) if is_fp8 else self._head
 
-    def forward(self, inputs_BT: Tensor, targets_BT: Tensor, scale: Tensor) -> Tensor:
-        x_ND, targets_N = self.model.hidden_states(inputs_BT).flatten(0, 1), targets_BT.flatten()
+    def forward(self, inputs_BT: Tensor, targets_BT: Tensor, scale: Tensor, seeds_B: Tensor | None = None) -> Tensor:
+        assert (seeds_B is not None) == (self.config.dropout > 0)
+        x_ND, targets_N = self.model.training_states(inputs_BT, seeds_B).flatten(0, 1), targets_BT.flatten()
         arguments = x_ND, self.model.lm_head.weight, targets_N, scale, self.config.vocab_size, self.config.softcap
         if self._chunk_tokens is None:
             return self._plain(*arguments)

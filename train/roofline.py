@@ -31,6 +31,7 @@ from model.costs.memory import memory
 from model.costs.roofline import Kernel, Rates, Row, StepTrace, rows_of
 from model.gpt import GPT
 from train.config import OptimConfig, TrainConfig
+from train.data import zero_batch
 from train.losses import LossModel
 from train.optim import build_optimizer, sum_of_squares, update
 from train.parallel.apply import compile_parts
@@ -106,9 +107,9 @@ def traced_step(
         model.transformer["ln_f"].register_forward_hook(enter_the_loss)  # the last module before the head
         optimizer = build_optimizer(loss_model.model, OptimConfig())
         parameters = list(loss_model.parameters())
-        tokens_BT = torch.empty(batch, seq_len, dtype=torch.int64)
+        inputs_BT, targets_BT, *seeds = zero_batch((batch, seq_len), has_dropout=config.dropout > 0)
         with trace.recording():
-            losses = loss_model(tokens_BT, tokens_BT, torch.empty(()))
+            losses = loss_model(inputs_BT, targets_BT, torch.empty(()), *seeds)
             gradients = torch.autograd.grad(losses[0], parameters)
             trace.phase = "update"
             for parameter, gradient in zip(parameters, gradients, strict=True):

@@ -189,7 +189,13 @@ def open_tokenizer(directory: Path, manifest: Manifest) -> Tokenizer:
 def open_sequences(config: Config) -> TrainingSequences:
     """Return the training sequences. Raise InputError if the split is too short or a skipped one is not in it."""
     stream = open_split(config.data.dir, "train")
-    return TrainingSequences(stream, config.train.seq_len, config.seed, config.data.skip_sequences)
+    return TrainingSequences(
+        stream,
+        config.train.seq_len,
+        config.seed,
+        config.data.skip_sequences,
+        has_dropout=config.model.dropout > 0,
+    )
 
 
 EvaluationData = tuple[ValidationSet | None, HellaSwag | None, Sampler | None]

@@ -3,12 +3,14 @@
 Letters are those of model/gpt.py; N = B x T is the number of tokens of a micro-batch.
 """
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
 from model.config import ModelConfig
 
 FP32_BYTES = 4
+HASH_BYTES = 2 * 8  # of each element of a mask of dropout while it is computed: two int64 tensors
 
 Bytes = dict[str, int]  # component -> bytes
 
@@ -98,6 +100,14 @@ def root_shapes(config: ModelConfig) -> list[tuple[int, ...]]:
     return shapes + norm_shapes(config) * (config.has_last_norm + config.embedding_norm)
 
 
+def count_shard(shapes: list[tuple[int, ...]], shards: int) -> int:
+    """Return the elements of one rank's shard, padding included.
+
+    FSDP2 cuts every parameter by rows and gives each rank the same number of them.
+    """
+    return sum(math.ceil(rows / shards) * math.prod(rest) for rows, *rest in shapes)
+
+
 def count_between_blocks(config: ModelConfig, shape: StepShape, kept: int) -> int:
     """Return the bytes that autograd keeps for what the first `kept` blocks read beside the stream, in eager mode.
 
@@ -145,6 +155,17 @@ def count_kept_by_norm(config: ModelConfig, shape: StepShape) -> int:
     return ((2 if shape.on_cpu else 1) * N * D + N) * FP32_BYTES if config.norm == "rmsnorm" else 0
 
 
+def count_mask_bytes(config: ModelConfig, shape: StepShape, num_masks: int) -> int:
+    """Return the bytes of so many masks of dropout, a byte for each element."""
+    return num_masks * shape.num_tokens * config.width if config.dropout else 0
+
+
+def count_bias_bytes(config: ModelConfig, shape: StepShape) -> int:
+    """Return the bytes of the window's mask, which all blocks share."""
+    has_bias = config.window is not None and config.attention == "sdpa"
+    return has_bias * shape.seq_len**2 * shape.compute_bytes
+
+
 def count_block_activations(config: ModelConfig, shape: StepShape, index: int) -> Bytes:
     """Return the bytes that autograd keeps of block `index` in eager mode, by component.
 
@@ -172,5 +193,6 @@ def count_block_activations(config: ModelConfig, shape: StepShape, index: int) -
         "attention's output": (2 if config.attention == "flex" else 1) * N * D * c,  # flex also keeps it in token order
         "attention's log-sums": 0 if is_naive else N * H * FP32_BYTES,
         "attention's weights": is_naive * N * H * shape.seq_len * (FP32_BYTES + is_low * c),
+        "dropout's masks": count_mask_bytes(config, shape, 2),
         "mlp, between its matrices": (4 if config.mlp == "swiglu" else 2) * N * F * c,
     }

@@ -15,12 +15,16 @@ from dataclasses import dataclass
 from model.config import ModelConfig
 from model.costs.activations import (
     FP32_BYTES,
+    HASH_BYTES,
     Bytes,
     StepShape,
     block_shapes,
     count_between_blocks,
+    count_bias_bytes,
     count_block_activations,
     count_kept_by_norm,
+    count_mask_bytes,
+    count_shard,
     count_waiting_gradients,
     keeps_its_input,
     norm_shapes,
@@ -50,14 +54,6 @@ class Memory:
     @property
     def peak_bytes(self) -> int:
         return sum(self.peak.values())
-
-
-def count_shard(shapes: list[tuple[int, ...]], shards: int) -> int:
-    """Return the elements of one rank's shard, padding included.
-
-    FSDP2 cuts every parameter by rows and gives each rank the same number of them.
-    """
-    return sum(math.ceil(rows / shards) * math.prod(rest) for rows, *rest in shapes)
 
 
 def memory(config: ModelConfig, shape: StepShape) -> Memory:
@@ -129,6 +125,7 @@ def _kept_state(
     components = {"weights": FP32_BYTES * elements, "optimizer": count_optimizer(config, shape)}
     components |= _gradients(config, shape, done, is_root_done=is_root_done)
     between = count_between_blocks(config, shape, kept)
+    between += count_mask_bytes(config, shape, 1) + count_bias_bytes(config, shape) if kept else 0
     if shape.activation_checkpointing:
         # The first block's values are a view of its queries, keys and values, which are therefore kept whole. If a
         # table's rows are added to them, they are a tensor of their own.
@@ -271,7 +268,8 @@ def _in_block(config: ModelConfig, shape: StepShape, index: int) -> Bytes:
 def _block_backward(config: ModelConfig, shape: StepShape, index: int) -> Bytes:
     """Return block `index` at the gradients of its MLP's last matrix, while all that the block kept exists.
 
-    Slightly later, SwiGLU's two factors or ReLU squared's base get their gradients; the larger of both is counted.
+    Slightly later, SwiGLU's two factors or ReLU squared's base get their gradients; the larger of both is counted. So
+    is what the block's last dropout holds in the forward pass, which activation checkpointing repeats right before.
     """
     N, D, F, c = shape.num_tokens, config.width, config.resolved_mlp_width, shape.compute_bytes
     components = _in_block(config, shape, index)
@@ -281,7 +279,10 @@ def _block_backward(config: ModelConfig, shape: StepShape, index: int) -> Bytes:
         # Where autograd keeps a block's input itself, recomputation keeps no second copy.
         components["recomputed block"] -= keeps_its_input(config, shape, index) * N * D * c
     factors = {"swiglu": 2, "relu2": 3}.get(config.mlp, 0) * N * F * c
-    return components | {"block's gradients": N * D * c + max(N * F * c + F * D * c, F * D * FP32_BYTES, factors)}
+    # Also there: the MLP's output, attention's output, and in low precision the stream, which nothing else counts.
+    hashes = N * D * (c + FP32_BYTES + HASH_BYTES) if config.dropout else 0
+    largest = max(N * F * c + F * D * c, F * D * FP32_BYTES, factors, hashes)
+    return components | {"block's gradients": N * D * c + largest}
 
 
 def _attention_backward(config: ModelConfig, shape: StepShape, index: int) -> Bytes:

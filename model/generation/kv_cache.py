@@ -45,6 +45,7 @@ class KVCache:
         self.keys, self.values = (
             [torch.zeros(shape, dtype=dtype, device=device) for _ in range(config.num_layers)] for _ in range(2)
         )
+        self.window = config.window
         self.eot_id = config.eot_id if config.attention == "flex" else None
         # Attention within documents needs to know where the last document began.
         self.tokens = (
@@ -70,7 +71,8 @@ class Past(NamedTuple):
         return BlockCache(keys, values, self.rows_B[:, None], self.positions_BT, self.num_slots)
 
     def visible(self, tokens_BT: Tensor) -> Tensor | None:
-        """Return which slots each token may look at, bool [B, 1, T, S]; None for the plain causal mask.
+        """Return which slots each token may look at, bool [B, 1, T, S]; None for the mask that a pass
+        without a cache has.
 
         Store the pass's tokens too, if attention stays within documents.
         """
@@ -83,6 +85,8 @@ class Past(NamedTuple):
         num_slots = T if self.num_slots is None else self.num_slots
         slots_S = torch.arange(num_slots, device=tokens_BT.device)
         visible_BTS = slots_S <= self.positions_BT[:, :, None]
+        if self.cache.window is not None:
+            visible_BTS = visible_BTS & (slots_S > self.positions_BT[:, :, None] - self.cache.window)
         if tokens is not None:
             assert self.cache.eot_id is not None
             document_BS = tokens[self.rows_B, :num_slots].eq(self.cache.eot_id).cumsum(dim=1)

@@ -18,8 +18,8 @@ from model.base import EMBEDDING, HEAD
 from model.config import GPT2, ModelConfig, flag_of
 from model.layers import NORM_EPS
 
-# GPT2Config expresses the first two as n_inner and tie_word_embeddings; the others only change the initial weights.
-EXPRESSIBLE = ("mlp_width", "tie", "zero_init_projections", "zero_init_head")
+# GPT2Config expresses the first two as n_inner and tie_word_embeddings; the others change the training alone.
+EXPRESSIBLE = ("mlp_width", "tie", "zero_init_projections", "zero_init_head", "dropout")
 CONV1D_SUFFIXES = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")
 POSITIONS = "transformer.wpe.weight"
 
@@ -77,7 +77,7 @@ def _transposed(name: str, tensor: Tensor) -> Tensor:
 
 
 def to_json(config: ModelConfig) -> dict[str, Any]:
-    """Return the config.json of this model as a GPT2LMHeadModel, without dropout, as in our training."""
+    """Return the config.json of this model as a GPT2LMHeadModel, without dropout, whatever its training had."""
     check_expressible(config)
     return {
         "architectures": ["GPT2LMHeadModel"],

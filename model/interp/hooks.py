@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import create_mask
 from torch.utils.hooks import RemovableHandle
 
-from model.gpt import GPT, Attention, Block, Shared, attention_weights
+from model.gpt import GPT, Attention, Block, Shared, attention_weights, hidden_tokens
 
 PASS_TOKENS = 8_192  # tokens in one pass of many rows, so that memory does not grow with the number of rows
 
@@ -84,7 +84,7 @@ def read_attention(model: GPT, tokens_BT: Tensor, on_weights: Callable[[int, Ten
     def hook(layer: int, attention: Attention, args: tuple[Tensor, Shared]) -> None:
         x_BTD, shared = args
         q_BHTK, k_BHTK, _ = attention.queries_keys_values(x_BTD, shared)
-        on_weights(layer, attention_weights(q_BHTK.float(), k_BHTK.float(), _masked(x_BTD, shared)))
+        on_weights(layer, attention_weights(q_BHTK.float(), k_BHTK.float(), _masked(x_BTD, attention, shared)))
 
     with ExitStack() as stack:
         for layer in range(len(model.blocks)):
@@ -92,11 +92,11 @@ def read_attention(model: GPT, tokens_BT: Tensor, on_weights: Callable[[int, Ten
         return vocab_logits(model, model.hidden_states(tokens_BT))
 
 
-def _masked(x_BTD: Tensor, shared: Shared) -> Tensor:
-    """Return where attention is masked, the future and with flex other documents: bool, [T, T] or [B, 1, T, T]."""
+def _masked(x_BTD: Tensor, attention: Attention, shared: Shared) -> Tensor:
+    """Return where attention is masked, with flex in other documents too: bool, [T, T] or [B, 1, T, T]."""
     B, T, _ = x_BTD.shape
     if shared.mask is None:
-        return torch.ones(T, T, dtype=torch.bool, device=x_BTD.device).triu(1)
+        return hidden_tokens(T, attention.window, x_BTD.device)
     return ~create_mask(shared.mask.mask_mod, B, None, T, T, device=str(x_BTD.device))
 
 

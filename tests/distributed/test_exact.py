@@ -18,7 +18,7 @@ from model.checkpoint import list_checkpoints
 from tests.helpers.groups import leaving_no_group, run_on_ranks, start_on_ranks
 from tests.helpers.runs import assert_same_tensors, curve, final_tensors, losses, status, tiny_config, validations
 from train.config import Config, ParallelConfig
-from train.data import Prefetcher, TrainingSequences
+from train.data import Batch, Prefetcher, TrainingSequences
 from train.main import run
 from train.processes.group import ProcessGroup
 
@@ -73,7 +73,7 @@ def train_until_stopped(group: ProcessGroup, config: Config, num_steps: int) -> 
     served: list[tuple[int, list[bytes]]] = []
     take = Prefetcher.take
 
-    def recording_take(batches: Prefetcher, position: int) -> list[tuple[Tensor, Tensor]]:
+    def recording_take(batches: Prefetcher, position: int) -> list[Batch]:
         batch = take(batches, position)
         served.append((position, [content for tensors in batch for content in contents(*tensors)]))
         if len(served) == num_steps and group.rank == group.world - 1:

@@ -46,6 +46,13 @@ def test_a_run_begins_with_the_weights_but_its_own_steps_and_warm_up(
     assert f"weights from {old}/checkpoints/step_{step:08d}" in (tmp_path / "new" / "log.txt").read_text()
 
 
+def test_weights_may_be_trained_on_with_another_dropout(old: Path, tiny_data: Path, tmp_path: Path) -> None:
+    config = continued(tiny_data, tmp_path / "new", str(old))
+    run(replace(config, model=replace(config.model, dropout=0.2)), ALONE)
+    assert validations(tmp_path / "new")[0][1:] == validations(old)[-1][1:], "the same weights, scored without dropout"
+    assert "--model.dropout 0.2" in (tmp_path / "new" / "log.txt").read_text()
+
+
 def test_the_same_command_continues_the_new_run(old: Path, tiny_data: Path, tmp_path: Path) -> None:
     config = continued(tiny_data, tmp_path / "new", str(old))
     run(config, ALONE)

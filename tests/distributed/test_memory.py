@@ -25,8 +25,10 @@ from model.costs.activations import (
     StepShape,
     block_shapes,
     count_between_blocks,
+    count_bias_bytes,
     count_block_activations,
     count_kept_by_norm,
+    count_mask_bytes,
 )
 from model.costs.memory import memory, reduction_bytes
 from model.gpt import build_model
@@ -34,7 +36,7 @@ from tests.helpers.groups import run_on_ranks
 from tests.unit.model.test_switches import MODERN, ONE_BY_ONE, RECIPE, named
 from train import optim
 from train.config import Config, OptimConfig, ParallelConfig, TrainConfig, resolve
-from train.data import plan_batches
+from train.data import plan_batches, zero_batch
 from train.parallel import apply
 from train.parallel.plan import choose_parallel_plan
 from train.processes.group import ProcessGroup
@@ -91,7 +93,8 @@ def test_what_autograd_keeps(switches: dict[str, Any], dtype: torch.dtype) -> No
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        features_BTD = model.hidden_states(torch.zeros(B, T, dtype=torch.int64))
+        seeds_B = torch.arange(B) if config.dropout else None
+        features_BTD = model.training_states(torch.zeros(B, T, dtype=torch.int64), seeds_B)
     assert features_BTD.requires_grad
     N, c, is_low = B * T, dtype.itemsize, dtype != torch.float32
     shape = StepShape(micro_batch=B, seq_len=T, compute_bytes=c, on_cpu=True)
@@ -104,7 +107,8 @@ def test_what_autograd_keeps(switches: dict[str, Any], dtype: torch.dtype) -> No
     copies = is_low * c * (matrices + sum(parameter.numel() == 1 for parameter in model.parameters()))
     rotation = 2 * 4 * T * config.head_size * (config.position_embedding == "rope")
     masks = 3 * T * T * (config.attention == "naive")
-    expected = blocks + last_norm + ids + copies + rotation + masks
+    once = count_mask_bytes(config, shape, 1) + count_bias_bytes(config, shape)
+    expected = blocks + last_norm + ids + copies + rotation + masks + once
     assert sum(size for address, size in kept.items() if address not in own) == expected
 
 
@@ -136,12 +140,13 @@ def allocated_peak(group: ProcessGroup, config: Config, accumulation: int) -> in
     parameters = list(loss_model.model.parameters())
     optimizer = optim.build_optimizer(loss_model.model, config.optim, parallel_plan, group)
     module, scale = apply.wrap(loss_model, parallel_plan), torch.ones(())
-    tokens_BT = torch.zeros(plan_batches(config, 1).micro_batch, config.train.seq_len, dtype=torch.int64)
+    shape = (plan_batches(config, 1).micro_batch, config.train.seq_len)
+    inputs_BT, targets_BT, *seeds = zero_batch(shape, has_dropout=config.model.dropout > 0)
 
     def step() -> None:
         for index in range(accumulation):
             apply.set_gradient_sync(module, parallel_plan, index == accumulation - 1)
-            module(tokens_BT, tokens_BT, scale)[0].backward()
+            module(inputs_BT, targets_BT, scale, *seeds)[0].backward()
         norm = optim.sum_of_squares(parameters).sqrt().float()
         optim.update(optimizer, 0, 1e-4, norm, torch.ones((), dtype=torch.bool))
         apply.zero_gradients(module)
@@ -208,6 +213,11 @@ SWITCHED: list[dict[str, Any]] = [
     LONG | MODERN | {"loss": "chunked"},
     LONG | {"tie": False},
     LONG | {"logit_softcap": 5.0},
+    *(shape | {"dropout": 0.1, "vocab_size": 100} | more for shape in (LONG, DEEP) for more in ({}, BF16)),
+    *(shape | {"window": 16, "seq_len": 128} for shape in (LONG, DEEP)),
+    DEEP | {"window": 16, "seq_len": 128, "sequences": 1} | BF16,
+    DEEP | {"dropout": 0.1, "activation_checkpointing": True},
+    DEEP | {"dropout": 0.1, "activation_checkpointing": True} | BF16,
     *(DEEP | switches for switches in ONE_BY_ONE if switches not in (MODERN, {"tie": False})),
     NAIVE,
     NAIVE | BF16,

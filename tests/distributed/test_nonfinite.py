@@ -41,8 +41,8 @@ def poisoned(bad_T: Tensor, by: tuple[float, float]) -> Callable[..., Tensor]:
     """Return LossModel.forward with (scaled loss, loss) times `by` if the sequence is among the inputs."""
     sound = LossModel.forward
 
-    def forward(self: LossModel, inputs_BT: Tensor, targets_BT: Tensor, scale: Tensor) -> Tensor:
-        loss = sound(self, inputs_BT, targets_BT, scale)
+    def forward(self: LossModel, inputs_BT: Tensor, targets_BT: Tensor, scale: Tensor, *seeds: Tensor) -> Tensor:
+        loss = sound(self, inputs_BT, targets_BT, scale, *seeds)
         return loss * torch.tensor(by) if (inputs_BT == bad_T).all(dim=1).any() else loss
 
     return forward
@@ -122,9 +122,13 @@ def test_skip_skips_a_gradient_that_is_not_finite(
     assert log.count("(--train.on-nonfinite skip); its sequences are in nonfinite.jsonl") == 1
 
 
-def test_a_sequence_whose_gradient_alone_is_not_finite_is_named(tiny_data: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_a_sequence_whose_gradient_alone_is_not_finite_is_named(
+    tiny_data: Path, tmp_path: Path, dropout: float
+) -> None:
     """Two ranks have two micro-batches each, and every loss is finite."""
     config = in_mode(tiny(tiny_data, tmp_path / "run", micro_batch=3), "fsdp")
+    config = replace(config, model=replace(config.model, dropout=dropout))
     (outcome,) = set(run_on_ranks(2, train_poisoned, config, (math.inf, 1.0)))
     assert re.match(r"step 13: loss \d\.\d+, gradient norm (nan|inf); ", outcome)
     assert f"Not finite by themselves: sequences {bad_sequence(tiny_data)}; " in outcome

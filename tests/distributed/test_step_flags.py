@@ -75,11 +75,15 @@ class Recorded:
         self.passes._losses.copy_(self.passes._pass())
 
 
-@pytest.mark.parametrize("options", [{"micro_batch": 4}, {"dtype": "fp16"}, {"loss": "chunked"}], ids=str)
+@pytest.mark.parametrize(
+    ("options", "dropout"),
+    [({"micro_batch": 4}, 0.0), ({"micro_batch": 4}, 0.2), ({"dtype": "fp16"}, 0.0), ({"loss": "chunked"}, 0.0)],
+    ids=str,
+)
 def test_replayed_passes_are_the_same_run(
-    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any]
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], dropout: float
 ) -> None:
-    """Gradients are summed in place, batches and the loss scale come through the graph's own tensors."""
+    """Gradients are summed in place; batches, seeds and the loss scale come through the graph's own tensors."""
     graphs: list[Recorded] = []
 
     def record(passes: GraphedPasses) -> Recorded:
@@ -88,6 +92,7 @@ def test_replayed_passes_are_the_same_run(
         return graphs[-1]
 
     plain = tiny_config(tiny_data, tmp_path / "plain", steps=STEPS, **options)
+    plain = replace(plain, model=replace(plain.model, dropout=dropout))
     run(plain, ALONE)
     monkeypatch.setattr(train_main, "check_device", lambda *args: None)
     monkeypatch.setattr(GraphedPasses, "_capture", record)

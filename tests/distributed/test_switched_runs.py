@@ -119,8 +119,10 @@ def test_switches_without_effect_are_named(tiny_data: Path, tmp_path: Path) -> N
     config = configured(tiny_data, tmp_path / "run", "none")
     assert not [line for line in settings_without_effect(config, "cpu", 1, "none") if "--model" in line]
     uncapped: dict[str, Any] = {"logit_softcap": None, "softcap_form": "rsqrt"}
-    one_block = replace(config, model=replace(config.model, num_layers=1, attention="flex", skips=True, **uncapped))
+    switches: dict[str, Any] = {"num_layers": 1, "attention": "flex", "skips": True, "window": 32}
+    one_block = replace(config, model=replace(config.model, **switches, **uncapped))
     assert [line for line in settings_without_effect(one_block, "cuda", 1, "none") if "--model" in line] == [
+        "--model.window 32 has no effect with --train.seq-len 32",
         "--model.value-residual has no effect with --model.num-layers 1: there are no later blocks",
         "--model.skips has no effect with --model.num-layers 1: there are no later blocks",
         "--model.softcap-form rsqrt has no effect without --model.logit-softcap",

@@ -35,8 +35,13 @@ def logits_and_gradient(model: GPT) -> tuple[Tensor, Tensor]:
 @every_backend
 @pytest.mark.parametrize(
     ("switches", "dtype"),
-    [(MODERN, torch.float32), (RECIPE, torch.float32), (ANOTHER, torch.bfloat16)],
-    ids=["modern", "recipe", "another"],
+    [
+        (MODERN, torch.float32),
+        (RECIPE, torch.float32),
+        (ANOTHER, torch.bfloat16),
+        ({"window": 5}, torch.float32),
+    ],
+    ids=["modern", "recipe", "another", "window"],
 )
 def test_compiled_equals_eager(switches: dict[str, Any], dtype: torch.dtype, backend: str) -> None:
     eager, compiled = (moved(switched(**switches), compute_dtype=dtype) for _ in range(2))

@@ -91,6 +91,13 @@ MUTATIONS = [
         "tests/unit/train/test_data.py",
     ),
     Mutation(
+        "every micro-batch has the dropout of the first",
+        "train/data.py",
+        "dropout_seeds(self._seed, first + start,",
+        "dropout_seeds(self._seed, first,",
+        "tests/unit/train/test_data.py",
+    ),
+    Mutation(
         "initial values do not depend on the name",
         "model/base.py",
         'hashlib.sha256(f"{seed}/{name}".encode())',

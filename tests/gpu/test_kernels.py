@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common.errors import InputError
 from model.config import ModelConfig
+from model.dropout import dropped, place_keys
 from model.gpt import build_model, naive_attention
 from train.config import Config, TrainConfig
 from train.data import plan_batches
@@ -187,3 +188,12 @@ def test_a_compiled_step_in_fp8_is_the_eager_one(gpu: torch.device, chunk_tokens
     has_fp8(gpu)
     eager = step_of(gpu, "all", chunk_tokens=chunk_tokens)
     assert_close_steps(step_of(gpu, "all", chunk_tokens=chunk_tokens, compiled=True), eager, loss=1e-3, gradient=0.1)
+
+
+@pytest.mark.parametrize("is_compiled", [False, True])
+def test_dropouts_masks_are_those_of_a_cpu(is_compiled: bool) -> None:
+    seeds_B = torch.randint(-(2**63), 2**63 - 1, (5,), generator=torch.Generator().manual_seed(3))
+    ones_BTD, place = torch.ones(5, 100, 131), 2
+    function = torch.compile(dropped, dynamic=False) if is_compiled else dropped
+    found_BTD = function(ones_BTD.cuda(), place_keys(seeds_B.cuda(), 3)[place], 0.2)
+    assert torch.equal(found_BTD.cpu(), dropped(ones_BTD, place_keys(seeds_B, 3)[place], 0.2))

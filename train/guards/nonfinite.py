@@ -11,6 +11,7 @@ from torch import Tensor
 
 from common.errors import InputError
 from train.config import Config
+from train.data import Batch
 from train.metrics.logger import NONFINITE_FILE
 from train.parallel.precision import LossScale
 from train.processes.group import ProcessGroup
@@ -69,36 +70,36 @@ class NonFiniteGuard:
 
 
 def find_suspects(
-    micro_batches: Sequence[tuple[Tensor, Tensor]],
+    micro_batches: Sequence[Batch],
     own_ids: Sequence[int],
-    is_finite: Callable[[Tensor, Tensor], bool],
+    is_finite: Callable[..., bool],
     *,
     group: ProcessGroup,
 ) -> list[int]:
     """Return the sequences of a step, of any rank, whose own loss or gradient is not finite. Collective.
 
-    `micro_batches` and `own_ids` are this rank's. `is_finite(inputs_BT, targets_BT)` is a pass of all ranks, since a
-    gradient may be spread over them. A bad micro-batch is tried again with halves of the ranks, then halves of those,
-    while the others read zeros; on a bad rank each sequence is tried alone. Return none if zeros are not finite either:
-    then the cause is not in the sequences.
+    `micro_batches` and `own_ids` are this rank's. `is_finite(*batch)` is a pass of all ranks, since a gradient may be
+    spread over them. A bad micro-batch is tried again with halves of the ranks, then halves of those, while the others
+    read zeros; on a bad rank each sequence is tried alone, with its own dropout. Return none if zeros are not finite
+    either: then the cause is not in the sequences.
     """
-    zeros_BT = torch.zeros_like(micro_batches[0][0])
-    micro_batch = len(zeros_BT)
+    zeros = [torch.zeros_like(tensor) for tensor in micro_batches[0]]
+    micro_batch = len(zeros[0])
     suspects: list[int] = []
-    if not is_finite(zeros_BT, zeros_BT):
+    if not is_finite(*zeros):
         return []
     for index, batch in enumerate(micro_batches):
         rank_groups = [range(group.world)]
         while rank_groups:
             ranks = rank_groups.pop()
-            if is_finite(*(batch if group.rank in ranks else (zeros_BT, zeros_BT))):
+            if is_finite(*(batch if group.rank in ranks else zeros)):
                 continue
             if len(ranks) > 1:
                 rank_groups += [ranks[: len(ranks) // 2], ranks[len(ranks) // 2 :]]
                 continue
             for row in range(micro_batch):  # repeated to a micro-batch, the shape that is compiled
-                repeated = [tensor_BT[row].expand_as(tensor_BT).contiguous() for tensor_BT in batch]
-                if not is_finite(*(repeated if group.rank in ranks else (zeros_BT, zeros_BT))):
+                repeated = [tensor[row].expand_as(tensor).contiguous() for tensor in batch]
+                if not is_finite(*(repeated if group.rank in ranks else zeros)):
                     suspects += [own_ids[index * micro_batch + row]] if group.rank in ranks else []
     return sorted(number for numbers in group.gather(suspects) for number in numbers)
 

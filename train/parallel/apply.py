@@ -83,7 +83,7 @@ def compile_parts(model: LanguageModel, mode: str = "default") -> None:
 
 
 def recomputed(block: Block, x_BTD: Tensor, shared: Shared) -> tuple[Tensor, Tensor | None]:
-    """Run a block that keeps only its inputs. Nothing in it is random, so no generator state has to be kept.
+    """Run a block that keeps only its inputs. Nothing in it draws from a generator, so no state has to be kept.
 
     A function of ours around `checkpoint`, since Dynamo skips frames of torch.utils.checkpoint that it meets first.
     """

@@ -20,6 +20,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from common.errors import InputError
 from common.reading import misfit
+from model.gpt import attention_bias
 from train.config import Config
 from train.data import BatchPlan
 from train.parallel.precision import compute_dtype
@@ -97,12 +98,16 @@ class Trial:
         self._device = device
         self._shape = sequences, config.train.seq_len, 3, model.num_heads, model.head_size
         self._dtype = compute_dtype(config.train)
+        self._bias_TT = None
+        if model.window is not None:
+            self._bias_TT = attention_bias(config.train.seq_len, model.window, self._dtype, device)
         self.conditions = {
             "device": device.type if device.type != "cuda" else torch.cuda.get_device_name(device),
             "torch": torch.__version__,
             "shape": list(self._shape),
             "dtype": config.train.dtype,
             "deterministic": config.train.deterministic,
+            **({} if model.window is None else {"window": model.window}),
         }
 
     def seconds(self, backend: str, calls: int = 1) -> float:
@@ -121,7 +126,8 @@ class Trial:
                 if call == 1:  # the first loads the kernels
                     self._wait()
                     started = time.perf_counter()
-                y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, is_causal=True)
+                is_causal = self._bias_TT is None
+                y_BHTK = F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, self._bias_TT, is_causal=is_causal)
                 torch.autograd.grad(y_BHTK, (q_BHTK, k_BHTK, v_BHTK), gradient_BHTK)
             self._wait()
             return (time.perf_counter() - started) / calls

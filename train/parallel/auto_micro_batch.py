@@ -13,7 +13,7 @@ import torch
 
 from common.errors import InputError
 from train.config import Config
-from train.data import BatchPlan, divisors, plan_batches
+from train.data import BatchPlan, divisors, plan_batches, zero_batch
 from train.losses import LossModel
 from train.parallel import apply, fp8
 from train.parallel.plan import ParallelPlan
@@ -146,14 +146,16 @@ def peak_bytes(
     A sharded model raises then, since the other ranks wait for this one in the middle of a pass.
     """
     torch.cuda.empty_cache()
-    zeros_BT = torch.zeros((sequences, seq_len), dtype=torch.int64, device=device)
+    inputs_BT, targets_BT, *seeds = zero_batch(
+        (sequences, seq_len), has_dropout=loss_model.config.dropout > 0, device=device
+    )
     scale = torch.ones((), device=device)
     try:
         apply.set_gradient_sync(loss_model, parallel_plan, is_last=False)
-        loss_model(zeros_BT, zeros_BT, scale)[0].backward()  # compiles, which takes memory of its own
+        loss_model(inputs_BT, targets_BT, scale, *seeds)[0].backward()  # compiles, which takes memory of its own
         torch.cuda.reset_peak_memory_stats(device)
         apply.set_gradient_sync(loss_model, parallel_plan, is_last=True)
-        loss_model(zeros_BT, zeros_BT, scale)[0].backward()  # finds the first one's gradients in place
+        loss_model(inputs_BT, targets_BT, scale, *seeds)[0].backward()  # finds the first one's gradients in place
         return torch.cuda.max_memory_allocated(device)
     except RuntimeError as error:  # OutOfMemoryError is one; cuBLAS and Triton say it in their own words
         is_memory = isinstance(error, torch.OutOfMemoryError) or re.search(OTHER_WORDS, str(error), re.IGNORECASE)

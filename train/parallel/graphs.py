@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from train.data import zero_batch
 from train.losses import LossModel
 
 WARM_UP_PASSES = 3  # compilation, and the libraries' own set-up, which cannot be captured
@@ -27,19 +28,20 @@ class GraphedPasses(nn.Module):
     def __init__(self, loss_model: LossModel, shape: tuple[int, int], device: torch.device) -> None:
         super().__init__()
         self.loss_model = loss_model
-        self._inputs_BT, self._targets_BT = (torch.zeros(shape, dtype=torch.int64, device=device) for _ in range(2))
+        self._batch = zero_batch(shape, has_dropout=loss_model.config.dropout > 0, device=device)
         self._scale = torch.zeros((), device=device)
         self._anchor = torch.zeros((), device=device, requires_grad=True)
         self._graph: torch.cuda.CUDAGraph | None = None
         self._losses = torch.zeros(2, device=device)
 
-    def forward(self, inputs_BT: Tensor, targets_BT: Tensor, scale: Tensor) -> Tensor:
-        if inputs_BT.shape != self._inputs_BT.shape:
-            losses: Tensor = self.loss_model(inputs_BT, targets_BT, scale)
+    def forward(self, inputs_BT: Tensor, targets_BT: Tensor, scale: Tensor, *seeds: Tensor) -> Tensor:
+        if inputs_BT.shape != self._batch[0].shape:
+            losses: Tensor = self.loss_model(inputs_BT, targets_BT, scale, *seeds)
             return losses
         if self._graph is None:
             self._graph = self._capture()
-        for static, value in ((self._inputs_BT, inputs_BT), (self._targets_BT, targets_BT), (self._scale, scale)):
+        values = (inputs_BT, targets_BT, *seeds, scale)
+        for static, value in zip((*self._batch, self._scale), values, strict=True):
             static.copy_(value, non_blocking=True)
         self._graph.replay()
         replayed: Tensor = Replayed.apply(self._anchor, self._losses)
@@ -71,7 +73,8 @@ class GraphedPasses(nn.Module):
         return graph
 
     def _pass(self) -> Tensor:
-        losses: Tensor = self.loss_model(self._inputs_BT, self._targets_BT, self._scale)
+        inputs_BT, targets_BT, *seeds = self._batch
+        losses: Tensor = self.loss_model(inputs_BT, targets_BT, self._scale, *seeds)
         losses[0].backward()
         return losses.detach()
 

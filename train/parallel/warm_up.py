@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from train.data import Batch, zero_batch
 from train.parallel import apply
 
 if TYPE_CHECKING:
     from train.state import Run
 
-AccumulateGradients = Callable[["Run", list[tuple[Tensor, Tensor]], Tensor], Tensor]
+AccumulateGradients = Callable[["Run", list[Batch], Tensor], Tensor]
 
 
 def warm_up(run: Run, accumulate_gradients: AccumulateGradients) -> bool:
@@ -26,11 +27,11 @@ def warm_up(run: Run, accumulate_gradients: AccumulateGradients) -> bool:
     state, group, watchdog = run.state, run.processes.group, run.processes.watchdog
     watchdog.heartbeat("warm-up and compilation")
     shape = (run.data.batch_plan.micro_batch, run.config.train.seq_len)
-    zeros_BT = torch.zeros(shape, dtype=torch.int64, device=group.device)
+    zeros = zero_batch(shape, has_dropout=run.config.model.dropout > 0, device=group.device)
     for _ in range(2):
         if group.any(run.processes.stop_requests.wanted()):
             return True
-        accumulate_gradients(run, [(zeros_BT, zeros_BT)], state.token_weight)
+        accumulate_gradients(run, [zeros], state.token_weight)
         apply.zero_gradients(state.module)
     if run.config.train.compile:
         for shape in dict.fromkeys(shape for each in run.data.evaluations for shape in each.shapes):

@@ -43,7 +43,7 @@ from train.run.identity import recorded_run
 from train.run.shares import divide, hand_out, share_of
 
 # Settings that may differ from those with which the weights were trained.
-FREE_SETTINGS = ("attention", "zero_init_projections", "zero_init_head", "eot_id")
+FREE_SETTINGS = ("attention", "dropout", "zero_init_projections", "zero_init_head", "eot_id")
 
 
 @dataclass(frozen=True)

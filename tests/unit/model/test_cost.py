@@ -113,6 +113,12 @@ def test_the_published_tables_of_a_llama_like_shape_come_out_digit_by_digit() ->
     assert f"{100 * (flops['attention scores'] + flops['attention values']) / sum(flops.values()):.1f}" == "55.2"
 
 
+def test_a_window_is_held_to_the_sequences_of_the_command() -> None:
+    assert called(main, "gpt2-small", "--model.window", "2048", "--seq-len", "4096").returncode == 0
+    refused = called(main, "gpt2-small", "--model.window", "512", "--seq-len", "256")
+    assert refused.returncode == 2 and "--model.window 512 must lie between 1 and --train.seq-len 256" in refused.stderr
+
+
 def test_the_command_without_arguments_counts_gpt2_small() -> None:
     text = printed()
     assert "GPT-2 as published" in text

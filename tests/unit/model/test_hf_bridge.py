@@ -21,7 +21,7 @@ from model.checkpoint import TrainedModel, load_model
 from model.config import GPT2, NAMED_SHAPES, ModelConfig
 from model.gpt import build_model
 from model.hf.folder import open_folder
-from model.hf.format import EMBEDDING, HEAD, check_expressible, from_json
+from model.hf.format import EMBEDDING, HEAD, check_expressible, from_json, to_json
 from model.hf.tokenizer import read_tokenizer, tokenizer_config, tokenizer_json
 from model.hf_bridge import write_folder
 from tests.helpers.runs import assert_same_tensors, called, rows, tiny_config, validations
@@ -226,6 +226,12 @@ def test_what_cannot_be_exported_or_imported_is_refused(
         assert (done.returncode, done.stdout) == (2, "")
         assert done.stderr.startswith("hf_bridge: ") and done.stderr.count("\n") == 1 and message in done.stderr
     assert sorted(char_run.parent.iterdir()) == before and list(tmp_path.iterdir()) == []
+
+
+def test_a_model_trained_with_dropout_is_exported_without_it() -> None:
+    content = to_json(dataclasses.replace(TINY, dropout=0.2))
+    assert content == to_json(TINY)
+    assert [content[f"{name}_pdrop"] for name in ("attn", "embd", "resid")] == [0.0, 0.0, 0.0]
 
 
 def test_a_model_that_no_class_of_theirs_fits_is_refused_by_name(tmp_path: Path) -> None:

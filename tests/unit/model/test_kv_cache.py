@@ -17,7 +17,8 @@ from tests.unit.model.test_switches import ONE_BY_ONE, moved, named, some_tokens
 EOT = 3
 FLEX: dict[str, Any] = {"attention": "flex", "eot_id": EOT}
 SWITCHES = [{}, *ONE_BY_ONE, FLEX, FLEX | {"position_embedding": "rope", "value_residual": True}, {"eot_id": EOT}]
-SWITCHES += [{"attention": "flex", "eot_id": None}]
+SWITCHES += [{"attention": "flex", "eot_id": None}, FLEX | {"window": 3}, {"window": 1}, {"window": 16}]
+SWITCHES += [{"attention": kind, "eot_id": None, "window": 3} for kind in ("flex", "naive")]
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 

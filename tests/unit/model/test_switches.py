@@ -70,6 +70,8 @@ ONE_BY_ONE: list[dict[str, Any]] = [
     {"skips": True},
     {"attention": "naive"},
     {"vocab_multiple": 1},
+    {"dropout": 0.1},
+    {"window": 5},
     MODERN,
     RECIPE,
 ]
@@ -298,6 +300,39 @@ def test_with_flex_a_token_sees_only_its_own_document() -> None:
     torch.testing.assert_close(unmarked(tokens_BT), plain(tokens_BT), rtol=0, atol=1e-5)
 
 
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("window", [1, 5, 16])
+def test_a_token_sees_its_window_and_no_more(window: int) -> None:
+    """In one block without positions, so that nothing else tells tokens apart; and alike in every attention."""
+    switches: dict[str, Any] = {"position_embedding": "none", "num_layers": 1}
+    models = {
+        kind: build_model(switched(**switches, attention=kind, window=window, eot_id=None), seed=1)
+        for kind in ("sdpa", "naive", "flex")
+    }
+    tokens_BT = some_tokens(1)
+    logits_BTV = models["sdpa"](tokens_BT)
+    for kind in ("naive", "flex"):
+        torch.testing.assert_close(models[kind](tokens_BT), logits_BTV, rtol=0, atol=1e-5)
+    for changed in range(16):
+        other_BT = tokens_BT.clone()
+        other_BT[0, changed] = (other_BT[0, changed] + 1) % 100
+        is_changed_T = (models["sdpa"](other_BT) - logits_BTV).abs().amax(dim=2)[0] > 1e-6
+        assert is_changed_T.nonzero().flatten().tolist() == list(range(changed, min(16, changed + window)))
+    if window == 16:
+        torch.testing.assert_close(build_model(switched(**switches), seed=1)(tokens_BT), logits_BTV, rtol=0, atol=1e-6)
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_with_flex_a_window_ends_at_the_documents_begin() -> None:
+    switches: dict[str, Any] = {"position_embedding": "none", "num_layers": 1}
+    tokens_BT = torch.cat([some_tokens(1, 8), torch.tensor([[3]]), some_tokens(1, 7)], dim=1)
+    model = build_model(switched(**switches, attention="flex", eot_id=3, window=5), seed=1)
+    parts = [build_model(switched(**switches, window=5), seed=1)(part) for part in tokens_BT.split(8, dim=1)]
+    torch.testing.assert_close(model(tokens_BT), torch.cat(parts, dim=1), rtol=0, atol=1e-5)
+
+
 # --- Every switch -----------------------------------------------------------------------------------------------------
 
 
@@ -319,8 +354,9 @@ def test_a_switch_keeps_causality_learns_and_changes_no_other_initial_value(swit
     assert not torch.equal(x_BTD[0, 9:], changed_BTD[0, 9:])
     loss_model, optimizer = LossModel(model, chunk_tokens=None), torch.optim.AdamW(model.parameters(), lr=1e-2)
     losses = []
-    for _ in range(20):
-        loss = loss_model(tokens_BT[:, :-1], tokens_BT[:, 1:], torch.tensor(1 / 30))[0]
+    for step in range(20):
+        seeds_B = torch.tensor([2 * step, 2 * step + 1]) if config.dropout else None
+        loss = loss_model(tokens_BT[:, :-1], tokens_BT[:, 1:], torch.tensor(1 / 30), seeds_B)[0]
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -365,6 +401,8 @@ def test_impossible_shapes_are_refused() -> None:
         ({"zero_init_head": True}, "--model.zero-init-head needs --model.no-tie"),
         ({"value_embeddings": 3}, "--model.value-embeddings 3 must be from 0 to 2, half of --model.num-layers 3"),
         ({"value_embeddings": -1}, "--model.value-embeddings -1 must be from 0 to 2, half of --model.num-layers 3"),
+        ({"window": 0}, "--model.window 0 must lie between 1 and --train.seq-len 16"),
+        ({"window": 17}, "--model.window 17 must lie between 1 and --train.seq-len 16"),
     ):
         (fault,) = switched(**switches).faults()
         assert fault.startswith(message)

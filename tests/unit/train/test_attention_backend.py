@@ -86,18 +86,22 @@ def test_a_trial_times_what_there_is_and_passes_over_what_there_is_not() -> None
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
-def test_a_trial_has_the_models_shapes_and_memory_order(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Kernels differ in the orders that they take."""
-    seen: list[list[tuple[torch.Size, tuple[int, ...]]]] = []
+@pytest.mark.parametrize("window", [None, 5])
+def test_a_trial_has_the_models_shapes_memory_order_and_mask(
+    monkeypatch: pytest.MonkeyPatch, window: int | None
+) -> None:
+    """Kernels differ in the orders that they take, and few take a mask."""
+    seen: list[list[Any]] = []
     original = F.scaled_dot_product_attention
 
-    def watched(q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool) -> Tensor:
-        seen.append([(operand.shape, operand.stride()) for operand in (q, k, v)])
-        return original(q, k, v, is_causal=is_causal)
+    def watched(q: Tensor, k: Tensor, v: Tensor, mask_TT: Tensor | None, *, is_causal: bool) -> Tensor:
+        mask = None if mask_TT is None else (mask_TT.tolist(), mask_TT.dtype, mask_TT.stride())
+        seen.append([mask, is_causal, *((operand.shape, operand.stride()) for operand in (q, k, v))])
+        return original(q, k, v, mask_TT, is_causal=is_causal)
 
     monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
-    trial().seconds("flash")
-    build_model(configured("auto").model, seed=1)(torch.zeros(6, 32, dtype=torch.int64))
+    trial(window=window).seconds("flash")
+    build_model(configured("auto", window=window).model, seed=1)(torch.zeros(6, 32, dtype=torch.int64))
     warm_up, timed, *layers = seen
     assert layers == [warm_up, timed]
 
@@ -116,6 +120,7 @@ def test_a_measurement_is_kept_under_the_same_conditions_only() -> None:
     kept = {"attention": {"backend": "cudnn", "conditions": json.loads(json.dumps(conditions))}}
     assert kept_backend(kept, conditions) == "cudnn"
     assert kept_backend(kept, trial(num_heads=4).conditions) is None
+    assert kept_backend(kept, trial(window=8).conditions) is None
     assert kept_backend({}, conditions) is None
     assert kept_backend({"attention": {"backend": "quick", "conditions": conditions}}, conditions) is None
     assert kept_backend({"attention": ["cudnn"]}, conditions) is None

@@ -144,6 +144,15 @@ def test_what_muon_cannot_be_is_refused(flags: str, message: str) -> None:
     assert parsed("--optim.name", "muon", "--model.no-tie", "--optim.head-lr", "1e-3").optim.head_lr == 1e-3
 
 
+def test_a_window_and_dropout_out_of_range_are_refused() -> None:
+    text = refusal("shakespeare-char-cpu", "--model.window", "65", "--model.dropout", "1")
+    assert "--model.window 65 must lie between 1 and --train.seq-len 64" in text
+    assert "--model.dropout 1.0 must lie in [0, 1)" in text
+    config = parsed("shakespeare-char-cpu", "--train.seq-len", "2048", "--train.batch-tokens", "2048")
+    assert config.model.window is None and config.model.dropout == 0
+    assert parsed("shakespeare-char-cpu", "--model.window", "64").model.window == 64
+
+
 def test_switches_are_flags() -> None:
     config = parsed(
         *("--model.position-embedding", "rope", "--model.norm", "rmsnorm", "--model.mlp", "swiglu", "--model.no-tie"),

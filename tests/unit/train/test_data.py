@@ -10,7 +10,7 @@ import torch
 from common.errors import InputError
 from data_prep.manifest import open_split
 from tests.helpers.runs import tiny_config
-from train.data import BatchPlan, Prefetcher, TrainingSequences, permute, plan_batches
+from train.data import Batch, BatchPlan, Prefetcher, TrainingSequences, dropout_seeds, permute, plan_batches, zero_batch
 
 CPU = torch.device("cpu")
 
@@ -143,14 +143,49 @@ def test_a_split_shorter_than_one_sequence_is_refused(tiny_data: Path) -> None:
         TrainingSequences(open_split(tiny_data, "val"), 2000, seed=1)
 
 
-def same_batches(left: list[tuple[torch.Tensor, torch.Tensor]], right: list[tuple[torch.Tensor, torch.Tensor]]) -> bool:
+@pytest.mark.parametrize("micro_batch", [1, 3])
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_a_sequence_has_its_seed_of_dropout_in_every_world(tiny_data: Path, world: int, micro_batch: int) -> None:
+    sequences = TrainingSequences(open_split(tiny_data, "train"), 32, seed=1, has_dropout=True)
+    plan = plan_batches(tiny_config(tiny_data, Path("unused"), micro_batch=micro_batch), world)
+    for position in (0, 552, 12 * 10**12):
+        batches = [batch for rank in range(world) for batch in sequences.micro_batches(position, plan, rank)]
+        assert all(seeds_B.shape == inputs_BT.shape[:1] for inputs_BT, _, seeds_B in batches)
+        assert torch.equal(torch.cat([seeds_B for *_, seeds_B in batches]), dropout_seeds(1, position, 12))
+
+
+def test_seeds_of_dropout_differ_between_sequences_epochs_and_runs(tiny_data: Path) -> None:
+    runs = [set(dropout_seeds(seed, 0, 2000).tolist()) for seed in (0, 1, 2, 2**32, 2**63 - 1)]
+    assert len(set.union(*runs)) == 5 * 2000
+    assert dropout_seeds(0, 1, 1).tolist() == [6238072747940578789], "they are part of a run"
+    sequences = TrainingSequences(open_split(tiny_data, "train"), 32, seed=1, has_dropout=True)
+    ids, count = sequences.ids_at(0, 2 * sequences.count), sequences.count
+    again = ids.index(ids[3], count)
+    one = BatchPlan(1, 1, 1, 1)
+    ((first_BT, _, first_B),), ((second_BT, _, second_B),) = (
+        sequences.micro_batches(position, one, 0) for position in (3, again)
+    )
+    assert torch.equal(first_BT, second_BT) and not torch.equal(first_B, second_B)
+
+
+def test_what_cannot_be_read_is_replaced_by_a_batch_of_the_same_form(tiny_data: Path) -> None:
+    for has_dropout in (False, True):
+        sequences = TrainingSequences(open_split(tiny_data, "train"), 32, seed=7, has_dropout=has_dropout)
+        (batch,) = sequences.micro_batches(0, BatchPlan(3, 3, 3, 1), 0)
+        zeros = zero_batch((3, 32), has_dropout=has_dropout)
+        assert [(t.shape, t.dtype) for t in zeros] == [(t.shape, t.dtype) for t in batch]
+        assert not any(tensor.any() for tensor in zeros) and len({t.data_ptr() for t in zeros}) == len(zeros)
+
+
+def same_batches(left: list[Batch], right: list[Batch]) -> bool:
     pairs = zip(left, right, strict=True)
     return all(torch.equal(a, b) for ours, theirs in pairs for a, b in zip(ours, theirs, strict=True))
 
 
 def test_reading_ahead_changes_nothing(tiny_data: Path) -> None:
     """Positions in order, then jumps back and forth, since the loop owns the position."""
-    sequences, plan = TrainingSequences(open_split(tiny_data, "train"), 32, seed=7), BatchPlan(12, 6, 3, 2)
+    sequences = TrainingSequences(open_split(tiny_data, "train"), 32, seed=7, has_dropout=True)
+    plan = BatchPlan(12, 6, 3, 2)
     batches = Prefetcher(sequences, plan, rank=1, device=CPU)
     for position in (0, 12, 24, 240, 252, 0, 12, 12):
         assert same_batches(batches.take(position), sequences.micro_batches(position, plan, rank=1))
@@ -161,7 +196,7 @@ def test_the_next_step_is_read_while_this_one_computes(tiny_data: Path) -> None:
     sequences, plan = TrainingSequences(open_split(tiny_data, "train"), 32, seed=7), BatchPlan(12, 12, 12, 1)
     read, was_read = sequences.micro_batches, threading.Event()
 
-    def recording_read(position: int, plan: BatchPlan, rank: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    def recording_read(position: int, plan: BatchPlan, rank: int) -> list[Batch]:
         result = read(position, plan, rank)
         if position == 12:
             was_read.set()

@@ -21,6 +21,7 @@ from model.costs.roofline import ROWS, Kernel, Rates, StepTrace, rows_of
 from model.gpt import build_model
 from tests.helpers.runs import called
 from tests.unit.model.test_switches import MODERN, named
+from train.data import zero_batch
 from train.losses import LossModel
 from train.roofline import main, traced_step
 
@@ -180,9 +181,9 @@ def test_the_optimizer_reads_and_writes_every_parameters_four_tensors(
     assert held * 9 < rows_of(gpt2_tiny[0], H100)["optimizer"].num_bytes < held * 9 + 10_000
 
 
-@pytest.mark.parametrize("switches", [{}, {"attention": "naive"}, MODERN], ids=named)
+@pytest.mark.parametrize("switches", [{}, {"attention": "naive"}, {"dropout": 0.1, "window": 5}, MODERN], ids=named)
 def test_flops_equal_the_cost_account_and_torchs_counter(switches: dict[str, Any]) -> None:
-    """A fused attention's backward pass also computes the scores once more."""
+    """A fused attention's backward pass also computes the scores once more; with a window nothing is left out."""
     config = dataclasses.replace(TINY, **switches)
     kernels = traced_step(
         config, batch=B, seq_len=T, compute_dtype=torch.float32, chunk_tokens=N // 2 if switches == MODERN else None
@@ -195,12 +196,13 @@ def test_flops_equal_the_cost_account_and_torchs_counter(switches: dict[str, Any
     blocks = 3 * (forward["attention projections"] + forward["mlp"])
     assert with_flops(kernels) == {"blocks' products": blocks, "head": 3 * forward["head"], "attention": attention}
     work = sum(kernel.work for kernel in kernels)
-    assert work == step if config.attention == "naive" else step + recomputed - attention // 2
+    has_all_scores = config.attention == "naive" or config.window is not None
+    assert work == step + recomputed - (0 if has_all_scores else attention // 2)
 
-    tokens = torch.zeros(B, T, dtype=torch.int64)
+    inputs_BT, targets_BT, *seeds = zero_batch((B, T), has_dropout=config.dropout > 0)
     loss_model = LossModel(build_model(config, seed=1), chunk_tokens=None)  # torch does not count addmm_
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        loss_model(tokens, tokens, torch.ones(()))[0].backward()
+        loss_model(inputs_BT, targets_BT, torch.ones(()), *seeds)[0].backward()
     assert counter.get_total_flops() == step
 
 
