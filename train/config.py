@@ -112,6 +112,12 @@ class OptimConfig:
     the blocks alone."""
     clip_norm: float | None = 1.0
     """Largest global gradient norm; None: no clipping."""
+    average_fraction: float | None = None
+    """Part of all steps, at the end, over which an exponential mean of the weights is kept. Evaluations, samples,
+    exports and every command that reads the run take the mean for the weights. None: no mean."""
+    average_decay: float | None = None
+    """How much a step's weights count in the mean, as a part of the next step's. None: N / (N + 10) for N averaged
+    steps, so that the mean reaches back over a tenth of them."""
 
 
 @dataclass(frozen=True)

@@ -91,9 +91,14 @@ def faults_of(config: Config) -> list[str]:
         for flag, value in (at_least_zero | more_than_zero).items()
         if isinstance(value, float) and not math.isfinite(value)
     ]
-    decays = {"--optim.beta1": optim.beta1, "--optim.beta2": optim.beta2, "--optim.momentum": optim.momentum}
+    decays = {
+        "--optim.beta1": optim.beta1,
+        "--optim.beta2": optim.beta2,
+        "--optim.momentum": optim.momentum,
+        "--optim.average-decay": optim.average_decay,
+    }
     for flag, value in decays.items():
-        if not 0 <= value < 1:
+        if value is not None and not 0 <= value < 1:
             faults.append(f"{flag} {value} must lie in [0, 1)")
     if optim.name == "muon" and config.model.kind != "gpt":
         faults.append(
@@ -105,8 +110,13 @@ def faults_of(config: Config) -> list[str]:
             f"--optim.head-lr {optim.head_lr}: with --model.tie the head is the embedding, whose rate is "
             "--optim.embedding-lr; give that, or --model.no-tie"
         )
-    if not 0 < optim.warmdown_fraction <= 1:
-        faults.append(f"--optim.warmdown-fraction {optim.warmdown_fraction} must lie in (0, 1]")
+    fractions = {
+        "--optim.warmdown-fraction": optim.warmdown_fraction,
+        "--optim.average-fraction": optim.average_fraction,
+    }
+    for flag, value in fractions.items():
+        if value is not None and not 0 < value <= 1:
+            faults.append(f"{flag} {value} must lie in (0, 1]")
     if config.trace is not None:
         try:
             parse_steps(config.trace)
@@ -223,6 +233,10 @@ def settings_without_effect(config: Config, device_type: str, world: int, mode: 
     momentum = config.optim.momentum, config.optim.momentum_warmup_steps
     if config.optim.name != "muon" and momentum != (OptimConfig.momentum, OptimConfig.momentum_warmup_steps):
         warnings.append("--optim.momentum and --optim.momentum-warmup-steps have no effect without --optim.name muon")
+    if config.optim.average_decay is not None and config.optim.average_fraction is None:
+        warnings.append(
+            f"--optim.average-decay {config.optim.average_decay} has no effect without --optim.average-fraction"
+        )
     if config.optim.warmup_steps >= config.train.steps:
         warnings.append(
             f"--optim.warmup-steps {config.optim.warmup_steps} is not shorter than the run of "

@@ -21,7 +21,7 @@ class StepShape:
     is that of train/losses.py, None for the plain loss. `compute_bytes` is the size of an element of the activations,
     `reduce_bytes` that of a gradient as it is sent.
     `on_cpu`: FSDP2 communicates by gloo, which copies what it gathers and reduces, and the gradients' norm is taken of
-    an fp64 copy of each gradient.
+    an fp64 copy of each gradient. `has_average`: a mean of the weights is kept.
     """
 
     micro_batch: int
@@ -36,6 +36,7 @@ class StepShape:
     whole_gradients: bool = True
     reduce_bytes: int = FP32_BYTES
     on_cpu: bool = False
+    has_average: bool = False
 
     @property
     def is_sharded(self) -> bool:

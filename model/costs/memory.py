@@ -117,11 +117,12 @@ def _gradients(config: ModelConfig, shape: StepShape, done: int, *, is_root_done
 def _kept_state(
     config: ModelConfig, shape: StepShape, *, done: int = 0, is_root_done: bool = False, kept: int = 0
 ) -> Bytes:
-    """Return weights, AdamW's moments, gradients of `done` blocks, and what autograd keeps of the first `kept`."""
+    """Return the state, gradients of `done` blocks, and what autograd keeps of the first `kept`."""
     N, D = shape.num_tokens, config.width
     elements = count_shard(root_shapes(config), shape.shards)
     elements += config.num_layers * count_shard(block_shapes(config), shape.shards)
     components = {"weights": FP32_BYTES * elements, "optimizer": 2 * FP32_BYTES * elements}
+    components["mean of the weights"] = shape.has_average * FP32_BYTES * elements
     components |= _gradients(config, shape, done, is_root_done=is_root_done)
     if shape.activation_checkpointing:
         # The first block's values are a view of its queries, keys and values, which are therefore kept whole.

@@ -170,8 +170,8 @@ MUTATIONS = [
     Mutation(
         "the optimizer's state is not restored",
         "train/run/resume.py",
-        "checkpoint_tensors(model, optimizer, loss_scale), model, group)",
-        "model_tensors(model), model, group)",
+        "tensors = checkpoint_tensors(model, optimizer, loss_scale, step=",
+        "tensors = tensors_to_read(model, checkpoint.metadata) or dict(step=",
         "tests/distributed/test_exact.py",
     ),
     Mutation(

@@ -13,7 +13,7 @@ from train.data import BatchPlan
 from train.metrics.meters import peak_of
 from train.muon import update_dtype
 from train.parallel.communication import LINK_BYTES_PER_SECOND, seconds_between_hosts, step_communication
-from train.parallel.plan import ParallelPlan
+from train.parallel.plan import ParallelPlan, average_bytes
 from train.parallel.precision import compute_dtype
 
 CPU = "CPU process"  # in place of a GPU's name
@@ -57,9 +57,9 @@ def run_card(
         "length": f"{train.steps:,} steps = {total_tokens:,} tokens; {total_flops:.3g} FLOPs "
         f"({total_flops / 1e14 / 3600:,.1f} hours per sustained 100 TFLOP/s)",
         "optimizer": f"{optim.name}, {optim.schedule} {optim.lr_peak:g}{_other_rates(optim)} after "
-        f"{optim.warmup_steps} steps, clip {optim.clip_norm}",
+        f"{optim.warmup_steps} steps, clip {optim.clip_norm}{_average(optim)}",
         "device": f"{world} x {device}, {', '.join(name for name, is_on in options.items() if is_on)}; "
-        f"checkpoint {cost.checkpoint_bytes / 1e9:.2f} GB",
+        f"checkpoint {(cost.checkpoint_bytes + average_bytes(config)) / 1e9:.2f} GB",
         "parallel": _parallel_line(parallel_plan, plan),
     }
     if world > 1 and not (is_auto and parallel_plan.is_sharded):  # DDP sends the same whatever the micro-batch
@@ -84,6 +84,10 @@ def _other_rates(optim: OptimConfig) -> str:
     rates = {"embeddings": optim.embedding_lr, "head": optim.head_lr, "vectors": optim.vector_lr}
     parts = ", ".join(f"{name} {rate:g}" for name, rate in rates.items() if rate is not None)
     return f" ({parts})" if parts else ""
+
+
+def _average(optim: OptimConfig) -> str:
+    return "" if optim.average_fraction is None else f", mean of the weights over the last {optim.average_fraction:.0%}"
 
 
 def _data_line(config: Config, manifest: Manifest | None, total_tokens: int) -> str:
@@ -177,5 +181,6 @@ def step_memory(config: Config, plan: BatchPlan, parallel_plan: ParallelPlan, *,
         whole_gradients=parallel_plan.whole_gradients,
         reduce_bytes=parallel_plan.reduce_dtype.itemsize,
         on_cpu=on_cpu,
+        has_average=config.optim.average_fraction is not None,
     )
     return memory(config.model, shape)
