@@ -1,5 +1,6 @@
 """Values that cannot be, for one error that lists them, and settings that do nothing in a run, for warnings."""
 
+import itertools
 import math
 
 from common.errors import InputError
@@ -47,13 +48,7 @@ def faults_of(config: Config) -> list[str]:
         require_printable("--run-dir", str(config.directory))
     except InputError as error:
         faults.append(str(error))
-    if train.seq_len > 0 and train.batch_tokens > 0 and train.batch_tokens % train.seq_len:
-        lower = train.batch_tokens // train.seq_len * train.seq_len
-        nearest = " or ".join(str(n) for n in (lower, lower + train.seq_len) if n)
-        faults.append(
-            f"--train.batch-tokens {train.batch_tokens} "
-            f"is not divisible by --train.seq-len {train.seq_len}; try {nearest}"
-        )
+    faults += faults_of_stages(train)
     if train.tokens is not None and train.tokens < train.batch_tokens:
         faults.append(
             f"--train.tokens {train.tokens} is less than one step of --train.batch-tokens {train.batch_tokens}"
@@ -134,6 +129,30 @@ def faults_of(config: Config) -> list[str]:
     if config.sample.every is not None and not config.sample.prompts:
         faults.append("--sample.prompts names no prompt; give one, or --sample.every None")
     return faults
+
+
+def faults_of_stages(train: TrainConfig) -> list[str]:
+    """Return what is wrong with --train.batch-tokens and --train.batch-stages, apart from how processes share them."""
+    try:
+        stages = train.stages
+    except InputError as error:
+        return [str(error)]
+    if train.seq_len < 1 or train.batch_tokens < 1:
+        return []
+    faults = []
+    for stage in stages:
+        if stage.tokens % train.seq_len:
+            lower = stage.tokens // train.seq_len * train.seq_len
+            nearest = " or ".join(f"{n}" for n in (lower, lower + train.seq_len) if n)
+            name = f"{stage.flag}{stage.tokens}"
+            faults.append(f"{name} is not divisible by --train.seq-len {train.seq_len}; try {nearest}")
+    for before, stage in itertools.pairwise(stages):
+        if stage.first_step <= before.first_step:
+            name, other = f"{stage.flag}{stage.tokens}", f"{before.flag}{before.tokens}"
+            return [*faults, f"{name} does not come after {other}; give the stages in the order of their steps"]
+    num_steps = train.steps if train.tokens is None else train.steps_of(train.tokens)
+    late = [f"{stage.flag}{stage.tokens}" for stage in stages[1:] if stage.first_step >= num_steps]
+    return faults + [f"{name}: the run has only {num_steps} steps; leave it out or train longer" for name in late]
 
 
 def faults_of_fp8(config: Config) -> list[str]:

@@ -110,7 +110,7 @@ def set_up(
     stragglers = Stragglers(group, watchdog.hosts, logger.log)
     if parallel_plan.is_sharded:
         stragglers.watch(loss_model.model.blocks[0])
-    meters = Meters(config, device=group.device, world=group.world, step=progress.step, seconds=progress.seconds)
+    meters = Meters(config, progress, device=group.device, world=group.world)
     writer = CheckpointWriter(
         directory.path,
         attempt=directory.attempt,
@@ -140,7 +140,6 @@ def set_up(
             loss_model=loss_model,
             module=module,
             optimizer=optimizer,
-            token_weight=torch.full((), group.world / config.train.batch_tokens, device=group.device),
             loss_scale=loss_scale,
             guard=NonFiniteGuard(config.train.on_nonfinite, group.device, diverged_above=config.train.diverged_above),
             progress=progress,

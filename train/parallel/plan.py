@@ -150,7 +150,7 @@ def _check_reduction(config: Config, plan: ParallelPlan, world: int) -> None:
         raise InputError(f"{flag} is for ddp and fsdp, not for --parallel.mode hsdp; leave it fp32")
     if plan.mode != "fsdp" or not plan.whole_gradients:
         return
-    if config.train.micro_batch == "auto" or plan_batches(config, world).accumulation > 1:
+    if config.train.micro_batch == "auto" or plan_batches(config, world).largest_accumulation > 1:
         raise InputError(
             f"{flag} with --parallel.mode fsdp would add up micro-batches in bf16; give a --train.micro-batch of all "
             "sequences of a process, or --parallel.reduce-gradients micro_batch, or leave it fp32"
