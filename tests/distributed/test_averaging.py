@@ -4,6 +4,7 @@ import os
 import signal
 import tempfile
 import time
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.steps import opened_run
 from common.errors import InputError
 from data_prep.manifest import read_manifest
 from model.checkpoint import load_model, model_tensors
@@ -34,6 +36,7 @@ from tests.helpers.runs import (
 from train import validate
 from train.config import Config, SampleConfig, with_vocabulary
 from train.evals import validation
+from train.parallel.apply import local
 from train.processes.group import ProcessGroup
 
 STEPS, FIRST = 20, 10  # the step after which the first averaged step is made
@@ -64,7 +67,7 @@ def train_all(group: ProcessGroup, data: Path, folder: Path) -> None:
         for source, step in dict.fromkeys(starts):
             moved = configured(layout, data, folder / f"{layout}_from_{source}_{step}")
             group.on_main(partial(cut_back, folder / str(source), moved.directory, step=step))
-            run_here(group, moved)
+            run_here(group, with_save(moved, every=5, mode="async"))
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +157,29 @@ def test_what_reads_the_run_takes_the_mean_and_says_so(trained: Path, tiny_data:
     run_on_ranks(1, run_here, replace(config, from_checkpoint=str(run_dir)))
     assert "step_00000020, the mean of its weights" in (tmp_path / "tuned" / "log.txt").read_text()
     assert validations(tmp_path / "tuned")[0] == (0, *last[1:])
+
+
+def losses_around(group: ProcessGroup, config: Config) -> list[float]:
+    """Return a batch's loss with the weights, with the mean of other weights, and with the weights again."""
+    tokens_BT, losses = torch.zeros((6, 32), dtype=torch.int64), list[float]()
+    with opened_run(config, group) as (run, _):
+        average, loss_model = run.state.optimizer.average, run.state.loss_model
+        assert average is not None
+        average.add(FIRST, torch.tensor(True))
+        for parameter in loss_model.parameters():
+            local(parameter.detach()).mul_(1.5)
+        for weights in (nullcontext(), average.in_place_of_the_weights(), nullcontext()):
+            with weights:
+                losses.append(loss_model.token_losses(tokens_BT, tokens_BT).sum().item())
+    return losses
+
+
+def test_weights_that_fsdp2_has_gathered_are_exchanged_too(tiny_data: Path, tmp_path: Path) -> None:
+    """The last block and the root stay gathered after a forward pass."""
+    config = configured(Layout("fsdp", 2), tiny_data, tmp_path / "run")
+    initial = run_on_ranks(1, losses_around, configured(ONE, tiny_data, tmp_path / "one"))[0]
+    for before, inside, after in run_on_ranks(2, losses_around, config):
+        assert before == after == initial[0] and inside == initial[1] != before
 
 
 def test_a_killed_run_goes_on_bitwise(trained: Path, tiny_data: Path, tmp_path: Path) -> None:

@@ -53,7 +53,7 @@ def trained(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_losses_and_tokens_are_those_of_each_steps_own_sequences(trained: Path, tiny_data: Path) -> None:
+def test_losses_gradients_and_tokens_are_those_of_each_steps_own_sequences(trained: Path, tiny_data: Path) -> None:
     run_dir = trained / str(ONE)
     sequences = TrainingSequences(open_split(tiny_data, "train"), 32, 1337)
     vocab_size = read_manifest(tiny_data).vocab_size  # without padding
@@ -64,10 +64,12 @@ def test_losses_and_tokens_are_those_of_each_steps_own_sequences(trained: Path, 
         assert row["tokens_per_second"] * row["step_seconds"] == pytest.approx(32 * SIZES[step], rel=0.02)
         if step and step % 2 == 0:  # weights are saved
             inputs_BT, targets_BT = sequences.read(sequences.ids_at(STARTS[step], SIZES[step]))
-            with torch.no_grad():
-                logits_BTV = load_model(f"{run_dir}@{step}").model(inputs_BT)[..., :vocab_size]
-            expected = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten()).item()
-            assert row["loss"] == pytest.approx(expected, abs=2e-6), step
+            model = load_model(f"{run_dir}@{step}").model
+            loss = F.cross_entropy(model(inputs_BT)[..., :vocab_size].flatten(0, 1), targets_BT.flatten())
+            loss.backward()
+            norm = torch.stack([p.grad.norm() for p in model.parameters() if p.grad is not None]).norm().item()
+            assert row["loss"] == pytest.approx(loss.item(), abs=2e-6), step
+            assert row["grad_norm"] == pytest.approx(norm, rel=1e-4), step
     left = [row["eta_seconds"] * row["tokens_per_second"] for row in train_rows]
     assert left == pytest.approx([32 * (STARTS[-1] - start) for start in STARTS[1:]], rel=0.02, abs=50)
 

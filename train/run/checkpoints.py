@@ -126,7 +126,7 @@ class CheckpointWriter:
         self._group.on_main(lambda: self._make_room(folder, temporary, tensors))
         content = self._state | {"progress": asdict(progress), "random": _random_state(self._group.device)}
         if self._division.keys() != tensors.keys():  # at the first save, and at the first with a mean of the weights
-            self._division, self._has_saved = divide(tensors, self._group), False
+            self._division, self._copies, self._has_saved = divide(tensors, self._group), {}, False
         own, staged = share_of(tensors, self._division, self._group.rank), None
         if self.is_async:
             own, staged = self._copy(own)

@@ -66,6 +66,24 @@ def test_the_ranks_read_each_sequence_of_every_step_once(tiny_data: Path, world:
         batches.close()
 
 
+def test_no_sequence_is_read_twice_across_a_border(tiny_data: Path) -> None:
+    """What is read ahead is what the next step takes."""
+    read: list[int] = []
+
+    class Counting(TrainingSequences):
+        def read(self, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
+            read.extend(ids)
+            return super().read(ids)
+
+    sequences = Counting(open_split(tiny_data, "train"), 32, seed=7)
+    plan = plan_batches(staged(tiny_data, *STAGES), 1)
+    batches = Prefetcher(sequences, plan, rank=0, device=torch.device("cpu"))
+    for position in STARTS:
+        batches.take(position)
+    batches.close()
+    assert read == sequences.ids_at(0, 240)[: len(read)]
+
+
 def test_tokens_that_cannot_be_read_become_as_many_zeros_as_the_stage_needs(tiny_data: Path) -> None:
     class Unreadable(TrainingSequences):
         def read(self, ids: list[int]) -> tuple[torch.Tensor, torch.Tensor]:
