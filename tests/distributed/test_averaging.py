@@ -1,6 +1,7 @@
 """The mean of the weights in every layout: saved, resumed, moved and used, and never saved for the weights."""
 
 import os
+import shutil
 import signal
 import tempfile
 import time
@@ -16,7 +17,7 @@ import torch
 from benchmarks.steps import opened_run
 from common.errors import InputError
 from data_prep.manifest import read_manifest
-from model.checkpoint import load_model, model_tensors
+from model.checkpoint import load_model, model_tensors, read_state
 from model.hf_bridge import main as bridge
 from tests.distributed.test_exact import cut_back
 from tests.distributed.test_modes import ONE, Layout, run_here
@@ -38,6 +39,7 @@ from train.config import Config, SampleConfig, with_vocabulary
 from train.evals import validation
 from train.parallel.apply import local
 from train.processes.group import ProcessGroup
+from train.run.checkpoint_files import seal, write_part
 
 STEPS, FIRST = 20, 10  # the step after which the first averaged step is made
 DECAY = 0.8
@@ -157,6 +159,18 @@ def test_what_reads_the_run_takes_the_mean_and_says_so(trained: Path, tiny_data:
     run_on_ranks(1, run_here, replace(config, from_checkpoint=str(run_dir)))
     assert "step_00000020, the mean of its weights" in (tmp_path / "tuned" / "log.txt").read_text()
     assert validations(tmp_path / "tuned")[0] == (0, *last[1:])
+
+
+def test_a_part_of_a_mean_is_refused_by_name(trained: Path, tmp_path: Path) -> None:
+    run_dir = Path(shutil.copytree(trained / str(ONE), tmp_path / "run"))
+    checkpoint, tensors = checkpoint_of(run_dir, 20), final_tensors(run_dir)
+    state = read_state(checkpoint)
+    del tensors["average.transformer.wpe.weight"]
+    shutil.rmtree(checkpoint)
+    checkpoint.mkdir()
+    seal(checkpoint, [write_part(checkpoint, tensors, 0)], state, is_first=True)
+    with pytest.raises(InputError, match=r"average.transformer.wpe.weight is needed in shape \[32, 32\], but has none"):
+        load_model(run_dir)
 
 
 def losses_around(group: ProcessGroup, config: Config) -> list[float]:
