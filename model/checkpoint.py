@@ -3,7 +3,8 @@
 This is the read side of the checkpoint format; train/run/checkpoints.py writes it.
 
     RUN/checkpoints/step_00000500/
-        *.distcp, .metadata   torch.distributed.checkpoint of model.* and optimizer.*
+        *.distcp, .metadata   torch.distributed.checkpoint of model.*, optimizer.* and, where the run has begun to keep
+                              a mean of the weights, average.*
         state.json            progress, configuration, data fingerprint, random state, versions
         SHA256SUMS            hashes of all these files, for `sha256sum -c SHA256SUMS`
 
@@ -38,6 +39,7 @@ from model.ladder import make_model
 
 CHECKPOINTS = "checkpoints"
 STATE_FILE = "state.json"
+WEIGHTS, AVERAGE = "model.", "average."  # before the names of weights, and of their mean
 SUMS_FILE = "SHA256SUMS"
 STEP_NAME = re.compile(r"step_([0-9]{8,})")
 SUM_LINE = re.compile(r"([0-9a-f]{64})  (.+)")
@@ -194,20 +196,33 @@ def _random_fault(states: dict[str, Any]) -> str | None:
 def model_tensors(model: LanguageModel) -> dict[str, Tensor]:
     """Return the model's tensors by their names in a checkpoint; a tied weight appears once."""
     state_dict, is_tied = model.state_dict(), model.is_tied
-    return {f"model.{name}": tensor for name, tensor in state_dict.items() if not (is_tied and name == HEAD)}
+    return {f"{WEIGHTS}{name}": tensor for name, tensor in state_dict.items() if not (is_tied and name == HEAD)}
+
+
+def has_average(metadata: Metadata) -> bool:
+    """Return whether a checkpoint has a mean of the weights (--optim.average-fraction)."""
+    return any(name.startswith(AVERAGE) for name in tensors_in(metadata))
+
+
+def tensors_to_read(model: LanguageModel, metadata: Metadata) -> dict[str, Tensor]:
+    """Return the model's tensors by the names in a checkpoint of what they become: of the mean, where there is one."""
+    kind = AVERAGE if has_average(metadata) else WEIGHTS
+    return {f"{kind}{name.removeprefix(WEIGHTS)}": tensor for name, tensor in model_tensors(model).items()}
 
 
 @dataclass(frozen=True)
 class TrainedModel:
     """A model in eval mode, its tokenizer, its step and the checkpoint that it came from.
 
-    For a Hugging Face folder, which records no step, `step` is None and `checkpoint` is the folder.
+    For a Hugging Face folder, which records no step, `step` is None and `checkpoint` is the folder. `is_averaged`: the
+    weights are the checkpoint's mean.
     """
 
     model: LanguageModel
     tokenizer: Tokenizer
     step: int | None
     checkpoint: Path
+    is_averaged: bool = False
 
 
 def run_and_step(name: str) -> tuple[str, int | None]:
@@ -276,18 +291,18 @@ def load_model(
 def load_checkpoint(
     checkpoint: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> TrainedModel:
-    """Return the model of a sound checkpoint (see `find_checkpoint`)."""
+    """Return the model of a sound checkpoint (see `find_checkpoint`), with the mean of its weights if it has one."""
     config, metadata = model_config(read_state(checkpoint), checkpoint), read_description(checkpoint)
     _refuse_other_shapes(config, metadata, checkpoint)
     model = make_model(config, compute_dtype=dtype)
-    read_tensors(checkpoint, model_tensors(model), metadata)
+    read_tensors(checkpoint, tensors_to_read(model, metadata), metadata)
     tokenizer = load_tokenizer(checkpoint.resolve().parents[1])
     if tokenizer.vocab_size != model.config.vocab_size:
         raise InputError(
             f"{checkpoint}: its tokenizer has {tokenizer.vocab_size} ids, "
             f"its model {model.config.vocab_size}; they do not belong together"
         )
-    return TrainedModel(model.to(device).eval(), tokenizer, step_of(checkpoint), checkpoint)
+    return TrainedModel(model.to(device).eval(), tokenizer, step_of(checkpoint), checkpoint, has_average(metadata))
 
 
 def _refuse_other_shapes(config: ModelConfig, metadata: Metadata, checkpoint: Path) -> None:
@@ -301,11 +316,12 @@ def _refuse_other_shapes(config: ModelConfig, metadata: Metadata, checkpoint: Pa
         raise InputError(f"{fault}: there are {len(saved)} for {config.num_layers} layers")
     try:
         with torch.device("meta"):
-            tensors = model_tensors(make_model(config))
+            model = make_model(config)
     except RuntimeError as error:  # sizes whose product has more than 64 bits
         raise InputError(f"{fault}: {str(error).splitlines()[0]}") from error
+    tensors = model_tensors(model) | tensors_to_read(model, metadata)
     shapes = {name: tensor.shape for name, tensor in tensors.items()}
-    for name in sorted(shapes.keys() | {name for name in saved if name.startswith("model.")}):
+    for name in sorted(shapes.keys() | {name for name in saved if name.startswith((WEIGHTS, AVERAGE))}):
         if shapes.get(name) != saved.get(name):
             needed, there = (list(sizes[name]) if name in sizes else "none" for sizes in (shapes, saved))
             raise InputError(f"{fault}: {_shown(name)} is needed in shape {needed}, but has {there}")

@@ -71,7 +71,8 @@ def export(options: Export) -> None:
         raise InputError(f"{options.path}: is a Hugging Face folder already; export takes a run or a checkpoint")
     trained = load_model(options.path)
     write_folder(trained, options.out, with_tokenizer=options.tokenizer)
-    print(f"{options.out}: step {trained.step} of {trained.checkpoint.resolve().parents[1].name}")
+    mean = ", the mean of its weights" if trained.is_averaged else ""
+    print(f"{options.out}: step {trained.step} of {trained.checkpoint.resolve().parents[1].name}{mean}")
     print("\n".join(description(trained.model.config, trained.tokenizer if options.tokenizer else None)))
 
 

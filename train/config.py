@@ -4,7 +4,7 @@ import dataclasses
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from common.errors import InputError
 from common.flags import HIDDEN
@@ -37,6 +37,9 @@ class TrainConfig:
     """Training length in tokens, instead of --train.steps; rounded down to whole steps."""
     batch_tokens: int = 524_288
     """Tokens per optimizer step over all processes, whatever their number."""
+    batch_stages: tuple[str, ...] = ()
+    """STEP:TOKENS ..., such as 1000:524288 4000:1048576: after so many steps, a step has so many tokens. The learning
+    rate's schedule counts steps, whatever their size."""
     micro_batch: int | Literal["auto"] = 16
     """Sequences in one forward pass of one process. It must divide the process's share of the batch, or may exceed it;
     gradient accumulation makes up the rest. auto: the largest that fits the GPU, measured before step 0 and kept in
@@ -75,6 +78,45 @@ class TrainConfig:
     diverged_above: float | None = None
     """End the run as failed once the loss is above this in two consecutive rows of metrics.jsonl; None: never."""
 
+    @property
+    def stages(self) -> list["Stage"]:
+        """Return --train.batch-tokens and --train.batch-stages as stages. Raise InputError if one cannot be read."""
+        return [Stage("--train.batch-tokens ", 0, self.batch_tokens), *map(parse_stage, self.batch_stages)]
+
+    @property
+    def total_tokens(self) -> int:
+        """Return the tokens of all steps."""
+        ends = [stage.first_step for stage in self.stages[1:]] + [self.steps]
+        return sum((end - stage.first_step) * stage.tokens for stage, end in zip(self.stages, ends, strict=True))
+
+    def steps_of(self, tokens: int) -> int:
+        """Return the number of whole steps that `tokens` are enough for."""
+        stages, steps = self.stages, 0
+        for stage, following in zip(stages, [*stages[1:], None], strict=True):
+            steps = stage.first_step + tokens // stage.tokens
+            if following is None or steps < following.first_step:
+                break
+            tokens -= (following.first_step - stage.first_step) * stage.tokens
+        return steps
+
+
+class Stage(NamedTuple):
+    """The size of a step's batch from a step (counted from 0) on, and the flag that says so, up to its tokens."""
+
+    flag: str
+    first_step: int
+    tokens: int
+
+
+def parse_stage(text: str) -> Stage:
+    """Return the stage that --train.batch-stages names 1000:524288. Raise InputError for anything else."""
+    match = re.fullmatch(r"([0-9]{1,18}):([0-9]{1,18})", text)
+    if match is None or not int(match[1]) or not int(match[2]):
+        raise InputError(
+            f"--train.batch-stages {text}: needs STEP:TOKENS, both at least 1, as in --train.batch-stages 1000:524288"
+        )
+    return Stage(f"--train.batch-stages {match[1]}:", int(match[1]), int(match[2]))
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -112,6 +154,12 @@ class OptimConfig:
     the blocks alone."""
     clip_norm: float | None = 1.0
     """Largest global gradient norm; None: no clipping."""
+    average_fraction: float | None = None
+    """Part of all steps, at the end, over which an exponential mean of the weights is kept. Evaluations, samples,
+    exports and every command that reads the run take the mean for the weights. None: no mean."""
+    average_decay: float | None = None
+    """How much a step's weights count in the mean, as a part of the next step's. None: N / (N + 10) for N averaged
+    steps, so that the mean reaches back over a tenth of them."""
 
 
 @dataclass(frozen=True)
@@ -238,7 +286,7 @@ class Config:
 
     @property
     def sequences_per_step(self) -> int:
-        """The global batch in sequences of seq_len tokens."""
+        """The global batch in sequences of seq_len tokens, before any of --train.batch-stages."""
         return self.train.batch_tokens // self.train.seq_len
 
     def to_json(self) -> dict[str, Any]:
@@ -276,7 +324,7 @@ def resolve(config: Config) -> Config:
     """Fill in the fields that follow from others: steps from tokens, the model's context from the sequence length."""
     train = config.train
     if train.tokens is not None:
-        train = dataclasses.replace(train, steps=train.tokens // train.batch_tokens, tokens=None)
+        train = dataclasses.replace(train, steps=train.steps_of(train.tokens), tokens=None)
     model = dataclasses.replace(config.model, context_len=train.seq_len)
     return dataclasses.replace(config, train=train, model=model)
 

@@ -1,6 +1,7 @@
 """Values that cannot be, for one error that lists them, and settings that do nothing in a run, for warnings."""
 
 import dataclasses
+import itertools
 import math
 
 from common.errors import InputError
@@ -48,13 +49,7 @@ def faults_of(config: Config) -> list[str]:
         require_printable("--run-dir", str(config.directory))
     except InputError as error:
         faults.append(str(error))
-    if train.seq_len > 0 and train.batch_tokens > 0 and train.batch_tokens % train.seq_len:
-        lower = train.batch_tokens // train.seq_len * train.seq_len
-        nearest = " or ".join(str(n) for n in (lower, lower + train.seq_len) if n)
-        faults.append(
-            f"--train.batch-tokens {train.batch_tokens} "
-            f"is not divisible by --train.seq-len {train.seq_len}; try {nearest}"
-        )
+    faults += faults_of_stages(train)
     if train.tokens is not None and train.tokens < train.batch_tokens:
         faults.append(
             f"--train.tokens {train.tokens} is less than one step of --train.batch-tokens {train.batch_tokens}"
@@ -92,9 +87,14 @@ def faults_of(config: Config) -> list[str]:
         for flag, value in (at_least_zero | more_than_zero).items()
         if isinstance(value, float) and not math.isfinite(value)
     ]
-    decays = {"--optim.beta1": optim.beta1, "--optim.beta2": optim.beta2, "--optim.momentum": optim.momentum}
+    decays = {
+        "--optim.beta1": optim.beta1,
+        "--optim.beta2": optim.beta2,
+        "--optim.momentum": optim.momentum,
+        "--optim.average-decay": optim.average_decay,
+    }
     for flag, value in decays.items():
-        if not 0 <= value < 1:
+        if value is not None and not 0 <= value < 1:
             faults.append(f"{flag} {value} must lie in [0, 1)")
     if optim.name == "muon" and config.model.kind != "gpt":
         faults.append(
@@ -106,8 +106,13 @@ def faults_of(config: Config) -> list[str]:
             f"--optim.head-lr {optim.head_lr}: with --model.tie the head is the embedding, whose rate is "
             "--optim.embedding-lr; give that, or --model.no-tie"
         )
-    if not 0 < optim.warmdown_fraction <= 1:
-        faults.append(f"--optim.warmdown-fraction {optim.warmdown_fraction} must lie in (0, 1]")
+    fractions = {
+        "--optim.warmdown-fraction": optim.warmdown_fraction,
+        "--optim.average-fraction": optim.average_fraction,
+    }
+    for flag, value in fractions.items():
+        if value is not None and not 0 < value <= 1:
+            faults.append(f"{flag} {value} must lie in (0, 1]")
     if config.trace is not None:
         try:
             parse_steps(config.trace)
@@ -125,6 +130,30 @@ def faults_of(config: Config) -> list[str]:
     if config.sample.every is not None and not config.sample.prompts:
         faults.append("--sample.prompts names no prompt; give one, or --sample.every None")
     return faults
+
+
+def faults_of_stages(train: TrainConfig) -> list[str]:
+    """Return what is wrong with --train.batch-tokens and --train.batch-stages, apart from how processes share them."""
+    try:
+        stages = train.stages
+    except InputError as error:
+        return [str(error)]
+    if train.seq_len < 1 or train.batch_tokens < 1:
+        return []
+    faults = []
+    for stage in stages:
+        if stage.tokens % train.seq_len:
+            lower = stage.tokens // train.seq_len * train.seq_len
+            nearest = " or ".join(f"{n}" for n in (lower, lower + train.seq_len) if n)
+            name = f"{stage.flag}{stage.tokens}"
+            faults.append(f"{name} is not divisible by --train.seq-len {train.seq_len}; try {nearest}")
+    for before, stage in itertools.pairwise(stages):
+        if stage.first_step <= before.first_step:
+            name, other = f"{stage.flag}{stage.tokens}", f"{before.flag}{before.tokens}"
+            return [*faults, f"{name} does not come after {other}; give the stages in the order of their steps"]
+    num_steps = train.steps if train.tokens is None else train.steps_of(train.tokens)
+    late = [f"{stage.flag}{stage.tokens}" for stage in stages[1:] if stage.first_step >= num_steps]
+    return faults + [f"{name}: the run has only {num_steps} steps; leave it out or train longer" for name in late]
 
 
 def faults_of_fp8(config: Config) -> list[str]:
@@ -230,6 +259,10 @@ def settings_without_effect(config: Config, device_type: str, world: int, mode: 
     momentum = config.optim.momentum, config.optim.momentum_warmup_steps
     if config.optim.name != "muon" and momentum != (OptimConfig.momentum, OptimConfig.momentum_warmup_steps):
         warnings.append("--optim.momentum and --optim.momentum-warmup-steps have no effect without --optim.name muon")
+    if config.optim.average_decay is not None and config.optim.average_fraction is None:
+        warnings.append(
+            f"--optim.average-decay {config.optim.average_decay} has no effect without --optim.average-fraction"
+        )
     if config.optim.warmup_steps >= config.train.steps:
         warnings.append(
             f"--optim.warmup-steps {config.optim.warmup_steps} is not shorter than the run of "

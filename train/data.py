@@ -9,9 +9,11 @@ the list could not be changed in the middle of a run.
 """
 
 import functools
+import itertools
+import math
 from collections.abc import Collection
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +23,7 @@ from torch import Tensor
 from common.errors import InputError
 from data_prep.manifest import Manifest
 from data_prep.shards import TokenStream
-from train.config import Config, with_vocabulary
+from train.config import Config, Stage, with_vocabulary
 
 Indices = npt.NDArray[np.uint64]
 Batch = tuple[Tensor, ...]  # inputs_BT and targets_BT; with dropout also a seed for each row, seeds_B; all int64
@@ -30,12 +32,33 @@ NUM_ROUNDS = 6  # of the Feistel network; Luby & Rackoff 1988 need 4 for a stron
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The shares of one step's sequences: sequences = world x accumulation x micro_batch."""
+    """The shares of one step's sequences: sequences = world x accumulation x micro_batch.
+
+    `later`: the plans of --train.batch-stages, each with the position from which on it holds. All have one micro-batch.
+    """
 
     sequences: int
     sequences_per_rank: int
     micro_batch: int
     accumulation: int
+    later: tuple[tuple[int, "BatchPlan"], ...] = ()
+
+    def at(self, position: int) -> "BatchPlan":
+        """Return the plan of the step that begins at `position`."""
+        return [self, *(plan for start, plan in self.later if start <= position)][-1]
+
+    @property
+    def all(self) -> list["BatchPlan"]:
+        return [self, *(plan for _, plan in self.later)]
+
+    @property
+    def largest_accumulation(self) -> int:
+        return max(plan.accumulation for plan in self.all)
+
+    @property
+    def micro_batches_that_fit(self) -> list[int]:
+        """Return the micro-batches that divide a rank's share in every stage, ascending."""
+        return divisors(math.gcd(*(plan.sequences_per_rank for plan in self.all)))
 
 
 def resolve_with_data(config: Config, manifest: Manifest | None, world: int) -> tuple[Config, BatchPlan]:
@@ -54,25 +77,40 @@ def plan_batches(config: Config, world: int) -> BatchPlan:
 
     --train.micro-batch auto stands for the most it can become, a rank's whole share (see parallel/auto_micro_batch.py).
     """
-    sequences, seq_len = config.sequences_per_step, config.train.seq_len
-    if sequences % world:
-        nearest_world = min(divisors(sequences), key=lambda n: abs(n - world))
-        lower = sequences // world * world
-        nearest_tokens = [n * seq_len for n in (lower, lower + world) if n]
-        raise InputError(
-            f"--train.batch-tokens {config.train.batch_tokens} is {sequences} sequences of {seq_len}, which {world} "
-            f"processes do not share evenly; try {nearest_world} processes, or --train.batch-tokens "
-            f"{' or '.join(str(n) for n in nearest_tokens)}"
-        )
-    per_rank = sequences // world
-    micro_batch = per_rank if config.train.micro_batch == "auto" else min(config.train.micro_batch, per_rank)
-    if per_rank % micro_batch:
-        nearest = min(divisors(per_rank), key=lambda n: abs(n - micro_batch))
-        raise InputError(
-            f"--train.batch-tokens {config.train.batch_tokens} is not divisible by micro_batch {micro_batch} x "
-            f"seq_len {seq_len} x {world} ranks = {micro_batch * seq_len * world}; try --train.micro-batch {nearest}"
-        )
-    return BatchPlan(sequences, per_rank, micro_batch, per_rank // micro_batch)
+    seq_len, stages = config.train.seq_len, config.train.stages
+    sequences = [stage.tokens // seq_len for stage in stages]
+    for stage, count in zip(stages, sequences, strict=True):
+        if count % world:
+            nearest_world = min(divisors(math.gcd(*sequences)), key=lambda n: abs(n - world))
+            raise InputError(
+                f"{stage.flag}{stage.tokens} is {count} sequences of {seq_len}, which {world} processes do not share "
+                f"evenly; try {nearest_world} processes, or {near(stage, world * seq_len)}"
+            )
+    shares = [count // world for count in sequences]
+    common = math.gcd(*shares)
+    micro_batch = common if config.train.micro_batch == "auto" else min(config.train.micro_batch, *shares)
+    for stage, share in zip(stages, shares, strict=True):
+        if share % micro_batch:
+            nearest = min(divisors(common), key=lambda n: abs(n - micro_batch))
+            factor = micro_batch * seq_len * world
+            other = f" or {near(stage, factor)}" if len(stages) > 1 else ""
+            raise InputError(
+                f"{stage.flag}{stage.tokens} is not divisible by micro_batch {micro_batch} x seq_len {seq_len} x "
+                f"{world} ranks = {factor}; try --train.micro-batch {nearest}{other}"
+            )
+    plans = [
+        BatchPlan(count, share, micro_batch, share // micro_batch)
+        for count, share in zip(sequences, shares, strict=True)
+    ]
+    steps = [(after.first_step - stage.first_step) for stage, after in itertools.pairwise(stages)]
+    starts = itertools.accumulate(num * count for num, count in zip(steps, sequences, strict=False))
+    return replace(plans[0], later=tuple(zip(starts, plans[1:], strict=True)))
+
+
+def near(stage: Stage, factor: int) -> str:
+    """Return the flag with the multiples of `factor` next to the stage's tokens."""
+    lower = stage.tokens // factor * factor
+    return f"{stage.flag}{' or '.join(str(n) for n in (lower, lower + factor) if n)}"
 
 
 def permute(indices: Indices, count: int, key: int) -> Indices:
@@ -196,6 +234,7 @@ class TrainingSequences:
 
     def micro_batches(self, position: int, plan: BatchPlan, rank: int) -> list[Batch]:
         """Return this rank's contiguous block of the step at `position`, micro-batches in order."""
+        plan = plan.at(position)
         first = position + rank * plan.sequences_per_rank
         ids = self.ids_at(first, plan.sequences_per_rank)
         batches: list[Batch] = []
@@ -245,14 +284,20 @@ class Prefetcher:
         except InputError as error:
             self._fault = error
             shape = (self._plan.micro_batch, self._sequences.seq_len)
-            batches = [zero_batch(shape, has_dropout=self._sequences.has_dropout)] * self._plan.accumulation
-        following = position + self._plan.sequences
+            num_batches = self._plan.at(position).accumulation
+            batches = [zero_batch(shape, has_dropout=self._sequences.has_dropout)] * num_batches
+        following = position + self._plan.at(position).sequences
         self._ahead = following, self._thread.submit(self._read, following)
         return [tuple(tensor.to(self._device, non_blocking=True) for tensor in batch) for batch in batches]
 
     def sequence_ids(self, position: int) -> list[int]:
         """Return every rank's sequences of the step at `position`, in order."""
-        return self._sequences.ids_at(position, self._plan.sequences)
+        return self._sequences.ids_at(position, self._plan.at(position).sequences)
+
+    def own_ids(self, position: int) -> list[int]:
+        """Return this rank's sequences of the step at `position`, in order."""
+        num_own = self._plan.at(position).sequences_per_rank
+        return self._sequences.ids_at(position + self._rank * num_own, num_own)
 
     def close(self) -> None:
         self._thread.shutdown(cancel_futures=True)

@@ -121,12 +121,12 @@ def take_step(run: Run) -> StepResult:
     processes.watchdog.heartbeat(f"step {state.progress.step + 1}")
 
     scale = None if loss_scale is None else loss_scale.scale
-    weight = state.token_weight if scale is None else state.token_weight * scale
-    loss_sum = accumulate_gradients(run, batches, weight)
+    weight, num_tokens = run.token_weight(state.progress.position), run.step_tokens(state.progress.position)
+    loss_sum = accumulate_gradients(run, batches, weight if scale is None else weight * scale)
     squares = optim.sum_of_squares(state.model.parameters()) / processes.parallel_plan.replicas
     flags = (run.wants_to_stop(), writer.is_overdue(), writer.has_written())
     totals = group.sum_(torch.stack([loss_sum, squares, *(torch.full_like(loss_sum, flag) for flag in flags)]))
-    loss, norm = totals[0] / config.train.batch_tokens, totals[1].sqrt().float()
+    loss, norm = totals[0] / num_tokens, totals[1].sqrt().float()
     if scale is not None:
         norm = norm / scale
     is_finite, is_bad = state.guard.judge(loss, norm, loss_scale)
@@ -148,7 +148,7 @@ def take_step(run: Run) -> StepResult:
         ready.record()
     if reports.trace is not None:
         reports.trace.after_step(state.progress.step)
-    progress = state.progress.advanced(sequences=run.data.batch_plan.sequences, tokens=config.train.batch_tokens)
+    progress = state.progress.advanced(sequences=num_tokens // config.train.seq_len, tokens=num_tokens)
     return StepResult(state.progress, progress, lr, numbers, ready, meters.seconds, meters.data_wait_seconds)
 
 
@@ -231,11 +231,11 @@ def find_suspects(run: Run, progress: Progress) -> list[int]:
     def is_finite(*batch: Tensor) -> bool:
         run.processes.watchdog.heartbeat(f"step {progress.step + 1}, searching for what is not finite")
         apply.zero_gradients(state.module)
-        loss_sum = accumulate_gradients(run, [batch], state.token_weight)
+        loss_sum = accumulate_gradients(run, [batch], run.token_weight(progress.position))
         return not group.any(not math.isfinite(loss_sum + optim.sum_of_squares(state.model.parameters())))
 
-    own_ids = run.data.batches.sequence_ids(progress.position)[group.rank * run.data.batch_plan.sequences_per_rank :]
-    suspects = nonfinite.find_suspects(run.data.batches.take(progress.position), own_ids, is_finite, group=group)
+    batches, own_ids = run.data.batches.take(progress.position), run.data.batches.own_ids(progress.position)
+    suspects = nonfinite.find_suspects(batches, own_ids, is_finite, group=group)
     apply.zero_gradients(state.module)
     return suspects
 

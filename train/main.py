@@ -35,7 +35,7 @@ from model.checkpoint import list_checkpoints
 from train.command_line import parse
 from train.config import Config
 from train.config_checks import settings_without_effect
-from train.data import BatchPlan, divisors, resolve_with_data
+from train.data import BatchPlan, resolve_with_data
 from train.guards.data_check import check_data
 from train.guards.watchdog import Watchdog
 from train.loop import train
@@ -193,7 +193,7 @@ def is_stopped_in_the_data(
 def memory_advice(run: Run, *, is_auto: bool) -> str:
     """Return the flags that make a step smaller, the cheapest first. `is_auto`: --train.micro-batch auto chose it."""
     train, batch_plan, parallel_plan = run.config.train, run.data.batch_plan, run.processes.parallel_plan
-    smaller = max((n for n in divisors(batch_plan.sequences_per_rank) if n < batch_plan.micro_batch), default=None)
+    smaller = max((n for n in batch_plan.micro_batches_that_fit if n < batch_plan.micro_batch), default=None)
     flags = {
         f"--train.micro-batch {smaller}": smaller is not None,
         "--train.micro-batch auto": smaller is not None and not is_auto,

@@ -14,6 +14,7 @@ from train import muon
 from train.config import OptimConfig
 from train.muon import MatrixUpdates
 from train.parallel.apply import local
+from train.parallel.averaging import WeightAverage
 from train.parallel.plan import ParallelPlan
 from train.parallel.state_slices import StateSlices
 from train.processes.group import ProcessGroup
@@ -48,6 +49,7 @@ class Optimizer:
     state: dict[nn.Parameter, dict[str, Tensor]] = field(default_factory=dict)
     slices: StateSlices | None = None
     matrix_updates: MatrixUpdates | None = None  # None: AdamW alone
+    average: WeightAverage | None = None
 
     def own(self, parameter: nn.Parameter, tensor: Tensor) -> Tensor:
         """Return what this rank updates of a parameter or of its gradient: a view."""
@@ -173,6 +175,8 @@ def update(
             _update_by_adamw(optimizer, group, rate, divisor, is_finite)
     if optimizer.slices is not None:
         optimizer.slices.share([local(p) for p in by_adamw], [len(p) for p in by_adamw])
+    if optimizer.average is not None:
+        optimizer.average.add(step, is_finite)
 
 
 def _update_by_adamw(

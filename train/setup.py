@@ -29,6 +29,7 @@ from train.optim import build_optimizer
 from train.parallel import apply
 from train.parallel.attention import settle_attention_backend
 from train.parallel.auto_micro_batch import settle_micro_batch
+from train.parallel.averaging import WeightAverage
 from train.parallel.graphs import GraphedPasses
 from train.parallel.plan import ParallelPlan
 from train.parallel.precision import LossScale
@@ -65,6 +66,8 @@ def set_up(
     is_new = checkpoint is None and config.from_checkpoint is None
     loss_model = apply.build_loss_model(config, parallel_plan, group, draws_weights=is_new)
     optimizer = build_optimizer(loss_model.model, config.optim, parallel_plan, group)
+    if config.optim.average_fraction is not None:
+        optimizer.average = WeightAverage(loss_model, config.optim, config.train.steps)
     if config.train.micro_batch == "auto":
         config, batch_plan, settled = settle_micro_batch(
             config, batch_plan, directory.measured, loss_model=loss_model, parallel_plan=parallel_plan, group=group
@@ -107,7 +110,7 @@ def set_up(
     stragglers = Stragglers(group, watchdog.hosts, logger.log)
     if parallel_plan.is_sharded:
         stragglers.watch(loss_model.model.blocks[0])
-    meters = Meters(config, device=group.device, world=group.world, step=progress.step, seconds=progress.seconds)
+    meters = Meters(config, progress, device=group.device, world=group.world)
     writer = CheckpointWriter(
         directory.path,
         attempt=directory.attempt,
@@ -126,7 +129,9 @@ def set_up(
         loaded=loaded,
         group=group,
     )
-    evaluator = Evaluator(loss_model, config.train.steps, group, stop_requests, watchdog, logger, meters)
+    evaluator = Evaluator(
+        loss_model, config.train.steps, group, stop_requests, watchdog, logger, meters, optimizer.average
+    )
     startup.done("set-up")
     return Run(
         config=config,
@@ -135,7 +140,6 @@ def set_up(
             loss_model=loss_model,
             module=module,
             optimizer=optimizer,
-            token_weight=torch.full((), group.world / config.train.batch_tokens, device=group.device),
             loss_scale=loss_scale,
             guard=NonFiniteGuard(config.train.on_nonfinite, group.device, diverged_above=config.train.diverged_above),
             progress=progress,

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor, nn
 
 from model.base import LanguageModel
@@ -30,16 +31,14 @@ from train.run.directory import RunDirectory
 class TrainState:
     """The state that a step changes.
 
-    `module` is the trained module: `loss_model` itself, or DDP around it. `token_weight` turns a rank's sum of token
-    losses into its part of the global batch's mean. `loss_scale` is None except for fp16. `loaded` is the checkpoint
-    from which the run continues, None for a new run.
+    `module` is the trained module: `loss_model` itself, or DDP around it. `loss_scale` is None except for fp16.
+    `loaded` is the checkpoint from which the run continues, None for a new run.
     """
 
     model: LanguageModel
     loss_model: LossModel
     module: nn.Module
     optimizer: Optimizer
-    token_weight: Tensor
     loss_scale: LossScale | None
     guard: NonFiniteGuard
     progress: Progress
@@ -92,6 +91,15 @@ class Run:
     reports: Reports
     must_stop: bool = False
     failure: Exception | None = None
+
+    def step_tokens(self, position: int) -> int:
+        """Return the tokens of the step that begins at `position`, of all processes together."""
+        return self.data.batch_plan.at(position).sequences * self.config.train.seq_len
+
+    def token_weight(self, position: int) -> Tensor:
+        """Return what turns a rank's sum of token losses into its part of the mean over the step at `position`."""
+        group = self.processes.group
+        return torch.full((), group.world / self.step_tokens(position), device=group.device)
 
     def wants_to_stop(self) -> bool:
         """Return whether this rank was asked to stop, or could not read its tokens. Cheap enough for every step."""

@@ -179,9 +179,10 @@ def evaluate(options: Options, group: ProcessGroup, stop_requests: StopRequests)
     if validation is not None and options.verify:
         hold_to_manifest(Path(validation[1]["directory"]), options.split, group, stop_requests)
     at_step = "" if trained.step is None else f" at step {trained.step:,}"
+    at_step += ", the mean of its weights" if trained.is_averaged else ""
     log(group, f"{options.path}{at_step}, {subject.key['dtype']}, processes: {group.world}, {group.device.type}")
     scoring = Scoring(group, stop_requests, progress_of(group))
-    report = {"model": str(trained.checkpoint), "step": trained.step, **subject.key}
+    report = {"model": str(trained.checkpoint), "step": trained.step, "averaged": trained.is_averaged, **subject.key}
     report |= {"validation": None, "hellaswag": None}
     if validation is not None:
         report["validation"] = report_validation(subject, *validation, scoring)

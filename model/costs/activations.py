@@ -24,7 +24,7 @@ class StepShape:
     `reduce_bytes` that of a gradient as it is sent.
     `is_muon`: Muon updates the matrices, and the optimizer's state is spread over all `replicas` of the shards.
     `on_cpu`: FSDP2 communicates by gloo, which copies what it gathers and reduces, and the gradients' norm is taken of
-    an fp64 copy of each gradient.
+    an fp64 copy of each gradient. `has_average`: a mean of the weights is kept.
     """
 
     micro_batch: int
@@ -41,6 +41,7 @@ class StepShape:
     is_muon: bool = False
     replicas: int = 1
     on_cpu: bool = False
+    has_average: bool = False
 
     @property
     def is_sharded(self) -> bool:

@@ -123,6 +123,7 @@ def _kept_state(
     elements = count_shard(root_shapes(config), shape.shards)
     elements += config.num_layers * count_shard(block_shapes(config), shape.shards)
     components = {"weights": FP32_BYTES * elements, "optimizer": count_optimizer(config, shape)}
+    components["mean of the weights"] = shape.has_average * FP32_BYTES * elements
     components |= _gradients(config, shape, done, is_root_done=is_root_done)
     between = count_between_blocks(config, shape, kept)
     between += count_mask_bytes(config, shape, 1) + count_bias_bytes(config, shape) if kept else 0

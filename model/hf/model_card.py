@@ -31,6 +31,8 @@ def model_card(trained: TrainedModel, name: str, description: list[str]) -> str:
     num_parameters = sum(parameter.numel() for parameter in trained.model.parameters())
     num_parameters -= vocabularies * (config.padded_vocab_size - config.vocab_size) * config.width
     origin = f"A GPT-2 of {num_parameters:,} parameters: step {trained.step} of the run `{run_dir.name}` of GPT Ladder."
+    if trained.is_averaged:
+        origin += " Its weights are an exponential mean over the last steps, as in the results below."
     note = [] if config.eot_id is None else ["", DOCUMENT_START_NOTE.format(eot_id=config.eot_id)]
     sections = {
         f"# {name}": [origin, "", *(f"  {line}" for line in description), *note],

@@ -21,6 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from model import linear
 from model.config import ModelConfig
+from model.cost import model_cost
 from model.costs.activations import (
     StepShape,
     block_shapes,
@@ -348,6 +349,21 @@ def test_the_card_tells_switches_parallel_plan_and_memory() -> None:
         "hsdp, 2 shards, 2 copies (set by flag); gradients reduced each time; weights gathered once for both passes"
     )
     assert lines["memory"].endswith("WARNING: more than there is")
+
+
+def test_the_mean_of_the_weights_is_counted_in_memory_and_checkpoint() -> None:
+    config = configured(**WIDE)
+    averaging = dataclasses.replace(config, optim=dataclasses.replace(config.optim, average_fraction=0.25))
+    plan, batches = choose_parallel_plan(config, world=1, local_world=1, memory_bytes=10**9), plan_batches(config, 1)
+    own, more = (step_memory(each, batches, plan, on_cpu=True) for each in (config, averaging))
+    weights = model_cost(config.model).gradient_bytes
+    assert all(sum(more.phases[name].values()) == sum(phase.values()) + weights for name, phase in own.phases.items())
+    lines = card_lines(averaging, 1, 10**9)
+    assert lines["optimizer"].endswith("mean of the weights over the last 25%")
+    assert lines["device"].endswith(f"checkpoint {4 * weights / 1e9:.2f} GB")
+    memory_bytes = 2 * (model_cost(config.model).state_bytes + weights - 1)
+    planned = [choose_parallel_plan(c, world=2, local_world=2, memory_bytes=memory_bytes) for c in (config, averaging)]
+    assert [plan.mode for plan in planned] == ["ddp", "fsdp"]
 
 
 def test_the_card_before_the_micro_batch_is_known_and_with_compilation() -> None:

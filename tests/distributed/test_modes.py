@@ -205,7 +205,7 @@ def first_gradients(group: ProcessGroup, data: Path, folder: Path) -> dict[str, 
                 model = run.state.model
                 one_process = build_model(config.model, seed=config.seed).state_dict()
                 assert_parts_of(dict(one_process), dict(model.state_dict()))
-                accumulate_gradients(run, run.data.batches.take(0), run.state.token_weight)
+                accumulate_gradients(run, run.data.batches.take(0), run.token_weight(0))
                 gradients[f"{layout}/{micro_batch}"] = {
                     name: gradient.full_tensor() if isinstance(gradient, DTensor) else gradient
                     for name, parameter in model.named_parameters()

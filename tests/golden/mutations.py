@@ -43,9 +43,9 @@ MUTATIONS = [
     ),
     Mutation(
         "loss divided by this rank's share",
-        "train/setup.py",
-        "group.world / config.train.batch_tokens",
-        "1 / config.train.batch_tokens",
+        "train/state.py",
+        "group.world / self.step_tokens(position)",
+        "1 / self.step_tokens(position)",
         "tests/distributed/test_modes.py -k gradient",
     ),
     Mutation(
@@ -219,8 +219,8 @@ MUTATIONS = [
     Mutation(
         "the optimizer's state is not restored",
         "train/run/resume.py",
-        "checkpoint_tensors(model, optimizer, loss_scale), model, group)",
-        "model_tensors(model), model, group)",
+        "tensors = checkpoint_tensors(model, optimizer, loss_scale, step=",
+        "tensors = tensors_to_read(model, checkpoint.metadata) or dict(step=",
         "tests/distributed/test_exact.py",
     ),
     Mutation(
@@ -233,8 +233,8 @@ MUTATIONS = [
     Mutation(
         "another optimizer is the same run",
         "train/run/identity.py",
-        '*("--train.dtype", "--train.fp8", "--optim"),',
-        '*("--train.dtype", "--train.fp8"),',
+        '*("--train.batch-stages", "--train.dtype", "--train.fp8", "--optim"),',
+        '*("--train.batch-stages", "--train.dtype", "--train.fp8"),',
         "tests/unit/train/test_directory.py",
     ),
     Mutation(

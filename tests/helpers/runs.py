@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from data_prep.textfiles import Options, prepare
-from model.checkpoint import list_checkpoints, read_tensors
+from model.checkpoint import list_checkpoints, read_tensors, step_of
 from model.config import ModelConfig
 from model.ladder import make_model
 from tests.helpers.corpus import make_text
@@ -32,7 +32,9 @@ from train.config import (
     ValidateConfig,
     resolve,
 )
+from train.losses import LossModel
 from train.optim import build_optimizer
+from train.parallel.averaging import WeightAverage
 from train.run.checkpoints import checkpoint_tensors
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,9 +149,11 @@ def final_tensors(run_dir: Path) -> dict[str, Tensor]:
 def tensors_of(checkpoint: Path) -> dict[str, Tensor]:
     """Return weights and optimizer state of a checkpoint, by name."""
     saved = json.loads((checkpoint.parents[1] / "config.json").read_text())["config"]
-    model = make_model(ModelConfig(**saved["model"]))
-    optimizer = build_optimizer(model, OptimConfig(**saved["optim"]))
-    tensors = checkpoint_tensors(model, optimizer)
+    model, optim = make_model(ModelConfig(**saved["model"])), OptimConfig(**saved["optim"])
+    optimizer = build_optimizer(model, optim)
+    if optim.average_fraction is not None:
+        optimizer.average = WeightAverage(LossModel(model, chunk_tokens=None), optim, saved["train"]["steps"])
+    tensors = checkpoint_tensors(model, optimizer, step=step_of(checkpoint))
     read_tensors(checkpoint, tensors)
     return tensors
 

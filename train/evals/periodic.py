@@ -1,10 +1,12 @@
 """Evaluations in the training loop: validation, HellaSwag and samples, each at its own interval.
 
 No evaluation changes the model or draws from training's random generators: a run is bitwise the same without them.
+Once there is a mean of the weights (train/parallel/averaging.py), it takes the model's place while an evaluation runs.
 """
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +18,7 @@ from train.guards.watchdog import Watchdog
 from train.losses import LossModel
 from train.metrics.logger import RunLogger
 from train.metrics.meters import Meters
+from train.parallel.averaging import WeightAverage
 from train.processes.group import ProcessGroup
 from train.processes.stop_requests import StopRequests
 from train.run.checkpoints import Progress
@@ -29,6 +32,7 @@ class PeriodicEvaluation:
 
     `evaluate` returns the values to report, or None if a stop is requested meanwhile. `done_steps`: the steps that
     have been reported, also before a restart. `shapes`: (rows, tokens) of the model's calls, to be compiled ahead.
+    Values of the weights' mean are reported with "averaged".
     """
 
     every: int
@@ -36,6 +40,7 @@ class PeriodicEvaluation:
     done_steps: set[int]
     evaluate: Callable[[Progress], Row | None]
     report: Callable[[Progress, Row], None]
+    average: WeightAverage | None
     at_start: bool = False
     shapes: tuple[tuple[int, int], ...] = ()
 
@@ -46,11 +51,13 @@ class PeriodicEvaluation:
 
     def run(self, progress: Progress) -> bool:
         """Evaluate and report; return False, with nothing reported, if a stop is requested meanwhile. Collective."""
-        values = self.evaluate(progress)
+        average = self.average if self.average is not None and self.average.has_begun(progress.step) else None
+        with nullcontext() if average is None else average.in_place_of_the_weights():
+            values = self.evaluate(progress)
         if values is None:
             return False
         self.done_steps.add(progress.step)
-        self.report(progress, values)
+        self.report(progress, values if average is None else values | {"averaged": True})
         return True
 
 
@@ -65,6 +72,7 @@ class Evaluator:
     watchdog: Watchdog
     logger: RunLogger
     meters: Meters
+    average: WeightAverage | None = None
 
     @property
     def _scoring(self) -> Scoring:
@@ -81,7 +89,7 @@ class Evaluator:
             return {f"val_{name}": value for name, value in values.items()}
 
         done, shapes = self.logger.validated_steps, (data.shape,)
-        return PeriodicEvaluation(every, self.last_step, done, evaluate, self._log_row, at_start=True, shapes=shapes)
+        return self._periodic(every, done, evaluate, self._log_row, at_start=True, shapes=shapes)
 
     def hellaswag(self, data: HellaSwag, *, every: int) -> PeriodicEvaluation:
         """Return the evaluation of HellaSwag's score, in the completion style."""
@@ -97,7 +105,7 @@ class Evaluator:
             }
 
         done, shapes = self.logger.scored_steps, tuple(data.shapes)
-        return PeriodicEvaluation(every, self.last_step, done, evaluate, self._log_row, shapes=shapes)
+        return self._periodic(every, done, evaluate, self._log_row, shapes=shapes)
 
     def samples(self, sampler: Sampler, *, every: int, shape: tuple[int, int]) -> PeriodicEvaluation:
         """Return the evaluation that continues the fixed prompts, alike on every rank."""
@@ -111,9 +119,19 @@ class Evaluator:
             return None if samples is None else {"samples": samples}
 
         def report(progress: Progress, values: Row) -> None:
-            self.logger.samples(progress.step, values["samples"])
+            self.logger.samples({"step": progress.step} | values)
 
-        return PeriodicEvaluation(every, self.last_step, self.logger.sampled_steps, evaluate, report, shapes=(shape,))
+        return self._periodic(every, self.logger.sampled_steps, evaluate, report, shapes=(shape,))
+
+    def _periodic(
+        self,
+        every: int,
+        done_steps: set[int],
+        evaluate: Callable[[Progress], Row | None],
+        report: Callable[[Progress, Row], None],
+        **options: Any,
+    ) -> PeriodicEvaluation:
+        return PeriodicEvaluation(every, self.last_step, done_steps, evaluate, report, self.average, **options)
 
     def _log_row(self, progress: Progress, values: Row) -> None:
         axes = self.meters.axes(step=progress.step, tokens=progress.tokens, seconds=self.meters.seconds)

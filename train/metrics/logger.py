@@ -112,14 +112,15 @@ class RunLogger:
             if self.tracking is not None:
                 self.tracking.row(row)
 
-    def samples(self, step: int, samples: list[Sample]) -> None:
-        """Write the samples of `step` to samples.jsonl and, as lines, for people."""
+    def samples(self, row: Row) -> None:
+        """Write a step's samples to samples.jsonl and, as lines, for people."""
         if not self._group.is_main:
             return
-        row = {"step": step, "samples": [asdict(sample) for sample in samples]}
+        samples: list[Sample] = row["samples"]
+        row = row | {"samples": [asdict(sample) for sample in samples]}
         self._write(SAMPLES_FILE, json.dumps(row))
         for sample in samples:
-            self.log(f"step {step:>7}  sample {json.dumps(sample.prompt + sample.text)}")
+            self.log(f"step {row['step']:>7}  sample {json.dumps(sample.prompt + sample.text)}{note_of(row)}")
         if self.tracking is not None:
             self.tracking.row(row)
 
@@ -161,12 +162,13 @@ def line_of(row: dict[str, Any]) -> str:
     """Return a record as one line in fixed columns."""
     if "val_loss" in row:
         loss = with_error(row["val_loss"], row["val_loss_stderr"])
-        return f"step {row['step']:>7}  val loss {loss}  bits/byte {row['val_bits_per_byte']:.4f}"
+        return f"step {row['step']:>7}  val loss {loss}  bits/byte {row['val_bits_per_byte']:.4f}{note_of(row)}"
     if "hellaswag_acc" in row:
         acc, acc_norm = (
             with_error(row[f"hellaswag_{name}"], row[f"hellaswag_{name}_stderr"]) for name in ("acc", "acc_norm")
         )
-        return f"step {row['step']:>7}  hellaswag acc {acc}  acc_norm {acc_norm}  of {row['hellaswag_items']:,}"
+        text = f"step {row['step']:>7}  hellaswag acc {acc}  acc_norm {acc_norm}  of {row['hellaswag_items']:,}"
+        return text + note_of(row)
     mfu = "    -" if row["mfu"] is None else f"{row['mfu']:5.1%}"
     loss = "     nan" if row["loss"] is None else f"{row['loss']:8.4f}"
     norm = "skipped" if row["grad_norm"] is None else f"{row['grad_norm']:7.3f}"
@@ -175,6 +177,10 @@ def line_of(row: dict[str, Any]) -> str:
         f"{row['step_seconds'] * 1e3:8.1f} ms  {row['tokens_per_second']:>11,.0f} tok/s  mfu {mfu}  "
         f"left {duration(row['eta_seconds'])}"
     )
+
+
+def note_of(row: dict[str, Any]) -> str:
+    return "  (mean of the weights)" if "averaged" in row else ""
 
 
 def with_error(value: float | None, stderr: float | None) -> str:

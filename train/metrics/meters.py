@@ -10,6 +10,7 @@ import torch
 from model.cost import model_cost
 from model.costs.gpu_peaks import peak_flops
 from train.config import Config
+from train.run.checkpoints import Progress
 
 GIB = 2**30
 
@@ -69,16 +70,16 @@ class Meters:
     Rates are means since the row before, without validation and saving.
     """
 
-    def __init__(self, config: Config, *, device: torch.device, world: int, step: int, seconds: float) -> None:
-        self._batch_tokens = config.train.batch_tokens
+    def __init__(self, config: Config, progress: Progress, *, device: torch.device, world: int) -> None:
+        """`progress`: with which this attempt begins."""
         self._flops_per_token = model_cost(config.model).flops_per_token
-        self._num_steps = config.train.steps
+        self._total_tokens = config.train.total_tokens
         peak = device_peak_flops(config, device)
         self._peak_flops = None if peak is None else peak * world
         self._device = device
-        self._elapsed = seconds
+        self._elapsed = progress.seconds
         self._since: float | None = None
-        self._lap_step, self._lap_seconds = step, seconds
+        self._lap_step, self._lap_tokens, self._lap_seconds = progress.step, progress.tokens, progress.seconds
         self.data_wait_seconds = 0.0  # since this attempt began
         self._lap_data_wait = 0.0
 
@@ -114,7 +115,7 @@ class Meters:
     ) -> dict[str, Any]:
         """Return the record of a step done after `seconds` of training, and start the next lap."""
         num_steps, lap_seconds = step - self._lap_step, seconds - self._lap_seconds
-        tokens_per_second = num_steps * self._batch_tokens / lap_seconds
+        tokens_per_second = (tokens - self._lap_tokens) / lap_seconds
         flops_per_second = tokens_per_second * self._flops_per_token
         row = self.axes(step=step, tokens=tokens, seconds=seconds) | {
             "loss": loss,
@@ -126,7 +127,8 @@ class Meters:
             "data_wait_fraction": round((data_wait_seconds - self._lap_data_wait) / lap_seconds, 4),
             "peak_memory_gib": round(peak_memory_gib(self._device), 3),
             "memory_retries": memory_retries(self._device),
-            "eta_seconds": round((self._num_steps - step) * lap_seconds / num_steps, 3),
+            "eta_seconds": round((self._total_tokens - tokens) / tokens_per_second, 3),
         }
-        self._lap_step, self._lap_seconds, self._lap_data_wait = step, seconds, data_wait_seconds
+        self._lap_step, self._lap_tokens = step, tokens
+        self._lap_seconds, self._lap_data_wait = seconds, data_wait_seconds
         return row

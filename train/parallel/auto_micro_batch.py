@@ -13,7 +13,7 @@ import torch
 
 from common.errors import InputError
 from train.config import Config
-from train.data import BatchPlan, divisors, plan_batches, zero_batch
+from train.data import BatchPlan, plan_batches, zero_batch
 from train.losses import LossModel
 from train.parallel import apply, fp8
 from train.parallel.plan import ParallelPlan
@@ -52,7 +52,7 @@ def settle_micro_batch(
     Collective. `kept`: rank 0's measurement of an earlier attempt, which stays under the same conditions. DDP with
     another number of processes takes the next smaller micro-batch that the processes can share.
     """
-    shares = divisors(batch_plan.sequences_per_rank)
+    shares = batch_plan.micro_batches_that_fit
     conditions = conditions_of(config, parallel_plan, group)
     largest = group.on_main(lambda: kept_micro_batch(kept, conditions))
     if largest is None:

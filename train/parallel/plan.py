@@ -112,7 +112,8 @@ def _mode_of(config: Config, world: int, local_world: int, memory_bytes: int) ->
         return mode, "set by flag" + ("; weights are gathered across hosts" if is_across else "")
     if world == 1:
         return "none", "one process"
-    state_bytes, limit_bytes = model_cost(config.model).state_bytes, COMFORTABLE * memory_bytes
+    state_bytes = model_cost(config.model).state_bytes + average_bytes(config)
+    limit_bytes = COMFORTABLE * memory_bytes
     state = f"the training state of {state_bytes / 1e9:.2f} GB"
     limit = f"half of {memory_bytes / 1e9:.1f} GB"
     if state_bytes <= limit_bytes:
@@ -128,7 +129,12 @@ def _adds_up_whole(config: Config, shards: int, memory_bytes: int) -> bool:
     if config.parallel.reduce_gradients != "auto":
         return config.parallel.reduce_gradients == "step"
     cost = model_cost(config.model)
-    return cost.checkpoint_bytes // shards + cost.gradient_bytes <= COMFORTABLE * memory_bytes
+    return (cost.checkpoint_bytes + average_bytes(config)) // shards + cost.gradient_bytes <= COMFORTABLE * memory_bytes
+
+
+def average_bytes(config: Config) -> int:
+    """Return the bytes of the mean of the weights that --optim.average-fraction keeps and saves."""
+    return 0 if config.optim.average_fraction is None else model_cost(config.model).gradient_bytes
 
 
 def _check_reduction(config: Config, plan: ParallelPlan, world: int) -> None:
@@ -144,7 +150,7 @@ def _check_reduction(config: Config, plan: ParallelPlan, world: int) -> None:
         raise InputError(f"{flag} is for ddp and fsdp, not for --parallel.mode hsdp; leave it fp32")
     if plan.mode != "fsdp" or not plan.whole_gradients:
         return
-    if config.train.micro_batch == "auto" or plan_batches(config, world).accumulation > 1:
+    if config.train.micro_batch == "auto" or plan_batches(config, world).largest_accumulation > 1:
         raise InputError(
             f"{flag} with --parallel.mode fsdp would add up micro-batches in bf16; give a --train.micro-batch of all "
             "sequences of a process, or --parallel.reduce-gradients micro_batch, or leave it fp32"

@@ -31,7 +31,7 @@ def warm_up(run: Run, accumulate_gradients: AccumulateGradients) -> bool:
     for _ in range(2):
         if group.any(run.processes.stop_requests.wanted()):
             return True
-        accumulate_gradients(run, [zeros], state.token_weight)
+        accumulate_gradients(run, [zeros], run.token_weight(state.progress.position))
         apply.zero_gradients(state.module)
     if run.config.train.compile:
         for shape in dict.fromkeys(shape for each in run.data.evaluations for shape in each.shapes):

@@ -13,7 +13,7 @@ from train.data import BatchPlan
 from train.metrics.meters import peak_of
 from train.muon import update_dtype
 from train.parallel.communication import LINK_BYTES_PER_SECOND, seconds_between_hosts, step_communication
-from train.parallel.plan import ParallelPlan
+from train.parallel.plan import ParallelPlan, average_bytes
 from train.parallel.precision import compute_dtype
 
 CPU = "CPU process"  # in place of a GPU's name
@@ -31,11 +31,8 @@ def run_card(
     cost = model_cost(config.model)
     train, model, optim = config.train, config.model, config.optim
     is_auto, world = train.micro_batch == "auto", parallel_plan.shards * parallel_plan.replicas
-    total_tokens = train.steps * train.batch_tokens
+    total_tokens = train.total_tokens
     total_flops = cost.flops_per_token * total_tokens
-    sequences = f"{plan.accumulation} micro-batches x {plan.micro_batch}"
-    if is_auto:
-        sequences = f"{plan.sequences_per_rank} (micro-batch auto)"
     switches = "".join(f", {flag_of(name)} {value}" for name, value in model.switched().items())
     options = {
         train.dtype: True,
@@ -53,13 +50,17 @@ def run_card(
         "model": f"{_shape(model)}: {cost.num_parameters:,} parameters (+{cost.num_padding_parameters:,} vocabulary "
         f"padding){switches}",
         "data": _data_line(config, manifest, total_tokens),
-        "step": f"{train.batch_tokens:,} tokens = {world} processes x {sequences} sequences x {train.seq_len}",
+        "step": "\n          ".join(
+            f"{f'after {stage.first_step:,} steps ' if stage.first_step else ''}{stage.tokens:,} tokens = {world} "
+            f"processes x {_sequences(own, is_auto=is_auto)} sequences x {train.seq_len}"
+            for stage, own in zip(train.stages, plan.all, strict=True)
+        ),
         "length": f"{train.steps:,} steps = {total_tokens:,} tokens; {total_flops:.3g} FLOPs "
         f"({total_flops / 1e14 / 3600:,.1f} hours per sustained 100 TFLOP/s)",
         "optimizer": f"{optim.name}, {optim.schedule} {optim.lr_peak:g}{_other_rates(optim)} after "
-        f"{optim.warmup_steps} steps, clip {optim.clip_norm}",
+        f"{optim.warmup_steps} steps, clip {optim.clip_norm}{_average(optim)}",
         "device": f"{world} x {device}, {', '.join(name for name, is_on in options.items() if is_on)}; "
-        f"checkpoint {cost.checkpoint_bytes / 1e9:.2f} GB",
+        f"checkpoint {(cost.checkpoint_bytes + average_bytes(config)) / 1e9:.2f} GB",
         "parallel": _parallel_line(parallel_plan, plan),
     }
     if world > 1 and not (is_auto and parallel_plan.is_sharded):  # DDP sends the same whatever the micro-batch
@@ -70,6 +71,12 @@ def run_card(
     if model.kind == "gpt":
         lines["memory"] = _memory_line(config, plan, parallel_plan, on_cpu=device == CPU)
     return "\n".join(f"{name:<10}{text}" for name, text in lines.items())
+
+
+def _sequences(plan: BatchPlan, *, is_auto: bool) -> str:
+    if is_auto:
+        return f"{plan.sequences_per_rank} (micro-batch auto)"
+    return f"{plan.accumulation} micro-batches x {plan.micro_batch}"
 
 
 def _shape(model: ModelConfig) -> str:
@@ -84,6 +91,10 @@ def _other_rates(optim: OptimConfig) -> str:
     rates = {"embeddings": optim.embedding_lr, "head": optim.head_lr, "vectors": optim.vector_lr}
     parts = ", ".join(f"{name} {rate:g}" for name, rate in rates.items() if rate is not None)
     return f" ({parts})" if parts else ""
+
+
+def _average(optim: OptimConfig) -> str:
+    return "" if optim.average_fraction is None else f", mean of the weights over the last {optim.average_fraction:.0%}"
 
 
 def _data_line(config: Config, manifest: Manifest | None, total_tokens: int) -> str:
@@ -104,7 +115,7 @@ def _parallel_line(parallel_plan: ParallelPlan, plan: BatchPlan) -> str:
         return f"{parallel_plan.mode} ({parallel_plan.reason})"
     copies = f", {parallel_plan.replicas} copies" if parallel_plan.replicas > 1 else ""
     gradients = ""
-    if plan.accumulation > 1:
+    if plan.largest_accumulation > 1:
         is_whole = parallel_plan.whole_gradients
         gradients = "whole gradients reduced once a step; " if is_whole else "gradients reduced each time; "
     gathered = "for each pass" if parallel_plan.reshard_after_forward else "once for both passes"
@@ -129,7 +140,7 @@ def _network_line(
         "all-to-alls": communication.all_to_alls,
     }
     parts = [f"{kind.count} {name} of {kind.num_bytes / 1e9:.3g} GB" for name, kind in kinds.items() if kind.count]
-    line = f"each rank, each step: {', '.join(parts)}"
+    line = f"each rank, each step{' of the first stage' if plan.later else ''}: {', '.join(parts)}"
     if parallel_plan.reduce_dtype != torch.float32:
         line += "; gradients in bf16"
     sending_seconds = seconds_between_hosts(communication, parallel_plan)
@@ -167,7 +178,7 @@ def step_memory(config: Config, plan: BatchPlan, parallel_plan: ParallelPlan, *,
     shape = StepShape(
         micro_batch=plan.micro_batch,
         seq_len=train.seq_len,
-        accumulation=plan.accumulation,
+        accumulation=plan.largest_accumulation,
         compute_bytes=compute_dtype(train).itemsize,
         activation_checkpointing=train.activation_checkpointing,
         chunk_tokens=train.loss_chunk_tokens if train.loss == "chunked" else None,
@@ -179,5 +190,6 @@ def step_memory(config: Config, plan: BatchPlan, parallel_plan: ParallelPlan, *,
         is_muon=config.optim.name == "muon",
         replicas=parallel_plan.replicas,
         on_cpu=on_cpu,
+        has_average=config.optim.average_fraction is not None,
     )
     return memory(config.model, shape)

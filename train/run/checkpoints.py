@@ -101,14 +101,14 @@ class CheckpointWriter:
         self._group = group
         self._pending: PendingCheckpoint | None = None
         self._undeletable: set[Path] = set()
-        self._has_saved = False
+        self._has_saved = False  # a checkpoint with these tensors
         self._last_try = time.monotonic()
         self._is_retrying = False  # the last save failed
         # Each thread has its own current CUDA device, and DCP copies from the current one.
         on_gpu = functools.partial(torch.cuda.set_device, group.device) if is_cuda else None
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="saves", initializer=on_gpu)
         self._purging: Future[None] | None = None
-        self._division: dict[str, list[int]] = {}  # which ranks write each tensor; the same at every save
+        self._division: dict[str, list[int]] = {}  # which ranks write each tensor
         self._copies: dict[str, Tensor] = {}
         self._stream = torch.cuda.Stream(group.device) if is_cuda and self.is_async else None
 
@@ -122,10 +122,11 @@ class CheckpointWriter:
         folder = self._run_dir / CHECKPOINTS
         final = folder / f"step_{progress.step:08d}"
         temporary = folder / f".{final.name}.writing_{self._attempt}"
-        tensors = checkpoint_tensors(*self._parts)
+        tensors = checkpoint_tensors(*self._parts, step=progress.step)
         self._group.on_main(lambda: self._make_room(folder, temporary, tensors))
         content = self._state | {"progress": asdict(progress), "random": _random_state(self._group.device)}
-        self._division = self._division or divide(tensors, self._group)
+        if self._division.keys() != tensors.keys():  # at the first save, and at the first with a mean of the weights
+            self._division, self._copies, self._has_saved = divide(tensors, self._group), {}, False
         own, staged = share_of(tensors, self._division, self._group.rank), None
         if self.is_async:
             own, staged = self._copy(own)
@@ -287,13 +288,18 @@ class CheckpointWriter:
 
 
 def checkpoint_tensors(
-    model: LanguageModel, optimizer: Optimizer, loss_scale: LossScale | None = None
+    model: LanguageModel, optimizer: Optimizer, loss_scale: LossScale | None = None, *, step: int = 0
 ) -> dict[str, Tensor]:
-    """Return the live tensors of a checkpoint by name: model.NAME, optimizer.NAME.KEY, loss_scale.NAME."""
+    """Return the live tensors of a step's checkpoint by name.
+
+    model.NAME, optimizer.NAME.KEY, loss_scale.NAME, and average.NAME from the first averaged step on.
+    """
     tensors = model_tensors(model)
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
             tensors[f"optimizer.{name}.{key}"] = value
+    if optimizer.average is not None:
+        tensors |= optimizer.average.tensors(step)
     return tensors if loss_scale is None else tensors | loss_scale.tensors()
 
 

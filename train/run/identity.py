@@ -18,7 +18,7 @@ CONFIG_FILE = "config.json"
 # intervals) may change on the way.
 IDENTITY = (
     *("--seed", "--from-checkpoint", "--model", "--train.seq-len", "--train.steps", "--train.batch-tokens"),
-    *("--train.dtype", "--train.fp8", "--optim"),
+    *("--train.batch-stages", "--train.dtype", "--train.fp8", "--optim"),
 )
 FORM = {"config": {"model": dict, "train": dict, "optim": dict}, "data": str}
 # What set-up measured (parallel/auto_micro_batch.py), beside the attention's kernel (parallel/attention.py); runs of
@@ -111,6 +111,7 @@ def flat(values: dict[str, Any], prefix: str = "--") -> dict[str, Any]:
     settings: dict[str, Any] = {}
     for name, value in values.items():
         flag = prefix + name.replace("_", "-")
+        value = list(value) if isinstance(value, tuple) else value  # as JSON gives it back
         settings |= flat(value, flag + ".") if isinstance(value, dict) else {flag: value}
     return settings
 

@@ -14,20 +14,23 @@ from common.errors import InputError
 from data_prep.tokenizer import Tokenizer, gives_same_ids, load_tokenizer
 from model.base import LanguageModel
 from model.checkpoint import (
+    AVERAGE,
     CHECKPOINTS,
     STEP_NAME,
+    WEIGHTS,
     fault_of,
     files_of,
     find_checkpoint,
     find_place,
+    has_average,
     list_checkpoints,
     model_config,
-    model_tensors,
     read_form,
     read_tensors,
     require_hashes,
     run_and_step,
     step_of,
+    tensors_to_read,
 )
 from model.config import ModelConfig
 from model.dcp_reader import Metadata
@@ -114,7 +117,8 @@ def load(
     group: ProcessGroup,
 ) -> dict[str, Any]:
     """Load a checkpoint into the live tensors and random generators; return its state.json. Collective."""
-    _read_together(checkpoint, checkpoint_tensors(model, optimizer, loss_scale), model, group)
+    tensors = checkpoint_tensors(model, optimizer, loss_scale, step=checkpoint.state["progress"]["step"])
+    _read_together(checkpoint, tensors, model, group)
     _restore_random_state(checkpoint.state["random"], group.device)
     return checkpoint.state
 
@@ -123,7 +127,8 @@ def _read_together(
     checkpoint: SoundCheckpoint, tensors: dict[str, Tensor], model: LanguageModel, group: ProcessGroup
 ) -> None:
     """Fill `tensors`, and with them the whole model: each rank reads its share and hands it out. Collective."""
-    assert all(f"model.{name}" in tensors for name, _ in model.named_parameters())
+    names = {name for name, _ in model.named_parameters()}
+    assert any({f"{kind}{name}" for name in names} <= tensors.keys() for kind in (WEIGHTS, AVERAGE))
     division = divide(tensors, group)
     own = share_of(tensors, division, group.rank)
     group.on_all(lambda: read_tensors(checkpoint.path, own, checkpoint.metadata))
@@ -175,8 +180,8 @@ def load_weights(name: str, model: LanguageModel, tokenizer: Tokenizer, group: P
     group.on_main(
         lambda: _refuse_misfit(name, theirs, load_tokenizer(path.resolve().parents[1]), model.config, tokenizer)
     )
-    _read_together(checkpoint, model_tensors(model), model, group)
-    return str(path)
+    _read_together(checkpoint, tensors_to_read(model, checkpoint.metadata), model, group)
+    return f"{path}{', the mean of its weights' if has_average(checkpoint.metadata) else ''}"
 
 
 def _load_folder(path: Path, model: LanguageModel, tokenizer: Tokenizer, group: ProcessGroup) -> str:

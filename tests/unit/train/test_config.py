@@ -82,6 +82,8 @@ def test_all_faults_are_reported_at_once_with_value_rule_and_flag() -> None:
         "--optim.warmup-steps -5 must not be negative",
     ):
         assert line in text
+    text = refusal("--optim.average-fraction", "0", "--optim.average-decay", "1")
+    assert "average-fraction 0.0 must lie in (0, 1]" in text and "average-decay 1.0 must lie in [0, 1)" in text
     text = refusal("--optim.lr-final", "nan", "--optim.lr-peak", "inf")
     assert "lr-final nan must be a finite" in text and "lr-peak inf must be a finite" in text
 
@@ -117,6 +119,7 @@ def test_dry_run_warns_of_epochs_and_a_mode_that_does_not_fit_is_refused(tmp_pat
         ("--optim.warmdown-fraction 0.5", "has no effect with --optim.schedule cosine"),
         ("--optim.momentum 0.9", "--optim.momentum and --optim.momentum-warmup-steps have no effect without"),
         ("--optim.schedule constant --optim.lr-final 1e-5 --optim.warmup-steps 0", "--optim.lr-final"),
+        ("--optim.average-decay 0.9", "--optim.average-decay 0.9 has no effect without --optim.average-fraction"),
         ("--train.dtype tf32", "--train.dtype tf32 has no effect on a CPU"),
         ("--train.loss-chunk-tokens 99", "--train.loss-chunk-tokens 99 has no effect with --train.loss plain"),
         ("--train.attention-backend cudnn --model.attention naive", "no effect with --model.attention naive"),
