@@ -50,17 +50,19 @@ class Rung:
 
 
 RUNGS = (
-    Rung("plain: AdamW, cosine, GPT-2", "", "100 %"),
+    Rung("plain: AdamW, GPT-2", "", "100 %"),
     Rung("rotary positions", "--model.position-embedding rope", "49 %, with tuned rates"),
     Rung("Muon", "--optim.name muon", "32 %"),
-    Rung(
-        "ReLU^2, zero projections, QK-norm",
-        "--model.mlp relu2 --model.zero-init-projections --model.qk-norm",
-        "26 %",
-    ),
+    Rung("ReLU^2, zero projections", "--model.mlp relu2 --model.zero-init-projections", ABSENT),
+    Rung("QK-norm", "--model.qk-norm", "26 %"),
     Rung("RMSNorm, no biases", "--model.norm rmsnorm --model.no-bias", ABSENT),
-    Rung("own head", "--model.no-tie", "23 %, with two norms and a zero head"),
-    Rung("value residual, soft cap", "--model.value-residual --model.logit-softcap 15", "16 %, with the embedding"),
+    Rung("own head", "--model.no-tie", ABSENT),
+    Rung("norm of the embedding, zero head", "--model.embedding-norm --model.zero-init-head", "23 %"),
+    Rung("value residual, shortcut", "--model.value-residual --model.embedding-shortcut", ABSENT),
+    Rung("soft cap", "--model.logit-softcap 15 --model.softcap-form rsqrt", "16 %"),
+    Rung("skips", "--model.skips", "15 %"),
+    Rung("value embeddings", "--model.value-embeddings 2", "8 %, with windows"),
+    Rung("mean of the weights", "--optim.average-fraction 0.2", ABSENT),
 )
 
 
