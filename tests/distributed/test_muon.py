@@ -21,7 +21,7 @@ from tests.helpers.runs import assert_same_tensors, curve, final_tensors, losses
 from train.config import Config, OptimConfig, with_vocabulary
 from train.optim import build_optimizer
 from train.parallel.apply import build_loss_model, local
-from train.parallel.plan import choose_parallel_plan
+from train.parallel.plan import choose_parallel_plan, saved_bytes
 from train.processes.group import ProcessGroup
 
 pytestmark = pytest.mark.timeout(600)
@@ -182,3 +182,13 @@ def test_the_whole_state_is_a_half_where_muon_takes_the_matrices(tiny_data: Path
     (adamw,) = run_on_ranks(1, state_bytes, replace(config, optim=replace(MUON, name="adamw")))
     matrices = adamw - muon
     assert 0.3 * adamw < matrices < 0.5 * adamw
+
+
+@pytest.mark.parametrize("optim", [MUON, replace(MUON, average_fraction=0.5), OptimConfig(average_fraction=0.5)])
+def test_the_size_of_a_checkpoint_is_known_before(tiny_data: Path, tmp_path: Path, optim: OptimConfig) -> None:
+    """No table of --model.value-embeddings is a matrix of the blocks."""
+    config = replace(configured(ONE, tiny_data, tmp_path / "run"), optim=optim)
+    config = replace(config, model=replace(config.model, value_embeddings=1), train=replace(config.train, steps=2))
+    run_on_ranks(1, run_here, config)
+    saved = sum(tensor.nbytes for tensor in final_tensors(config.directory).values() if tensor.dim())
+    assert 0.99 * saved < saved_bytes(config) <= saved

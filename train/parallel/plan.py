@@ -11,6 +11,8 @@ import torch
 
 from common.errors import InputError
 from model.cost import model_cost
+from model.costs.activations import FP32_BYTES
+from model.costs.optimizer import count_slice, matrices_and_others
 from train.config import Config
 from train.data import divisors, plan_batches
 from train.processes.group import ProcessGroup
@@ -112,7 +114,7 @@ def _mode_of(config: Config, world: int, local_world: int, memory_bytes: int) ->
         return mode, "set by flag" + ("; weights are gathered across hosts" if is_across else "")
     if world == 1:
         return "none", "one process"
-    state_bytes = model_cost(config.model).state_bytes + average_bytes(config)
+    state_bytes = saved_bytes(config) + model_cost(config.model).gradient_bytes
     limit_bytes = COMFORTABLE * memory_bytes
     state = f"the training state of {state_bytes / 1e9:.2f} GB"
     limit = f"half of {memory_bytes / 1e9:.1f} GB"
@@ -128,13 +130,16 @@ def _adds_up_whole(config: Config, shards: int, memory_bytes: int) -> bool:
     """Return whether whole gradients are kept; auto: while they fit comfortably beside the shards."""
     if config.parallel.reduce_gradients != "auto":
         return config.parallel.reduce_gradients == "step"
+    whole_gradients = model_cost(config.model).gradient_bytes
+    return saved_bytes(config) // shards + whole_gradients <= COMFORTABLE * memory_bytes
+
+
+def saved_bytes(config: Config) -> int:
+    """Return the bytes of weights, optimizer state and mean of the weights: all of a checkpoint but some numbers."""
     cost = model_cost(config.model)
-    return (cost.checkpoint_bytes + average_bytes(config)) // shards + cost.gradient_bytes <= COMFORTABLE * memory_bytes
-
-
-def average_bytes(config: Config) -> int:
-    """Return the bytes of the mean of the weights that --optim.average-fraction keeps and saves."""
-    return 0 if config.optim.average_fraction is None else model_cost(config.model).gradient_bytes
+    matrices, _ = matrices_and_others(config.model) if config.optim.name == "muon" else ([], [])
+    mean = 0 if config.optim.average_fraction is None else cost.gradient_bytes
+    return cost.checkpoint_bytes - FP32_BYTES * count_slice(matrices, 1, 1) + mean  # Muon has one moment, AdamW two
 
 
 def _check_reduction(config: Config, plan: ParallelPlan, world: int) -> None:

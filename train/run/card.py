@@ -13,7 +13,7 @@ from train.data import BatchPlan
 from train.metrics.meters import peak_of
 from train.muon import update_dtype
 from train.parallel.communication import LINK_BYTES_PER_SECOND, seconds_between_hosts, step_communication
-from train.parallel.plan import ParallelPlan, average_bytes
+from train.parallel.plan import ParallelPlan, saved_bytes
 from train.parallel.precision import compute_dtype
 
 CPU = "CPU process"  # in place of a GPU's name
@@ -60,7 +60,7 @@ def run_card(
         "optimizer": f"{optim.name}, {optim.schedule} {optim.lr_peak:g}{_other_rates(optim)} after "
         f"{optim.warmup_steps} steps, clip {optim.clip_norm}{_average(optim)}",
         "device": f"{world} x {device}, {', '.join(name for name, is_on in options.items() if is_on)}; "
-        f"checkpoint {(cost.checkpoint_bytes + average_bytes(config)) / 1e9:.2f} GB",
+        f"checkpoint {saved_bytes(config) / 1e9:.2f} GB",
         "parallel": _parallel_line(parallel_plan, plan),
     }
     if world > 1 and not (is_auto and parallel_plan.is_sharded):  # DDP sends the same whatever the micro-batch
