@@ -37,6 +37,8 @@ from train.processes.group import ProcessGroup
 GOLDEN = Path(__file__).with_name("golden.json")
 STEPS = 8
 
+MUON = "--optim.name muon --optim.lr-peak 0.02 --optim.vector-lr 0.01 --optim.momentum-warmup-steps 5"
+
 # Name -> number of processes and the flags on top of tests/helpers/runs.py's tiny run.
 RUNS: dict[str, tuple[int, str]] = {
     "plain": (1, ""),
@@ -72,6 +74,11 @@ RUNS: dict[str, tuple[int, str]] = {
         "--model.embedding-norm --model.embedding-shortcut --model.value-embeddings 1 --model.skips",
     ),
     "naive attention": (1, "--model.attention naive"),
+    "window": (1, "--model.window 9"),
+    "dropout": (1, "--model.dropout 0.1"),
+    "mean of the weights": (1, "--optim.average-fraction 0.5"),
+    "batch stages": (1, "--train.batch-stages 3:768 6:1152"),
+    "muon": (1, MUON),
     "bigram": (1, "--model.kind bigram"),
     "head": (1, "--model.kind head"),
     "heads": (1, "--model.kind heads"),
@@ -79,6 +86,8 @@ RUNS: dict[str, tuple[int, str]] = {
     "ddp on 2": (2, "--parallel.mode ddp --train.micro-batch 3"),
     "fsdp on 2": (2, "--parallel.mode fsdp --train.micro-batch 3"),
     "hsdp on 4": (4, "--parallel.mode hsdp --parallel.shard-size 2 --train.micro-batch 1"),
+    "muon, ddp on 2": (2, f"{MUON} --parallel.mode ddp --train.micro-batch 3"),
+    "muon, hsdp on 4": (4, f"{MUON} --parallel.mode hsdp --parallel.shard-size 2 --train.micro-batch 1"),
 }
 
 
