@@ -28,7 +28,7 @@ from train.validate import evaluate
 COARSE = 0.4  # of the tokens, at which the whole grid is tried
 KEPT_SETTINGS = 4
 FAST_SHARE = 0.2  # of the plain recipe's tokens, for which the fast recipe is tuned
-LENGTHS = {"adamw": (0.4, 0.7, 1.0), "muon": (0.08, 0.14, 0.2, 0.4)}  # as parts of the plain recipe's tokens
+LENGTHS = {"adamw": (0.4, 0.7, 1.0), "muon": (0.1, 0.2, 0.4)}  # as parts of the plain recipe's tokens
 BATCHES = (4, 8, 16)
 RATES = {"adamw": (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2), "muon": (0.005, 0.01, 0.02, 0.04, 0.08)}
 SCHEDULES = {  # part of the steps that is warm-up, and flags

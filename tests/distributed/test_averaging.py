@@ -37,6 +37,7 @@ from tests.helpers.runs import (
 from train import validate
 from train.config import Config, SampleConfig, with_vocabulary
 from train.evals import validation
+from train.metrics.rows import read_lines
 from train.parallel.apply import local
 from train.processes.group import ProcessGroup
 from train.run.checkpoint_files import seal, write_part
@@ -139,6 +140,7 @@ def test_what_reads_the_run_takes_the_mean_and_says_so(trained: Path, tiny_data:
     )
     assert any(not torch.equal(tensors[f"model.{name}"], mean) for name, mean in means_in(tensors).items())
 
+    assert not read_lines(run_dir / "metrics.jsonl").damaged and not read_lines(run_dir / "samples.jsonl").damaged
     marked = {row["step"]: row.get("averaged") for row in rows(run_dir) if "val_loss" in row}
     assert marked == {0: None, 5: None, 10: None, 15: True, 20: True}
     assert [row.get("averaged") for row in rows(run_dir, "samples.jsonl")] == [None, True, True]

@@ -101,6 +101,10 @@ def test_hellaswag_is_scored_at_its_own_interval_and_changes_nothing(tiny_data: 
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "items.jsonl: 12 items, not the whole pinned set, so the score is not comparable" in log
     assert f"step      20  hellaswag acc {logged[-1]['hellaswag_acc']:.4f} +- 0.1" in log
+    before = (tmp_path / "run" / "metrics.jsonl").read_bytes()
+    run(config, ALONE)
+    assert (tmp_path / "run" / "metrics.jsonl").read_bytes() == before, "a restart reads the rows that it wrote"
+    assert "not as it was written" not in (tmp_path / "run" / "log.txt").read_text()
 
 
 @pytest.mark.parametrize(("module", "name"), [(hellaswag, "ending_losses"), (validation, "validate")])

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from common.errors import writing_to
 from train.metrics.line_file import LineFile
-from train.metrics.rows import KEPT_FILES, METRICS_FILE, SAMPLES_FILE, Row, Seal, restore_rows
+from train.metrics.rows import KEPT_FILES, METRICS_FILE, SAMPLES_FILE, Row, Seal, restore_rows, row_of
 
 if TYPE_CHECKING:  # these import torch, which costs curves.py seconds
     from train.evals.samples import Sample
@@ -94,6 +94,7 @@ class RunLogger:
 
     def _write(self, name: str, line: str) -> None:
         """Write a line at once, or keep it if the disk fails now."""
+        assert name not in KEPT_FILES or row_of(name, line.encode()) is not None, "a restart would take it for damage"
         try:
             self._file(name).add(line)
         except OSError as error:

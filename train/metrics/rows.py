@@ -11,11 +11,12 @@ from typing import Any, NamedTuple
 
 from common.errors import reading_from
 from common.files import keep_aside, write_blocks_atomically
-from common.reading import NATURAL, is_there, misfit, open_regular, parse_json
+from common.reading import NATURAL, Form, is_there, misfit, open_regular, parse_json
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
 KEPT_FILES = (METRICS_FILE, SAMPLES_FILE)
+FLAGS = ("averaged", "hellaswag_pinned")  # keys of metrics rows whose values are true or false
 SAMPLES_FORM = {"step": NATURAL, "samples": [{"prompt": str, "text": str}]}
 
 Row = dict[str, Any]
@@ -41,7 +42,7 @@ def read_lines(path: Path) -> Lines:
 def parse_lines(name: str, content: bytes) -> Lines:
     rows, lines, damaged = [], [], []
     for number, line in enumerate(content.split(b"\n")[:-1], start=1):
-        row = _row_of(name, line)
+        row = row_of(name, line)
         if row is None:
             damaged.append(number)
         else:
@@ -85,13 +86,17 @@ def _content_of(path: Path) -> bytes:
         return file.read()
 
 
-def _row_of(name: str, line: bytes) -> Row | None:
-    """Return the row in a line, None if there is none. A metrics row holds numbers and nulls alone."""
+def row_of(name: str, line: bytes) -> Row | None:
+    """Return the row in a line, None if there is none. A metrics row holds numbers and nulls, and the FLAGS."""
     try:
         row = parse_json(line)
     except ValueError:
         return None
     if not isinstance(row, dict):
         return None
-    form = SAMPLES_FORM if name == SAMPLES_FILE else dict.fromkeys(row, (float, None)) | {"step": NATURAL}
+    form = SAMPLES_FORM if name == SAMPLES_FILE else {key: _form_of(key) for key in row} | {"step": NATURAL}
     return row if misfit(row, form) is None else None
+
+
+def _form_of(key: str) -> Form:
+    return bool if key in FLAGS else (float, None)
