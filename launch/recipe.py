@@ -49,7 +49,7 @@ class Rung:
     published: str  # tokens needed for GPT-2 small's loss on FineWeb, as part of the plain recipe's 10.26e9
 
 
-RUNGS = (
+LADDER = (
     Rung("plain: AdamW, GPT-2", "", "100 %"),
     Rung("rotary positions", "--model.position-embedding rope", "49 %, with tuned rates"),
     Rung("Muon", "--optim.name muon", "32 %"),
@@ -123,7 +123,7 @@ class Recipe:
         for kept in (KEPT_SETTINGS, 1):
             losses = [first_half_loss(result) for result in self._results(trials)]
             if not math.isfinite(min(losses)):
-                raise InputError(f"{RUNGS[rung].name}: every run of its grid diverged")
+                raise InputError(f"{LADDER[rung].name}: every run of its grid diverged")
             best = sorted(range(len(trials)), key=losses.__getitem__)[:kept]
             trials = [replace(trials[index], tokens=tokens) for index in best]
         return trials[0].setting
@@ -137,13 +137,17 @@ class Recipe:
         """Train everything; return the settings found and a row for each rung, in Markdown."""
         ends = {
             "adamw": self.tune(0, self.tokens),
-            "muon": self.tune(len(RUNGS) - 1, round(FAST_SHARE * self.tokens)),
+            "muon": self.tune(len(LADDER) - 1, round(FAST_SHARE * self.tokens)),
         }
-        measured = [self._measure(rung, ends[optimizer_of(rung)]) for rung in range(len(RUNGS))]
+        measured = [self._measure(rung, ends[optimizer_of(rung)]) for rung in range(len(LADDER))]
         target = statistics.fmean(points[-1].loss for points in measured[0])
+        if not math.isfinite(target):
+            raise InputError(f"the plain recipe diverged from one of {len(self._seeds)} seeds at {ends['adamw']}")
         header = ["change", "tokens needed", "least to most", "time", "loss at 20 %", "+-", "published"]
-        plain_row = [RUNGS[0].name, "100 %", ABSENT, "100 %", ABSENT, ABSENT, RUNGS[0].published]
-        rows = [row_of(rung, points, target, measured[0]) for rung, points in zip(RUNGS[1:], measured[1:], strict=True)]
+        plain_row = [LADDER[0].name, "100 %", ABSENT, "100 %", ABSENT, ABSENT, LADDER[0].published]
+        rows = [
+            row_of(rung, points, target, measured[0]) for rung, points in zip(LADDER[1:], measured[1:], strict=True)
+        ]
         plain, fast = ends["adamw"], ends["muon"]
         return (
             f"Plain recipe, tuned for {self.tokens:,} tokens: {plain}; last loss {target:.4f} over "
@@ -184,17 +188,17 @@ class Recipe:
             flags |= {flag: f"{part * setting.rate:g}" for flag, part in OTHER_RATES.items()}
             if not is_untied(trial.rung):
                 del flags["--optim.head-lr"]
-        changes = " ".join(rung.flags for rung in RUNGS[: trial.rung + 1]).split()
+        changes = " ".join(rung.flags for rung in LADDER[: trial.rung + 1]).split()
         words = [str(word) for pair in flags.items() for word in pair]
         return Entry(trial.name, (*words, *schedule, *changes))
 
 
 def optimizer_of(rung: int) -> str:
-    return "muon" if any("--optim.name muon" in each.flags for each in RUNGS[: rung + 1]) else "adamw"
+    return "muon" if any("--optim.name muon" in each.flags for each in LADDER[: rung + 1]) else "adamw"
 
 
 def is_untied(rung: int) -> bool:
-    return any("--model.no-tie" in each.flags for each in RUNGS[: rung + 1])
+    return any("--model.no-tie" in each.flags for each in LADDER[: rung + 1])
 
 
 def first_half_loss(result: Result) -> float:
@@ -246,14 +250,14 @@ def row_of(
     speed = seconds_per_share(seeds) / seconds_per_share(plain)
     at_fifth = [point.loss for points in seeds for point in points if point.share == FAST_SHARE]
     shortest = seeds[0][0].share
-    bound = "at most " if mean == shortest else ""
+    bound = "at most " if shortest in needed else ""
     return [
         rung.name,
         f"{bound}{mean:.1%}" if math.isfinite(mean) else f"over {seeds[0][-1].share:.0%}",
         f"{min(needed):.1%} to {max(needed):.1%}" if math.isfinite(max(needed)) else ABSENT,
         f"{bound}{mean * speed:.1%}" if math.isfinite(mean) else ABSENT,
         f"{statistics.fmean(at_fifth):.4f}" if at_fifth else ABSENT,
-        f"{statistics.stdev(at_fifth):.4f}" if len(at_fifth) > 1 else ABSENT,
+        f"{statistics.stdev(at_fifth):.4f}" if len(at_fifth) > 1 and math.isfinite(sum(at_fifth)) else ABSENT,
         rung.published,
     ]
 

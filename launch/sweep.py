@@ -38,7 +38,7 @@ from common.tables import new_figure, put_into
 from data_prep.manifest import read_manifest
 from launch.grid import Point
 from launch.options import Options
-from launch.recipe import RUNGS, Recipe
+from launch.recipe import LADDER, Recipe
 from launch.runs import inspect_runs
 from launch.submit import train_points
 from launch.sweeps import (
@@ -160,6 +160,12 @@ def run_recipe(config: Config, words: Sequence[str], base: Path, options: SweepO
     preset, *flags = words
     if options.seeds < 1:
         raise InputError(f"--seeds {options.seeds} must be at least 1")
+    if config.train.batch_stages:
+        raise InputError("recipe: its runs have one batch size each; leave out --train.batch-stages")
+    if options.how.nodes * options.how.gpus_per_node > 1:
+        raise InputError(
+            "recipe: a batch may be of 4 sequences, so each run has one process; leave out --nodes and --gpus-per-node"
+        )
     if options.into is not None:
         put_into(options.into, "sweep recipe", None)
     manifest = read_manifest(config.data.dir)
@@ -179,10 +185,11 @@ def run_recipe(config: Config, words: Sequence[str], base: Path, options: SweepO
         return read_results(entries, points)
 
     recipe = Recipe(config, num_seeds=options.seeds, train=train)
-    grid = [recipe.entry(trial) for trial in recipe.grid(rung=len(RUNGS) - 1, tokens=recipe.tokens)]
+    grid = [recipe.entry(trial) for trial in recipe.grid(rung=len(LADDER) - 1, tokens=recipe.tokens)]
     refuse_flags_of(grid, "recipe", flags)
     if options.how.dry_run:
         train(grid)
+        print("and the grid of the plain recipe, the best four of each at all tokens, and the rungs of the ladder")
         return
     text = recipe.table()
     with writing_to(base):

@@ -12,6 +12,7 @@ from common.redaction import redacted
 from model.config import ModelConfig
 from model.costs.gpu_peaks import DType
 
+FIRST_MOMENTUM = 0.85  # where --optim.momentum-warmup-steps begin (Jordan et al. 2024, modded-nanogpt)
 FREE_TEXT = ("project", "group", "tags", "prompts")  # settings that nothing reads back
 
 

@@ -8,6 +8,7 @@ from common.errors import InputError
 from common.names import require_printable
 from common.seeds import seed_fault
 from train.config import (
+    FIRST_MOMENTUM,
     Config,
     OptimConfig,
     SampleConfig,
@@ -256,6 +257,14 @@ def settings_without_effect(config: Config, device_type: str, world: int, mode: 
             f"--optim.warmdown-fraction {config.optim.warmdown_fraction} has no effect with "
             f"--optim.schedule {config.optim.schedule}"
         )
+    if config.optim.momentum_warmup_steps and config.optim.momentum <= FIRST_MOMENTUM:
+        warnings.append(
+            f"--optim.momentum-warmup-steps has no effect with --optim.momentum {config.optim.momentum}: the momentum "
+            f"rises from {FIRST_MOMENTUM}"
+        )
+    fraction = config.optim.average_fraction
+    if fraction is not None and round(fraction * config.train.steps) <= 1:
+        warnings.append(f"--optim.average-fraction {fraction} has no effect: it is of one step's weights")
     momentum = config.optim.momentum, config.optim.momentum_warmup_steps
     if config.optim.name != "muon" and momentum != (OptimConfig.momentum, OptimConfig.momentum_warmup_steps):
         warnings.append("--optim.momentum and --optim.momentum-warmup-steps have no effect without --optim.name muon")

@@ -19,7 +19,6 @@ Polynomial = tuple[float, float, float]  # (a, b, c): a x + b x^3 + c x^5, appli
 
 # Jordan et al. 2024. From 0.001 on, singular values end between 0.47 and 1.21, from 0.01 on between 0.68 and 1.14.
 NEWTON_SCHULZ: Sequence[Polynomial] = ((3.4445, -4.7750, 2.0315),) * 5
-FIRST_MOMENTUM = 0.85  # where --optim.momentum-warmup-steps begin (Jordan et al. 2024, modded-nanogpt)
 LEAST_NORM = 1e-7  # so that 0 stays 0: behind projections that begin at 0, other matrices have no gradient at first
 
 
@@ -38,7 +37,7 @@ def orthogonalised(
     for keys in _batches(matrices):
         x_BNM = torch.stack([matrices[key].T if _is_tall(matrices[key]) else matrices[key] for key in keys])
         norm_B11 = torch.linalg.vector_norm(x_BNM, dim=(1, 2), keepdim=True, dtype=torch.float32)
-        x_BNM = (x_BNM / norm_B11.clamp(min=LEAST_NORM)).to(x_BNM.dtype)
+        x_BNM.div_(norm_B11.clamp(min=LEAST_NORM))
         for polynomial in polynomials:
             x_BNM = _applied_in_batches(x_BNM, polynomial) if x_BNM.is_cuda else _applied(x_BNM[0], polynomial)[None]
         for key, x_NM in zip(keys, x_BNM, strict=True):
@@ -109,7 +108,7 @@ class MatrixUpdates:
         self._slices = slices
         self._owners = None if slices is None else make_owners(weights, slices.grid)
 
-    def make(
+    def apply(
         self,
         gradients: Sequence[Tensor],
         momenta: Sequence[Tensor],

@@ -10,8 +10,7 @@ from torch import Tensor, nn
 from torch.optim.adamw import adamw
 
 from model.base import HEAD, LanguageModel
-from train import muon
-from train.config import OptimConfig
+from train.config import FIRST_MOMENTUM, OptimConfig
 from train.muon import MatrixUpdates
 from train.parallel.apply import local
 from train.parallel.averaging import WeightAverage
@@ -129,7 +128,7 @@ def learning_rate(step: int, config: OptimConfig, num_steps: int) -> float:
 def momentum_at(step: int, config: OptimConfig) -> float:
     """Return Muon's momentum in step `step` (from 0): linear from FIRST_MOMENTUM, then --optim.momentum."""
     risen = min(1.0, step / config.momentum_warmup_steps) if config.momentum_warmup_steps else 1.0
-    return config.momentum - (1 - risen) * max(0.0, config.momentum - muon.FIRST_MOMENTUM)
+    return config.momentum - (1 - risen) * max(0.0, config.momentum - FIRST_MOMENTUM)
 
 
 def sum_of_squares(parameters: Iterable[Tensor]) -> Tensor:
@@ -167,7 +166,7 @@ def update(
         if group.kind == "matrix" and optimizer.matrix_updates is not None:
             gradients = [optimizer.own(p, p.grad) for p in group.parameters if p.grad is not None]
             momenta = [local(optimizer.state[p]["momentum"]) for p in group.parameters]
-            optimizer.matrix_updates.make(
+            optimizer.matrix_updates.apply(
                 gradients, momenta, momentum_at(step, config), rate, group.weight_decay, divisor, is_finite
             )
         else:

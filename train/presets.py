@@ -257,7 +257,7 @@ def quickstart() -> Config:
     )
 
 
-# The switches of the fast recipes, which docs/recipe.md measures one by one.
+# Switches of the fast recipes, which docs/recipe.md measures rung by rung.
 FAST = ModelConfig(
     position_embedding="rope",
     norm="rmsnorm",

@@ -124,8 +124,8 @@ def shard(loss_model: LossModel, parallel_plan: ParallelPlan, group: ProcessGrou
         mp_policy=MixedPrecisionPolicy(reduce_dtype=parallel_plan.reduce_dtype, cast_forward_inputs=False),
         reshard_after_forward=False,
     )
-    # The first block's values, for --model.value-residual, are a view; no operation writes to them.
-    warnings.filterwarnings("ignore", message=".* returned a view tensor")
+    if loss_model.config.value_residual:  # the first block returns its values, a view, to which no operation writes
+        warnings.filterwarnings("ignore", message=r"FSDP2-wrapped module \(FSDPBlock\) returned a view tensor")
     for method in ("token_losses", "logits_at"):  # they gather as `forward` does
         register_fsdp_forward_method(loss_model, method)
 

@@ -79,6 +79,7 @@ def conditions_of(config: Config, parallel_plan: ParallelPlan, group: ProcessGro
         "shards": parallel_plan.shards,
         "reshard_after_forward": parallel_plan.reshard_after_forward,
         "whole_gradients": parallel_plan.whole_gradients,
+        **({"replicas": parallel_plan.replicas} if config.optim.name == "muon" else {}),  # share the optimizer's state
     }
 
 

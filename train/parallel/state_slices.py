@@ -22,7 +22,7 @@ from train.processes.group import ProcessGroup
 
 ROUNDS = 2  # in which matrices are exchanged: one round's messages overlap another round's computation
 
-# Its name since torch 2.13 and before.
+# torch 2.13 has renamed it, and warns of the former name.
 all_gather = dist.all_gather_single if hasattr(dist, "all_gather_single") else dist.all_gather_into_tensor
 
 Shape = tuple[int, int]

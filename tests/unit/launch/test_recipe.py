@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from launch import recipe, sweep
-from launch.recipe import RUNGS, Length, Recipe, Setting, Trial, needed_share, row_of
+from launch.recipe import LADDER, Length, Recipe, Setting, Trial, needed_share, row_of
 from tests.helpers.runs import called, rows
 from tests.unit.launch.conftest import Interrupt
 from tests.unit.launch.test_sweep import cells_in, tiny
@@ -22,7 +22,7 @@ def plan() -> Recipe:
     return Recipe(parse(["stories-cpu", "--train.steps", "600"], PRESETS), num_seeds=2, train=lambda entries: [])
 
 
-@pytest.mark.parametrize("rung", range(len(RUNGS)))
+@pytest.mark.parametrize("rung", range(len(LADDER)))
 @pytest.mark.parametrize("schedule", recipe.SCHEDULES)
 def test_every_trial_can_be_trained_and_reads_its_tokens(rung: int, schedule: str) -> None:
     for sequences in recipe.BATCHES:
@@ -36,7 +36,7 @@ def test_every_trial_can_be_trained_and_reads_its_tokens(rung: int, schedule: st
 
 
 def test_each_rung_adds_to_the_one_before() -> None:
-    trials = [plan().entry(Trial(rung, Setting(0.01, 4, "cosine"), 10_000, seed=1)) for rung in range(len(RUNGS))]
+    trials = [plan().entry(Trial(rung, Setting(0.01, 4, "cosine"), 10_000, seed=1)) for rung in range(len(LADDER))]
     configs = [parse(["stories-cpu", *entry.flags], PRESETS) for entry in trials]
     for before, after in itertools.pairwise(configs):
         changed = set(before.model.switched()) - set(after.model.switched())
@@ -46,7 +46,7 @@ def test_each_rung_adds_to_the_one_before() -> None:
 
 
 def test_both_ends_have_grids_of_one_size() -> None:
-    plain, fast = (plan().grid(rung, 10_000) for rung in (0, len(RUNGS) - 1))
+    plain, fast = (plan().grid(rung, 10_000) for rung in (0, len(LADDER) - 1))
     assert len(plain) == len(fast) == 5 * 3 * 2
 
 
@@ -62,7 +62,7 @@ def test_the_share_is_linear_in_the_logarithm_of_the_tokens() -> None:
 def test_rows_have_spread_time_and_bounds() -> None:
     plain = [[Length(0.4, 4.2, 40.0), Length(1.0, 3.9, 100.0)], [Length(0.4, 4.2, 40.0), Length(1.0, 3.8, 100.0)]]
     fast = [[Length(0.1, 4.0, 20.0), Length(0.2, 3.7, 40.0)], [Length(0.1, 3.9, 20.0), Length(0.2, 3.7, 40.0)]]
-    cells = row_of(RUNGS[2], fast, 3.85, plain)
+    cells = row_of(LADDER[2], fast, 3.85, plain)
     first, second = needed_share(fast[0], 3.85), needed_share(fast[1], 3.85)
     assert cells[1:4] == [
         f"{(first + second) / 2:.1%}",
@@ -70,8 +70,8 @@ def test_rows_have_spread_time_and_bounds() -> None:
         f"{(first + second):.1%}",
     ], "a token takes twice the time"
     assert cells[4:6] == ["3.7000", "0.0000"]
-    assert row_of(RUNGS[2], fast, 3.0, plain)[1:4] == ["over 20%", "-", "-"]
-    assert row_of(RUNGS[2], fast, 4.1, plain)[1] == "at most 10.0%"
+    assert row_of(LADDER[2], fast, 3.0, plain)[1:4] == ["over 20%", "-", "-"]
+    assert row_of(LADDER[2], fast, 4.1, plain)[1] == "at most 10.0%"
 
 
 def test_the_whole_sweep_at_a_tiny_size(
@@ -81,9 +81,9 @@ def test_the_whole_sweep_at_a_tiny_size(
     monkeypatch.setattr(recipe, "RATES", {"adamw": (1e-3, 1e-2), "muon": (0.01,)})
     monkeypatch.setattr(recipe, "BATCHES", (4,))
     monkeypatch.setattr(recipe, "KEPT_SETTINGS", 1)
-    monkeypatch.setattr(recipe, "RUNGS", (RUNGS[0], RUNGS[2]))
+    monkeypatch.setattr(recipe, "LADDER", (LADDER[0], LADDER[2]))
     monkeypatch.setattr(recipe, "LENGTHS", {"adamw": (1.0,), "muon": (0.2, 0.4)})
-    monkeypatch.setattr(sweep, "RUNGS", recipe.RUNGS)
+    monkeypatch.setattr(sweep, "LADDER", recipe.LADDER)
     words = [
         "recipe",
         "--seeds",
@@ -101,7 +101,7 @@ def test_the_whole_sweep_at_a_tiny_size(
     text = (tmp_path / "sweep.md").read_text()
     settings, table = text.split("\n\n")
     header, *shown = cells_in(table)
-    assert header[:2] == ["change", "tokens needed"] and [row[0] for row in shown] == [RUNGS[0].name, RUNGS[2].name]
+    assert header[:2] == ["change", "tokens needed"] and [row[0] for row in shown] == [LADDER[0].name, LADDER[2].name]
     assert "over 2 seeds" in settings and "rate 0.01, 4 sequences" in settings.split("Muon")[1]
     names = [name for name in trained if name != "interrupt"]
     assert len(names) == len(set(names)) == len(list(tmp_path.glob("rung=*"))), "each is trained once"
@@ -129,3 +129,29 @@ def test_flags_that_the_sweep_sets_are_refused(tiny_data: Path, tmp_path: Path) 
         "muon",
     )
     assert done.returncode == 2 and "--optim.name" in done.stderr and "sets it for each run" in done.stderr
+
+
+def test_a_seed_that_diverged_is_no_measurement() -> None:
+    plain = [[Length(1.0, 3.9, 100.0)]] * 3
+    fast = [[Length(0.1, 4.0, 20.0), Length(0.2, loss, 40.0)] for loss in (3.7, 3.7, math.inf)]
+    cells = row_of(LADDER[2], fast, 3.85, plain)
+    assert cells[1:4] == ["over 20%", "-", "-"] and cells[5] == "-"
+    at_the_bound = row_of(
+        LADDER[2], [[Length(0.1, loss, 20.0), Length(0.2, 3.7, 40.0)] for loss in (3.8, 3.9)], 3.85, plain
+    )
+    assert at_the_bound[1].startswith("at most "), "one seed is known only to need no more"
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--train.batch-stages", "5:4096"), "recipe: its runs have one batch size each"),
+        (("--gpus-per-node", "2"), "recipe: a batch may be of 4 sequences, so each run has one process"),
+        (("--seeds", "0"), "--seeds 0 must be at least 1"),
+    ],
+)
+def test_what_the_ladder_cannot_be_is_one_line(
+    tiny_data: Path, tmp_path: Path, flags: tuple[str, ...], message: str
+) -> None:
+    done = called(sweep.main, "recipe", *tiny(tiny_data, tmp_path, *SET_BY_SWEEP), "--validate.tokens", "900", *flags)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1

@@ -117,6 +117,11 @@ def test_dry_run_warns_of_epochs_and_a_mode_that_does_not_fit_is_refused(tmp_pat
         ("--validate.hellaswag-items 5", "have no effect without --validate.hellaswag"),
         ("--validate.hellaswag x --validate.hellaswag-every None", "no effect with --validate.hellaswag-every None"),
         ("--optim.warmdown-fraction 0.5", "has no effect with --optim.schedule cosine"),
+        ("--optim.average-fraction 1e-5", "--optim.average-fraction 1e-05 has no effect: it is of one step's weights"),
+        (
+            "--optim.name muon --optim.momentum 0.85 --optim.momentum-warmup-steps 9",
+            "--optim.momentum-warmup-steps has no effect with --optim.momentum 0.85",
+        ),
         ("--optim.momentum 0.9", "--optim.momentum and --optim.momentum-warmup-steps have no effect without"),
         ("--optim.schedule constant --optim.lr-final 1e-5 --optim.warmup-steps 0", "--optim.lr-final"),
         ("--optim.average-decay 0.9", "--optim.average-decay 0.9 has no effect without --optim.average-fraction"),

@@ -213,6 +213,6 @@ def test_an_update_on_a_gpu_is_in_bf16_and_waits_for_nothing(monkeypatch: pytest
         momenta = [optimizer.state[parameter]["momentum"] for parameter in group.parameters]
         gradients = [torch.empty_like(momentum) for momentum in momenta]
         assert optimizer.matrix_updates is not None
-        optimizer.matrix_updates.make(gradients, momenta, 0.95, 0.02, 0.1, torch.ones(()), torch.ones(()).isfinite())
+        optimizer.matrix_updates.apply(gradients, momenta, 0.95, 0.02, 0.1, torch.ones(()), torch.ones(()).isfinite())
     assert seen == [(torch.bfloat16, "cuda")] * 2 * 5, "two batches: 16 x 16, and 16 x 64 with its transpose"
     assert {tensor.dtype for tensor in [*momenta, *group.parameters]} == {torch.float32}
