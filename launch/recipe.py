@@ -186,8 +186,8 @@ class Recipe:
         }
         if optimizer_of(trial.rung) == "muon":
             flags |= {flag: f"{part * setting.rate:g}" for flag, part in OTHER_RATES.items()}
-            if not is_untied(trial.rung):
-                del flags["--optim.head-lr"]
+            if not is_untied(trial.rung):  # then the embedding is the head
+                flags["--optim.embedding-lr"] = flags.pop("--optim.head-lr")
         changes = " ".join(rung.flags for rung in LADDER[: trial.rung + 1]).split()
         words = [str(word) for pair in flags.items() for word in pair]
         return Entry(trial.name, (*words, *schedule, *changes))
