@@ -278,7 +278,7 @@ def speedrun() -> Config:
     """
     return Config(
         preset="speedrun",
-        model=replace(FAST, num_heads=6, value_residual=True, logit_softcap=15.0),
+        model=replace(FAST, num_heads=6, value_residual=True, embedding_shortcut=True, logit_softcap=15.0),
         train=TrainConfig(steps=3240, micro_batch="auto"),
         optim=OptimConfig(
             name="muon",

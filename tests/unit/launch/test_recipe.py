@@ -3,13 +3,14 @@
 import itertools
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
 
 from launch import recipe, sweep
 from launch.recipe import LADDER, Length, Recipe, Setting, Trial, needed_share, row_of
-from tests.helpers.runs import called, rows
+from tests.helpers.runs import ROOT, called, rows
 from tests.unit.launch.conftest import Interrupt
 from tests.unit.launch.test_sweep import cells_in, tiny
 from train.command_line import parse
@@ -155,3 +156,10 @@ def test_what_the_ladder_cannot_be_is_one_line(
 ) -> None:
     done = called(sweep.main, "recipe", *tiny(tiny_data, tmp_path, *SET_BY_SWEEP), "--validate.tokens", "900", *flags)
     assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+
+
+def test_the_table_of_the_page_was_made() -> None:
+    text = (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8")
+    (table,) = re.findall(r"<!-- sweep recipe -->\n(.*?)<!-- end -->", text, re.DOTALL)
+    _, *shown = cells_in(table.split("\n\n")[1])
+    assert [row[0] for row in shown] == [rung.name for rung in LADDER]
