@@ -257,7 +257,7 @@ def quickstart() -> Config:
     )
 
 
-# Switches of the fast recipes, which docs/recipe.md measures rung by rung.
+# Switches and rates of the fast recipes, which docs/recipe.md measures rung by rung.
 FAST = ModelConfig(
     position_embedding="rope",
     norm="rmsnorm",
@@ -266,6 +266,16 @@ FAST = ModelConfig(
     bias=False,
     qk_norm=True,
     zero_init_projections=True,
+)
+FAST_RATES = OptimConfig(
+    name="muon",
+    lr_peak=0.02,
+    embedding_lr=0.1,
+    head_lr=0.005,
+    vector_lr=0.01,
+    schedule="wsd",
+    warmdown_fraction=0.5,
+    warmup_steps=10,
 )
 
 
@@ -280,17 +290,7 @@ def speedrun() -> Config:
         preset="speedrun",
         model=replace(FAST, num_heads=6, value_residual=True, embedding_shortcut=True, logit_softcap=15.0),
         train=TrainConfig(steps=3240, micro_batch="auto"),
-        optim=OptimConfig(
-            name="muon",
-            lr_peak=0.02,
-            embedding_lr=0.1,
-            head_lr=0.005,
-            vector_lr=0.01,
-            schedule="wsd",
-            warmdown_fraction=0.5,
-            warmup_steps=100,
-            momentum_warmup_steps=300,
-        ),
+        optim=replace(FAST_RATES, warmup_steps=100, momentum_warmup_steps=300),
     )
 
 
@@ -305,16 +305,7 @@ def speedrun_cpu() -> Config:
         preset="speedrun-cpu",
         model=replace(FAST, num_layers=4, num_heads=4, width=128),
         train=replace(plain.train, steps=320, batch_tokens=1024, micro_batch=4),
-        optim=OptimConfig(
-            name="muon",
-            lr_peak=0.02,
-            embedding_lr=0.1,
-            head_lr=0.005,
-            vector_lr=0.01,
-            schedule="wsd",
-            warmdown_fraction=0.5,
-            warmup_steps=10,
-        ),
+        optim=FAST_RATES,
         validate=replace(plain.validate, every=80),
         sample=replace(plain.sample, every=80),
         save=replace(plain.save, every=80),

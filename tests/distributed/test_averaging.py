@@ -3,8 +3,6 @@
 import os
 import shutil
 import signal
-import tempfile
-import time
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -21,7 +19,7 @@ from model.checkpoint import load_model, model_tensors, read_state
 from model.hf_bridge import main as bridge
 from tests.distributed.test_exact import cut_back
 from tests.distributed.test_modes import ONE, Layout, run_here
-from tests.helpers.groups import run_on_ranks, start_on_ranks
+from tests.helpers.groups import kill_on_ranks, run_on_ranks
 from tests.helpers.runs import (
     assert_same_tensors,
     called,
@@ -201,15 +199,7 @@ def test_weights_that_fsdp2_has_gathered_are_exchanged_too(tiny_data: Path, tmp_
 def test_a_killed_run_goes_on_bitwise(trained: Path, tiny_data: Path, tmp_path: Path) -> None:
     """kill -9 of both processes in the averaged part."""
     config = configured(Layout("ddp", 2), tiny_data, tmp_path / "run")
-    with tempfile.TemporaryDirectory() as folder:
-        processes = start_on_ranks(2, folder, run_here, config)
-        metrics = config.directory / "metrics.jsonl"
-        while not metrics.exists() or metrics.read_bytes().count(b'"lr"') < FIRST + 3:
-            time.sleep(0.01)
-        for process in processes.processes:
-            os.kill(process.pid, signal.SIGKILL)
-        for process in processes.processes:
-            process.join()
+    kill_on_ranks(2, config.directory / "metrics.jsonl", b'"lr"', FIRST + 3, run_here, config)
     assert status(config.directory)["state"] == "running"
     run_on_ranks(2, run_here, config)
     assert_same_runs(config.directory, trained / str(ONE))

@@ -4,8 +4,6 @@ import math
 import os
 import shutil
 import signal
-import tempfile
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +13,7 @@ from torch import Tensor
 
 from data_prep.manifest import open_split
 from model.checkpoint import list_checkpoints
-from tests.helpers.groups import leaving_no_group, run_on_ranks, start_on_ranks
+from tests.helpers.groups import kill_on_ranks, leaving_no_group, run_on_ranks
 from tests.helpers.runs import assert_same_tensors, curve, final_tensors, losses, status, tiny_config, validations
 from train.config import Config, ParallelConfig
 from train.data import Batch, Prefetcher, TrainingSequences
@@ -141,15 +139,7 @@ def test_a_run_moved_between_layouts_reads_each_sequence_once(
 def test_a_killed_run_goes_on_bitwise_as_if_it_had_not_been(trained: Path, tiny_data: Path, tmp_path: Path) -> None:
     """kill -9 of both processes somewhere after twenty steps; tests/e2e/test_soak.py aims at chosen moments."""
     config = tiny_config(tiny_data, tmp_path / "run")
-    with tempfile.TemporaryDirectory() as folder:
-        processes = start_on_ranks(2, folder, train_all, [config])
-        metrics = config.directory / "metrics.jsonl"
-        while not metrics.exists() or metrics.read_bytes().count(b"\n") < 20:
-            time.sleep(0.01)
-        for process in processes.processes:
-            process.kill()  # both, before the second sees that the first is gone and writes that the run failed
-        for process in processes.processes:
-            process.join()
+    kill_on_ranks(2, config.directory / "metrics.jsonl", b'"lr"', 20, train_all, [config])
     assert status(config.directory)["state"] == "running"
     run_on_ranks(2, train_all, [config])
     assert status(config.directory) == {"state": "done", "step": 50, "reason": None, "attempt": 2}

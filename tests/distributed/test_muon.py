@@ -1,10 +1,6 @@
 """Muon in every layout: the same run, resumed and moved bitwise or within its tolerance; what a rank keeps of it."""
 
-import os
 import shutil
-import signal
-import tempfile
-import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +12,7 @@ from data_prep.manifest import read_manifest
 from model.config import ModelConfig
 from tests.distributed.test_exact import cut_back
 from tests.distributed.test_modes import ONE, Layout, run_here
-from tests.helpers.groups import run_on_ranks, start_on_ranks
+from tests.helpers.groups import kill_on_ranks, run_on_ranks
 from tests.helpers.runs import assert_same_tensors, curve, final_tensors, losses, status, tiny_config
 from train.config import Config, OptimConfig, with_vocabulary
 from train.optim import build_optimizer
@@ -134,15 +130,7 @@ def test_checkpoints_of_one_layout_are_read_by_another(trained: Path, layout: La
 def test_a_killed_run_goes_on_bitwise(trained: Path, tiny_data: Path, tmp_path: Path) -> None:
     """kill -9 of both processes somewhere after twenty steps, with DDP and its sliced state."""
     config = configured(Layout("ddp", 2), tiny_data, tmp_path / "run")
-    with tempfile.TemporaryDirectory() as folder:
-        processes = start_on_ranks(2, folder, run_here, config)
-        metrics = config.directory / "metrics.jsonl"
-        while not metrics.exists() or metrics.read_bytes().count(b"\n") < 20:
-            time.sleep(0.01)
-        for process in processes.processes:
-            os.kill(process.pid, signal.SIGKILL)
-        for process in processes.processes:
-            process.join()
+    kill_on_ranks(2, config.directory / "metrics.jsonl", b'"lr"', 20, run_here, config)
     assert status(config.directory)["state"] == "running"
     run_on_ranks(2, run_here, config)
     assert curve(config.directory) == curve(trained / "ddp2")

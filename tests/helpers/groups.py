@@ -8,6 +8,7 @@ import os
 import pickle
 import subprocess
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,20 @@ def start_on_ranks(world: int, folder: str, function: Callable[..., Any], *args:
     return mp.start_processes(
         _enter, args=(world, folder, function, args), nprocs=world, join=False, start_method="forkserver"
     )
+
+
+def kill_on_ranks(
+    world: int, metrics: Path, row: bytes, num_rows: int, function: Callable[..., Any], *args: Any
+) -> None:
+    """Run a function on `world` processes; kill -9 all of them once `metrics` has so many rows with `row` in them."""
+    with tempfile.TemporaryDirectory() as folder:
+        processes = start_on_ranks(world, folder, function, *args)
+        while not metrics.exists() or metrics.read_bytes().count(row) < num_rows:
+            time.sleep(0.01)
+        for process in processes.processes:
+            process.kill()  # all, before another sees that the first is gone and writes that the run failed
+        for process in processes.processes:
+            process.join()
 
 
 def keep_frozen() -> None:
