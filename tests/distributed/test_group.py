@@ -53,7 +53,7 @@ def test_an_error_on_one_rank_is_raised_on_all(tiny_data: Path, tmp_path: Path) 
     missing, blocked, differing = errors[0]
     assert missing.startswith(f"rank 1: {tmp_path}/not_here: no such data directory")
     assert "File exists" in blocked and "\n" not in blocked
-    settings = "--seed 1338 (rank 0: 1337); --data.skip-sequences (7,) (rank 0: ())"
+    settings = "--seed 1338 (rank 0: 1337); --data.skip-sequences [7] (rank 0: [])"
     assert differing == f"rank 2: was started differently: {settings}"
     assert not (tmp_path / "run").exists()
 

@@ -15,9 +15,10 @@ from common.errors import InputError
 from model.config import ModelConfig
 from model.dropout import dropped, place_keys
 from model.gpt import build_model, naive_attention
-from train.config import Config, TrainConfig
+from train.config import Config, OptimConfig, TrainConfig
 from train.data import plan_batches
 from train.losses import LossModel, add_product
+from train.optim import build_optimizer, sum_of_squares, update
 from train.parallel import fp8
 from train.parallel.apply import compile_parts
 from train.parallel.attention import BACKENDS, settle_attention_backend
@@ -191,9 +192,27 @@ def test_a_compiled_step_in_fp8_is_the_eager_one(gpu: torch.device, chunk_tokens
 
 
 @pytest.mark.parametrize("is_compiled", [False, True])
-def test_dropouts_masks_are_those_of_a_cpu(is_compiled: bool) -> None:
+def test_dropouts_masks_are_those_of_a_cpu(gpu: torch.device, is_compiled: bool) -> None:
     seeds_B = torch.randint(-(2**63), 2**63 - 1, (5,), generator=torch.Generator().manual_seed(3))
     ones_BTD, place = torch.ones(5, 100, 131), 2
     function = torch.compile(dropped, dynamic=False) if is_compiled else dropped
-    found_BTD = function(ones_BTD.cuda(), place_keys(seeds_B.cuda(), 3)[place], 0.2)
+    found_BTD = function(ones_BTD.to(gpu), place_keys(seeds_B.to(gpu), 3)[place], 0.2)
     assert torch.equal(found_BTD.cpu(), dropped(ones_BTD, place_keys(seeds_B, 3)[place], 0.2))
+
+
+def test_muons_update_is_nearly_that_of_a_cpu(device: torch.device) -> None:
+    """On a GPU matrices are orthogonalised in bf16, in batches: singular values keep two digits. AdamW is exact."""
+    config = OptimConfig(name="muon", lr_peak=0.02, embedding_lr=1e-2, vector_lr=1e-2)
+    models = [build_model(MODEL, seed=1, device=each) for each in (device, "cpu")]
+    for model in models:
+        optimizer = build_optimizer(model, config)
+        for step in range(3):
+            generator = torch.Generator().manual_seed(step)
+            for parameter in model.parameters():
+                parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+            norm = sum_of_squares(model.parameters()).sqrt().float()
+            update(optimizer, step, 0.02, norm, norm.isfinite())
+    before = build_model(MODEL, seed=1)
+    for name, first in before.named_parameters():
+        moved, expected = (model.get_parameter(name).detach().cpu() - first.detach() for model in models)
+        assert (moved - expected).norm() <= 0.05 * expected.norm(), name
