@@ -17,11 +17,21 @@ FEWEST_ROWS = 32  # with fewer, as in cached generation, the start of oneDNN's k
 
 def linear(x: Tensor, weight_MK: Tensor, bias_M: Tensor | None = None) -> Tensor:
     """Return x [..., K] times the transposed weight, plus the bias: [..., M], all of one dtype."""
-    is_fp32_on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
-    if not (is_fp32_on_cpu and HAS_ONEDNN) or x.numel() < FEWEST_ROWS * x.shape[-1]:
+    if not _suits_onednn(x):
         return F.linear(x, weight_MK, bias_M)
     y_NM: Tensor = OneDNNProduct.apply(x.flatten(0, -2), weight_MK, bias_M)
     return y_NM.view(*x.shape[:-1], -1)
+
+
+def product_without_gradient(x_NK: Tensor, weight_MK: Tensor) -> Tensor:
+    """Return x times the transposed weight, [N, M]: what `linear` returns, sooner, where nothing asks for gradients."""
+    y_NM: Tensor = product(x_NK, weight_MK, None) if _suits_onednn(x_NK) else x_NK @ weight_MK.T
+    return y_NM
+
+
+def _suits_onednn(x: Tensor) -> bool:
+    is_fp32_on_cpu = x.device.type == "cpu" and x.dtype == torch.float32
+    return is_fp32_on_cpu and HAS_ONEDNN and x.numel() >= FEWEST_ROWS * x.shape[-1]
 
 
 class OneDNNProduct(torch.autograd.Function):

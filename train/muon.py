@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from model.gpt import num_matrices
-from model.linear import linear
+from model.linear import product_without_gradient
 from train.parallel.apply import local
 from train.parallel.state_slices import Grid, MatrixOwners, StateSlices
 
@@ -66,11 +66,13 @@ def _applied_in_batches(x_BNM: Tensor, polynomial: Polynomial) -> Tensor:
 
 
 def _applied(x_NM: Tensor, polynomial: Polynomial) -> Tensor:
-    """Return the same of one matrix, by the faster products that a CPU has for linear layers."""
+    """Return the same of one matrix as (a I + b X X^T + c (X X^T)^2) X, by the faster products of a CPU."""
     a, b, c = polynomial
-    gram_NN = linear(x_NM, x_NM)
-    gram_NN = linear(gram_NN, gram_NN).mul_(c).add_(gram_NN, alpha=b)  # gram_NN is its own transpose
-    return linear(gram_NN, x_NM.T).add_(x_NM, alpha=a)
+    gram_NN = product_without_gradient(x_NM, x_NM)
+    square_NN = product_without_gradient(gram_NN, gram_NN)  # gram_NN is its own transpose
+    factor_NN = torch.add(gram_NN.mul_(b), square_NN, alpha=c)
+    factor_NN.diagonal().add_(a)
+    return product_without_gradient(factor_NN, x_NM.T)
 
 
 def cost(shape: Sequence[int]) -> float:
