@@ -81,7 +81,7 @@ def test_no_sequence_is_read_twice_across_a_border(tiny_data: Path) -> None:
     for position in STARTS:
         batches.take(position)
     batches.close()
-    assert read == sequences.ids_at(0, 240)[: len(read)]
+    assert len(read) >= 240 and read == sequences.ids_at(0, len(read)), "reading ahead may have begun the next step"
 
 
 def test_tokens_that_cannot_be_read_become_as_many_zeros_as_the_stage_needs(tiny_data: Path) -> None:
