@@ -68,7 +68,7 @@ LADDER = (
 
 @dataclass(frozen=True)
 class Setting:
-    """What is tuned."""
+    """Hold one point of the grid: what is tuned."""
 
     rate: float
     sequences: int
@@ -160,7 +160,7 @@ class Recipe:
         shares = LENGTHS[optimizer_of(rung)]
         trials = [Trial(rung, setting, round(share * self.tokens), seed) for seed in self._seeds for share in shares]
         points = [
-            Length(share, second_half_loss(result, self._validation_tokens), result.training[-1]["seconds"])
+            Length(share, second_half_loss(result, self._validation_tokens), seconds_of(result))
             for share, result in zip(itertools.cycle(shares), self._results(trials), strict=False)
         ]
         return [points[start : start + len(shares)] for start in range(0, len(points), len(shares))]
@@ -225,6 +225,11 @@ def second_half_loss(result: Result, num_tokens: int) -> float:
     return float((validation["tokens"] * validation["loss"] - num_tokens * first) / (validation["tokens"] - num_tokens))
 
 
+def seconds_of(result: Result) -> float:
+    """Return the seconds of training; NaN if the run diverged, since it then ended early."""
+    return math.nan if result.last is None else float(result.training[-1]["seconds"])
+
+
 def needed_share(points: Sequence[Length], target: float) -> float:
     """Return the part of the tokens at which the loss is `target`; infinity if the longest run does not reach it.
 
@@ -263,5 +268,6 @@ def row_of(
 
 
 def seconds_per_share(seeds: Sequence[Sequence[Length]]) -> float:
-    """Return the median time for all of the plain recipe's tokens."""
-    return statistics.median(point.seconds / point.share for points in seeds for point in points)
+    """Return the median time for all of the plain recipe's tokens; NaN if every run diverged."""
+    times = [point.seconds / point.share for points in seeds for point in points if math.isfinite(point.loss)]
+    return statistics.median(times) if times else math.nan

@@ -35,7 +35,7 @@ from common.errors import InputError, one_line_errors, writing_to
 from common.files import write_atomically
 from common.reading import require_place
 from common.tables import new_figure, put_into
-from data_prep.manifest import read_manifest
+from data_prep.manifest import Manifest, read_manifest
 from launch.grid import Point
 from launch.options import Options
 from launch.recipe import LADDER, Recipe
@@ -55,6 +55,7 @@ from launch.sweeps import (
     length_flags,
     read_result,
     refuse_flags_of,
+    refuse_stages,
     sweep_table,
 )
 from train.command_line import parse
@@ -128,21 +129,16 @@ def run_sweep(name: str, options: SweepOptions, flags: Sequence[str]) -> None:
     manifest = read_manifest(config.data.dir)
     data_tokens = manifest.splits["train"].tokens
     sweep = build_sweep(name, config, world=world, data_tokens=data_tokens)
-    # A loss that is a nat above ln V is worse than knowing nothing.
-    limit = ("--train.diverged-above", f"{math.log(manifest.vocab_size) + 1:.2f}")
-    common = (preset, *limit, "--track.group", base.name, *flags)
+    common = common_words((preset, *flags), manifest, base)
     entries = sweep.entries
     if options.minutes is not None:
         timed_entries = time_entries(entries, common, base / "timing", options)
         if timed_entries is None:
             return
         entries = timed_entries
-    points = make_points(entries, common, base)
-    diverged = {each.run.run_dir for each in read_results(entries, points) if each.outcome == DIVERGED}
-    train_points(points, base, options.how, excluded=diverged)
+    results = train_entries(entries, common, base, options)
     if options.how.dry_run:
         return
-    results = read_results(entries, points)
     text = sweep_table(sweep, results, data_tokens=data_tokens)
     with writing_to(base):
         write_atomically(base / "sweep.md", text)
@@ -157,11 +153,9 @@ def run_sweep(name: str, options: SweepOptions, flags: Sequence[str]) -> None:
 
 def run_recipe(config: Config, words: Sequence[str], base: Path, options: SweepOptions) -> None:
     """Train the stages of the ladder (launch/recipe.py), then write and print its table."""
-    preset, *flags = words
     if options.seeds < 1:
         raise InputError(f"--seeds {options.seeds} must be at least 1")
-    if config.train.batch_stages:
-        raise InputError("recipe: its runs have one batch size each; leave out --train.batch-stages")
+    refuse_stages("recipe", config)
     if options.how.nodes * options.how.gpus_per_node > 1:
         raise InputError(
             "recipe: a batch may be of 4 sequences, so each run has one process; leave out --nodes and --gpus-per-node"
@@ -175,18 +169,14 @@ def run_recipe(config: Config, words: Sequence[str], base: Path, options: SweepO
             f"--validate.tokens {half}: settings are chosen on so many and reported on as many again, and the split "
             f"has {manifest.splits['val'].tokens:,}; give at most half of that"
         )
-    limit = ("--train.diverged-above", f"{math.log(manifest.vocab_size) + 1:.2f}")
-    common = (preset, *limit, "--track.group", base.name, *flags)
+    common = common_words(words, manifest, base)
 
     def train(entries: Sequence[Entry]) -> list[Result]:
-        points = make_points(entries, common, base)
-        diverged = {each.run.run_dir for each in read_results(entries, points) if each.outcome == DIVERGED}
-        train_points(points, base, options.how, excluded=diverged)
-        return read_results(entries, points)
+        return train_entries(entries, common, base, options)
 
     recipe = Recipe(config, num_seeds=options.seeds, train=train)
     grid = [recipe.entry(trial) for trial in recipe.grid(rung=len(LADDER) - 1, tokens=recipe.tokens)]
-    refuse_flags_of(grid, "recipe", flags)
+    refuse_flags_of(grid, "recipe", words[1:])
     if options.how.dry_run:
         train(grid)
         print("and the grid of the plain recipe, the best four of each at all tokens, and the rungs of the ladder")
@@ -197,6 +187,23 @@ def run_recipe(config: Config, words: Sequence[str], base: Path, options: SweepO
     print(text)
     if options.into is not None:
         put_into(options.into, "sweep recipe", text)
+
+
+def common_words(words: Sequence[str], manifest: Manifest, base: Path) -> tuple[str, ...]:
+    """Return preset and flags of all runs: those given, a group, and where a run has diverged.
+
+    A loss that is a nat above ln V is worse than knowing nothing.
+    """
+    limit = ("--train.diverged-above", f"{math.log(manifest.vocab_size) + 1:.2f}")
+    return (words[0], *limit, "--track.group", base.name, *words[1:])
+
+
+def train_entries(entries: Sequence[Entry], common: Sequence[str], base: Path, options: SweepOptions) -> list[Result]:
+    """Train the entries that are not done and have not diverged; return the results of all, in order."""
+    points = make_points(entries, common, base)
+    diverged = {each.run.run_dir for each in read_results(entries, points) if each.outcome == DIVERGED}
+    train_points(points, base, options.how, excluded=diverged)
+    return read_results(entries, points)
 
 
 def make_points(entries: Sequence[Entry], common: Sequence[str], base: Path) -> list[Point]:

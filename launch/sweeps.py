@@ -17,7 +17,7 @@ from train.curves import Row, count_parameters_of, plot, read_runs
 from train.metrics.rows import METRICS_FILE, SAMPLES_FILE, read_lines
 
 SWEEPS = ("lr", "batch", "ablate", "budget", "ladder", "epochs")
-ONE_BATCH = ("batch", "budget", "epochs")  # sweeps that count in steps of one size
+ONE_BATCH = ("batch", "budget", "epochs", "recipe")  # sweeps that count in steps of one size
 CPU_PRESET = "stories-cpu"
 DEFAULT_PRESETS = {"ladder": "shakespeare-char-cpu", "epochs": "phase1"}  # every other sweep: CPU_PRESET
 LEARNING_RATES = (3e-4, 6e-4, 1e-3, 2e-3, 3e-3, 6e-3, 1e-2, 3e-2, 1e-1)  # the published seven, and two past the edge
@@ -78,8 +78,7 @@ def build_sweep(name: str, config: Config, *, world: int = 1, data_tokens: int =
 
     `config` has the flags that all runs share, `world` counts each run's processes, `data_tokens` the training split.
     """
-    if config.train.batch_stages and name in ONE_BATCH:
-        raise InputError(f"{name}: its runs have one batch size each; leave out --train.batch-stages")
+    refuse_stages(name, config)
     if name == "lr":
         entries = tuple(Entry(f"lr={lr:g}", ("--optim.lr-peak", f"{lr:g}"), x=lr) for lr in LEARNING_RATES)
         return Sweep("Final loss against the learning rate", entries, x_label="peak learning rate")
@@ -102,6 +101,11 @@ def build_sweep(name: str, config: Config, *, world: int = 1, data_tokens: int =
     every = str(max(1, data_tokens // config.train.batch_tokens))
     entry = Entry("run", ("--validate.every", every, "--sample.every", every, "--save.every", every))
     return Sweep("Epoch by epoch", (entry,), has_epochs=True)
+
+
+def refuse_stages(name: str, config: Config) -> None:
+    if config.train.batch_stages and name in ONE_BATCH:
+        raise InputError(f"{name}: its runs have one batch size each; leave out --train.batch-stages")
 
 
 def batch_entries(config: Config, *, world: int) -> tuple[Entry, ...]:

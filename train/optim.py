@@ -160,7 +160,7 @@ def update(
     if config.clip_norm is not None:
         excess = (norm / config.clip_norm).clamp(min=1.0)
         divisor = excess if loss_scale is None else excess * loss_scale
-    by_adamw: list[nn.Parameter] = []
+    by_adamw, found_inf = list[nn.Parameter](), (~is_finite).float()
     for group in optimizer.groups:
         rate = lr * group.relative_rate
         if group.kind == "matrix" and optimizer.matrix_updates is not None:
@@ -171,7 +171,7 @@ def update(
             )
         else:
             by_adamw += group.parameters
-            _update_by_adamw(optimizer, group, rate, divisor, is_finite)
+            _update_by_adamw(optimizer, group, rate, divisor, found_inf)
     if optimizer.slices is not None:
         optimizer.slices.share([local(p) for p in by_adamw], [len(p) for p in by_adamw])
     if optimizer.average is not None:
@@ -179,7 +179,7 @@ def update(
 
 
 def _update_by_adamw(
-    optimizer: Optimizer, group: Group, rate: float, divisor: Tensor | None, is_finite: Tensor
+    optimizer: Optimizer, group: Group, rate: float, divisor: Tensor | None, found_inf: Tensor
 ) -> None:
     config = optimizer.config
     parameters = [p for p in group.parameters if p.grad is not None]  # an empty slice too, for its count of steps
@@ -193,7 +193,7 @@ def _update_by_adamw(
         [state["step"] for state in states],
         fused=True,
         grad_scale=divisor,
-        found_inf=(~is_finite).float(),
+        found_inf=found_inf,
         amsgrad=False,
         beta1=config.beta1,
         beta2=config.beta2,

@@ -135,8 +135,8 @@ MUTATIONS = [
     Mutation(
         "a step that is not finite is made",
         "train/optim.py",
-        "found_inf=(~is_finite).float()",
-        "found_inf=torch.zeros_like(is_finite, dtype=torch.float32)",
+        "(~is_finite).float()",
+        "torch.zeros_like(norm)",
         "tests/unit/train/test_optim.py tests/distributed/test_nonfinite.py",
     ),
     Mutation(

@@ -69,10 +69,10 @@ def recorded_run(run_dir: Path) -> tuple[RecordedRun | None, list[str]]:
 
 def _recorded(content: dict[str, Any]) -> RecordedRun:
     config = content["config"] | {"model": with_current_names(content["config"]["model"])}
-    found: Any = content.get("found")
-    measured = {} if misfit(found, MEASURED) else {name: found[name] for name in MEASURED}
-    if misfit(found, {"attention": dict}) is None:
-        measured["attention"] = found["attention"]
+    measurements: Any = content.get("found")
+    measured = {} if misfit(measurements, MEASURED) else {name: measurements[name] for name in MEASURED}
+    if misfit(measurements, {"attention": dict}) is None:
+        measured["attention"] = measurements["attention"]
     return RecordedRun(config, content["data"], measured)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launch import recipe, sweep
-from launch.recipe import LADDER, Length, Recipe, Setting, Trial, needed_share, row_of
+from launch.recipe import LADDER, Length, Recipe, Setting, Trial, needed_share, row_of, seconds_per_share
 from tests.helpers.runs import ROOT, called, rows
 from tests.unit.launch.conftest import Interrupt
 from tests.unit.launch.test_sweep import cells_in, tiny
@@ -137,6 +137,8 @@ def test_a_seed_that_diverged_is_no_measurement() -> None:
     fast = [[Length(0.1, 4.0, 20.0), Length(0.2, loss, 40.0)] for loss in (3.7, 3.7, math.inf)]
     cells = row_of(LADDER[2], fast, 3.85, plain)
     assert cells[1:4] == ["over 20%", "-", "-"] and cells[5] == "-"
+    assert row_of(LADDER[2], [[Length(0.1, math.inf, math.nan)]] * 2, 3.85, plain)[1] == "over 10%"
+    assert seconds_per_share([[Length(0.1, 4.0, 20.0), Length(0.2, math.inf, math.nan)]]) == pytest.approx(200)
     at_the_bound = row_of(
         LADDER[2], [[Length(0.1, loss, 20.0), Length(0.2, 3.7, 40.0)] for loss in (3.8, 3.9)], 3.85, plain
     )

@@ -152,8 +152,21 @@ def test_momentum_rises_to_its_value() -> None:
     assert momentum_at(0, low) == 0.5, "a momentum below the first one does not fall to it"
 
 
-def test_one_schedule_for_all_rates() -> None:
-    assert learning_rate(0, dataclasses.replace(CONFIG, warmup_steps=4), 10) == pytest.approx(0.005)
+def test_all_rates_follow_one_schedule() -> None:
+    """A quarter of the peak, as in the first of four steps of warm-up, moves every parameter a quarter as far."""
+    config = dataclasses.replace(CONFIG, warmup_steps=4, weight_decay=0.0)
+    assert learning_rate(0, config, 10) == config.lr_peak / 4
+    moved: list[list[Tensor]] = []
+    for rate in (config.lr_peak, learning_rate(0, config, 10)):
+        model = build_model(TINY, seed=1)
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        with_gradients(model, seed=2)
+        norm = sum_of_squares(model.parameters()).sqrt().float()
+        update(build_optimizer(model, config), 0, rate, norm, norm.isfinite())
+        moved.append([p.detach() - old for p, old in zip(model.parameters(), before, strict=True)])
+    for name, far, near in zip(dict(build_model(TINY, seed=1).named_parameters()), *moved, strict=True):
+        assert far.any(), name
+        torch.testing.assert_close(near, far / 4, rtol=1e-3, atol=1e-7, msg=name)
 
 
 @pytest.mark.parametrize("grid", [Grid(1, 1), Grid(3, 1), Grid(1, 3), Grid(2, 2), Grid(2, 4), Grid(64, 8)], ids=str)
@@ -178,11 +191,6 @@ def test_owners_are_balanced_and_rounds_hold_every_matrix() -> None:
     assert len(owners.rounds) == 2
     assert sorted(index for number in owners.rounds for indices in number for index in indices) == list(range(48))
     assert len(MatrixOwners(shapes, costs, Grid(64, 1)).rounds) == 1, "no rank owns two"
-
-
-def test_the_polynomials_are_jordans() -> None:
-    assert len(NEWTON_SCHULZ) == 5
-    assert sum(NEWTON_SCHULZ[0]) == pytest.approx(0.701)
 
 
 def test_batches_of_a_gpu_are_computed_like_single_matrices() -> None:
